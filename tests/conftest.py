@@ -1,0 +1,68 @@
+"""What several tests share: the repository's root, the golden numbers and the weights they belong to."""
+from __future__ import annotations
+
+import math
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+def shared_folder() -> Path:
+    """Reference numbers and real images that never enter the repository; tests that need them skip where it is absent."""
+    return Path(os.environ.get("QTSEG_SHARED", ROOT.parent / "shared"))
+
+
+def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The formula that fills an official state dict's entry, so that outputs can be compared without any download."""
+    rng, leaf = np.random.default_rng(zlib.crc32(name.encode())), name.rsplit(".", 1)[-1]
+    if leaf == "num_batches_tracked":
+        return np.zeros(shape)
+    if leaf == "running_var":
+        return rng.uniform(0.5, 1.5, shape)
+    if leaf in ("running_mean", "bias"):
+        return 0.1 * rng.standard_normal(shape)
+    if leaf == "positional_encoding_gaussian_matrix":
+        return rng.standard_normal(shape)
+    noise = rng.standard_normal(shape)
+    return 1 + 0.1 * noise if len(shape) == 1 else noise / math.sqrt(math.prod(shape[1:]))
+
+
+def golden_state(model) -> dict[str, torch.Tensor]:
+    """A state dict under the official names, filled by the formula."""
+    from qtseg.model import to_official
+
+    return {name: torch.from_numpy(np.asarray(golden_weight(name, tuple(tensor.shape)))).to(tensor.dtype)
+            for name, tensor in to_official(model).items()}
+
+
+def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
+    """The input that belongs to the golden numbers of one size: [batch, 3, height, width] in [-1, 1]."""
+    rng = np.random.default_rng(zlib.crc32(f"image:{batch}x3x{height}x{width}".encode()))
+    return torch.from_numpy(rng.uniform(-1, 1, (batch, 3, height, width))).float()
+
+
+@pytest.fixture(scope="session")
+def golden_model():
+    """A function: classes -> QTSeg with the golden weights, in evaluation mode; each built once."""
+    from qtseg.model import QTSeg, to_official
+
+    models = {}
+
+    def build(classes: int) -> QTSeg:
+        if classes not in models:
+            model = QTSeg(classes=classes)
+            state = golden_state(model)
+            for name, tensor in to_official(model).items():
+                tensor.copy_(state[name])
+            models[classes] = model.eval()
+        return models[classes]
+
+    return build

@@ -1,0 +1,415 @@
+"""Saving and loading: every form of checkpoint that is accepted, and one clear sentence for everything that is not."""
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qtseg.model
+from qtseg.model import QTSeg, load_official, to_official
+
+SMALL = dict(classes=3, in_channels=1, width=8, depths=(1, 1, 2), mlp_width=32)
+
+
+def small_model(**changes) -> QTSeg:
+    """A small network whose every tensor is random, BatchNorm's statistics included, so that none can be mixed up."""
+    torch.manual_seed(0)
+    model = QTSeg(**{**SMALL, **changes})
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor + 0.05 * torch.rand(tensor.shape) if tensor.is_floating_point() else torch.tensor(7))
+    return model.eval()
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def official(model: QTSeg) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in to_official(model).items()}
+
+
+def one_sentence(caught: pytest.ExceptionInfo, *words: str) -> None:
+    """The refusal names all of `words`, in a message without a line break."""
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture(scope="module")
+def model() -> QTSeg:
+    return small_model()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    return model.save_pretrained(tmp_path / "checkpoint")
+
+
+# --- our own format -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"classes": 1, "in_channels": 4}, {"bridge": "identity", "heads": 4}, {"depths": (2, 1, 1)}])
+def test_round_trip(tmp_path, changes):
+    """Every tensor, every constructor argument and every logit come back, to the last bit."""
+    model = small_model(**changes)
+    returned = model.save_pretrained(tmp_path / "a" / "b")  # folders are made
+    again = QTSeg.from_pretrained(returned)
+    assert same_weights(model, again)
+    assert again.config == model.config and not again.training
+    images = torch.rand(1, model.config["in_channels"], 40, 33)
+    with torch.no_grad():
+        logits = model(images)
+        assert logits.isfinite().all() and torch.equal(logits, again(images))
+
+
+def test_default_model_round_trip(tmp_path):
+    model = QTSeg()
+    assert same_weights(model, QTSeg.from_pretrained(str(model.save_pretrained(str(tmp_path)))))  # strings for paths
+
+
+def test_the_folder_holds_two_plain_files(model, folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config.pop("model_type") == "qtseg" and config == model.config
+    assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_saving_does_not_change_the_model(tmp_path):
+    model = small_model().train()
+    model.to(memory_format=torch.channels_last)  # any memory layout can be saved
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    assert model.training and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same_weights(model, QTSeg.from_pretrained(tmp_path))
+
+
+def test_saving_again_replaces_both_files(folder):
+    other = small_model(classes=2)
+    other.save_pretrained(folder)
+    assert same_weights(other, QTSeg.from_pretrained(folder))
+
+
+def test_a_naive_copy_can_be_saved(model, tmp_path):
+    assert same_weights(model, QTSeg.from_pretrained(model.naive().save_pretrained(tmp_path)))
+
+
+def test_a_fused_copy_is_refused(model, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        model.fuse().save_pretrained(tmp_path / "fused")
+    one_sentence(caught, "fused copy", "fused from")
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("broken", ["save_file", "config"])
+def test_an_interrupted_save_leaves_the_old_checkpoint(model, folder, monkeypatch, broken):
+    """Killed while it writes either file: the old checkpoint still loads, and no temporary file is left behind."""
+    def half_a_file(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    def half_a_text(self, text, encoding=None):
+        self.write_bytes(b"{")
+        raise OSError("No space left on device")
+
+    old = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        if broken == "save_file":
+            patch.setattr(qtseg.model, "save_file", half_a_file)
+        else:
+            patch.setattr(Path, "write_text", half_a_text)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
+    assert same_weights(model, QTSeg.from_pretrained(folder))
+
+
+def test_an_interrupted_first_save_leaves_nothing(model, tmp_path, monkeypatch):
+    def half_a_file(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(qtseg.model, "save_file", half_a_file)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_files(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, name, "is missing")
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        QTSeg.from_pretrained(tmp_path / "nowhere")
+    one_sentence(caught, "nowhere", "save_pretrained")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, "model.safetensors", "truncated or not a safetensors file")
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", b"\xff\xfe\x00", "[]", "null", '"qtseg"', "{}", '{"model_type": "bert"}'])
+def test_foreign_or_broken_config(folder, text):
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, "config.json")
+
+
+@pytest.mark.parametrize("entry", ["colour", "self", "__class__"])
+def test_unknown_config_entries(folder, entry):
+    change_config(folder, **{entry: 1})
+    with pytest.raises(ValueError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, "config.json", entry)
+
+
+@pytest.mark.parametrize("changes", [
+    {"classes": "two"}, {"classes": 0}, {"classes": None}, {"in_channels": -1}, {"width": 1.5}, {"width": []}, {"heads": 0}, {"heads": 7},
+    {"depths": 3}, {"depths": [1]}, {"depths": ["a", "b", "c"]}, {"mlp_width": -5}, {"bridge": "rope"}, {"bridge": 3}, {"bridge": []},
+    {"decoder": "dma2"},
+], ids=str)
+def test_impossible_config(folder, changes):
+    change_config(folder, **changes)
+    with pytest.raises(ValueError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, "config.json")
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_weights_of_another_shape(folder):
+    change_config(folder, classes=4)
+    with pytest.raises(ValueError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, "mis-shaped", "decoder.mask_tokens.weight [3, 128] instead of [4, 128]")
+
+
+def test_missing_and_unexpected_weights(folder):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["extra.weight"] = state.pop("encoder.down2.conv.weight")
+    save_file(state, path)
+    with pytest.raises(ValueError) as caught:
+        QTSeg.from_pretrained(folder)
+    one_sentence(caught, "1 missing (encoder.down2.conv.weight)", "1 unexpected (extra.weight)")
+
+
+# --- official files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: state, lambda state: {"state_dict_model": state}, lambda state: {"epoch": 3, "state_dict_model": state, "optimizer": {"lr": 1.0}},
+], ids=["bare", "wrapped", "wrapped with more"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_load_official(model, tmp_path, wrap, zipped):
+    path = tmp_path / "weight_best_iou.pt"
+    torch.save(wrap(official(model)), path, _use_new_zipfile_serialization=zipped)
+    loaded = load_official(path)
+    assert same_weights(model, loaded) and not loaded.training
+    assert loaded.config == {**model.config, "heads": 8}
+    assert same_weights(model, load_official(str(path)))
+
+
+def test_load_official_default_size(tmp_path):
+    torch.manual_seed(0)
+    model = QTSeg()
+    torch.save(official(model), tmp_path / "model.pt")
+    loaded = load_official(tmp_path / "model.pt")
+    assert same_weights(model, loaded) and loaded.config == model.config
+
+
+def test_the_position_cache_follows_loaded_weights(model, tmp_path):
+    """The fast form remembers the positional encoding; weights loaded afterwards must not meet the old one."""
+    torch.save(official(model), tmp_path / "model.pt")
+    other = QTSeg(**SMALL).eval()
+    images = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        other(images)  # fills the cache
+        for name, tensor in to_official(other).items():
+            tensor.copy_(to_official(model)[name])
+        assert torch.equal(other(images), load_official(tmp_path / "model.pt")(images))
+
+
+def test_official_file_missing(model, tmp_path):
+    for load in (load_official, model.load_encoder):
+        with pytest.raises(FileNotFoundError) as caught:
+            load(tmp_path / "nowhere.pt")
+        one_sentence(caught, "nowhere.pt", "is missing")
+
+
+class Stowaway:
+    """Asks, when it is unpickled, for a file to be written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return _leave_a_trace, (str(self.path),)
+
+
+def _leave_a_trace(path: str) -> None:
+    Path(path).write_text("this code must not run")
+
+
+@pytest.mark.parametrize("where", ["alone", "beside the weights"])
+def test_code_in_a_pickle_does_not_run(model, tmp_path, where):
+    trace, path = tmp_path / "trace", tmp_path / "stowaway.pt"
+    content = Stowaway(trace) if where == "alone" else {"state_dict_model": official(model), "note": Stowaway(trace)}
+    torch.save(content, path)
+    for load in (load_official, small_model().load_encoder):
+        with pytest.raises(ValueError) as caught:
+            load(path)
+        one_sentence(caught, "stowaway.pt", "could run code")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Stowaway(trace)))  # the test would notice: this does run it
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_truncated_official_file(model, tmp_path, zipped, share):
+    path = tmp_path / "half.pt"
+    torch.save(official(model), path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError) as caught:
+        load_official(path)
+    one_sentence(caught, "half.pt", "download it again")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_damaged_official_file_never_ends_in_another_exception(tmp_path, zipped):
+    """Bytes changed at random: struct.error, AssertionError and their like must not reach the reader."""
+    torch.manual_seed(0)
+    path = tmp_path / "damaged.pt"
+    torch.save({"a": torch.randn(3, 4), "b.c": torch.zeros(5)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for _ in range(300):
+        content = bytearray(whole)
+        content[int(torch.randint(min(len(content), 700), ()))] = int(torch.randint(256, ()))
+        path.write_bytes(content)
+        with pytest.raises(ValueError):  # at best it is a state dict, though not of a QTSeg
+            load_official(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {"state_dict_model": {"a": "text"}}, {"state_dict_model": None}, torch.zeros(2),
+                                     {0: torch.zeros(2)}], ids=["list", "empty", "number", "text", "none", "tensor", "number for a name"])
+def test_files_without_a_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError) as caught:
+        load_official(tmp_path / "other.pt")
+    one_sentence(caught, "other.pt", "holds no state dict")
+
+
+def refused_state(tmp_path: Path, state: dict, *words: str) -> None:
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError) as caught:
+        load_official(tmp_path / "state.pt")
+    one_sentence(caught, "state.pt", *words)
+
+
+def test_official_state_that_does_not_fit(model, tmp_path):
+    state = official(model)
+    state["head.weight"] = state.pop("bridge.neck_0_0.conv.weight")
+    state["image_encoder.conv_1.conv.weight"] = torch.zeros(2, 2)
+    refused_state(tmp_path, state, "1 missing (bridge.neck_0_0.conv.weight)", "1 unexpected (head.weight)",
+                  "1 mis-shaped (image_encoder.conv_1.conv.weight [2, 2] instead of [16, 8, 3, 3])")
+
+
+@pytest.mark.parametrize("name", ["mask_decoder.mask_tokens.weight", "image_encoder.conv_0.conv.weight",
+                                  "mask_decoder.transformer_s0.layers.0.mlp.lin1.weight"])
+def test_the_weights_that_tell_the_size(model, tmp_path, name):
+    """Absent, without axes, or empty: refused in a sentence, not with an IndexError."""
+    state = official(model)
+    refused_state(tmp_path, {**state, name: torch.tensor(1.0)}, "state.pt")
+    del state[name]
+    refused_state(tmp_path, state, name)
+
+
+def test_encoder_only_is_not_a_model(model, tmp_path):
+    state = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    refused_state(tmp_path, state, "not a whole QTSeg", "load_encoder")
+    refused_state(tmp_path, {name.removeprefix("image_encoder."): tensor for name, tensor in state.items()}, "load_encoder")
+
+
+def test_release_v0_3_1_is_refused(model, tmp_path):
+    state = official(model)
+    state["mask_decoder.DMAB_s2.layers.0.token_layernorm.weight"] = torch.zeros(128)
+    refused_state(tmp_path, state, "v0.3.1", "v0.1.0")
+
+
+# --- the encoder alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["image_encoder.", ""], ids=["prefixed", "bare"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_load_encoder(model, tmp_path, prefix, strict):
+    state = {prefix + name.removeprefix("image_encoder."): tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    torch.save(state, tmp_path / "fpn-nano.pth")
+    torch.manual_seed(1)
+    other = QTSeg(**{**SMALL, "classes": 5})
+    decoder = {name: tensor.clone() for name, tensor in other.decoder.state_dict().items()}
+    assert other.load_encoder(tmp_path / "fpn-nano.pth", strict=strict) is other
+    assert same_weights(model.encoder, other.encoder)
+    assert all(torch.equal(tensor, decoder[name]) for name, tensor in other.decoder.state_dict().items())
+
+
+@pytest.mark.parametrize("extra", ["detect_22.weight", "image_encoder.detect_22.weight", "mask_decoder.mask_tokens.weight"])
+def test_load_encoder_passes_over_the_rest_only_when_told(model, tmp_path, extra):
+    state = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    torch.save({**state, extra: torch.zeros(3)}, tmp_path / "more.pth")
+    other = QTSeg(**SMALL)
+    with pytest.raises(ValueError) as caught:
+        other.load_encoder(tmp_path / "more.pth")
+    one_sentence(caught, "more.pth", "1 unexpected", extra)
+    other.load_encoder(tmp_path / "more.pth", strict=False)
+    assert same_weights(model.encoder, other.encoder)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_load_encoder_refuses_a_torn_file_and_changes_nothing(model, tmp_path, strict):
+    state = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    del state["image_encoder.c2f_21.cv2.conv.weight"]
+    state["image_encoder.conv_1.conv.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "torn.pth")
+    torch.manual_seed(1)
+    other = QTSeg(**SMALL)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        other.load_encoder(tmp_path / "torn.pth", strict=strict)
+    one_sentence(caught, "1 missing (image_encoder.c2f_21.cv2.conv.weight)", "1 mis-shaped", "[2, 2] instead of [16, 8, 3, 3]")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_fused_copy_takes_no_encoder(model, tmp_path):
+    state = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    torch.save(state, tmp_path / "fpn-nano.pth")
+    with pytest.raises(ValueError):
+        small_model().fuse().load_encoder(tmp_path / "fpn-nano.pth")
+
+
+def test_a_frozen_encoder_can_be_loaded_and_saved(model, tmp_path):
+    torch.save({name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}, tmp_path / "fpn-nano.pth")
+    other = QTSeg(**SMALL).freeze_encoder().load_encoder(tmp_path / "fpn-nano.pth")
+    assert not any(p.requires_grad for p in other.encoder.parameters())
+    assert same_weights(other, QTSeg.from_pretrained(other.save_pretrained(tmp_path / "saved")))

@@ -1,0 +1,411 @@
+"""Chapter 9, losses: the official code's numbers, segmentation-models-pytorch, gradients, refusals, half precision, extremes."""
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qtseg.losses import (
+    LOSSES,
+    bce_loss,
+    binary_dice_loss,
+    categorical_dice_loss,
+    ce_dice_loss,
+    cross_entropy_loss,
+    focal_loss,
+    weighted_loss,
+)
+
+# Printed by the official code, release v0.1.0, on golden_inputs.
+GOLDEN = {
+    (cross_entropy_loss, 2): 1.3440488576889038,
+    (cross_entropy_loss, 3): 2.007802724838257,
+    (categorical_dice_loss, 2): 1.0840033292770386,
+    (categorical_dice_loss, 3): 2.1182687282562256,
+    (binary_dice_loss, 1): 0.6247063279151917,
+    (binary_dice_loss, 2): 0.6296946406364441,
+    (bce_loss, 1): 1.074695110321045,
+    (focal_loss, 1): 0.40649858117103577,
+}
+GOLDEN[ce_dice_loss, 1] = GOLDEN[bce_loss, 1] + GOLDEN[binary_dice_loss, 1]
+GOLDEN[ce_dice_loss, 2] = GOLDEN[cross_entropy_loss, 2] + GOLDEN[binary_dice_loss, 2]
+GOLDEN[ce_dice_loss, 3] = GOLDEN[cross_entropy_loss, 3] + GOLDEN[categorical_dice_loss, 3]
+
+# Every loss with every kind of channel count that it takes.
+CASES = [("ce", 2), ("ce", 3), ("bce", 1), ("bce", 2), ("binary_dice", 1), ("binary_dice", 2), ("categorical_dice", 2),
+         ("categorical_dice", 4), ("focal", 1), ("focal", 2), ("ce_dice", 1), ("ce_dice", 2), ("ce_dice", 3)]
+REFUSED = [("ce", 1), ("bce", 3), ("binary_dice", 3), ("categorical_dice", 1), ("focal", 3)]
+every_case = pytest.mark.parametrize(("name", "channels"), CASES)
+
+
+def golden_inputs(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits and labels of the golden numbers, by the reference's formula; the fourth label map is empty."""
+    classes = max(channels, 2)
+    logits = 2 * np.random.default_rng(zlib.crc32(f"logits:{channels}".encode())).standard_normal((4, channels, 24, 32))
+    labels = np.random.default_rng(zlib.crc32(f"labels:{classes}".encode())).integers(0, classes, (4, 24, 32))
+    labels[3] = 0
+    return torch.from_numpy(logits).float(), torch.from_numpy(labels)
+
+
+def random_inputs(channels: int, shape=(2, 5, 4), scale=1.5, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(channels)
+    batch, height, width = shape
+    logits = scale * torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    return logits.to(dtype), torch.randint(0, max(channels, 2), shape, generator=generator)
+
+
+@pytest.mark.parametrize(("loss", "channels"), list(GOLDEN))
+def test_golden(loss, channels):
+    value = loss(*golden_inputs(channels))
+    assert value.shape == () and value.dtype == torch.float32
+    assert value.item() == pytest.approx(GOLDEN[loss, channels], abs=1e-5)
+
+
+def test_names():
+    assert LOSSES == {"ce": cross_entropy_loss, "bce": bce_loss, "binary_dice": binary_dice_loss,
+                      "categorical_dice": categorical_dice_loss, "focal": focal_loss, "ce_dice": ce_dice_loss}
+
+
+# ---- other computations of the same thing -------------------------------------------------------------------------------
+
+
+def reference(name: str, logits: np.ndarray, target: np.ndarray, smooth=1e-6, alpha=0.25, gamma=2.0) -> float:
+    """The definitions once more, in NumPy and float64, pixel probabilities first."""
+    batch, channels = logits.shape[:2]
+    if channels == 1:
+        lesion = 1 / (1 + np.exp(-logits[:, 0]))
+        probability = np.stack([1 - lesion, lesion], axis=1)
+    else:
+        probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    right = np.take_along_axis(probability, target[:, None], 1)[:, 0]
+
+    def dice(of_class: int) -> float:
+        losses = []
+        for p, t in zip(probability[:, of_class], target == of_class, strict=True):
+            losses.append(1 - (2 * p[t].sum() + smooth) / (p.sum() + t.sum() + smooth))
+        return float(np.mean(losses))
+
+    def multi() -> float:
+        return sum(dice(c) for c in range(channels))
+
+    ce = float(-np.log(right).mean())
+    alpha_t = np.where(target == 1, alpha, 1 - alpha)
+    return {
+        "ce": lambda: ce,
+        "bce": lambda: ce,
+        "binary_dice": lambda: dice(1),
+        "categorical_dice": multi,
+        "focal": lambda: float((-alpha_t * (1 - right) ** gamma * np.log(right)).mean()),
+        "ce_dice": lambda: ce + (multi() if channels > 2 else dice(1)),
+    }[name]()
+
+
+@every_case
+def test_equals_the_definition(name, channels):
+    logits, target = random_inputs(channels, (3, 7, 6))
+    target[0] = 0
+    assert LOSSES[name](logits, target).item() == pytest.approx(reference(name, logits.numpy(), target.numpy()), abs=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 1.0), (0.5, 0.0), (0.9, 3.5), (0.0, 2.0), (1.0, 0.5)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_focal_keywords(channels, alpha, gamma):
+    logits, target = random_inputs(channels)
+    expected = reference("focal", logits.numpy(), target.numpy(), alpha=alpha, gamma=gamma)
+    assert focal_loss(logits, target, alpha=alpha, gamma=gamma).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("smooth", [1e-6, 0.5, 100.0])
+def test_dice_keyword(smooth):
+    for name, loss, channels in (("binary_dice", binary_dice_loss, 1), ("categorical_dice", categorical_dice_loss, 3)):
+        logits, target = random_inputs(channels)
+        expected = reference(name, logits.numpy(), target.numpy(), smooth=smooth)
+        assert loss(logits, target, smooth=smooth).item() == pytest.approx(expected, abs=1e-12)
+
+
+def smp_losses():
+    return pytest.importorskip("segmentation_models_pytorch.losses", reason="segmentation-models-pytorch is a development extra")
+
+
+def test_binary_dice_is_that_of_smp_image_by_image():
+    # Theirs sums over the batch and gives 0 for an empty target: they agree on one image that has a lesion. Their smooth is
+    # another one (in 0.6 theirs counts twice), so only a negligible one is compared; test_dice_keyword does the rest.
+    theirs = smp_losses().DiceLoss("binary", from_logits=True)
+    logits, target = golden_inputs(1)
+    singles = [theirs(logits[i : i + 1], target[i : i + 1]) for i in range(3)]
+    for i, expected in enumerate(singles):
+        torch.testing.assert_close(binary_dice_loss(logits[i : i + 1], target[i : i + 1]), expected)
+    torch.testing.assert_close(binary_dice_loss(logits[:3], target[:3]), torch.stack(singles).mean())
+    two = torch.cat([-logits / 2, logits / 2], dim=1)  # the same as two channels
+    torch.testing.assert_close(binary_dice_loss(two[:1], target[:1]), singles[0])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_categorical_dice_is_that_of_smp_times_the_classes(classes):
+    # Theirs averages over classes, ours (the official code's) sums; one image in which every class occurs.
+    theirs = smp_losses().DiceLoss("multiclass", from_logits=True)
+    logits, target = random_inputs(classes, (1, 16, 16), dtype=torch.float32)
+    assert len(target.unique()) == classes
+    torch.testing.assert_close(categorical_dice_loss(logits, target), classes * theirs(logits, target))
+
+
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.75, 2.0), (0.5, 1.0), (0.25, 0.0)])
+def test_focal_is_that_of_smp(alpha, gamma):
+    theirs = smp_losses().FocalLoss("binary", alpha=alpha, gamma=gamma)
+    logits, target = golden_inputs(1)
+    torch.testing.assert_close(focal_loss(logits, target, alpha=alpha, gamma=gamma), theirs(logits, target))
+    two = torch.cat([-logits / 2, logits / 2], dim=1)
+    torch.testing.assert_close(focal_loss(two, target, alpha=alpha, gamma=gamma), theirs(logits, target))
+
+
+# ---- relations between them ---------------------------------------------------------------------------------------------
+
+
+def test_two_channels_are_the_difference():
+    logits, target = golden_inputs(2)
+    one = logits[:, 1:] - logits[:, :1]
+    for loss in (bce_loss, binary_dice_loss, focal_loss, ce_dice_loss):
+        torch.testing.assert_close(loss(logits, target), loss(one, target))
+    torch.testing.assert_close(bce_loss(logits, target), cross_entropy_loss(logits, target))
+
+
+def test_focal_without_focus_is_half_of_bce():
+    logits, target = golden_inputs(1)
+    torch.testing.assert_close(2 * focal_loss(logits, target, alpha=0.5, gamma=0.0), bce_loss(logits, target))
+
+
+@every_case
+def test_a_common_shift_and_the_order_of_images_do_not_matter(name, channels):
+    logits, target = random_inputs(channels, (4, 6, 6))
+    value = LOSSES[name](logits, target)
+    torch.testing.assert_close(LOSSES[name](logits.flip(0, 3), target.flip(0, 2)), value)
+    if channels > 1:
+        torch.testing.assert_close(LOSSES[name](logits + 7, target), value)
+
+
+@every_case
+def test_strided_inputs_give_the_same_numbers(name, channels):
+    logits, target = random_inputs(channels, (2, 8, 6), dtype=torch.float32)
+    value = LOSSES[name](logits, target)
+    torch.testing.assert_close(LOSSES[name](logits.to(memory_format=torch.channels_last), target), value)
+    torch.testing.assert_close(LOSSES[name](logits.transpose(2, 3), target.transpose(1, 2)), value)
+
+
+@every_case
+def test_perfect_is_near_zero_and_wrong_is_not(name, channels):
+    _, target = random_inputs(channels, (2, 12, 12))
+    sign = 2 * F.one_hot(target, max(channels, 2)).movedim(-1, 1).float() - 1
+    logits = 60 * sign[:, -channels:]
+    assert 0 <= LOSSES[name](logits, target).item() < 1e-5
+    assert LOSSES[name](-logits, target).item() > 0.3
+
+
+# ---- gradients ----------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("empty", [False, True])
+def test_gradcheck(name, channels, empty):
+    logits, target = random_inputs(channels, (2, 3, 2))
+    if empty:
+        target[1] = 0
+    assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, target), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
+def test_gradcheck_focal(gamma):
+    logits, target = random_inputs(1, (2, 3, 2))
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, target, gamma=gamma), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("smooth", [1e-6, 1.0])
+def test_gradcheck_dice(smooth):
+    logits, target = random_inputs(3, (2, 3, 2))
+    assert torch.autograd.gradcheck(lambda x: categorical_dice_loss(x, target, smooth=smooth), logits.requires_grad_())
+
+
+@every_case
+def test_float64_stays_float64(name, channels):
+    assert LOSSES[name](*random_inputs(channels)).dtype == torch.float64
+
+
+# ---- half precision -----------------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_first(name, channels, dtype):
+    logits, target = random_inputs(channels, (2, 9, 7), dtype=dtype)
+    logits.requires_grad_()
+    value = LOSSES[name](logits, target)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, LOSSES[name](logits.float(), target))
+    value.backward()
+    assert logits.grad.dtype == dtype and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_image_in_half_precision(dtype):
+    target = torch.zeros(1, 512, 512, dtype=torch.int64)
+    target[:, :256] = 1
+    assert torch.zeros(512, 512, dtype=torch.float16).add(0.5).sum().isinf()  # what happens without widening
+    for channels in (1, 2):
+        logits = torch.zeros(1, channels, 512, 512, dtype=dtype)
+        assert binary_dice_loss(logits, target).item() == pytest.approx(0.5, abs=1e-6)
+        assert ce_dice_loss(logits, target).item() == pytest.approx(0.5 + math.log(2), abs=1e-6)
+
+
+@every_case
+def test_autocast_changes_nothing(name, channels):
+    logits, target = random_inputs(channels, (2, 9, 7), dtype=torch.float32)
+    expected = LOSSES[name](logits, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = LOSSES[name](logits, target)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected)
+
+
+# ---- extremes -----------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_huge_logits(name, channels, dtype):
+    logits, target = random_inputs(channels, (2, 8, 8))
+    logits = (1e4 * logits.sign()).to(dtype).requires_grad_()
+    value = LOSSES[name](logits, target)
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 5.0])
+def test_huge_logits_focal(gamma):
+    logits = torch.tensor([[[[1e4, -1e4, 50.0, -50.0]]]], requires_grad=True)
+    value = focal_loss(logits, torch.ones(1, 1, 4, dtype=torch.int64), gamma=gamma)
+    value.backward()
+    assert value.item() == pytest.approx(0.25 * (1e4 + 50) / 4) and logits.grad.isfinite().all()
+    assert logits.grad[0, 0, 0, 1].item() == pytest.approx(-0.25 / 4)
+
+
+@every_case
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("logit", [-1e4, -20.0, 0.0, 20.0, 1e4])
+def test_constant_images_and_masks(name, channels, label, logit):
+    logits = torch.zeros(2, channels, 16, 16)
+    logits[:, -1] = logit
+    logits.requires_grad_()
+    value = LOSSES[name](logits, torch.full((2, 16, 16), label))
+    value.backward()
+    assert value.isfinite() and value >= 0 and logits.grad.isfinite().all()
+
+
+def test_both_empty_is_near_zero_only_if_the_probability_is():
+    nothing = torch.zeros(1, 512, 512, dtype=torch.int64)
+    for logit, low, high in ((0.0, 0.999, 1), (-20.0, 0.99, 1), (-30.0, 0.01, 0.05), (-40.0, 0, 1e-5), (-1e4, 0, 0)):
+        assert low <= binary_dice_loss(torch.full((1, 1, 512, 512), logit), nothing).item() <= high
+
+
+def test_one_pixel():
+    value = ce_dice_loss(torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1, dtype=torch.int64)).item()
+    assert value == pytest.approx(math.log(2) + 1 / 3, abs=1e-5)
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "channels"), REFUSED)
+def test_channels_refused(name, channels):
+    with pytest.raises(ValueError, match=r"channels.*logits \[2, "):
+        LOSSES[name](torch.zeros(2, channels, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize(("logits", "target", "message"), [
+    (torch.zeros(2, 2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 4, dtype=torch.int64), "floating point"),
+    (torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4), "int64.*float32"),
+    (torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8), "int64.*uint8"),
+    (torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool), "int64.*bool"),
+    (torch.zeros(2, 2, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.int64), r"\[2, 1, 4, 4\]"),
+    (torch.zeros(2, 2, 4, 4), torch.zeros(2, 2, 4, 4, dtype=torch.int64), r"\[2, 2, 4, 4\]"),
+    (torch.zeros(2, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), r"\[1, 4, 4\]"),  # would broadcast
+    (torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 5, dtype=torch.int64), r"\[2, 4, 5\]"),
+    (torch.zeros(2, 2, 4, 5), torch.zeros(2, 5, 4, dtype=torch.int64), r"\[2, 5, 4\]"),
+    (torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64), r"\[B, C, H, W\]"),
+    (torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), r"\[B, C, H, W\]"),
+    (torch.zeros(()), torch.zeros((), dtype=torch.int64), r"\[B, C, H, W\]"),
+    (torch.zeros(2, 2, 4, 4, 4), torch.zeros(2, 4, 4, 4, dtype=torch.int64), r"\[B, C, H, W\]"),
+    (torch.zeros(0, 2, 4, 4), torch.zeros(0, 4, 4, dtype=torch.int64), "nothing"),
+    (torch.zeros(2, 0, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64), "nothing"),
+])
+def test_inputs_refused(name, logits, target, message):
+    with pytest.raises(ValueError, match=message):
+        LOSSES[name](logits, target)
+
+
+@pytest.mark.parametrize("keywords", [{"alpha": -0.1}, {"alpha": 1.5}, {"alpha": math.nan}, {"gamma": -1.0}, {"gamma": math.nan}])
+def test_focal_keywords_refused(keywords):
+    with pytest.raises(ValueError, match="alpha.*gamma"):
+        focal_loss(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), **keywords)
+
+
+@pytest.mark.parametrize("smooth", [0.0, -1.0, math.nan])
+def test_smooth_refused(smooth):
+    for loss in (binary_dice_loss, categorical_dice_loss):
+        with pytest.raises(ValueError, match="smooth"):
+            loss(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), smooth=smooth)
+
+
+# ---- weighted sums ------------------------------------------------------------------------------------------------------
+
+
+def test_weighted_loss():
+    logits, target = golden_inputs(2)
+    total = weighted_loss({"ce": 1.0, "binary_dice": 1.0})(logits, target)
+    torch.testing.assert_close(total, ce_dice_loss(logits, target))
+    weights = {"ce": 0.25, "focal": 3, "categorical_dice": 0.5}
+    expected = sum(weight * LOSSES[name](logits, target) for name, weight in weights.items())
+    loss = weighted_loss(weights)
+    weights["ce"] = 100.0  # what was asked for stays
+    value = loss(logits, target)
+    assert value.shape == ()
+    torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("weights", [{"dise": 1.0}, {"ce": 1.0, "iou": 2.0}, {"CE": 1.0}, {}])
+def test_weighted_loss_refuses(weights):
+    with pytest.raises(ValueError) as refusal:
+        weighted_loss(weights)
+    for name in [*LOSSES, *(name for name in weights if name not in LOSSES)]:
+        assert name in str(refusal.value)
+
+
+# ---- no look at the values ----------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_no_value_is_read(name, channels):
+    # Tensors on the meta device have no values; reading one raises.
+    logits = torch.empty(2, channels, 64, 64, device="meta", requires_grad=True)
+    value = LOSSES[name](logits, torch.empty(2, 64, 64, dtype=torch.int64, device="meta"))
+    value.backward()
+    assert value.shape == () and logits.grad.shape == logits.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@every_case
+def test_no_synchronisation_on_cuda(name, channels):
+    logits, target = random_inputs(channels, (2, 64, 64), dtype=torch.float32)
+    expected = LOSSES[name](logits, target)
+    on_device, labels = logits.cuda().requires_grad_(), target.cuda()
+    LOSSES[name](on_device, labels).backward()  # kernels and handles are made outside the watch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = LOSSES[name](on_device, labels)
+        value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(value.cpu(), expected)

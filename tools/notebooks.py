@@ -1,0 +1,90 @@
+"""Keep everything that is derived from the notebooks true to them: `python tools/notebooks.py`, or `make sync`.
+
+Writes the repository's address (settings.ini) into every link and first cell, exports the modules, cleans the
+notebooks, and renders nbs/index.ipynb to README.md. tests/test_repository.py runs the same functions on a copy.
+"""
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_CELL = '''# In Colab this installs QTSeg; where it is installed already, it does nothing.
+import importlib.util
+if importlib.util.find_spec("qtseg") is None:
+    %pip install --quiet "qtseg @ git+https://github.com/{user}/{repo}@{branch}"'''
+
+
+def settings(root: Path = ROOT) -> configparser.SectionProxy:
+    """The one place where owner, repository, branch, version and requirements stand."""
+    parser = configparser.ConfigParser()
+    parser.read(root / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def notebooks(root: Path = ROOT) -> list[Path]:
+    """Every notebook of the repository."""
+    return sorted(path for path in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    """The numbered notebooks, in order; each is exported to a module."""
+    return [path for path in notebooks(root) if path.parent == root / "nbs" and re.match(r"\d\d_", path.name)]
+
+
+def colab_link(path: Path, root: Path = ROOT) -> str:
+    """Where Colab opens a notebook of this repository."""
+    ini = settings(root)
+    return f"https://colab.research.google.com/github/{ini['user']}/{ini['repo']}/blob/{ini['branch']}/{path.relative_to(root).as_posix()}"
+
+
+def write_address(root: Path = ROOT) -> None:
+    """Put the address of settings.ini into Colab links and into the chapters' first code cells."""
+    ini = settings(root)
+    for path in notebooks(root):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.source = re.sub(r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[\w.-]+/",
+                                 rf"\g<1>{ini['user']}/{ini['repo']}/blob/{ini['branch']}/", cell.source)
+        first = next((cell for cell in notebook.cells if cell.cell_type == "code"), None)
+        if first is not None and "find_spec(\"qtseg\")" in first.source:
+            first.source = FIRST_CELL.format(**{key: ini[key] for key in ("user", "repo", "branch")})
+        nbformat.write(notebook, path)
+
+
+def render_readme(root: Path = ROOT) -> str:
+    """nbs/index.ipynb as Markdown, its relative links rewritten to start from the repository's root."""
+    body, _ = MarkdownExporter().from_filename(str(root / "nbs" / "index.ipynb"))
+    body = re.sub(r"(\]\(|(?:src|href)=\")(?![a-z]+:|#|/)([^)\"]+)", lambda found: found[1] + _from_root(found[2]), body)
+    return "<!-- Rendered from nbs/index.ipynb by `make sync`; edit that. -->\n\n" + body.strip() + "\n"
+
+
+def _from_root(link: str) -> str:
+    """A link relative to nbs/ as a link relative to the root."""
+    return link[3:] if link.startswith("../") else f"nbs/{link}"
+
+
+def run(command: str, root: Path) -> None:
+    """An nbdev command in a repository, with its output shown only when it fails."""
+    done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command} failed in {root}:\n{done.stdout}{done.stderr}")
+
+
+def main() -> None:
+    """Bring everything derived up to date."""
+    write_address()
+    run("nbdev_export", ROOT)
+    run("nbdev_clean", ROOT)
+    (ROOT / "README.md").write_text(render_readme(), encoding="utf-8")
+    print(f"Exported {len(chapters())} chapters, cleaned {len(notebooks())} notebooks, rendered README.md")
+
+
+if __name__ == "__main__":
+    main()
