@@ -1,0 +1,170 @@
+"""The skeleton cannot rot: what is derived equals its source, and what is published is what was meant."""
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import notebooks as tool
+import pytest
+from conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHAPTERS = tool.chapters()
+NOTEBOOKS = tool.notebooks()
+EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
+MODULES = sorted(path for path in (ROOT / "qtseg").glob("*.py") if not path.name.startswith("_"))
+INI = tool.settings()
+
+
+def by_name(path: Path) -> str:
+    return path.name
+
+
+def module_of(chapter: Path) -> str:
+    return re.search(r"^#\|\s*default_exp (\w+)", chapter.read_text(encoding="utf-8").replace("\\n", "\n").replace('"', "\n"), re.M)[1]
+
+
+@pytest.fixture(scope="module")
+def derived_anew(tmp_path_factory) -> Path:
+    """A copy of the repository in which everything derived has been derived again."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in ("nbs", "qtseg"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", copy)
+    tool.write_address(copy)
+    tool.run("nbdev_export", copy)
+    tool.run("nbdev_clean", copy)
+    return copy
+
+
+@pytest.mark.parametrize("module", [*MODULES, ROOT / "qtseg" / "__init__.py", ROOT / "qtseg" / "_modidx.py"], ids=by_name)
+def test_module_is_what_its_notebook_exports(derived_anew, module):
+    assert module.read_text(encoding="utf-8") == (derived_anew / "qtseg" / module.name).read_text(encoding="utf-8"), (
+        f"{module.name} differs from its notebook: edit the notebook and run `make sync`")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
+def test_notebook_is_clean_small_and_addressed(derived_anew, notebook):
+    assert notebook.read_text(encoding="utf-8") == (derived_anew / notebook.relative_to(ROOT)).read_text(encoding="utf-8"), (
+        f"{notebook.name} is not clean, or its links do not follow settings.ini: run `make sync`")
+    assert notebook.stat().st_size <= 600_000, f"{notebook.name} is over 600 KB: draw smaller or fewer pictures"
+
+
+def test_every_module_has_a_notebook_and_every_chapter_a_module():
+    assert sorted(module_of(chapter) for chapter in CHAPTERS) == [path.stem for path in MODULES]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
+def test_notebook_needs_no_development_tool(notebook):
+    code = "\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
+    for forbidden in (r"^\s*(from|import)\s+(nbdev|fastcore)", r"import \*", r"^#\|\s*eval:\s*false", r"nbdev_export\("):
+        assert not re.search(forbidden, code, re.M), f"{notebook.name} contains {forbidden}"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=by_name)
+def test_first_code_cell_makes_the_chapter_run_in_colab(chapter):
+    first = next(cell for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code")
+    assert first.source == tool.FIRST_CELL.format(user=INI["user"], repo=INI["repo"], branch=INI["branch"])
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=by_name)
+def test_chapter_has_the_parts_of_a_lesson(chapter):
+    cells = nbformat.read(chapter, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    exported = [cell.source for cell in cells if cell.cell_type == "code" and re.search(r"^#\|\s*export", cell.source, re.M)]
+    assert prose.count("<summary>") >= 3, "at least three exercises with folded solutions"
+    assert any("image/png" in str(output.get("data", {}).keys()) for cell in cells for output in cell.get("outputs", []))
+    assert max(sum(bool(line.strip()) for line in source.splitlines()) for source in exported) <= 40, "an exported cell over 40 lines"
+
+
+@pytest.mark.parametrize("notebook", EXPERIMENTS or [pytest.param(None, marks=pytest.mark.skip(reason="no experiment notebook yet"))])
+def test_experiment_has_a_parameters_cell(notebook):
+    """Without the tag papermill warns, exits 0, and the notebook's defaults overwrite what was passed."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+
+
+def test_readme_is_the_rendered_index():
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == tool.render_readme(), "run `make sync`"
+
+
+def test_relative_links_lead_somewhere():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS]:
+        text = path.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:\s\\]+?)(?:#[^)]*)?\)", text):
+            if re.fullmatch(r"[\w./-]+\.(ipynb|md|svg|png|py|ini)", link):
+                assert (path.parent / link).exists(), f"{path.name} links to {link}, which does not exist"
+
+
+def test_the_map_names_every_chapter():
+    index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
+    for chapter in CHAPTERS:
+        assert f"({chapter.name})" in index and tool.colab_link(chapter) in index, f"index.ipynb's map lacks {chapter.name}"
+
+
+def test_pyproject_and_settings_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["name"] == INI["lib_name"]
+    assert project["description"] == INI["description"]
+    assert project["requires-python"] == f">={INI['min_python']}"
+    assert sorted(project["dependencies"]) == sorted(INI["requirements"].split())
+    assert sorted(project["optional-dependencies"]["dev"]) == sorted(INI["dev_requirements"].split())
+    address = f"https://github.com/{INI['user']}/{INI['repo']}"
+    assert f'repository-code: "{address}"' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {INI['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_modules_import_only_lower_numbered_ones():
+    number = {module_of(chapter): int(chapter.name[:2]) for chapter in CHAPTERS}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("qtseg.")):
+                imported = (node.module or "").removeprefix("qtseg.")
+                assert number[imported] < number[path.stem], f"{path.name} imports {imported}, a later chapter"
+
+
+def test_no_undefined_names():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "E9,F63,F7,F82,F401", "qtseg", "tools", "tests",
+                           "--exclude", "_modidx.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_needs_only_the_runtime_requirements():
+    modules = ", ".join(f"qtseg.{path.stem}" for path in MODULES)
+    code = (f"import sys, qtseg, {modules}; heavy = {{'segmentation_models_pytorch', 'mlflow', 'matplotlib', 'ipywidgets', "
+            "'torchvision', 'nbdev', 'fastcore', 'timm', 'pandas'}; print(sorted(heavy & sys.modules.keys()))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_wheel_holds_only_the_package(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", "build", "*.egg-info", "runs"))
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+                           str(tmp_path), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {name.split("/")[0] for name in names} == {"qtseg", f"qtseg-{INI['version']}.dist-info"}
+    assert {Path(name).name for name in names if name.startswith("qtseg/")} == {path.name for path in (ROOT / "qtseg").glob("*.py")}
+
+
+def test_runtime_requirements_resolve_in_colab(tmp_path):
+    """Python 3.13 with the package versions that Colab ships: nothing may force those up or down."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--python-version", "3.13", "--constraint",
+               str(ROOT / "tests" / "colab_pins.txt"), "--output-file", str(tmp_path / "resolved.txt"), "pyproject.toml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode and re.search(r"failed to fetch|error sending request|dns error|connect", done.stderr, re.I):
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    assert "torch==2.11.0" in (tmp_path / "resolved.txt").read_text()
