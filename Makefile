@@ -12,12 +12,13 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS := runs
 
-.PHONY: help demo test lab sync clean
+.PHONY: help demo test lab mlflow sync clean
 
 help:
-	@echo "make demo   set up, then run the whole network's chapter and name the notebook to open"
+	@echo "make demo   set up, then train on phantom images, evaluate, and name the notebook and the figures to open"
 	@echo "make test   set up, then run everything that must pass"
-	@echo "make lab    set up, then open the chapters in JupyterLab"
+	@echo "make lab    set up, then open the front page and the chapters in JupyterLab"
+	@echo "make mlflow open the tracked runs (track: true) in the browser"
 	@echo "make sync   after editing a chapter: export modules, clean notebooks, write links and README.md"
 	@echo "make clean  remove .venv and what the other targets made"
 
@@ -48,17 +49,24 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	@mkdir -p $(RUNS)
-	echo "==> Executing nbs/08_model.ipynb: the whole network, block by block, on the CPU"
-	$(BIN)/papermill --log-level ERROR --kernel python3 --cwd nbs nbs/08_model.ipynb $(RUNS)/08_model.ipynb
-	echo "==> Done. Open $(RUNS)/08_model.ipynb (make lab opens JupyterLab): shapes, pictures, golden numbers, speed."
+	rm -rf $(RUNS)/demo $(RUNS)/demo.ipynb
+	echo "==> Training on phantoms: nbs/experiments/train.ipynb with params/demo.yaml (about 4 minutes on 2 cores)"
+	$(BIN)/papermill --log-level ERROR --kernel python3 nbs/experiments/train.ipynb $(RUNS)/demo.ipynb -f nbs/experiments/params/demo.yaml -p runs $(RUNS)
+	$(BIN)/python -c 'import json; test = json.load(open("$(RUNS)/demo/metrics.json"))["test"]; print("==> Test Dice %.2f, IoU %.2f on phantoms that training never saw" % (test["dice"], test["iou"]))'
+	echo "==> Open the executed notebook $(RUNS)/demo.ipynb (make lab), and the figures $(RUNS)/demo/masks.png and $(RUNS)/demo/curves.png"
 
 test: $(READY)
-	@echo "==> Running everything that must pass: repository, chapters, network, checkpoints"
+	@echo "==> Running everything that must pass: repository, chapters, network, data, training, checkpoints"
 	$(BIN)/python -m pytest
 
 lab: $(READY)
-	@echo "==> Opening the chapters in JupyterLab; start with index.ipynb, stop with Ctrl-C"
-	$(BIN)/jupyter lab --notebook-dir nbs $(LAB_OPTIONS)
+	@echo "==> Opening the chapters in JupyterLab; stop with Ctrl-C"
+	$(BIN)/jupyter lab $(LAB_OPTIONS) nbs/index.ipynb
+
+mlflow: $(READY)
+	@if [ ! -f $(RUNS)/mlflow.db ]; then echo "$(RUNS)/mlflow.db is not there: train with track: true first" >&2; exit 1; fi
+	echo "==> Opening the tracked runs at http://127.0.0.1:5000; stop with Ctrl-C"
+	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$$PWD/$(RUNS)/mlflow.db"
 
 sync: $(READY)
 	@$(BIN)/python tools/notebooks.py

@@ -154,8 +154,9 @@ d = { 'settings': { 'branch': 'main',
                              'qtseg.model._read_official': ('model.html#_read_official', 'qtseg/model.py'),
                              'qtseg.model._read_safetensors': ('model.html#_read_safetensors', 'qtseg/model.py'),
                              'qtseg.model._some': ('model.html#_some', 'qtseg/model.py'),
-                             'qtseg.model._write_then_rename': ('model.html#_write_then_rename', 'qtseg/model.py'),
                              'qtseg.model.load_official': ('model.html#load_official', 'qtseg/model.py'),
                              'qtseg.model.official_names': ('model.html#official_names', 'qtseg/model.py'),
                              'qtseg.model.pad_to_multiple': ('model.html#pad_to_multiple', 'qtseg/model.py'),
-                             'qtseg.model.to_official': ('model.html#to_official', 'qtseg/model.py')}}}
+                             'qtseg.model.to_official': ('model.html#to_official', 'qtseg/model.py'),
+                             'qtseg.model.write_then_rename': ('model.html#write_then_rename', 'qtseg/model.py')},
+            'qtseg.training': {}}}

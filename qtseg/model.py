@@ -25,8 +25,8 @@ from .decoder import DECODERS, StageOutput
 from .encoder import Encoder
 
 # %% auto #0
-__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'Network', 'Forms', 'Checkpoints', 'QTSeg', 'official_names', 'to_official',
-           'load_official']
+__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'Network', 'Forms', 'write_then_rename', 'Checkpoints', 'QTSeg',
+           'official_names', 'to_official', 'load_official']
 
 # %% ../nbs/08_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
@@ -156,7 +156,7 @@ def _check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]
         raise ValueError(f"{source} does not fit this network: {'; '.join(found)}")
 
 # %% ../nbs/08_model.ipynb #5b22e59f
-def _write_then_rename(path: Path, write) -> None:
+def write_then_rename(path: Path, write) -> None:
     """`write(temporary path)`, then rename: whoever looks sees the old file or the whole new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -213,8 +213,8 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         config = json.dumps({"model_type": "qtseg", **self.config}, indent=2) + "\n"
-        _write_then_rename(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _write_then_rename(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
+        write_then_rename(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_then_rename(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
         return folder
 
     @classmethod

@@ -1,7 +1,7 @@
 """Keep everything that is derived from the notebooks true to them: `python tools/notebooks.py`, or `make sync`.
 
-Writes the repository's address (settings.ini) into every link and first cell, exports the modules, cleans the
-notebooks, and renders nbs/index.ipynb to README.md. tests/test_repository.py runs the same functions on a copy.
+Writes the repository's address (settings.ini) into every link and first cell and the results into the front page,
+exports the modules, cleans the notebooks, and renders nbs/index.ipynb to README.md. tests/test_repository.py runs the same functions on a copy.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import results
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,15 @@ def write_address(root: Path = ROOT) -> None:
         nbformat.write(notebook, path)
 
 
+def write_results(root: Path = ROOT) -> None:
+    """Put the table of results/ into the front page, between its two marks."""
+    path = root / "nbs" / "index.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda found: found[1] + results.table(root) + found[2], cell.source, flags=re.S)
+    nbformat.write(notebook, path)
+
+
 def render_readme(root: Path = ROOT) -> str:
     """nbs/index.ipynb as Markdown, its relative links rewritten to start from the repository's root."""
     body, _ = MarkdownExporter().from_filename(str(root / "nbs" / "index.ipynb"))
@@ -80,6 +90,7 @@ def run(command: str, root: Path) -> None:
 def main() -> None:
     """Bring everything derived up to date."""
     write_address()
+    write_results()
     run("nbdev_export", ROOT)
     run("nbdev_clean", ROOT)
     (ROOT / "README.md").write_text(render_readme(), encoding="utf-8")

@@ -1,0 +1,437 @@
+"""Augmentation: image and mask move together, nothing is invented, nothing is resampled twice, the same seed gives the same."""
+from __future__ import annotations
+
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from qtseg.augmentation import OPERATIONS, Augmentation, apply_geometry, compose, sampling_grid, seeded, warp
+from qtseg.data import normalise
+
+NAMES = ("vertical_flip", "horizontal_flip", "gaussian_noise", "gaussian_blur", "contrast", "scale", "rotate", "shear",
+         "piecewise_affine", "translate")
+GEOMETRIC = tuple(name for name in NAMES if OPERATIONS[name].kind != "photometric")
+PHOTOMETRIC = tuple(name for name in NAMES if OPERATIONS[name].kind == "photometric")
+FLIPS = ("vertical_flip", "horizontal_flip")
+SHAPES = [(1, 3, 33, 47), (5, 3, 32, 32), (2, 1, 41, 20), (3, 3, 7, 5), (2, 3, 1, 1), (1, 1, 64, 3)]
+
+
+def batch(count: int, channels: int, height: int, width: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images and random masks, always the same ones."""
+    random = torch.Generator().manual_seed(count * height + width)
+    images = torch.randint(0, 256, (count, channels, height, width), generator=random, dtype=torch.uint8)
+    return images, torch.randint(0, classes, (count, height, width), generator=random, dtype=torch.uint8)
+
+
+def only(name: str, **settings) -> Augmentation:
+    """An augmentation that knows a single operation."""
+    return Augmentation(operations=(name,), most=1, **settings)
+
+
+def seed_that_draws(augmentation: Augmentation, shape: tuple[int, int, int], names: tuple[str, ...]) -> int:
+    """A seed for which one image goes through exactly these operations, in this order."""
+    for seed in range(5000):
+        (steps,) = augmentation.draw(1, shape, seed)
+        if tuple(name for name, _ in steps) == names:
+            return seed
+    raise AssertionError(f"no seed draws {names}")
+
+
+def pixel_matrix(matrix: np.ndarray, height: int, width: int) -> np.ndarray:
+    """From pixels about the centre to OpenCV's pixels about the top left one: [3, 3] -> [2, 3]."""
+    centre = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
+    return (centre @ matrix @ np.linalg.inv(centre))[:2]
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def test_the_ten_operations_have_their_names():
+    assert tuple(OPERATIONS) == NAMES and Augmentation().operations == NAMES
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("strength", [0.5, 1, 2])
+def test_type_shape_and_range_at_any_size(shape, strength):
+    images, masks = batch(*shape)
+    before = images.clone(), masks.clone()
+    for seed in range(8):
+        new_images, new_masks = Augmentation(strength=strength)(images, masks, seed)
+        assert new_images.dtype == torch.float32 and new_images.shape == images.shape
+        assert new_masks.dtype == torch.int64 and new_masks.shape == masks.shape
+        assert new_images.min() >= -1 and new_images.max() <= 1 and new_images.isfinite().all()
+    assert torch.equal(images, before[0]) and torch.equal(masks, before[1]), "the arguments are left alone"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operation_alone(name, shape):
+    images, masks = batch(*shape)
+    results = [only(name)(images, masks, seed) for seed in range(12)]
+    if min(shape[2:]) > 5:
+        assert any(not torch.equal(result, normalise(images)) for result, _ in results), "it never did anything"
+    if name in PHOTOMETRIC:
+        assert all(torch.equal(result, masks.long()) for _, result in results), "colours do not move masks"
+    for _, result in results:
+        assert set(result.unique().tolist()) <= set(masks.unique().tolist()) | {0}
+
+
+@pytest.mark.parametrize("value", [0, 3, 255])
+def test_constant_images_and_empty_masks(value):
+    images, masks = torch.full((16, 3, 37, 29), value, dtype=torch.uint8), torch.zeros(16, 37, 29, dtype=torch.uint8)
+    settings = Augmentation(operations=GEOMETRIC, fill=(value,) * 3)
+    for seed in range(4):
+        new_images, new_masks = settings(images, masks, seed)
+        assert (new_images - normalise(images)).abs().max() < 1e-6 and not new_masks.any()
+
+
+def test_an_empty_batch():
+    images, masks = Augmentation()(*batch(0, 3, 8, 8), 1)
+    assert images.shape == (0, 3, 8, 8) and masks.shape == (0, 8, 8)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_classes_are_never_invented(classes):
+    images, masks = batch(8, 3, 40, 56, classes)
+    masks[masks == 1] = 7  # a gap: any mixing of 0 and 7 would show
+    allowed = set(masks.unique().tolist()) | {0}
+    for seed in range(12):
+        _, new_masks = Augmentation(operations=GEOMETRIC, most=6)(images, masks, seed)
+        assert set(new_masks.unique().tolist()) <= allowed
+
+
+def test_class_indices_up_to_255_survive():
+    masks = torch.full((4, 32, 32), 255, dtype=torch.uint8)
+    _, new_masks = Augmentation(operations=GEOMETRIC)(batch(4, 3, 32, 32)[0], masks, 5)
+    assert set(new_masks.unique().tolist()) <= {0, 255}
+
+
+# ---------------------------------------------------------------- chance
+
+
+def test_the_same_seed_gives_the_same_and_another_seed_another():
+    images, masks = batch(8, 3, 48, 48)
+    first, again, other = (Augmentation()(images, masks, seed) for seed in (7, 7, 8))
+    torch.rand(5)  # the global generator plays no part
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+
+
+def test_global_randomness_is_neither_used_nor_moved():
+    images, masks = batch(8, 3, 48, 48)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    Augmentation()(images, masks, 1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_seeds_that_differ_only_beyond_32_bits_differ():
+    """PyTorch's CPU generator looks at the lower 32 bits only; epoch * 2**32 + batch must not repeat itself."""
+    draws = {str(Augmentation().draw(4, (3, 32, 32), 5 + epoch * 2**32)) for epoch in range(20)}
+    assert len(draws) == 20
+    assert torch.rand(1, generator=seeded(5)) != torch.rand(1, generator=seeded(5, "noise"))
+    for seed in (-1, 2**70, np.int64(4)):
+        Augmentation().draw(1, (3, 8, 8), seed)
+
+
+def test_each_image_of_a_batch_goes_its_own_way():
+    images, masks = batch(1, 3, 32, 32)
+    new_images, _ = Augmentation()(images.expand(32, -1, -1, -1), masks.expand(32, -1, -1), 2)
+    assert len({one.numpy().tobytes() for one in new_images}) > 20
+
+
+@pytest.mark.parametrize("most", [0, 1, 4, 10, 99])
+def test_the_number_of_operations_is_uniform(most):
+    draws = Augmentation(most=most).draw(3000, (3, 32, 32), 11)
+    counts, highest = Counter(map(len, draws)), min(most, 10)
+    assert set(counts) == set(range(highest + 1))
+    expected = 3000 / (highest + 1)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in counts.values())
+    assert all(len({name for name, _ in steps}) == len(steps) for steps in draws), "drawn without replacement"
+
+
+def test_every_operation_and_every_order_is_drawn_equally_often():
+    draws = Augmentation().draw(4000, (3, 32, 32), 12)
+    counts = Counter(name for steps in draws for name, _ in steps)
+    assert set(counts) == set(NAMES) and all(abs(count - 800) < 140 for count in counts.values())
+    pairs = Counter(tuple(name for name, _ in steps if name in ("rotate", "scale")) for steps in draws)
+    assert abs(pairs["rotate", "scale"] - pairs["scale", "rotate"]) < 5 * (2 * pairs["rotate", "scale"]) ** 0.5 > 0
+
+
+@pytest.mark.parametrize("strength", [0.5, 1, 2])
+def test_ranges_of_the_recipe(strength):
+    draws = Augmentation(most=10, strength=strength).draw(2000, (3, 100, 200), 13)
+    drawn = {name: [numbers for steps in draws for one, numbers in steps if one == name] for name in NAMES}
+    assert all(len(numbers) > 500 for numbers in drawn.values())
+
+    def close(values, low, high):
+        assert low - 1e-9 <= min(values) < low + 0.03 * (high - low) and high - 0.03 * (high - low) < max(values) <= high + 1e-9
+
+    for axis in (0, 1):
+        close([matrix[axis, axis] for matrix in drawn["scale"]], 0.5**strength, 2**strength)
+        reach = 0.2 * strength * (200, 100)[axis]
+        close([matrix[axis, 2] for matrix in drawn["translate"]], -reach, reach)
+    assert any(abs(matrix[0, 0] - matrix[1, 1]) > 0.2 for matrix in drawn["scale"]), "independent factors"
+    close([np.degrees(np.arctan2(matrix[1, 0], matrix[0, 0])) for matrix in drawn["rotate"]], -40 * strength, 40 * strength)
+    close([np.degrees(np.arctan(matrix[0, 1])) for matrix in drawn["shear"]], -16 * strength, 16 * strength)
+    close([factor for factors in drawn["contrast"] for factor in factors], 1 - 0.5 * strength, 1 + 0.5 * strength)
+    same = np.mean([len(set(factors)) == 1 for factors in drawn["contrast"]])
+    assert 0.42 < same < 0.58, "per channel in half of the cases"
+    assert set(drawn["gaussian_noise"]) == {strength * 0.01} and set(drawn["gaussian_blur"]) == {strength}
+    spread = np.std(np.concatenate([field.ravel() for field in drawn["piecewise_affine"]]))
+    assert abs(spread - 0.020 * strength) < 0.001 * strength  # the root of the mean of scale², scale between 0.008 and 0.03
+    for name, axis in (("horizontal_flip", 0), ("vertical_flip", 1)):
+        share = np.mean([matrix[axis, axis] == -1 for matrix in drawn[name]])
+        assert abs(share - min(0.5 * strength, 0.5)) < 0.08
+
+
+# ---------------------------------------------------------------- nothing happens
+
+
+@pytest.mark.parametrize("settings", [{"strength": 0}, {"strength": 0.0, "most": 10}, {"most": 0}, {"operations": ()}], ids=str)
+def test_identity_to_the_last_bit(settings):
+    images, masks = batch(6, 3, 21, 34)
+    for seed in range(5):
+        new_images, new_masks = Augmentation(**settings)(images, masks, seed)
+        assert torch.equal(new_images, normalise(images)) and torch.equal(new_masks, masks.long())
+
+
+def test_images_without_geometry_keep_every_bit():
+    images, masks = batch(64, 3, 20, 31)
+    settings = Augmentation(operations=GEOMETRIC)
+    new_images, new_masks = settings(images, masks, 3)
+    empty = [row for row, steps in enumerate(settings.draw(64, (3, 20, 31), 3)) if not steps]
+    assert len(empty) > 4
+    assert torch.equal(new_images[empty], normalise(images[empty])) and torch.equal(new_masks[empty], masks[empty].long())
+
+
+# ---------------------------------------------------------------- flips
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flips_are_exact(shape):
+    images, masks = batch(*shape)
+    plain, labels = normalise(images), masks.long()
+    settings, seen = Augmentation(operations=FLIPS, most=2), set()
+    for seed in range(40):
+        new_images, new_masks = settings(images, masks, seed)
+        for row, steps in enumerate(settings.draw(len(images), shape[1:], seed)):
+            axes = compose(steps).flipped_axes
+            seen.add(axes)
+            assert torch.equal(new_images[row], plain[row].flip(axes))
+            assert torch.equal(new_masks[row], labels[row].flip([axis - 1 for axis in axes]))
+    assert seen == {(), (1,), (2,), (1, 2)}
+
+
+def test_a_flip_between_warps_is_part_of_the_warp():
+    """Flip, rotate, flip equals rotating the other way: the order inside the composition is right."""
+    flip, rotate = np.diag([-1.0, 1, 1]), np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
+    there = compose([("horizontal_flip", flip), ("rotate", rotate), ("horizontal_flip", flip)])
+    assert np.allclose(there.matrix, rotate) and there.flipped_axes is None  # the inverse of the opposite rotation
+    assert compose([("horizontal_flip", flip), ("horizontal_flip", flip)]).flipped_axes == ()
+
+
+# ---------------------------------------------------------------- warps
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (61, 90)])
+@pytest.mark.parametrize("names", [("scale",), ("rotate",), ("shear",), ("translate",), ("rotate", "scale"), ("scale", "rotate"),
+                                   ("translate", "rotate", "horizontal_flip"), ("shear", "scale", "translate", "rotate")], ids="-".join)
+def test_one_composed_warp_equals_opencv(names, height, width):
+    settings = Augmentation(operations=GEOMETRIC)
+    seed = seed_that_draws(settings, (3, height, width), names)
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8), (0, 0), 3)
+    mask = (image[..., 0] > np.median(image[..., 0])).astype(np.uint8)
+    (steps,) = settings.draw(1, (3, height, width), seed)
+    forward = np.eye(3)
+    for _, matrix in steps:
+        forward = matrix @ forward  # the first operation acts first
+    matrix = pixel_matrix(forward, height, width)
+    expected = cv2.warpAffine(image.astype(np.float32), matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(9, 8, 7))
+    labels = cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_NEAREST)
+    new_images, new_masks = Augmentation(operations=GEOMETRIC, fill=(9, 8, 7))(
+        torch.from_numpy(image).permute(2, 0, 1)[None], torch.from_numpy(mask)[None], seed)
+    difference = np.abs((new_images[0].permute(1, 2, 0).numpy() + 1) * 127.5 - expected)
+    assert difference.max() < 4 and difference.mean() < 0.06, "OpenCV 4 rounds positions to 1/32 pixel; OpenCV 5 agrees to 1e-4"
+    assert (new_masks[0].numpy() != labels).mean() < 0.01
+
+
+def test_one_composed_warp_equals_an_exact_sum():
+    """Bilinear interpolation written out in NumPy, in double precision, the rim included."""
+    height, width = 23, 31
+    images, masks = batch(1, 3, height, width)
+    rotate = np.array([[0.9, -0.3, 2.2], [0.35, 1.2, -1.7], [0, 0, 1]])
+    new_images, _ = apply_geometry(images, masks, [compose([("rotate", rotate)])], torch.tensor([10, 20, 30], dtype=torch.uint8))
+    y, x = np.mgrid[:height, :width]
+    source = np.linalg.inv(rotate) @ np.stack([x.ravel() - (width - 1) / 2, y.ravel() - (height - 1) / 2, np.ones(x.size)])
+    x, y = source[0] + (width - 1) / 2, source[1] + (height - 1) / 2
+    total = np.zeros((3, x.size))
+    for i in (0, 1):
+        for j in (0, 1):
+            row, column = np.floor(y).astype(int) + i, np.floor(x).astype(int) + j
+            weight = (1 - np.abs(y - row)) * (1 - np.abs(x - column))
+            outside = (row < 0) | (row >= height) | (column < 0) | (column >= width)
+            values = images[0].numpy()[:, row.clip(0, height - 1), column.clip(0, width - 1)]
+            total += weight * np.where(outside, np.array([[10], [20], [30]]), values)
+    assert np.abs((new_images[0].numpy().reshape(3, -1) + 1) * 127.5 - total).max() < 0.02
+
+
+@pytest.mark.parametrize("names", [(name,) for name in GEOMETRIC] + [("rotate", "piecewise_affine", "scale")], ids="-".join)
+def test_image_and_mask_go_the_same_way(names):
+    """The mask, drawn as a picture, and the mask itself: after the warp they agree wherever the picture is not between two classes."""
+    y, x = np.mgrid[:57, :66]
+    mask = ((np.hypot(x - 40, y - 20) < 15).astype(np.uint8) + (np.hypot(x - 40, y - 20) < 7))
+    masks = torch.from_numpy(mask.astype(np.uint8))[None]
+    images = (100 * masks)[:, None].expand(1, 3, 57, 66).contiguous()
+    settings = Augmentation(operations=GEOMETRIC)
+    seed = seed_that_draws(settings, (3, 57, 66), names)
+    new_images, new_masks = settings(images, masks, seed)
+    as_class = (new_images[0, 0] + 1) * 1.275
+    certain = (as_class - as_class.round()).abs() < 0.01
+    assert certain.double().mean() > 0.7 and torch.equal(as_class.round().long()[certain], new_masks[0][certain])
+    assert (as_class - new_masks[0]).abs().max() < 1.01
+
+
+def test_the_displacement_acts_at_its_place_in_the_order():
+    """rotate, then displace, is not displace, then rotate; and each equals doing its steps one after the other."""
+    height = width = 64
+    smooth = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 256, (height, width), dtype=np.uint8), (0, 0), 4)
+    images = torch.from_numpy(cv2.normalize(smooth, None, 0, 255, cv2.NORM_MINMAX))[None, None]
+    masks, fill = torch.zeros(1, height, width, dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8)
+    random = torch.Generator().manual_seed(0)
+    turn, move = (("rotate", np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])),
+                  ("piecewise_affine", 0.03 * torch.randn((2, 4, 4), generator=random).numpy()))
+    results = []
+    for steps in ([turn, move], [move, turn]):
+        at_once = apply_geometry(images, masks, [compose(steps)], fill)[0]
+        in_turn = images
+        for step in steps:
+            in_turn = ((apply_geometry(in_turn, masks, [compose([step])], fill)[0] + 1) * 127.5).round().to(torch.uint8)
+        centre = (slice(None), slice(None), slice(16, 48), slice(16, 48))
+        assert ((at_once + 1) * 127.5 - in_turn)[centre].abs().mean() < 1.5
+        results.append(at_once)
+    assert ((results[0] - results[1]) * 127.5).abs().mean() > 4
+
+
+def test_the_displacement_reaches_its_control_points():
+    field = np.zeros((2, 4, 4), np.float32)
+    field[0, 1, 2], field[1, 1, 2] = 0.02, -0.01
+    still, moved = (sampling_grid([compose([("piecewise_affine", one)])], 61, 91) for one in (0 * field, field))
+    shift = (moved - still)[0] / 2  # in shares of the image
+    assert abs(shift[20, 60, 0] - 0.02) < 5e-4 and abs(shift[20, 60, 1] + 0.01) < 5e-4  # the point at 2/3 of the width, 1/3 of the height
+    assert shift[:, :30].abs().max() < 2.5e-3 and (shift[:-1] - shift[1:]).abs().max() < 0.002, "smooth, and local"
+
+
+@pytest.mark.parametrize("fill", [(0, 128, 128), (255, 0, 7)])
+def test_fill_outside_images_and_zero_outside_masks(fill):
+    images, masks = batch(1, 3, 40, 40)
+    masks.fill_(2)
+    shift = ("translate", np.array([[1, 0, 12.0], [0, 1, -5.0], [0, 0, 1]]))
+    new_images, new_masks = apply_geometry(images, masks, [compose([shift])], torch.tensor(fill, dtype=torch.uint8))
+    expected = normalise(torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1))
+    assert torch.equal(new_images[:, :, :, :11], expected.expand(1, 3, 40, 11)) and not new_masks[:, :, :12].any()
+    assert torch.equal(new_images[:, :, 36:], expected.expand(1, 3, 4, 40)) and not new_masks[:, 35:].any()
+    assert (new_images[:, :, :35, 12:] - normalise(images)[:, :, 5:, :28]).abs().max() < 1e-3
+    assert (new_masks[:, :35, 12:] == 2).all()
+
+
+def test_warp_takes_one_grid_for_both():
+    images, masks = batch(2, 3, 16, 16)
+    geometries = [compose([("scale", np.diag([0.7, 1.3, 1]))])] * 2
+    new_images, new_masks = warp(images, masks, sampling_grid(geometries, 16, 16), torch.zeros(3, dtype=torch.uint8))
+    assert new_images.shape == (2, 3, 16, 16) and new_masks.shape == (2, 16, 16)
+
+
+# ---------------------------------------------------------------- colours
+
+
+def test_noise_has_its_sigma_and_is_grey():
+    images, masks = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8), torch.zeros(4, 64, 64, dtype=torch.uint8)
+    new_images, _ = Augmentation(operations=("gaussian_noise",), most=1)(images, masks, 1)
+    noise = 127.5 * (new_images - normalise(images))
+    rows = [row for row in range(4) if noise[row].any()]
+    assert 0 < len(rows) < 4 and abs(noise[rows].std() - 1.275) < 0.03
+    assert torch.equal(noise[:, 0], noise[:, 1]), "one value for all channels of a pixel"
+
+
+def test_blur_equals_opencv_inside():
+    images, masks = batch(1, 3, 40, 50)
+    settings = only("gaussian_blur")
+    new_images, _ = settings(images, masks, seed_that_draws(settings, (3, 40, 50), ("gaussian_blur",)))
+    expected = cv2.GaussianBlur(images[0].permute(1, 2, 0).numpy().astype(np.float32), (5, 5), 1, borderType=cv2.BORDER_REPLICATE)
+    assert np.abs((new_images[0].permute(1, 2, 0).numpy() + 1) * 127.5 - expected).max() < 1e-3
+
+
+def test_contrast_turns_about_grey():
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).repeat(1, 3, 2, 1)
+    settings = only("contrast")
+    seed = seed_that_draws(settings, (3, 2, 256), ("contrast",))
+    ((_, factors),) = settings.draw(1, (3, 2, 256), seed)[0]
+    new_images, _ = settings(ramp, torch.zeros(1, 2, 256, dtype=torch.uint8), seed)
+    expected = torch.stack([(127 + factor * (torch.arange(256.0) - 127)).clamp(0, 255) for factor in factors])
+    assert ((new_images[0, :, 0] + 1) * 127.5 - expected).abs().max() < 1e-3
+
+
+def test_noise_before_blur_is_not_noise_after_blur():
+    images, masks = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    settings, spread = Augmentation(operations=("gaussian_noise", "gaussian_blur"), most=2), {}
+    for names in (("gaussian_noise", "gaussian_blur"), ("gaussian_blur", "gaussian_noise")):
+        spread[names[0]] = settings(images, masks, seed_that_draws(settings, (3, 64, 64), names))[0].std()
+    assert spread["gaussian_noise"] < 0.4 * spread["gaussian_blur"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"operations": ("rotate", "rotatee")}, "rotatee.*known are.*vertical_flip.*translate"),
+    ({"operations": "rotate"}, "operations must be a tuple"),
+    ({"operations": ("rotate", "rotate")}, "different names"),
+    ({"most": -1}, "most must be an integer >= 0"), ({"most": 2.5}, "most"), ({"most": True}, "most"),
+    ({"strength": -0.1}, "strength must be a number from 0"), ({"strength": 2.1}, "to 2"), ({"strength": float("nan")}, "strength"),
+    ({"strength": "1"}, "strength"), ({"fill": (0, 0, 256)}, "fill must be"), ({"fill": (0.5, 0, 0)}, "fill"), ({"fill": 0}, "fill"),
+    ({"fill": ()}, "fill"), ({"operations": 3}, "operations must be a tuple"),
+], ids=str)
+def test_bad_settings_are_refused_in_one_sentence(settings, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        Augmentation(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_batches_are_refused_in_one_sentence():
+    images, masks = batch(2, 3, 8, 9)
+    for arguments, words in [((images.float(), masks, 1), "images must be uint8"), ((images[0], masks, 1), "images must be uint8"),
+                             ((images.numpy(), masks, 1), "images must be uint8.*ndarray"), ((images, masks.float(), 1), "masks must be"),
+                             ((images, masks[:, None], 1), "masks must be"), ((images, masks[:1], 1), "one size"),
+                             ((images, masks.transpose(1, 2), 1), "one size"), ((images, masks, 1.5), "seed"), ((images, masks, None), "seed"),
+                             ((images[:, :, :0], masks[:, :0], 1), "images must be")]:
+        with pytest.raises(ValueError, match=words) as caught:
+            Augmentation()(*arguments)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="fill has 2 values, the images have 3 channels"):
+        Augmentation(fill=(1, 2))(images, masks, 1)
+    Augmentation(fill=(7,))(images, masks, 1)  # equal values fit any number of channels
+    Augmentation()(images[:, :1], masks, 1)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_draws_the_same_and_never_waits():
+    images, masks = batch(16, 3, 65, 48)
+    settings = Augmentation(operations=GEOMETRIC)
+    expected_images, expected_masks = settings(images, masks, 4)
+    on_device = images.cuda(), masks.cuda()
+    settings(*on_device, 4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        new_images, new_masks = settings(*on_device, 4)
+        Augmentation()(*on_device, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert new_images.is_cuda and new_masks.is_cuda
+    assert (new_images.cpu() - expected_images).abs().mean() < 1e-3 and (new_masks.cpu() != expected_masks).double().mean() < 1e-3

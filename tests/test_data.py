@@ -1,0 +1,871 @@
+"""Data: every file kind read rightly, every problem found before training, folds without leakage, a cache that survives crashes."""
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, shared_folder
+from qtseg import data as module
+from qtseg.data import (DataProblems, SegmentationData, cache_root, mask_bits, normalise, pack_mask, read_image, read_mask,
+                        resize_pair, unpack_masks)
+
+SHARED = shared_folder() / "data"
+
+
+def real(name: str):
+    return pytest.mark.skipif(not (SHARED / name).is_file(), reason=f"no {name} in {SHARED}")
+
+
+def picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
+    """A coloured picture with some structure, uint8 [height, width, 3]; never grey."""
+    y, x = np.mgrid[:height, :width]
+    rng = np.random.default_rng(seed)
+    waves = [120 + 90 * np.sin(x * a + y * b + c) for a, b, c in rng.uniform(0.05, 0.5, (3, 3))]
+    return np.clip(np.stack(waves, axis=2), 0, 255).astype(np.uint8)
+
+
+def blob(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
+    """A disc, bool [height, width]."""
+    y, x = np.mgrid[:height, :width]
+    rng = np.random.default_rng(seed)
+    return (y - rng.uniform(12, height - 12)) ** 2 + (x - rng.uniform(12, width - 12)) ** 2 < rng.uniform(40, 100)
+
+
+def save(path: Path, array, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(path, **options)
+    return path
+
+
+def plain(folder: Path, count: int = 6, first: int = 0, prefix: str = "case", images: str = "images", masks: str = "masks",
+          suffix: str = "", extension: str = "png") -> Path:
+    """A plain pair of folders with 0/255 masks."""
+    for i in range(first, first + count):
+        save(folder / images / f"{prefix}{i:03d}.{extension}", picture(i))
+        save(folder / masks / f"{prefix}{i:03d}{suffix}.png", blob(i).astype(np.uint8) * 255)
+    return folder
+
+
+def manifest(folder: Path, rows: list[dict], classes=("background", "lesion"), columns=module.COLUMNS) -> Path:
+    """manifest.csv and dataset.json, by hand."""
+    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "dataset.json").write_text(json.dumps({"name": "by hand", "classes": list(classes)}))
+    return folder
+
+
+def prepared(folder: Path, count: int = 12, groups=("a", "b"), **columns) -> tuple[Path, list[dict]]:
+    rows = []
+    for i in range(count):
+        save(folder / "images" / f"p{i:02d}.png", picture(i))
+        save(folder / "masks" / f"p{i:02d}.png", blob(i).astype(np.uint8))
+        rows.append({"id": f"p{i:02d}", "image": f"images/p{i:02d}.png", "mask": f"masks/p{i:02d}.png", "group": groups[i % len(groups)],
+                     "width": 48, "height": 40} | {name: value(i) for name, value in columns.items()})
+    return manifest(folder, rows), rows
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """SegmentationData.open with a private cache, no bar, and small squares."""
+    def run(source, **options):
+        return SegmentationData.open(source, **{"size": 32, "cache": tmp_path / "cache", "progress": False, "workers": 2} | options)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+RGB = picture(1)
+GREY = RGB[:, :, 0]
+
+
+def exact(expected):
+    return np.repeat(expected[:, :, None], 3, axis=2) if expected.ndim == 2 else expected
+
+
+def palette_image(indices: np.ndarray, colours: list[int]) -> Image.Image:
+    image = Image.frombytes("P", indices.shape[::-1], indices.astype(np.uint8).tobytes())
+    image.putpalette(colours)
+    return image
+
+
+INDICES = (GREY // 90).astype(np.uint8)
+PALETTE = [200, 30, 10, 0, 90, 250, 7, 8, 9]
+MODES = {
+    "1": (Image.fromarray(GREY > 120), "png", exact(((GREY > 120) * 255).astype(np.uint8))),
+    "L": (Image.fromarray(GREY), "png", exact(GREY)),
+    "LA": (Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(255 - GREY)]), "png", exact(GREY)),
+    "RGB": (Image.fromarray(RGB), "png", RGB),
+    "RGB bmp": (Image.fromarray(RGB), "bmp", RGB),
+    "RGB tif": (Image.fromarray(RGB), "tif", RGB),
+    "RGBA": (Image.fromarray(np.dstack([RGB, GREY])), "png", RGB),
+    "P": (palette_image(INDICES, PALETTE), "png", np.array(PALETTE, np.uint8).reshape(-1, 3)[INDICES]),
+    "16 bit": (Image.fromarray(GREY.astype(np.uint16) * 257), "png", exact(GREY)),
+    "16 bit tif": (Image.fromarray(GREY.astype(np.uint16) * 257 + 100), "tif", exact(GREY)),
+    "CMYK": (Image.fromarray(RGB).convert("CMYK"), "tif", RGB),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_image(mode, tmp_path):
+    image, extension, expected = MODES[mode]
+    read = read_image(save(tmp_path / f"a.{extension}", image))
+    assert read.dtype == np.uint8 and read.shape == (40, 48, 3) and read.flags.writeable
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_transparent_palette_keeps_its_colours(tmp_path):
+    image = palette_image(INDICES, PALETTE)
+    path = save(tmp_path / "a.png", image, transparency=bytes([0, 128, 255]))
+    np.testing.assert_array_equal(read_image(path), MODES["P"][2])
+
+
+def test_cmyk_jpeg_is_close(tmp_path):
+    read = read_image(save(tmp_path / "a.jpg", Image.fromarray(RGB).convert("CMYK"), quality=98))
+    assert abs(read.astype(int) - RGB).mean() < 4
+
+
+def test_sixteen_bits_use_the_full_range(tmp_path):
+    values = np.array([[0, 128, 129, 32768, 65406, 65407, 65535]], np.uint16)
+    read = read_image(save(tmp_path / "a.png", Image.fromarray(values)))
+    assert read[0, :, 0].tolist() == [0, 0, 1, 128, 254, 255, 255]
+
+
+@pytest.mark.parametrize("array", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70000, np.int32)], ids=["float", "32 bits"])
+def test_pixels_of_unknown_range_are_refused(array, tmp_path):
+    path = save(tmp_path / "a.tif", Image.fromarray(array))
+    with pytest.raises(ValueError, match="a.tif: .* 8 or 16 bits"):
+        read_image(path)
+
+
+TURNS = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+         6: lambda a: np.rot90(a, 3), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("mode", ["RGB", "16 bit", "mask"])
+def test_exif_orientation_is_honoured(orientation, mode, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if mode == "mask":
+        stored = (blob(3) * 255).astype(np.uint8)
+        read = read_mask(save(tmp_path / "a.png", stored, exif=exif), "binary")
+        expected = TURNS[orientation](blob(3))
+    else:
+        read = read_image(save(tmp_path / "a.png", MODES[mode][0], exif=exif))
+        expected = TURNS[orientation](MODES[mode][2])
+    np.testing.assert_array_equal(read, expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "cut png", "cut jpg"])
+def test_damaged_files_are_named(content, tmp_path):
+    if isinstance(content, str):
+        stream = io.BytesIO()
+        Image.fromarray(RGB).save(stream, "PNG" if content == "cut png" else "JPEG")
+        content = stream.getvalue()[:-len(stream.getvalue()) // 3]
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="a.png: cannot be read"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: cannot be read"):
+        read_mask(tmp_path / "a.png")
+
+
+BLOB = blob(5)
+EIGHT = BLOB.astype(np.uint8)
+BINARY = {
+    "1 bit": Image.fromarray(BLOB),
+    "0/1": EIGHT,
+    "0/255": EIGHT * 255,
+    "0/77": EIGHT * 77,
+    "RGB": np.repeat(EIGHT[:, :, None] * 255, 3, axis=2),
+    "RGBA": np.dstack([np.repeat(EIGHT[:, :, None] * 255, 3, axis=2), np.full_like(EIGHT, 255)]),
+    "LA": Image.merge("LA", [Image.fromarray(EIGHT * 255), Image.fromarray(np.full_like(EIGHT, 9))]),
+    "16 bit": EIGHT.astype(np.uint16) * 65535,
+    "palette black white": palette_image(EIGHT, [0, 0, 0, 255, 255, 255]),
+    "palette white black": palette_image(1 - EIGHT, [255, 255, 255, 0, 0, 0]),
+    "coloured": EIGHT[:, :, None] * np.array([0, 200, 0], np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", BINARY)
+def test_binary_masks(kind, tmp_path):
+    array = BINARY[kind]
+    read = read_mask(save(tmp_path / "a.png", array), "binary")
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, EIGHT)
+
+
+def test_binary_is_above_half_of_the_maximum(tmp_path):
+    values = np.array([[0, 99, 100, 101, 200]], np.uint8)
+    assert read_mask(save(tmp_path / "a.png", values), "binary").tolist() == [[0, 0, 0, 1, 1]]
+    assert read_mask(save(tmp_path / "b.png", values * 0), "binary").tolist() == [[0, 0, 0, 0, 0]]
+    assert read_mask(save(tmp_path / "c.png", values * 0 + 255), "binary").tolist() == [[1, 1, 1, 1, 1]]
+
+
+def test_jpeg_mask_is_binary_only(tmp_path):
+    path = save(tmp_path / "a.jpg", EIGHT * 255, quality=85)
+    np.testing.assert_array_equal(read_mask(path, "binary"), EIGHT)
+    for masks in ("index", "any"):
+        with pytest.raises(ValueError, match='JPEG.*masks="binary"'):
+            read_mask(path, masks)
+
+
+INDEX = {
+    "grey": INDICES,
+    "palette": palette_image(INDICES, PALETTE),
+    "RGB": np.repeat(INDICES[:, :, None], 3, axis=2),
+    "16 bit": INDICES.astype(np.uint16),
+    "1 bit": Image.fromarray(INDICES > 0),
+}
+
+
+@pytest.mark.parametrize("kind", INDEX)
+def test_index_masks(kind, tmp_path):
+    path = save(tmp_path / "a.png", INDEX[kind])
+    expected = (INDICES > 0).astype(np.uint8) if kind == "1 bit" else INDICES
+    assert INDICES.max() == 2
+    np.testing.assert_array_equal(read_mask(path, "index", classes=3), expected)
+    np.testing.assert_array_equal(read_mask(path, "any"), (INDICES > 0).astype(np.uint8))
+
+
+@pytest.mark.parametrize("array, masks, classes, words", [
+    (INDICES, "index", 2, ["class index 2", "classes=2 allows 0 to 1", "classes=3", 'masks="any"']),
+    (EIGHT * 255, "index", 2, ["class index 255", 'masks="binary"']),
+    (EIGHT * 255, "index", 3, ["class index 255", "allows 0 to 2"]),
+    (EIGHT.astype(np.uint16) * 300, "index", 256, ["class index 300"]),
+    (INDICES, "binary", 2, ["0, 1, 2", 'masks="any"', "classes=3"]),
+    (EIGHT[:, :, None] * np.array([0, 200, 0], np.uint8), "index", 3, ["coloured", 'masks="binary"']),
+])
+def test_masks_that_cannot_be_meant(array, masks, classes, words, tmp_path):
+    path = save(tmp_path / "a.png", array)
+    with pytest.raises(ValueError) as caught:
+        read_mask(path, masks, classes)
+    assert all(word in str(caught.value) for word in ["a.png", *words])
+
+
+def test_read_mask_refuses_unknown_kinds(tmp_path):
+    with pytest.raises(ValueError, match="masks must be"):
+        read_mask(tmp_path / "a.png", "auto")
+
+
+# ---------------------------------------------------------------------------------------------------------------- geometry
+@pytest.mark.parametrize("height, width", [(40, 48), (97, 61), (33, 200), (64, 64), (20, 90), (31, 17)])
+def test_squash_and_pad_geometry(height, width):
+    image, mask = picture(2, height, width), np.ones((height, width), np.uint8)
+    for resize in module.RESIZES:
+        small, small_mask = resize_pair(image, mask, 64, resize)
+        assert small.shape == (64, 64, 3) and small_mask.shape == (64, 64) and small.dtype == small_mask.dtype == np.uint8
+    new_height, new_width = round(height * 64 / max(height, width)), round(width * 64 / max(height, width))
+    assert small_mask[:new_height, :new_width].all() and small_mask.sum() == new_height * new_width
+    assert not small[new_height:].any() and not small[:, new_width:].any()
+    np.testing.assert_array_equal(resize_pair(image[:, :, ::-1], mask, 64)[0], resize_pair(image, mask, 64)[0][:, :, ::-1])
+
+
+def test_shrinking_is_the_area_average():
+    image = picture(4, 96, 64)
+    blocks = image.reshape(32, 3, 32, 2, 3).mean(axis=(1, 3))
+    assert abs(resize_pair(image, blob(1, 96, 64).astype(np.uint8), 32)[0] - blocks).max() <= 0.51
+    np.testing.assert_array_equal(resize_pair(image, blob(1, 96, 64).astype(np.uint8), 32)[0], cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA))
+
+
+def test_an_axis_that_shrinks_is_averaged_while_the_other_grows():
+    stripes = np.zeros((16, 256, 3), np.uint8)
+    stripes[:, ::2] = 254  # every other column: the average is 127 everywhere
+    small, _ = resize_pair(stripes, stripes[:, :, 0] // 254, 32)
+    assert (small == 127).all()
+
+
+def test_mask_takes_the_nearest_pixel_centre():
+    mask = np.arange(60, dtype=np.uint8).reshape(1, 60).repeat(60, axis=0)
+    _, small = resize_pair(np.zeros((60, 60, 3), np.uint8), mask, 20)
+    np.testing.assert_array_equal(small[0], np.arange(1, 60, 3))  # the middle of each three
+    classes = (np.arange(60) // 20).astype(np.uint8)[None].repeat(60, axis=0)
+    _, small = resize_pair(np.zeros((60, 60, 3), np.uint8), classes, 41)
+    assert set(np.unique(small)) == {0, 1, 2}
+
+
+def test_resize_pair_refuses():
+    with pytest.raises(ValueError, match="resize must be"):
+        resize_pair(RGB, EIGHT, 32, "crop")
+    with pytest.raises(ValueError, match="must be"):
+        resize_pair(RGB[:-1], EIGHT, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------- layouts
+@pytest.mark.parametrize("suffix", ["", "_segmentation", "_Segmentation", "_mask"])
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_official_layout(suffix, extension, opened, tmp_path):
+    source = tmp_path / "official"
+    for split, first, count in (("train", 0, 5), ("val", 10, 3), ("test", 20, 2)):
+        plain(source / split, count, first, images="inputs", masks="targets", suffix=suffix, extension=extension)
+    (source / "train" / "inputs" / ".DS_Store").write_text("x")
+    (source / "train" / "inputs" / "LICENSE.txt").write_text("x")
+    data = opened(source)
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [5, 3, 2] and data.notes == []
+    assert data.train.ids == [f"case{i:03d}" for i in range(5)] and data.train.original_sizes == [(40, 48)] * 5
+    image, mask = data.test.paths[1]
+    assert image.name == f"case021.{extension}" and mask.name == f"case021{suffix}.png"
+    batch = data.test.batch([1, 0])
+    expected = resize_pair(read_image(image), read_mask(mask, "binary"), 32)
+    np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), expected[0])
+    np.testing.assert_array_equal(batch.masks[0], expected[1])
+    assert batch.ids == ["case021", "case020"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_names_of_the_validation_folder(name, opened, tmp_path):
+    for split, first in (("train", 0), (name, 10)):
+        plain(tmp_path / "d" / split, 3, first, images="inputs", masks="targets")
+    assert opened(tmp_path / "d").valid.ids == ["case010", "case011", "case012"]
+
+
+def test_plain_pair_holds_out_a_seeded_share(opened, tmp_path):
+    source = plain(tmp_path / "wrapping" / "pair", 20).parent
+    data, again, other = opened(source), opened(source), opened(source, seed=3)
+    assert len(data.train) == 18 and len(data.valid) == 2 and data.test is None
+    assert data.valid.ids == again.valid.ids != other.valid.ids and not set(data.train.ids) & set(data.valid.ids)
+    assert any("10 % of train, seed 1996, held out" in note for note in data.notes) and "no test part" in data.notes
+    assert len(opened(source, valid_share=0.5).valid) == 10
+    assert data.cache_folder == other.cache_folder, "the split is no part of the cache"
+
+
+def test_unlabelled_part_is_mentioned(opened, tmp_path):
+    plain(tmp_path / "d" / "train", 4, images="inputs", masks="targets")
+    save(tmp_path / "d" / "test" / "inputs" / "x.png", RGB)
+    assert any(note.startswith("test/ was left out") for note in opened(tmp_path / "d").notes)
+
+
+def test_prepared_folder_and_split_column(opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", split=lambda i: ["train", "train", "valid", "test"][i % 4])
+    data = opened(source)
+    assert data.name == "by hand" and data.class_names == ("background", "lesion") and data.notes == []
+    assert [len(part) for part in (data.train, data.valid, data.test)] == [6, 3, 3]
+    assert data.train.groups == ["a", "b"] * 3 and data.folder == source
+    assert SegmentationData.from_prepared(source, size=32, cache=tmp_path / "cache", progress=False).valid.ids == data.valid.ids
+    with pytest.raises(ValueError, match="not a prepared folder"):
+        SegmentationData.from_prepared(tmp_path)
+
+
+def test_phantoms_are_a_source(opened, tmp_path):
+    data = opened("phantoms:nuclei:20")
+    assert len(data.train) + len(data.valid) + len(data.test) == 20
+    assert opened("phantoms:nuclei:20").train.ids == data.train.ids
+    with pytest.raises(ValueError, match="number of images"):
+        opened("phantoms:nuclei:many")
+
+
+def test_three_classes_and_their_names(opened, tmp_path):
+    source, rows = prepared(tmp_path / "d")
+    for i, row in enumerate(rows):
+        save(source / row["mask"], (i + np.arange(48) // 16 % 3).astype(np.uint8)[None].repeat(40, 0) % 3)
+    manifest(source, rows, ("background", "one", "two"))
+    three = opened(source, classes=3)
+    assert three.class_names == ("background", "one", "two") and set(np.unique(three.train.batch([0, 1]).masks)) == {0, 1, 2}
+    two = opened(source, masks="any")
+    assert two.class_names == ("background", "foreground") and two.train.batch([0]).masks.max() == 1
+    assert any("3 classes" in note for note in two.notes)
+    with pytest.raises(DataProblems, match='classes=3 or, .* masks="any"'):
+        opened(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------- folds
+def test_folds_are_equal_slices_by_name_and_leftovers_train(opened, tmp_path):
+    source = plain(tmp_path / "d", 11)
+    validated = []
+    for fold in range(3):
+        data = opened(source, fold=fold, folds=3)
+        assert len(data.valid) == 3 and len(data.train) == 8
+        assert {"case009", "case010"} <= set(data.train.ids)
+        validated += data.valid.ids
+    assert validated == [f"case{i:03d}" for i in range(9)]
+    assert any("the last 2 always train" in note for note in data.notes)
+    assert any("fold 0 validates" in note for note in opened(source, folds=3).notes)
+
+
+def test_the_reference_rule_for_busi():
+    """437 benign in 5 folds of 87 and 210 malignant in folds of 42; benign 436 and 437, sorted by name, always train."""
+    names = sorted(f"benign ({i})" for i in range(1, 438)) + sorted(f"malignant ({i})" for i in range(1, 211))
+    records = [module.Record(name, Path(name), None, group=name.split()[0]) for name in names]
+    survey = module.Survey(Path("."), "busi", records)
+    for fold in range(5):
+        parts, _ = module.assign_splits(survey, fold, 5, 0.1, 0)
+        assert parts["valid"] == [*range(87 * fold, 87 * fold + 87), *range(437 + 42 * fold, 437 + 42 * fold + 42)]
+        assert {435, 436} <= set(parts["train"]) and len(parts["train"]) == 647 - 129
+
+
+def test_slices_within_groups_of_a_manifest(opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", 14, groups=("a", "a", "b"), split=lambda i: "test" if i == 13 else "")
+    data = opened(source, fold=1, folds=4)  # 9 of a, 4 of b, without the test image
+    assert data.valid.groups.count("a") == 2 and data.valid.groups.count("b") == 1 and data.test.ids == ["p13"]
+    assert data.valid.ids == ["p03", "p04", "p05"]
+
+
+def test_fold_column_of_a_manifest(opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", fold=lambda i: "" if i in (10, 11) else i % 2 + 1, split=lambda i: "test" if i == 11 else "")
+    data = opened(source, fold=2)
+    assert data.valid.ids == ["p01", "p03", "p05", "p07", "p09"] and data.test.ids == ["p11"] and "p10" in data.train.ids
+    with pytest.raises(ValueError, match="fold=3 is out of range: the folds are 1, 2"):
+        opened(source, fold=3)
+    with pytest.raises(ValueError, match="2 folds of its own"):
+        opened(source, folds=5)
+
+
+def test_identical_files_never_train_and_validate_across_folds(opened, tmp_path):
+    source = plain(tmp_path / "d", 8)
+    shutil.copy(source / "images" / "case000.png", source / "images" / "case007.png")
+    data = opened(source, fold=0, folds=2)
+    assert "case000" in data.valid.ids and "case007" not in data.train.ids and len(data.train) == 3
+    assert any("left out of train" in note and "case007" in note for note in data.notes)
+    shutil.copy(source / "images" / "case001.png", source / "images" / "case002.png")
+    assert any("1 image file(s) are identical" in note for note in opened(source, fold=0, folds=2).notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- problems
+def test_every_problem_of_a_folder_at_once(opened, tmp_path):
+    source = tmp_path / "d"
+    plain(source / "train", 12, images="inputs", masks="targets")
+    plain(source / "val", 3, first=50, images="inputs", masks="targets")
+    train, val = source / "train", source / "val"
+    (train / "targets" / "case000.png").unlink()
+    save(train / "targets" / "stray_mask.png", EIGHT)
+    (train / "inputs" / "case001.png").write_bytes((train / "inputs" / "case001.png").read_bytes()[:400])
+    (train / "targets" / "case002.png").write_bytes(b"")
+    save(train / "targets" / "case003.png", blob(3, 48, 40).astype(np.uint8) * 255)
+    save(train / "targets" / "case004.png", blob(4, 41, 48).astype(np.uint8) * 255)
+    save(train / "targets" / "case005.png", INDICES)
+    save(train / "inputs" / "case006.jpg", picture(99))
+    save(train / "targets" / "case007_mask.png", EIGHT)
+    save(train / "targets" / "case008.bmp", EIGHT)
+    save(val / "inputs" / "case009.png", picture(98))
+    save(val / "targets" / "case009.png", EIGHT)
+    shutil.copy(train / "inputs" / "case010.png", val / "inputs" / "case051.png")
+    with pytest.raises(DataProblems) as caught:
+        opened(source)
+    text, problems = str(caught.value), caught.value.problems
+    expected = [("train/inputs/case000.png", "no mask"), ("train/targets/stray_mask.png", "without an image"),
+                ("train/inputs/case001.png", "cannot be read"), ("train/targets/case002.png", "cannot be read"),
+                ("train/targets/case003.png", "40x48", "EXIF"), ("train/targets/case004.png", "48x41"),
+                ("train/targets/case005.png", "0, 1, 2", 'masks="any"'), ("duplicate id 'case006'", "case006.jpg", "case006.png"),
+                ("train/targets/case007_mask.png", "without an image"), ("train/inputs/case008.png", "several masks", "case008.bmp"),
+                ("id 'case009' is in two splits", "val/inputs/case009.png"),
+                ("one image in two splits", "train/inputs/case010.png (train)", "val/inputs/case051.png (valid)")]
+    for words in expected:
+        assert any(all(word in problem for word in words) for problem in problems), words
+        assert all(word in text for word in words)
+    assert len(problems) == len(expected), problems
+    assert list((tmp_path / "cache").iterdir()) == [], "nothing was built"
+
+
+def test_every_problem_of_a_manifest_at_once(opened, tmp_path):
+    source, rows = prepared(tmp_path / "d", 14)
+    changes = [{"image": "images/gone.png"}, {"mask": "masks/gone.png"}, {"fold": "first"}, {"split": "dev"}, {"width": "47"},
+               {"height": "-3"}, {"id": "p07"}, {}, {"image": "../d/images/p08.png"}, {"id": ""}, {"split": "test", "fold": 1},
+               {"split": "train"}, {"split": "valid", "image": "images/p11.png"}]
+    for row, change in zip(rows, changes):
+        row.update(change)
+    save(source / "masks" / "p13.png", EIGHT * 255)
+    manifest(source, rows)
+    with pytest.raises(DataProblems) as caught:
+        opened(source)
+    expected = [("'p00'", "image images/gone.png does not exist"), ("'p01'", "mask masks/gone.png does not exist"),
+                ("'p02'", "fold", "'first'"), ("'p03'", "split", "'dev'"), ("images/p04.png is 48x40", "manifest.csv says 47x40"),
+                ("'p05'", "height", "'-3'"), ("duplicate id 'p07'",), ("'p08'", "relative"), ("id is empty",),
+                ("'p10'", "test image cannot be in a fold"), ("one image in two splits", "images/p11.png (train), images/p11.png (valid)"),
+                ("masks/p13.png", "class index 255", 'masks="binary"')]
+    problems = caught.value.problems
+    for words in expected:
+        assert any(all(word in problem for word in words) for problem in problems), (words, problems)
+    assert len(problems) == len(expected), problems
+
+
+def test_leakage_that_a_manifest_adds_later_is_found_in_a_finished_cache(opened, tmp_path):
+    source, rows = prepared(tmp_path / "d", split=lambda i: ["train", "valid"][i % 2])
+    shutil.copy(source / "images" / "p00.png", source / "images" / "p02.png")
+    data = opened(source)
+    assert any("identical" in note for note in data.notes)
+    rows[2]["split"] = "valid"
+    manifest(source, rows)
+    with pytest.raises(DataProblems, match="two splits.*p00.png .train., images/p02.png .valid."):
+        opened(source)
+    assert data.cache_folder.is_dir(), "pictures that are sound stay cached"
+
+
+@pytest.mark.parametrize("columns, words", [(("id", "image"), ["lacks", "mask"]), (module.COLUMNS + ("flod",), ["unknown", "'flod'"])])
+def test_bad_columns(columns, words, opened, tmp_path):
+    source, rows = prepared(tmp_path / "d")
+    manifest(source, [{name: row.get(name, "") for name in columns} for row in rows], columns=columns)
+    with pytest.raises(DataProblems) as caught:
+        opened(source)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_long_list_is_shortened_in_the_message_only(opened, tmp_path):
+    for i in range(120):
+        save(tmp_path / "d" / "images" / f"{i}.png", RGB[:4, :4])
+    (tmp_path / "d" / "masks").mkdir()
+    with pytest.raises(DataProblems, match="and 20 more") as caught:
+        opened(tmp_path / "d")
+    assert len(caught.value.problems) == 120 and isinstance(caught.value, ValueError)
+
+
+def test_unfinished_preparation_and_broken_description(opened, tmp_path):
+    source, _ = prepared(tmp_path / "d")
+    (source / "dataset.json").write_text("{")
+    with pytest.raises(DataProblems, match="dataset.json cannot be understood"):
+        opened(source)
+    (source / "manifest.csv").unlink()
+    with pytest.raises(ValueError, match="preparation did not finish"):
+        opened(source)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"size": 31}, "size"), ({"size": 64.0}, "size"), ({"classes": 0}, "classes"), ({"classes": 300}, "classes"), ({"resize": "crop"}, "resize"),
+    ({"colour": "bgr"}, "colour"), ({"masks": "soft"}, "masks"), ({"valid_share": 0}, "valid_share"), ({"valid_share": 1.0}, "valid_share"),
+    ({"fold": -1}, "fold"), ({"folds": 1}, "folds"), ({"workers": 0}, "workers"), ({"fold": 3}, "fold=3.*pass folds=N"),
+    ({"fold": 2, "folds": 2}, "out of range: the folds are 0, 1"), ({"folds": 7}, "6 images cannot make folds=7"),
+    ({"valid_share": 0.99}, "nothing would be left"),
+])
+def test_impossible_wishes(options, words, opened, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        opened(plain(tmp_path / "d"), **options)
+
+
+def test_sources_that_are_none(opened, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        opened(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds nothing; expected"):
+        opened(tmp_path / "empty")
+    (tmp_path / "pair" / "images").mkdir(parents=True)
+    (tmp_path / "pair" / "masks").mkdir()
+    with pytest.raises(ValueError, match="pair is empty"):
+        opened(tmp_path / "pair")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="no .zip"):
+        opened(tmp_path / "notes.txt")
+    plain(tmp_path / "d" / "val", 3, images="inputs", masks="targets")
+    with pytest.raises(ValueError, match="no training images: 0 train, 3 valid"):
+        opened(tmp_path / "d")
+
+
+# ---------------------------------------------------------------------------------------------------------------- zips
+def zipped(path: Path, folder: Path, prefix: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "wrapping/"])
+def test_zip_of_a_folder(prefix, opened, tmp_path):
+    source = plain(tmp_path / "d", 6)
+    (source / "__MACOSX").mkdir()
+    save(source / "__MACOSX" / "x.png", EIGHT)
+    archive = zipped(tmp_path / "set.zip", source, prefix)
+    data = opened(archive)
+    assert data.name == ("wrapping" if prefix else "set") and len(data.train) == 5
+    assert data.folder.is_relative_to(tmp_path / "cache" / "unzipped")
+    before = data.folder.stat().st_mtime_ns
+    assert opened(archive).folder.stat().st_mtime_ns == before, "extracted once"
+    assert torch.equal(opened(source, masks="binary").train.batch([0, 1]).images, data.train.batch([0, 1]).images)
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "images/../../evil.png", "/tmp/evil.png", "..\\evil.png", "C:/evil.png", "C:\\evil.png"])
+def test_zip_that_reaches_outside(name, opened, tmp_path):
+    archive = zipped(tmp_path / "set.zip", plain(tmp_path / "d"))
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(name, b"x")
+    with pytest.raises(ValueError, match="outside the folder"):
+        opened(archive)
+    assert not list(tmp_path.rglob("evil*")) and not list((tmp_path / "cache").rglob("*.png"))
+
+
+def test_zip_with_a_link(opened, tmp_path):
+    archive = zipped(tmp_path / "set.zip", plain(tmp_path / "d"))
+    with zipfile.ZipFile(archive, "a") as file:
+        link = zipfile.ZipInfo("images/link.png")
+        link.external_attr = 0o120777 << 16
+        file.writestr(link, "/etc/passwd")
+    with pytest.raises(ValueError, match="link"):
+        opened(archive)
+
+
+def test_zip_that_swells(opened, tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open("images/a.png", "w") as member:
+            for _ in range(300):
+                member.write(bytes(1_000_000))
+    with pytest.raises(ValueError, match="swell to 300 MB"):
+        opened(tmp_path / "set.zip")
+
+
+def test_zip_that_is_cut(opened, tmp_path):
+    archive = zipped(tmp_path / "set.zip", plain(tmp_path / "d"))
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no complete .zip"):
+        opened(archive)
+    assert not list((tmp_path / "cache").rglob("*.png"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+@pytest.mark.parametrize("classes, bits", [(1, 1), (2, 1), (3, 2), (4, 2), (5, 4), (16, 4), (17, 8), (256, 8)])
+@pytest.mark.parametrize("size", [32, 33, 50])
+def test_packing_masks(classes, bits, size):
+    assert mask_bits(classes) == bits
+    masks = np.random.default_rng(0).integers(0, max(classes, 2), (3, size, size)).astype(np.uint8)
+    packed = np.stack([pack_mask(mask, bits) for mask in masks])
+    assert packed.shape == (3, -(-size * size * bits // 8)) and packed.dtype == np.uint8
+    np.testing.assert_array_equal(unpack_masks(packed, bits, size), masks)
+
+
+def test_cache_is_smaller_than_the_raw_pixels(opened, tmp_path):
+    colourful = opened(plain(tmp_path / "d", 6))
+    used = sum(path.stat().st_size for path in colourful.cache_folder.iterdir())
+    assert used < 6 * 32 * 32 * 4
+    for i in range(6):
+        save(tmp_path / "g" / "images" / f"{i}.png", np.repeat(picture(i)[:, :, :1], 3, axis=2))
+        save(tmp_path / "g" / "masks" / f"{i}.png", blob(i))
+    grey = opened(tmp_path / "g")
+    assert sum(path.stat().st_size for path in grey.cache_folder.iterdir()) < used / 2
+    batch = grey.train.batch([1, 3])
+    expected = resize_pair(*map(lambda f, p: f(p), (read_image, lambda p: read_mask(p, "binary")), grey.train.paths[1]), 32)
+    np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), expected[0])
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert opened(tmp_path / "g", colour="ycrcb").train.batch([0]).images[0, 1:].unique().tolist() == [128]
+
+
+def test_colour_spaces_and_black(opened, tmp_path):
+    source = plain(tmp_path / "d")
+    rgb, ycrcb = (opened(source, colour=colour, resize="pad") for colour in ("rgb", "ycrcb"))
+    assert rgb.black == (0, 0, 0) and ycrcb.black == (0, 128, 128)
+    stored = rgb.train.batch([0]).images[0].permute(1, 2, 0).contiguous().numpy()
+    expected = cv2.cvtColor(stored, cv2.COLOR_RGB2YCrCb)
+    np.testing.assert_array_equal(ycrcb.train.batch([0]).images[0].permute(1, 2, 0), expected)
+    assert ycrcb.train.batch([0]).images[0, :, -1, 0].tolist() == [0, 128, 128]  # padding is black
+
+
+def test_batches(opened, tmp_path):
+    data = opened(plain(tmp_path / "d", 12), valid_share=0.1)
+    assert len(data.train) == 11
+    batch = data.train.batch(torch.tensor([4, 0, 4]))
+    assert batch.ids == [data.train.ids[i] for i in (4, 0, 4)] and torch.equal(batch.images[0], batch.images[2])
+    assert batch.images.is_contiguous(memory_format=torch.channels_last) and batch.images.dtype == batch.masks.dtype == torch.uint8
+    batch.images.zero_()  # a copy, not the cache
+    assert data.train.batch([4]).images.any()
+    with pytest.raises(IndexError):
+        data.train.batch([11])
+
+    def order(**options):
+        return [name for part in data.train.batches(4, **options) for name in part.ids]
+
+    assert order() == data.train.ids and len(order(drop_last=True)) == 8
+    assert order(shuffle=1) == order(shuffle=1) != order(shuffle=2) and sorted(order(shuffle=1)) == data.train.ids
+    assert order(shuffle=1, start=2) == order(shuffle=1)[8:] and order(start=3) == []
+    assert [len(part.ids) for part in data.train.batches(4)] == [4, 4, 3]
+    with pytest.raises(ValueError, match="batch must be"):
+        next(data.train.batches(0))
+    float_images = normalise(batch.images + 255)
+    assert float_images.dtype == torch.float32 and (float_images == 1).all() and normalise(torch.zeros(1, 1, 2, 2)).min() == -1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_gpu(opened, tmp_path):
+    data = opened(plain(tmp_path / "d", 12))
+    for here, there in zip(data.train.batches(4), data.train.batches(4, device="cuda")):
+        assert there.images.is_cuda and torch.equal(here.images, there.images.cpu()) and torch.equal(here.masks, there.masks.cpu())
+
+
+def test_cache_is_built_once_and_rebuilt_on_change(opened, tmp_path, monkeypatch, capsys):
+    source = plain(tmp_path / "d")
+    first = opened(source)
+    assert capsys.readouterr().out == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_build", lambda *a: pytest.fail("built twice"))
+        again = opened(source)
+    assert again.cache_folder == first.cache_folder
+    save(source / "masks" / "case002.png", blob(77).astype(np.uint8) * 255)
+    changed = opened(source, progress=True)
+    assert changed.cache_folder != first.cache_folder and "100%" in capsys.readouterr().out
+    assert not torch.equal(changed.train.batch(range(5)).masks, first.train.batch(range(5)).masks)
+    assert len({opened(source, **o).cache_folder for o in ({}, {"size": 40}, {"resize": "pad"}, {"colour": "ycrcb"}, {"masks": "any"})}) == 5
+    plain(source, 1, first=6)
+    assert len(opened(source).train) + 1 == 7
+
+
+def test_damaged_cache_is_built_again(opened, tmp_path):
+    source = plain(tmp_path / "d")
+    data = opened(source)
+    expected = data.train.batch([0]).images
+    for damage in ("images.npy", "masks.npy", "index.json"):
+        file = data.cache_folder / damage
+        file.write_bytes(file.read_bytes()[:100])
+        assert torch.equal(opened(source).train.batch([0]).images, expected)
+
+
+def test_where_the_cache_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTSEG_CACHE", str(tmp_path / "env"))
+    assert cache_root("x") == Path.cwd() / "x" and cache_root() == tmp_path / "env"
+    monkeypatch.delenv("QTSEG_CACHE")
+    assert cache_root() == Path.home() / ".cache" / "qtseg"
+
+
+@pytest.mark.parametrize("how", ["free", "write"])
+def test_full_disk(how, opened, tmp_path, monkeypatch):
+    source = plain(tmp_path / "d")
+    with monkeypatch.context() as patch:
+        if how == "free":
+            patch.setattr(module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
+        else:
+            real_start = module._start_array
+
+            def start(path, shape):
+                file = real_start(path, shape)
+                if path.name == "masks.npy":
+                    class Full(io.BytesIO):
+                        def write(self, data):
+                            raise OSError(errno.ENOSPC, "No space left on device")
+                    file.close()
+                    return Full()
+                return file
+            patch.setattr(module, "_start_array", start)
+        with pytest.raises(OSError, match="no space left in .*cache.*QTSEG_CACHE") as caught:
+            opened(source)
+    assert caught.value.errno == errno.ENOSPC and list((tmp_path / "cache").iterdir()) == []
+    assert len(opened(source).train) == 5
+
+
+CHILD = """
+import sys, time
+import qtseg.data as module
+from qtseg.data import SegmentationData
+prepare, slow = module._prepare, float(sys.argv[3])
+def slowly(*arguments):
+    print("one", flush=True)
+    time.sleep(slow)
+    return prepare(*arguments)
+module._prepare = slowly
+print("ready", flush=True)
+sys.stdin.readline()
+data = SegmentationData.open(sys.argv[1], size=32, cache=sys.argv[2], progress=False, workers=1)
+print(data.cache_folder, int(data.train.batch(range(5)).images.sum()))
+"""
+
+
+def child(source: Path, cache: Path, slow: float) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(source), str(cache), str(slow)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_builders_and_one_that_is_killed(opened, tmp_path):
+    source, cache = plain(tmp_path / "d"), tmp_path / "cache"
+    killed, *builders = (child(source, cache, slow) for slow in (30, 0.1, 0.1))
+    for process in (killed, *builders):
+        assert process.stdout.readline() == "ready\n"
+    killed.stdin.write("\n")
+    killed.stdin.flush()
+    assert killed.stdout.readline() == "one\n"  # it is building now
+    left = list(cache.glob(".building*"))
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert len(left) == 1 and left[0].is_dir() and not [path for path in cache.iterdir() if not path.name.startswith(".")]
+    results = []
+    for process in builders:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in builders:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and out.splitlines().count("one") == 6, "both built"
+        results.append(out.splitlines()[-1])
+    assert results[0] == results[1]
+    assert [path.name for path in cache.iterdir()] == [Path(results[0].split()[0]).name], "one cache, nothing half-built left"
+    data = opened(source)
+    assert f"{data.cache_folder} {int(data.train.batch(range(5)).images.sum())}" == results[0]
+
+
+def test_leftovers_of_living_builders_stay(opened, tmp_path):
+    cache = tmp_path / "cache"
+    living = cache / f".building,{module.socket.gethostname()},{os.getpid()},x"
+    elsewhere, ancient = cache / ".building,elsewhere,1,x", cache / ".building,elsewhere,2,x"
+    for folder in (living, elsewhere, ancient):
+        folder.mkdir(parents=True)
+    week_ago = time.time() - 8 * 86400
+    os.utime(ancient, (week_ago, week_ago))
+    opened(plain(tmp_path / "d"))
+    assert living.is_dir() and elsewhere.is_dir() and not ancient.is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_stays_flat_over_epochs(opened, tmp_path):
+    data = opened(plain(tmp_path / "d", 24), size=128)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = []
+    for epoch in range(40):
+        for batch in data.train.batches(8, shuffle=epoch):
+            normalise(batch.images)
+        sizes.append(resident())
+    assert sizes[-1] - sizes[9] < 8e6, "less than one more batch of floats"
+
+
+# ---------------------------------------------------------------------------------------------------------------- real images
+@real("isic2018_512.zip")
+def test_isic_sample(opened, tmp_path):
+    chosen = []
+    with zipfile.ZipFile(SHARED / "isic2018_512.zip") as archive:
+        names = archive.namelist()
+        for split, count in (("train", 12), ("val", 5)):
+            images = [name for name in names if f"/{split}/inputs/" in name and name.endswith(".jpg")]
+            chosen += random.Random(0).sample(images, count)
+        with zipfile.ZipFile(tmp_path / "isic.zip", "w") as small:
+            for name in chosen:
+                mask = name.replace("/inputs/", "/targets/").replace(".jpg", "_segmentation.png")
+                small.writestr(name, archive.read(name))
+                small.writestr(mask, archive.read(mask))
+    data = opened(tmp_path / "isic.zip", size=256, colour="ycrcb")
+    assert len(data.train) == 12 and len(data.valid) == 5 and data.name == "isic2018_512"
+    batch = data.train.batch(range(12))
+    for i, (image, mask) in enumerate(data.train.paths):
+        expected = cv2.resize(cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2YCrCb), (256, 256), interpolation=cv2.INTER_AREA)
+        assert abs(batch.images[i].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2  # rounding before or after
+        stored = cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE) > 127
+        centres = (2 * np.arange(256) + 1) * 512 // 512  # floor((i + 1/2) * 2)
+        np.testing.assert_array_equal(batch.masks[i], stored[centres][:, centres])
+
+
+@real("bkai_512.zip")
+def test_bkai_sample(opened, tmp_path):
+    with zipfile.ZipFile(SHARED / "bkai_512.zip") as archive:
+        images = sorted(name for name in archive.namelist() if "/images/" in name and name.endswith(".jpg"))[::50]
+        for name in images + [name.replace("/images/", "/masks/").replace(".jpg", ".png") for name in images]:
+            (tmp_path / Path(name).parent).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(archive.read(name))
+    source = tmp_path / "bkai_512"
+    three, two = opened(source, classes=3, folds=4, fold=3, size=128), opened(source, masks="any", folds=4, fold=3, size=128)
+    assert three.valid.ids == [Path(name).stem for name in images][-4:] and len(three.train) == 12
+    for data, lift in ((three, lambda m: m), (two, lambda m: (m > 0).astype(np.uint8))):
+        batch = data.valid.batch(range(4))
+        for i, (image, mask) in enumerate(data.valid.paths):
+            stored = lift(cv2.imread(str(mask), cv2.IMREAD_UNCHANGED))
+            np.testing.assert_array_equal(batch.masks[i], stored[2::4, 2::4])
+            small = cv2.resize(cv2.imread(str(image)), (128, 128), interpolation=cv2.INTER_AREA)[:, :, ::-1]
+            assert abs(batch.images[i].permute(1, 2, 0).numpy().astype(int) - small).max() <= 2

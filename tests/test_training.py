@@ -1,0 +1,426 @@
+"""A training run keeps its promises: checked configuration, the same result after a crash, nothing half-written, clear ends."""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, shared_folder
+
+from qtseg import training
+from qtseg.data import SegmentationData
+from qtseg.model import QTSeg
+from qtseg.training import BEST, OPTIMISERS, SCHEDULERS, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
+
+PARAMS = sorted((ROOT / "nbs" / "experiments" / "params").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """24 phantom images of 64×64 in a prepared folder."""
+    from qtseg.phantoms import write_prepared
+
+    return write_prepared(tmp_path_factory.mktemp("phantoms") / "set", "dermoscopy", 24, 64, 0)
+
+
+@pytest.fixture
+def tiny(phantoms, tmp_path):
+    """A function: changes -> the configuration of a run of seconds, in a folder of its own."""
+
+    def make(**changes) -> TrainConfig:
+        values = dict(data=str(phantoms), cache=str(phantoms.parent / "cache"), size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=3,
+                      batch=4, valid_batch=4, device="cpu", runs=str(tmp_path), name="run", progress=False)
+        return TrainConfig.from_dict(values | changes)
+
+    return make
+
+
+def scores(folder: Path) -> dict:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {part: metrics[part] for part in ("valid", "test")} | {"best": metrics["best"]}
+
+
+def timeless(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.endswith(("seconds", "second", "waited_percent"))} for row in history]
+
+
+def run_in_a_process(config: TrainConfig, before: str = "") -> subprocess.Popen:
+    code = (f"import json, sys\n{before}\nfrom qtseg.training import TrainConfig, fit\n"
+            f"fit(TrainConfig.from_dict(json.loads({json.dumps(json.dumps(config.to_dict()))})))")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+SLOW = """
+import time
+from qtseg import training
+step = training.Trainer.step
+def slow(self, batch):
+    if (self.progress.epoch, self.progress.step) == (1, 2):
+        print("IN", flush=True)
+        time.sleep(20)
+    return step(self, batch)
+training.Trainer.step = slow
+"""
+
+
+def wait_until_mid_epoch(process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        if line.startswith("IN"):
+            return
+    raise AssertionError("the run ended before its second epoch")
+
+
+# configuration
+
+def test_the_defaults_are_the_papers_recipe():
+    c = TrainConfig()
+    assert (c.size, c.batch, c.drop_last, c.optimiser, c.lr, c.weight_decay, c.betas) == (512, 32, True, "adamw", 1e-3, 1e-4, [0.9, 0.999])
+    assert (c.scheduler, c.step_epochs, c.gamma, c.min_lr, c.epochs, c.seed, c.freeze_epochs) == ("step", 50, 0.5, 1e-5, 350, 1996, 50)
+
+
+def test_unknown_keys_are_refused_by_name():
+    with pytest.raises(ValueError, match="unknown configuration keys: epoch, learning_rate; known: data"):
+        TrainConfig.from_dict({"epoch": 3, "learning_rate": 1, "size": 64})
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("epochs", 2.5, "epochs is a whole number, not 2.5"), ("epochs", True, "epochs is a whole number, not True"),
+    ("lr", "1e-3", "lr is a number, not '1e-3'"), ("augment", "true", "augment is true or false, not 'true'"),
+    ("fold", "0", "fold is a whole number or null, not '0'"), ("depths", [1, "2"], "depths is a list, not"),
+    ("losses", {"ce": "1"}, "losses is a mapping, not"), ("betas", 0.9, "betas is a list"), ("lr", float("nan"), "lr is a number"),
+    ("lr", 0.0, "lr is above 0"), ("epochs", 0, "epochs is at least 1"), ("optimiser", "lion", "optimiser is one of adamw, adam, sgd"),
+    ("losses", {"dice": 1.0}, "losses has the unknown entry 'dice'"), ("losses", {}, "losses names at least one"),
+    ("operations", ["flip"], "operations has the unknown entry 'flip'"), ("name", "a/b", "name is the name of one folder"),
+    ("name", "", "name is the name of one folder"), ("select", "f1", "select is one of"), ("amp", "fp8", "amp is one of none, bf16, fp16"),
+])
+def test_wrong_values_are_refused_by_name(key, value, said):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**{key: value})
+    assert said in str(caught.value)
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(epochs=0, lr=-1.0, scheduler="none", size=8)
+    assert all(name in str(caught.value) for name in ("epochs", "lr", "scheduler", "size"))
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
+def test_parameter_files_hold_valid_configurations(path):
+    config = TrainConfig.from_dict(yaml.safe_load(path.read_text()))
+    assert config.resume
+
+
+def test_the_parameter_files_are_there():
+    assert {path.stem for path in PARAMS} >= {"isic2016", "busi", "bkai_binary", "bkai_three_class", "demo", "isic2018_cpu", "bkai_cpu"}
+
+
+# the loop
+
+@pytest.fixture(scope="session")
+def uninterrupted(phantoms, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed; the interrupted ones must end like it."""
+    values = dict(data=str(phantoms), cache=str(phantoms.parent / "cache"), size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=3, batch=4,
+                  valid_batch=4, device="cpu", runs=str(tmp_path_factory.mktemp("runs")), name="run", progress=False)
+    return fit(TrainConfig(**values)).folder
+
+
+def test_a_run_leaves_its_folder(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {"config.json", "history.csv", "metrics.json", "resume.pt", "last", *(f"best_{name}" for name in BEST)}
+    for checkpoint in ("last", "best_dice"):
+        assert {path.name for path in (uninterrupted / checkpoint).iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+        QTSeg.from_pretrained(uninterrupted / checkpoint)
+    metrics = json.loads((uninterrupted / "metrics.json").read_text())
+    assert {"mae", "acc", "dice", "iou", "loss"} <= metrics["test"].keys() & metrics["valid"].keys()
+    assert metrics["train"]["epochs"] == 3 and metrics["hardware"]["processor"] and metrics["versions"]["torch"] == torch.__version__
+    rows = list(csv.DictReader((uninterrupted / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and float(rows[-1]["valid_dice"]) >= 0
+
+
+def test_the_best_checkpoint_has_the_best_score(uninterrupted, phantoms):
+    best = json.loads((uninterrupted / "metrics.json").read_text())["best"]
+    rows = list(csv.DictReader((uninterrupted / "history.csv").open()))
+    for name, better in BEST.items():
+        assert best[name]["value"] == better(float(row[f"valid_{name}"]) for row in rows)
+    data = SegmentationData.open(str(phantoms), size=64, cache=str(phantoms.parent / "cache"), progress=False)
+    scored = evaluate(QTSeg.from_pretrained(uninterrupted / "best_iou"), data.valid, 2, batch=3)
+    assert scored["iou"] == pytest.approx(best["iou"]["value"], abs=0.05)
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_does_not(tiny, uninterrupted):
+    torch.manual_seed(123)  # what the caller drew before must not matter
+    assert scores(fit(tiny(name="again")).folder) == scores(uninterrupted)
+    assert scores(fit(tiny(name="other", seed=3)).folder) != scores(uninterrupted)
+
+
+def test_killed_in_mid_epoch_a_run_resumes_to_the_same_result(tiny, uninterrupted):
+    config = tiny(resume=True)
+    process = run_in_a_process(config, SLOW)
+    wait_until_mid_epoch(process)
+    process.kill()
+    process.wait()
+    assert not (config.folder / "metrics.json").exists()
+    result = fit(config)
+    assert scores(result.folder) == scores(uninterrupted)
+    expected = torch.load(uninterrupted / "resume.pt", weights_only=True)["progress"]["history"]
+    assert timeless(result.history) == timeless(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_in_mid_epoch_and_the_run_goes_on_to_the_same_result(tiny, uninterrupted, number):
+    config = tiny(resume=True)
+    process = run_in_a_process(config, SLOW.replace("time.sleep(20)", "time.sleep(2)"))
+    wait_until_mid_epoch(process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "saved in" in output and "resume=True" in output
+    progress = torch.load(config.folder / "resume.pt", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)
+    assert scores(fit(config).folder) == scores(uninterrupted)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tiny, uninterrupted):
+    config = tiny(resume=True)
+    full = SLOW.replace('print("IN", flush=True)', "import resource, signal as s; s.signal(s.SIGXFSZ, s.SIG_IGN); "
+                        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))").replace("time.sleep(20)", "")
+    process = run_in_a_process(config, full)
+    output = process.communicate(timeout=120)[0]
+    last = output.strip().splitlines()[-1]
+    assert process.returncode != 0 and "could not write" in last and "resume=True" in last, output
+    assert not list(config.folder.rglob("*.tmp"))
+    assert torch.load(config.folder / "resume.pt", weights_only=True)["progress"]["epoch"] == 1
+    QTSeg.from_pretrained(config.folder / "last")
+    assert scores(fit(config).folder) == scores(uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_ids_of_its_batch(tiny, monkeypatch):
+    seen, step = [], Trainer.step
+
+    def poisoned(self, batch):
+        loss, counts = step(self, batch)
+        if self.progress.epoch == 1 and self.progress.step == 1:
+            seen.extend(batch.ids)
+            loss = loss * float("nan")
+        return loss, counts
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    config = tiny()
+    with pytest.raises(FloatingPointError) as caught:
+        fit(config)
+    assert f"the loss became nan in epoch 2 on the images {', '.join(seen)}" in str(caught.value) and "lower lr" in str(caught.value)
+    assert torch.load(config.folder / "resume.pt", weights_only=True)["progress"]["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in QTSeg.from_pretrained(config.folder / "last").state_dict().values())
+
+
+def test_a_huge_learning_rate_is_stopped(tiny):
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        fit(tiny(lr=1e30, optimiser="sgd", momentum=0.0))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny, uninterrupted):
+    config = tiny(runs=str(uninterrupted.parent))
+    with pytest.raises(FileExistsError, match="holds a run already: set resume=True"):
+        fit(config)
+
+
+def test_a_finished_run_resumes_to_itself(tiny, uninterrupted):
+    before = (uninterrupted / "resume.pt").stat().st_mtime_ns
+    assert fit(tiny(runs=str(uninterrupted.parent), resume=True)).metrics["test"] == scores(uninterrupted)["test"]
+    assert (uninterrupted / "resume.pt").stat().st_mtime_ns == before
+
+
+def test_another_recipe_does_not_continue_a_run(tiny, uninterrupted):
+    stored = (uninterrupted / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"begun with another configuration \(lr: 0.001 -> 0.01\)"):
+        fit(tiny(runs=str(uninterrupted.parent), resume=True, lr=0.01))
+    assert (uninterrupted / "config.json").read_bytes() == stored
+
+
+def test_a_damaged_resume_file_is_one_sentence(tiny):
+    config = tiny(resume=True)
+    config.folder.mkdir()
+    (config.folder / "resume.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(ValueError, match="resume.pt is damaged"):
+        fit(config)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_schedule_steps_and_stays_above_the_floor(tiny, phantoms, name):
+    config = tiny(scheduler=name, step_epochs=2, milestones=[1, 2], min_lr=4e-4, epochs=5)
+    trainer = Trainer(config, training.open_data(config))
+    rates = []
+    for _ in range(5):
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+        trainer.optimiser.step()
+        trainer.next_rate(1.0)  # a loss that never improves
+    assert rates[0] == 1e-3 and min(rates) >= 4e-4
+    assert (len(set(rates)) == 1) == (name == "constant")
+
+
+def test_the_papers_schedule_by_hand(tiny):
+    config = tiny(scheduler="step", step_epochs=2, epochs=20)
+    trainer = Trainer(config, training.open_data(config))
+    rates = []
+    for _ in range(20):
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+        trainer.optimiser.step()
+        trainer.next_rate(1.0)
+    assert rates == pytest.approx([max(1e-3 * 0.5 ** (epoch // 2), 1e-5) for epoch in range(20)])
+
+
+@pytest.mark.parametrize("changes", [*({"optimiser": name} for name in OPTIMISERS), {"amp": "bf16"}, {"clip": 0.5}, {"classes": 1, "losses": {"bce": 1.0}},
+                                     {"augment": False}, {"drop_last": False, "batch": 5}, {"validate_every": 2}, {"bridge": "identity"}],
+                         ids=lambda changes: "-".join(map(str, changes.values())))
+def test_every_option_trains(tiny, changes):
+    result = fit(tiny(epochs=2, **changes))
+    assert np.isfinite(result.history[-1]["train_loss"]) and 0 <= result.metrics["test"]["dice"] <= 100
+    assert ("valid_dice" in result.history[0]) == (changes.get("validate_every") != 2)
+
+
+def test_three_classes_train_from_phantom_masks(tmp_path):
+    config = TrainConfig(data="phantoms:endoscopy:20", classes=3, size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=1, batch=4,
+                         cache=str(tmp_path / "cache"), runs=str(tmp_path), name="three", progress=False, device="cpu")
+    assert {"dice_1", "dice_2"} <= fit(config).metrics["test"].keys()
+
+
+def test_the_frozen_encoder_keeps_its_weights_while_its_batch_norm_follows_the_data(tiny, tmp_path):
+    from qtseg.model import to_official
+
+    source = QTSeg(width=4, depths=[1, 1, 1], mlp_width=32)
+    torch.save({name: tensor for name, tensor in to_official(source).items() if name.startswith("image_encoder.")}, tmp_path / "encoder.pth")
+    config = tiny(encoder_weights=str(tmp_path / "encoder.pth"), freeze_epochs=1, epochs=1)
+    fit(config)
+    after = QTSeg.from_pretrained(config.folder / "last").encoder.state_dict()
+    for name, value in source.encoder.state_dict().items():
+        if "num_batches" not in name:
+            assert torch.equal(value, after[name]) != ("running" in name), name
+    fit(tiny(encoder_weights=str(tmp_path / "encoder.pth"), freeze_epochs=0, epochs=1, name="free"))
+    free = QTSeg.from_pretrained(config.folder.parent / "free" / "last").encoder.state_dict()
+    assert not torch.equal(source.encoder.state_dict()["down2.conv.weight"], free["down2.conv.weight"])
+
+
+def test_a_missing_encoder_file_is_named(tiny):
+    with pytest.raises(FileNotFoundError, match="fpn-nano.pth"):
+        fit(tiny(encoder_weights="nowhere/fpn-nano.pth"))
+
+
+def test_too_few_images_for_a_batch(tiny):
+    with pytest.raises(ValueError, match="do not fill a batch of 64"):
+        fit(tiny(batch=64))
+
+
+def test_an_absent_device_is_one_sentence(tiny):
+    with pytest.raises(ValueError, match="device 'warp' cannot be used"):
+        fit(tiny(device="warp"))
+
+
+def test_seeds_of_batches_differ_and_repeat():
+    drawn = {draw_seed(seed, epoch, step) for seed in range(3) for epoch in range(10) for step in range(-1, 20)}
+    assert len(drawn) == 3 * 10 * 21 and draw_seed(1996, 3, 4) == draw_seed(1996, 3, 4)
+
+
+def test_pictures_show_target_and_prediction(phantoms):
+    data = SegmentationData.open(str(phantoms), size=64, cache=str(phantoms.parent / "cache"), progress=False)
+    batch = data.valid.batch([0, 1])
+    picture = mask_pictures(batch, torch.zeros_like(batch.masks))
+    assert picture.shape == (64, 128, 3) and picture.dtype == np.uint8
+    assert (picture == training.COLOURS["target"]).all(axis=2).any() and not (picture == training.COLOURS["prediction"]).all(axis=2).any()
+
+
+def resident() -> int:
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_memory_stays_flat_over_epochs(tiny):
+    seen = []
+    fit(tiny(epochs=50, validate_every=10), on_epoch=lambda history, picture: seen.append(resident()))
+    assert max(seen[20:]) - max(seen[:20]) < 30, f"MiB after each epoch: {seen}"
+
+
+def test_mlflow_holds_parameters_metrics_and_pictures(tiny):
+    config = tiny(track=True, epochs=2)
+    code = (f"import json, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom qtseg.training import TrainConfig, fit\n"
+            f"fit(TrainConfig.from_dict(json.loads({json.dumps(json.dumps(config.to_dict()))})))\n"
+            "import mlflow\n"
+            "run = mlflow.search_runs(search_all_experiments=True, output_format='list')[0]\n"
+            "client = mlflow.MlflowClient()\n"
+            "print(json.dumps([run.info.status, run.data.params['lr'], sorted(run.data.metrics), "
+            "[a.path for a in client.list_artifacts(run.info.run_id, 'masks')], [m.step for m in client.get_metric_history(run.info.run_id, 'lr')]]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.runs, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    status, lr, metrics, pictures, steps = json.loads(done.stdout.strip().splitlines()[-1])
+    assert status == "FINISHED" and lr == "0.001" and {"lr", "train_loss", "valid_dice", "test_dice"} <= set(metrics)
+    assert any(path.startswith("masks/epoch_0002") for path in pictures) and steps == [1, 2]
+    assert not (Path(config.runs) / "mlruns").exists()
+
+
+# the papermill notebook
+
+def papermill(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess, Path]:
+    output = tmp_path / "executed.ipynb"
+    done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR", str(ROOT / "nbs/experiments/train.ipynb"),
+                           str(output), "-f", str(ROOT / "nbs/experiments/params/demo.yaml"), "-p", "runs", str(tmp_path), *options],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    return done, output
+
+
+def test_the_notebook_has_every_field_and_the_demos_values():
+    notebook = json.loads((ROOT / "nbs/experiments/train.ipynb").read_text())
+    cell = next("".join(cell["source"]) for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    given: dict = {}
+    exec(cell, given)
+    del given["__builtins__"]
+    assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert given == TrainConfig.from_dict(yaml.safe_load((ROOT / "nbs/experiments/params/demo.yaml").read_text())).to_dict()
+
+
+def test_papermill_refuses_unknown_and_ill_typed_parameters(tmp_path):
+    done, _ = papermill(tmp_path, "-p", "epoch", "3")
+    assert done.returncode != 0 and "unknown configuration keys: epoch" in done.stderr
+    done, _ = papermill(tmp_path, "-p", "lr", "fast")
+    assert done.returncode != 0 and "lr is a number, not 'fast'" in done.stderr
+    assert not (tmp_path / "demo").exists()
+
+
+def test_papermill_trains_evaluates_and_shows(tmp_path):
+    small = ["-p", "data", "phantoms:nuclei:24", "-p", "size", "64", "-p", "width", "4", "-p", "epochs", "2", "-p", "batch", "4", "-p", "cache", str(tmp_path)]
+    done, output = papermill(tmp_path, *small)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "demo"
+    assert {"metrics.json", "masks.png", "curves.png", "best_dice"} <= {path.name for path in folder.iterdir()}
+    cells = json.loads(output.read_text())["cells"]
+    assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell.get("outputs", [])) >= 3
+    done, _ = papermill(tmp_path, *small)  # the same command again: nothing is trained twice
+    assert done.returncode == 0 and time.time() - os.path.getmtime(folder / "resume.pt") > 3
+
+
+# real images
+
+@pytest.mark.parametrize("archive, options", [("isic2018_512.zip", {"colour": "ycrcb"}), ("bkai_512.zip", {"folds": 4, "fold": 3, "masks": "any"}),
+                                              ("bkai_512.zip", {"folds": 4, "fold": 3, "classes": 3})])
+def test_real_images_train(tmp_path, tiny, archive, options):
+    """A few real images through the whole road: archive, check, cache, a step, evaluation."""
+    source = shared_folder() / "data" / archive
+    if not source.is_file():
+        pytest.skip(f"{source} is not there: real images never enter the repository")
+    import zipfile
+
+    root = tmp_path / "few"
+    with zipfile.ZipFile(source) as full:
+        for folder in sorted({str(Path(name).parent) for name in full.namelist() if not name.endswith("/")}):
+            for name in sorted(name for name in full.namelist() if str(Path(name).parent) == folder)[:12]:
+                full.extract(name, root)
+    result = fit(tiny(data=str(root), cache=str(tmp_path / "cache"), epochs=1, **options))
+    assert np.isfinite(result.history[0]["train_loss"])
