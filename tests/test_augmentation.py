@@ -239,7 +239,8 @@ def test_a_flip_between_warps_is_part_of_the_warp():
 
 @pytest.mark.parametrize("height, width", [(64, 64), (61, 90)])
 @pytest.mark.parametrize("names", [("scale",), ("rotate",), ("shear",), ("translate",), ("rotate", "scale"), ("scale", "rotate"),
-                                   ("translate", "rotate", "horizontal_flip"), ("shear", "scale", "translate", "rotate")], ids="-".join)
+                                   ("translate", "rotate", "horizontal_flip"),
+                                   ("shear", "scale", "translate", "rotate")], ids="-".join)
 def test_one_composed_warp_equals_opencv(names, height, width):
     settings = Augmentation(operations=GEOMETRIC)
     seed = seed_that_draws(settings, (3, height, width), names)
@@ -281,7 +282,7 @@ def test_one_composed_warp_equals_an_exact_sum():
 
 @pytest.mark.parametrize("names", [(name,) for name in GEOMETRIC] + [("rotate", "piecewise_affine", "scale")], ids="-".join)
 def test_image_and_mask_go_the_same_way(names):
-    """The mask, drawn as a picture, and the mask itself: after the warp they agree wherever the picture is not between two classes."""
+    """The mask, drawn as a picture, and the mask itself agree after the warp wherever the picture is not between two classes."""
     y, x = np.mgrid[:57, :66]
     mask = ((np.hypot(x - 40, y - 20) < 15).astype(np.uint8) + (np.hypot(x - 40, y - 20) < 7))
     masks = torch.from_numpy(mask.astype(np.uint8))[None]
@@ -321,7 +322,7 @@ def test_the_displacement_reaches_its_control_points():
     field[0, 1, 2], field[1, 1, 2] = 0.02, -0.01
     still, moved = (sampling_grid([compose([("piecewise_affine", one)])], 61, 91) for one in (0 * field, field))
     shift = (moved - still)[0] / 2  # in shares of the image
-    assert abs(shift[20, 60, 0] - 0.02) < 5e-4 and abs(shift[20, 60, 1] + 0.01) < 5e-4  # the point at 2/3 of the width, 1/3 of the height
+    assert abs(shift[20, 60, 0] - 0.02) < 5e-4 and abs(shift[20, 60, 1] + 0.01) < 5e-4  # at 2/3 of the width, 1/3 of the height
     assert shift[:, :30].abs().max() < 2.5e-3 and (shift[:-1] - shift[1:]).abs().max() < 0.002, "smooth, and local"
 
 
@@ -341,7 +342,7 @@ def test_fill_outside_images_and_zero_outside_masks(fill):
 def test_warp_takes_one_grid_for_both():
     images, masks = batch(2, 3, 16, 16)
     geometries = [compose([("scale", np.diag([0.7, 1.3, 1]))])] * 2
-    new_images, new_masks = warp(images, masks, sampling_grid(geometries, 16, 16), torch.zeros(3, dtype=torch.uint8))
+    new_images, new_masks = warp(normalise(images), masks, sampling_grid(geometries, 16, 16), torch.full((3,), -1.0))
     assert new_images.shape == (2, 3, 16, 16) and new_masks.shape == (2, 16, 16)
 
 
@@ -391,9 +392,10 @@ def test_noise_before_blur_is_not_noise_after_blur():
     ({"operations": "rotate"}, "operations must be a tuple"),
     ({"operations": ("rotate", "rotate")}, "different names"),
     ({"most": -1}, "most must be an integer >= 0"), ({"most": 2.5}, "most"), ({"most": True}, "most"),
-    ({"strength": -0.1}, "strength must be a number from 0"), ({"strength": 2.1}, "to 2"), ({"strength": float("nan")}, "strength"),
-    ({"strength": "1"}, "strength"), ({"fill": (0, 0, 256)}, "fill must be"), ({"fill": (0.5, 0, 0)}, "fill"), ({"fill": 0}, "fill"),
-    ({"fill": ()}, "fill"), ({"operations": 3}, "operations must be a tuple"),
+    ({"strength": -0.1}, "strength must be a number from 0"), ({"strength": 2.1}, "to 2"),
+    ({"strength": float("nan")}, "strength"), ({"strength": "1"}, "strength"), ({"fill": (0, 0, 256)}, "fill must be"),
+    ({"fill": (0.5, 0, 0)}, "fill"), ({"fill": 0}, "fill"), ({"fill": ()}, "fill"),
+    ({"operations": 3}, "operations must be a tuple"),
 ], ids=str)
 def test_bad_settings_are_refused_in_one_sentence(settings, words):
     with pytest.raises(ValueError, match=words) as caught:
@@ -403,11 +405,13 @@ def test_bad_settings_are_refused_in_one_sentence(settings, words):
 
 def test_bad_batches_are_refused_in_one_sentence():
     images, masks = batch(2, 3, 8, 9)
-    for arguments, words in [((images.float(), masks, 1), "images must be uint8"), ((images[0], masks, 1), "images must be uint8"),
-                             ((images.numpy(), masks, 1), "images must be uint8.*ndarray"), ((images, masks.float(), 1), "masks must be"),
-                             ((images, masks[:, None], 1), "masks must be"), ((images, masks[:1], 1), "one size"),
-                             ((images, masks.transpose(1, 2), 1), "one size"), ((images, masks, 1.5), "seed"), ((images, masks, None), "seed"),
-                             ((images[:, :, :0], masks[:, :0], 1), "images must be")]:
+    for arguments, words in [
+        ((images.float(), masks, 1), "images must be uint8"), ((images[0], masks, 1), "images must be uint8"),
+        ((images.numpy(), masks, 1), "images must be uint8.*ndarray"), ((images[:, :, :0], masks[:, :0], 1), "images must be"),
+        ((images, masks.float(), 1), "masks must be"), ((images, masks[:, None], 1), "masks must be"),
+        ((images, masks[:1], 1), "one size"), ((images, masks.transpose(1, 2), 1), "one size"),
+        ((images, masks, 1.5), "seed"), ((images, masks, None), "seed"),
+    ]:
         with pytest.raises(ValueError, match=words) as caught:
             Augmentation()(*arguments)
         assert "\n" not in str(caught.value)

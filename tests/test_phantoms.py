@@ -62,6 +62,23 @@ def test_another_process_draws_the_same_bytes():
     assert done.stdout.strip() == str(here)
 
 
+# Foreground pixels, and the mean of red, green and blue, of seed 0 at 128: change them only together with RECIPE.
+GOLDEN = {
+    "dermoscopy": (3695, (176.8, 138.5, 121.1)),
+    "ultrasound": (3395, (118.9, 118.9, 118.9)),
+    "endoscopy": (2336, (158.1, 87.5, 74.0)),
+    "nuclei": (5410, (87.2, 87.2, 87.2)),
+}
+
+
+@each_family
+def test_the_pictures_are_those_of_this_recipe(family):
+    image, mask = phantom(family, 0)
+    pixels, means = GOLDEN[family]
+    assert abs(int((mask > 0).sum()) - pixels) <= 2
+    assert np.allclose(image.mean(axis=(0, 1)), means, atol=0.3), "same arguments, other pictures: raise RECIPE, then renew these numbers"
+
+
 @each_family
 def test_the_global_random_state_is_neither_used_nor_changed(family):
     np.random.seed(1)
@@ -122,7 +139,7 @@ def test_polyp_classes_cannot_be_told_by_brightness_or_colour_alone():
     for channel in range(3):
         first, second = (np.array(means[label])[:, channel] for label in (1, 2))
         best = max(((first > cut).mean() + (second <= cut).mean()) / 2 for cut in np.concatenate([first, second]))
-        assert best < 0.97, f"channel {channel} tells the classes apart by itself"
+        assert best < 0.9, f"channel {channel} tells the classes apart by itself"
 
 
 # --- thresholds
