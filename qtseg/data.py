@@ -40,9 +40,9 @@ from .phantoms import write_prepared
 # %% auto #0
 __all__ = ['MASKS', 'RESIZES', 'COLOURS', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS',
            'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resize_pair', 'Record',
-           'Survey', 'survey_folder', 'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings',
-           'cache_key', 'cache_root', 'find_source', 'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split',
-           'OpenedData', 'SegmentationData']
+           'Survey', 'list_pictures', 'survey_folder', 'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks',
+           'Settings', 'cache_key', 'cache_root', 'require_space', 'new_folder', 'check_members', 'find_source',
+           'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -125,20 +125,23 @@ def _check_index(values: np.ndarray, classes: int) -> None:
 
 # %% ../nbs/01_data.ipynb #data030
 def _check_binary(values: np.ndarray) -> None:
-    """Raise ValueError for a mask in which half of the maximum would cut through class indices or through JPEG noise."""
+    """Raise ValueError for a mask in which half of the maximum would cut through class indices."""
     if 1 < values.max() < 32 and len(found := np.unique(values)) > 2:
         shown = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
         raise ValueError(f'is no binary mask: it holds the values {shown}; if these are class indices, pass masks="any" or '
-                         f'masks="index" with classes={found.max() + 1}; if it is the noise of an empty JPEG, save it as PNG')
+                         f'masks="index" with classes={found.max() + 1}')
 
 # %% ../nbs/01_data.ipynb #data032
 def _mask_from(data: bytes, masks: str, classes: int) -> np.ndarray:
     """The bytes of a mask file -> class index, uint8 [H, W]; ValueError with reason and remedy."""
     values = _values(data, colours=masks == "binary")
+    is_jpeg = data[:3] == b"\xff\xd8\xff"
     if masks == "binary":
+        if is_jpeg and 0 < values.max() < 32:
+            raise ValueError(f"is a JPEG whose brightest value is {values.max()}, the noise of an empty mask: save it as PNG")
         _check_binary(values)
         return (values > values.max() // 2).astype(np.uint8)  # an all-zero file stays empty
-    if data[:3] == b"\xff\xd8\xff":
+    if is_jpeg:
         raise ValueError('is a JPEG, whose compression invents class indices: save it as PNG, or pass masks="binary"')
     if masks == "any":
         return (values > 0).astype(np.uint8)
@@ -236,7 +239,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 SUFFIX = re.compile(r"(_segmentation|_mask)$", re.IGNORECASE)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def list_pictures(folder: Path) -> list[Path]:
     """The image files of a folder, sorted by name; hidden files and other kinds are passed over."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
 
@@ -244,11 +247,11 @@ def _pictures(folder: Path) -> list[Path]:
 def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
     """Match the images of one folder with the masks of another by name, and add records and problems to the survey."""
     by_name: dict[str, list[Path]] = {}
-    for path in _pictures(masks):
+    for path in list_pictures(masks):
         by_name.setdefault(path.stem, []).append(path)
     plain = {SUFFIX.sub("", stem): stem for stem in reversed(sorted(by_name))}  # "a" before "a_mask", if there are both
     unused = set(by_name)
-    for path in _pictures(images):
+    for path in list_pictures(images):
         stem = path.stem if path.stem in by_name else plain.get(path.stem)
         found = by_name.get(stem, [])
         unused.discard(stem)
@@ -582,7 +585,7 @@ def _no_space(folder: Path, needed: int | None = None) -> OSError:
                                  "free some, or name another place with cache=… or QTSEG_CACHE")
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
     """Raise OSError before the work starts if it cannot end well."""
     if shutil.disk_usage(folder).free < needed:
         raise _no_space(folder, needed)
@@ -592,7 +595,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """Yield a private folder; at the end it becomes `target` by one rename, or vanishes if anything was raised.
 
     Whoever renames second finds the target there and uses it: both builders made the same bytes.
@@ -616,7 +619,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(private, ignore_errors=True)
 
 # %% ../nbs/01_data.ipynb #data107
-def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
+def check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
     """Raise ValueError for an archive that reaches outside its folder, holds links or passwords, or swells absurdly."""
     for member in members:
         name = member.filename.replace("\\", "/")
@@ -640,11 +643,11 @@ def _unzip(path: Path, root: Path) -> Path:
     if target.is_dir():
         return target
     try:
-        with zipfile.ZipFile(path) as archive, _new_folder(target) as private:
-            _check_members(path, archive.infolist())
+        with zipfile.ZipFile(path) as archive, new_folder(target) as private:
+            check_members(path, archive.infolist())
             wanted = [member for member in archive.infolist() if not member.filename.startswith("__MACOSX")
                       and member.filename.lower().endswith((*EXTENSIONS, "manifest.csv", "dataset.json"))]
-            _require_space(private, sum(member.file_size for member in wanted))
+            require_space(private, sum(member.file_size for member in wanted))
             for member in wanted:
                 archive.extract(member, private)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
@@ -748,7 +751,7 @@ def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progr
     """Check every pair and write images.npy, masks.npy and, last, index.json; returns index entries and problems."""
     count, size, bits = len(survey.records), settings.size, mask_bits(settings.classes)
     shapes = {"images": (count, size, size, 3), "masks": (count, -(-size * size * bits // 8))}
-    _require_space(folder, sum(int(np.prod(shape)) for shape in shapes.values()))
+    require_space(folder, sum(int(np.prod(shape)) for shape in shapes.values()))
     entries, problems, grey = [], [], settings.colour == "rgb"
     with (_start_array(folder / "images.npy", shapes["images"]) as images,
           _start_array(folder / "masks.npy", shapes["masks"]) as masks,
@@ -836,7 +839,7 @@ def _check_and_cache(survey: Survey, settings: Settings, folder: Path, workers: 
     if folder.is_dir() and (ready := _load(folder)) is None:
         shutil.rmtree(folder)  # damaged
     if ready is None:
-        with _new_folder(folder) as private:
+        with new_folder(folder) as private:
             entries, found = _build(private, survey, settings, workers, progress)
             _refuse(survey, found + _leaks(survey, entries))
         ready = _load(folder)
@@ -854,7 +857,7 @@ class Batch(NamedTuple):
 
 def normalise(images: Tensor) -> Tensor:
     """Bring bytes to what the network expects: uint8 [B, C, H, W] -> float32 in [-1, 1], x / 127.5 - 1."""
-    return images.float() / 127.5 - 1
+    return images.float().div_(127.5).sub_(1)  # in place: one new tensor instead of three
 
 # %% ../nbs/01_data.ipynb #data141
 def _to_device(batch: Batch, device: torch.device) -> Batch:

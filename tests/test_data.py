@@ -869,3 +869,15 @@ def test_bkai_sample(opened, tmp_path):
             np.testing.assert_array_equal(batch.masks[i], stored[2::4, 2::4])
             small = cv2.resize(cv2.imread(str(image)), (128, 128), interpolation=cv2.INTER_AREA)[:, :, ::-1]
             assert abs(batch.images[i].permute(1, 2, 0).numpy().astype(int) - small).max() <= 2
+
+
+@pytest.mark.parametrize("quality", [30, 40, 75, 95])
+def test_an_empty_jpeg_mask_never_becomes_a_lesion(tmp_path, quality):
+    """At some qualities black comes back as 1 everywhere, which is above half of its own maximum."""
+    path = tmp_path / "empty.jpg"
+    Image.fromarray(np.zeros((96, 128), np.uint8)).save(path, quality=quality)
+    if np.asarray(Image.open(path)).max():
+        with pytest.raises(ValueError, match="noise of an empty mask: save it as PNG"):
+            read_mask(path, "binary")
+    else:
+        assert not read_mask(path, "binary").any()
