@@ -582,8 +582,8 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
         cause = f", or by the step before it on {', '.join(before)}" if before else ""
         raise FloatingPointError(
             f"the loss became {value} in epoch {p.epoch + 1} on the images {', '.join(ids)}: caused by them{cause}. Look at "
-            f"these images, lower lr (now {trainer.config.lr}) or set clip=1.0. {trainer.config.folder} holds what was good: "
-            f"{p.epoch} whole epochs.")
+            f"these images, or start again, under another name, with a lower lr (now {trainer.config.lr}). Earlier epochs are "
+            f"safe in {trainer.config.folder}.")
     p.sums["loss"] = p.sums.get("loss", 0.0) + value
     p.sums["dice"] = p.sums.get("dice", 0.0) + scores_in_percent(counts)[..., MEASURES.index("dice")].mean().item()
     return ids
@@ -689,13 +689,21 @@ def open_data(config: TrainConfig) -> SegmentationData:
                                  progress=c.progress)
 
 # %% ../nbs/11_training.ipynb #c131
-def _claim_folder(config: TrainConfig) -> None:
-    """Make the run's folder and write its configuration; FileExistsError when another run is in it and resume is off."""
-    begun = [name for name in ("resume.pt", "metrics.json", "config.json") if (config.folder / name).exists()]
-    if begun and not config.resume:
-        raise FileExistsError(f"{config.folder} holds a run already: set resume=True to go on with it, or choose another name")
-    if "config.json" in begun:
-        _same_recipe(config, json.loads((config.folder / "config.json").read_text(encoding="utf-8")))
+def _refuse_other_runs(config: TrainConfig) -> None:
+    """Raise FileExistsError or ValueError when the folder holds a run that this configuration does not go on with."""
+    folder = config.folder
+    if not any((folder / name).exists() for name in ("resume.pt", "history.csv", "metrics.json")):
+        return  # no epoch was completed here
+    if not config.resume:
+        raise FileExistsError(f"{folder} holds a run already: set resume=True to go on with it, or choose another name")
+    if not (folder / "resume.pt").is_file():
+        raise FileExistsError(f"{folder} holds a run without its resume.pt, which cannot go on: choose another name")
+    if (folder / "config.json").is_file():
+        _same_recipe(config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _write_config(config: TrainConfig) -> None:
+    """Make the run's folder and write what it is made with."""
     with _clear_disk_errors(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
         _write_text(config.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
@@ -741,9 +749,11 @@ def fit(config: TrainConfig, data: SegmentationData | None = None,
     same result. ValueError (configuration, data), FileExistsError (a run is there), FloatingPointError (loss not finite, with
     the images' ids), OSError (disk). Source: training recipe of the official repository, release v0.1.0.
     """
-    _claim_folder(config)
+    choose_device(config.device)  # refusals that cost nothing come first, and config.json after all of them
+    _refuse_other_runs(config)
     trainer = Trainer(config, data if data is not None else open_data(config))
     _load_state(trainer)
+    _write_config(config)
     if trainer.device.type == "cpu":
         keep_freed_memory()
     tracker = Tracker(config, trainer.progress.run_id)

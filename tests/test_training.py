@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,23 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny, uninterrupted):
     config = tiny(runs=str(uninterrupted.parent))
     with pytest.raises(FileExistsError, match="holds a run already: set resume=True"):
         fit(config)
+
+
+@pytest.mark.parametrize("mistake", [{"data": "nowhere"}, {"batch": 64}, {"device": "warp"}, {"lr": 1e30, "optimiser": "sgd", "momentum": 0.0}])
+def test_a_start_that_failed_leaves_its_name_free(tiny, mistake):
+    with pytest.raises((ValueError, OSError, FloatingPointError)):
+        fit(tiny(**mistake))
+    assert fit(tiny(epochs=1)).metrics["train"]["epochs"] == 1
+
+
+def test_a_finished_run_without_its_state_is_not_overwritten(tiny, uninterrupted):
+    runs = Path(tiny().runs)
+    shutil.copytree(uninterrupted, runs / "run")
+    (runs / "run" / "resume.pt").unlink()
+    before = (runs / "run" / "metrics.json").read_bytes()
+    with pytest.raises(FileExistsError, match="without its resume.pt"):
+        fit(tiny(resume=True))
+    assert (runs / "run" / "metrics.json").read_bytes() == before
 
 
 def test_a_finished_run_resumes_to_itself(tiny, uninterrupted):
