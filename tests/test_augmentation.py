@@ -256,7 +256,7 @@ def test_one_composed_warp_equals_opencv(names, height, width):
     new_images, new_masks = Augmentation(operations=GEOMETRIC, fill=(9, 8, 7))(
         torch.from_numpy(image).permute(2, 0, 1)[None], torch.from_numpy(mask)[None], seed)
     difference = np.abs((new_images[0].permute(1, 2, 0).numpy() + 1) * 127.5 - expected)
-    assert difference.max() < 4 and difference.mean() < 0.06, "OpenCV 4 rounds positions to 1/32 pixel; OpenCV 5 agrees to 1e-4"
+    assert difference.max() < 4 and difference.mean() < 0.08, "OpenCV 4 rounds positions to 1/32 pixel; OpenCV 5 agrees to 1e-4"
     assert (new_masks[0].numpy() != labels).mean() < 0.01
 
 
