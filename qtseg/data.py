@@ -40,9 +40,10 @@ from .phantoms import write_prepared
 # %% auto #0
 __all__ = ['MASKS', 'RESIZES', 'COLOURS', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS',
            'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resize_pair', 'Record',
-           'Survey', 'list_pictures', 'survey_folder', 'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks',
-           'Settings', 'cache_key', 'cache_root', 'require_space', 'new_folder', 'check_members', 'find_source',
-           'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split', 'OpenedData', 'SegmentationData']
+           'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits',
+           'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space', 'new_folder',
+           'check_members', 'find_source', 'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split', 'OpenedData',
+           'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -428,7 +429,7 @@ def _slices(records: list[Record], folds: int) -> list[int | None]:
     return fold_of
 
 # %% ../nbs/01_data.ipynb #data079
-def _fold_of(survey: Survey, fold: int | None, folds: int | None, notes: list[str]) -> list[int | None]:
+def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: list[str]) -> list[int | None]:
     """Each record's fold: the manifest's own, else `folds` slices, else None throughout; ValueError for impossible wishes."""
     own = sorted({record.fold for record in survey.records if record.fold is not None})
     if own and folds is not None and folds != len(own):
@@ -450,7 +451,7 @@ def _fold_of(survey: Survey, fold: int | None, folds: int | None, notes: list[st
     return fold_of
 
 # %% ../nbs/01_data.ipynb #data082
-def _hold_out(rows: list[int], share: float, seed: int, notes: list[str]) -> list[int]:
+def hold_out(rows: list[int], share: float, seed: int, notes: list[str]) -> list[int]:
     """The rows that validate where nobody said which: a seeded share of the training rows."""
     count = max(1, round(share * len(rows)))
     if count >= len(rows):
@@ -467,7 +468,7 @@ def assign_splits(survey: Survey, fold: int | None, folds: int | None, valid_sha
     Without: the split column or folder; no "valid" there -> `valid_share` of train is held out. ValueError if that is impossible.
     """
     notes = list(survey.notes)
-    fold_of = _fold_of(survey, fold, folds, notes)
+    fold_of = fold_of_each(survey, fold, folds, notes)
     known = sorted({value for value in fold_of if value is not None})
     if not known and fold not in (None, 0):
         raise ValueError(f"fold={fold}, but {survey.folder} has no folds: pass folds=N to make N of them")
@@ -484,7 +485,7 @@ def assign_splits(survey: Survey, fold: int | None, folds: int | None, valid_sha
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in parts.items())
         raise ValueError(f"{survey.folder} has no training images: {counts}")
     if not parts["valid"]:
-        parts["valid"] = _hold_out(parts["train"], valid_share, seed, notes)
+        parts["valid"] = hold_out(parts["train"], valid_share, seed, notes)
         parts["train"] = sorted(set(parts["train"]) - set(parts["valid"]))
     if not parts["test"]:
         notes.append("no test part")

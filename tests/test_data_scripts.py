@@ -1,0 +1,455 @@
+"""Data scripts: real samples prepared as an independent computation has them, every set's road up to an epoch of training."""
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, shared_folder
+from PIL import Image
+from test_preparation import box, by_hand, picture, save
+
+from qtseg import preparation
+from qtseg.data import DataProblems
+from qtseg.download import DownloadError
+from qtseg.preparation import command_line, prepare, run
+from qtseg.training import TrainConfig, fit
+
+SHARED = shared_folder() / "data"
+FOLDER = ROOT / "data_scripts"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"data_script_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+busi, bkai, dsb2018, fives, isic, own = (load(name) for name in ("busi", "bkai", "dsb2018", "fives", "isic", "own"))
+SETS = {"busi": busi.BUSI, "bkai": bkai.BKAI, "dsb2018": dsb2018.DSB2018}
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A function: name -> (raw files as the sample holds them, the folder prepared from it); each made once."""
+    made, root = {}, tmp_path_factory.mktemp("samples")
+
+    def make(name: str) -> tuple[Path, Path]:
+        archive = SHARED / f"{name}_raw_sample.zip"
+        if not archive.is_file():
+            pytest.skip(f"no {archive.name} in {SHARED}")
+        if name not in made:
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(root / "raw")
+            folder = prepare(SETS[name], [archive], root / "data", progress=False)
+            made[name] = root / "raw", folder
+        return made[name]
+
+    return make
+
+
+def rows(folder: Path) -> dict[str, dict]:
+    with open(folder / "manifest.csv", newline="", encoding="utf-8") as stream:
+        return {row["id"]: row for row in csv.DictReader(stream)}
+
+
+def stored(folder: Path, row: dict) -> np.ndarray:
+    picture = Image.open(folder / row["mask"])
+    assert picture.mode == "L"
+    return np.asarray(picture)
+
+
+def by_table(image: np.ndarray) -> np.ndarray:
+    """by_hand, each of the image's colours looked at once."""
+    codes = image[..., 0].astype(np.int32) << 16 | image[..., 1].astype(np.int32) << 8 | image[..., 2]
+    classes = np.zeros(1 << 24, np.uint8)
+    classes[codes.reshape(-1)] = 1
+    colours = np.flatnonzero(classes)
+    classes[colours] = by_hand(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1).astype(np.uint8))
+    return classes[codes]
+
+
+def one_epoch(folder: Path, tmp_path: Path, **wishes) -> dict:
+    """The metrics of a tiny network after one epoch."""
+    values = dict(data=str(folder), cache=str(tmp_path / "cache"), size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=1, batch=4,
+                  valid_batch=4, device="cpu", runs=str(tmp_path / "runs"), name="run", progress=False)
+    result = fit(TrainConfig.from_dict(values | wishes))
+    return json.loads((result.folder / "metrics.json").read_text())
+
+
+# real samples
+
+def test_bkai_sample(sample):
+    raw, folder = sample("bkai")
+    table = rows(folder)
+    assert Counter(row["fold"] for row in table.values()) == {"0": 4, "1": 4, "2": 4, "3": 4, "4": 4, "": 3}
+    assert list(table) == sorted(path.stem for path in (raw / "BKAI/train/train").iterdir()) and len(table) == 23
+    assert [row["fold"] for row in table.values()] == [str(i // 4) if i < 20 else "" for i in range(23)]
+    assert "3 test images without masks are not used" in json.loads((folder / "dataset.json").read_text())["notes"]
+    for name, row in table.items():
+        coloured = np.asarray(Image.open(raw / "BKAI/train_gt/train_gt" / f"{name}.jpeg"))
+        assert np.array_equal(stored(folder, row), by_table(coloured)), name
+        assert (folder / row["image"]).read_bytes() == (raw / "BKAI/train/train" / f"{name}.jpeg").read_bytes()
+
+
+def test_busi_sample(sample):
+    raw, folder = sample("busi")
+    table = rows(folder)
+    assert Counter((row["group"], row["fold"]) for row in table.values()) == {
+        (group, str(fold)): 4 for group in ("benign", "malignant") for fold in range(5)}
+    notes = json.loads((folder / "dataset.json").read_text())["notes"]
+    assert "10 normal images, without a lesion, are not used" in notes and "2 image(s) with 2 masks, united" in notes
+    for name, row in table.items():
+        source = raw / "BUSI" / row["group"]
+        image = Image.open(source / f"{name}.png")
+        wanted = np.zeros(image.size[::-1], bool)
+        for path in sorted(source.glob(f"{name}_mask*.png")):
+            mask = np.asarray(Image.open(path).convert("L")) > 127
+            if path.name == "benign (4)_mask_1.png":  # 555x465 over 416x416: a figure with margins, see chapter 17
+                assert mask.shape == (465, 555) and wanted.shape == (416, 416)
+                mask = mask[24:24 + 416, 69:69 + 416]
+            wanted |= mask
+        assert np.array_equal(stored(folder, row), wanted), name
+        assert (folder / row["image"]).read_bytes() == (source / f"{name}.png").read_bytes()
+
+
+def test_dsb2018_sample(sample):
+    raw, folder = sample("dsb2018")
+    table = rows(folder)
+    cases = sorted((raw / "DSB2018" / "stage1_train").iterdir())
+    assert list(table) == [case.name for case in cases] and len(table) == 60
+    assert [row["fold"] for row in table.values()] == [str(i // 12) for i in range(60)]
+    for case in cases:
+        row = table[case.name]
+        wanted = np.logical_or.reduce([np.asarray(Image.open(path)) > 127 for path in (case / "masks").glob("*.png")])
+        assert np.array_equal(stored(folder, row), wanted), case.name
+        alpha = np.asarray(Image.open(case / "images" / f"{case.name}.png"))
+        assert alpha.shape[2] == 4 and np.array_equal(np.asarray(Image.open(folder / row["image"])), alpha[..., :3])
+
+
+@pytest.mark.parametrize("name, wishes", [("busi", {"fold": 0}), ("bkai", {"fold": 1, "classes": 3}), ("dsb2018", {"fold": 4}),
+                                          ("bkai", {"fold": 1, "masks": "any"})], ids=["busi", "bkai 3", "dsb2018", "bkai 2"])
+def test_from_the_raw_sample_to_an_epoch(sample, tmp_path, name, wishes):
+    _, folder = sample(name)
+    metrics = one_epoch(folder, tmp_path, **wishes)
+    assert metrics["images"]["valid"] == sum(row["fold"] == str(wishes["fold"]) for row in rows(folder).values())
+    assert metrics["images"]["train"] + metrics["images"]["valid"] == len(rows(folder)) and 0 <= metrics["valid"]["dice"] <= 100
+
+
+@pytest.mark.parametrize("name, inner", [("busi", "BUSI"), ("bkai", "BKAI"), ("dsb2018", "DSB2018/stage1_train")])
+def test_the_unpacked_folder_does_as_well(sample, tmp_path, name, inner):
+    raw, folder = sample(name)
+    few = tmp_path / "few" / inner
+    shutil.copytree(raw / inner, few, ignore=lambda path, names: [x for x in names if re.search(r"[(]([2-9]|1\d|25)[)]|^0[1-9]|^[1-9a-f]\w{10}", x)])
+    for source in (few, tmp_path / "few"):
+        found = SETS[name].find([source])
+        assert found.pairs and not found.problems, found.problems
+
+
+# fake archives in the official layouts
+
+def pack(archive: Path, files: dict[str, np.ndarray]) -> Path:
+    """Write a .zip of pictures."""
+    folder = archive.with_suffix("")
+    for name, array in files.items():
+        save(folder / name, array)
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            packed.write(path, path.relative_to(folder).as_posix())
+    shutil.rmtree(folder)
+    return archive
+
+
+def isic_archives(folder: Path, year: int, counts: dict[str, int], wrapped: bool = True) -> Path:
+    """Archives as the challenge hands them out, under their names, with pictures drawn here."""
+    folder.mkdir(parents=True)
+    suffix = "_Segmentation" if year == 2016 else "_segmentation"
+    for part, (images, masks) in isic.PARTS[year].items():
+        first = {"train": 0, "valid": 500, "test": 800}[part]
+        names = [f"ISIC_{first + i:07d}" for i in range(counts.get(part, 0))]
+        wrap = [f"{name}/" if wrapped else "" for name in (images, masks)]
+        if names:
+            pictures = {f"{wrap[0]}{name}.jpg": picture(first + i) for i, name in enumerate(names)}
+            if year == 2017:
+                pictures |= {f"{wrap[0]}{name}_superpixels.png": picture(0) for name in names}
+            pack(folder / f"{images}.zip", pictures)
+            pack(folder / f"{masks}.zip", {f"{wrap[1]}{name}{suffix}.png": box(i % 25, i % 30) * 255 for i, name in enumerate(names)})
+    return folder
+
+
+@pytest.mark.parametrize("year", [2016, 2017, 2018])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_isic(tmp_path, year, wrapped):
+    counts = {"train": 20, "test": 6} | ({"valid": 3} if year > 2016 else {})
+    source = isic_archives(tmp_path / "zips", year, counts, wrapped)
+    folder = prepare(isic.isic(year), [source], tmp_path / "data", progress=False)
+    table = rows(folder)
+    wanted = counts if year > 2016 else {"train": 18, "valid": 2, "test": 6}
+    assert folder.name == f"isic{year}" and Counter(row["split"] for row in table.values()) == wanted
+    assert all((int(name[-3:]) >= 800) == (row["split"] == "test") for name, row in table.items())
+    assert np.array_equal(stored(folder, table["ISIC_0000007"]), box(7, 7))
+    if year == 2016:
+        notes = json.loads((folder / "dataset.json").read_text())["notes"]
+        assert notes == ["no validation split: 10 % of train, seed 1996, held out (2 of 20 images)"]
+
+
+def test_isic_official_split_validates_on_the_test_images_and_says_so(tmp_path, capsys):
+    source = isic_archives(tmp_path / "zips", 2016, {"train": 20, "test": 6})
+    run(isic.arguments(), isic.describe, ["--official-split", "--from", str(source), "--root", str(tmp_path / "data")])
+    out = capsys.readouterr().out
+    assert out.startswith("*** official split: THE TEST IMAGES VALIDATE.")
+    table = rows(tmp_path / "data" / "isic2016_official")
+    assert Counter(row["split"] for row in table.values()) == {"train": 20, "valid": 6}
+    assert all(int(name[-3:]) >= 800 for name, row in table.items() if row["split"] == "valid")
+    description = json.loads((tmp_path / "data" / "isic2016_official" / "dataset.json").read_text())
+    assert any("THE TEST IMAGES VALIDATE" in note for note in description["notes"]) and "test images validate" in description["title"]
+
+
+def test_isic_2018_without_its_validation_part_and_with_folds(tmp_path):
+    source = isic_archives(tmp_path / "zips", 2018, {"train": 20, "test": 6})
+    folder = prepare(isic.isic(2018), [source], tmp_path / "a", progress=False)
+    assert Counter(row["split"] for row in rows(folder).values()) == {"train": 18, "valid": 2, "test": 6}
+    folder = prepare(isic.isic(2018), [source], tmp_path / "b", folds=4, progress=False)
+    assert Counter(row["fold"] or row["split"] for row in rows(folder).values()) == {"0": 5, "1": 5, "2": 5, "3": 5, "test": 6}
+
+
+def test_an_isic_image_that_also_tests_does_not_train(tmp_path):
+    source = isic_archives(tmp_path / "zips", 2016, {"train": 20, "test": 6})
+    with zipfile.ZipFile(source / "ISBI2016_ISIC_Part1_Test_Data.zip", "a") as archive:
+        archive.write(save(tmp_path / "x.jpg", picture(3)), "ISBI2016_ISIC_Part1_Test_Data/ISIC_0000999.jpg")
+    with zipfile.ZipFile(source / "ISBI2016_ISIC_Part1_Test_GroundTruth.zip", "a") as archive:
+        archive.write(save(tmp_path / "x.png", box(1, 1) * 255), "ISBI2016_ISIC_Part1_Test_GroundTruth/ISIC_0000999_Segmentation.png")
+    folder = prepare(isic.isic(2016), [source], tmp_path / "data", progress=False)
+    assert "ISIC_0000003" not in rows(folder) and not (folder / "images" / "ISIC_0000003.jpg").exists()
+    assert any(note.startswith("left out, because the same file") for note in json.loads((folder / "dataset.json").read_text())["notes"])
+
+
+def test_the_addresses_are_those_of_the_reference():
+    assert isic.archives(2016) == [f"ISBI2016_ISIC_Part1_{part}_{kind}.zip" for part in ("Training", "Test")
+                                   for kind in ("Data", "GroundTruth")]
+    assert isic.BUCKET == "https://isic-challenge-data.s3.amazonaws.com"
+    assert [len(isic.archives(year)) for year in (2016, 2017, 2018)] == [4, 6, 6]
+    assert busi.KAGGLE == "aryashah2k/breast-ultrasound-images-dataset" and bkai.KAGGLE == "bkai-igh-neopolyp"
+    assert dsb2018.KAGGLE == "data-science-bowl-2018" and "19688169" in fives.FILES
+
+
+def fives_archive(folder: Path, train: int = 12, test: int = 4) -> Path:
+    """FIVES as its authors laid it out: both parts count from 1, a letter names the disease."""
+    folder.mkdir(parents=True)
+    files = {}
+    for part, count in (("train", train), ("test", test)):
+        for i in range(count):
+            name = f"{i + 1}_{'ADGN'[i % 4]}.png"
+            files[f"FIVES/{part}/Original/{name}"] = picture(i + (500 if part == "test" else 0))
+            files[f"FIVES/{part}/Ground truth/{name}"] = np.repeat(box(i, i)[..., None] * 255, 3, axis=2)
+    return pack(folder / "FIVES.zip", files)
+
+
+def test_fives(tmp_path):
+    folder = prepare(fives.FIVES, [fives_archive(tmp_path / "zips", 20, 4)], tmp_path / "data", progress=False)
+    table = rows(folder)
+    assert Counter(row["split"] for row in table.values()) == {"train": 18, "valid": 2, "test": 4}
+    assert {"train_1_A", "test_1_A"} <= set(table) and Counter(row["group"] for row in table.values()) == dict.fromkeys(
+        fives.DISEASES.values(), 6)
+    assert np.array_equal(stored(folder, table["test_3_G"]), box(2, 2))
+
+
+@pytest.mark.parametrize("year", [2016, 2017, 2018])
+def test_from_isic_archives_to_an_epoch(tmp_path, year):
+    counts = {"train": 20, "test": 4} | ({"valid": 3} if year > 2016 else {})
+    folder = prepare(isic.isic(year), [isic_archives(tmp_path / "zips", year, counts)], tmp_path / "data", progress=False)
+    metrics = one_epoch(folder, tmp_path, colour="ycrcb")
+    assert metrics["images"] == ({"train": 18, "valid": 2, "test": 4} if year == 2016 else counts)
+
+
+def test_from_a_fives_archive_to_an_epoch(tmp_path):
+    folder = prepare(fives.FIVES, [fives_archive(tmp_path / "zips")], tmp_path / "data", progress=False)
+    metrics = one_epoch(folder, tmp_path)
+    assert metrics["images"] == {"train": 11, "valid": 1, "test": 4}
+
+
+def busi_like(folder: Path) -> Path:
+    """Six benign and six malignant images, as BUSI lays them out; the third benign one has three masks."""
+    for group in ("benign", "malignant"):
+        for i in range(1, 7):
+            save(folder / group / f"{group} ({i}).png", picture(i + 50 * (group == "malignant")))
+            save(folder / group / f"{group} ({i})_mask.png", Image.fromarray(box(i, i) > 0))
+    for number in (1, 2):
+        save(folder / "benign" / f"benign (3)_mask_{number}.png", box(15 * number, 15 * number) * 255)
+    return folder
+
+
+def test_three_busi_masks_are_united(tmp_path):
+    folder = prepare(busi.BUSI, [busi_like(tmp_path / "raw")], tmp_path / "data", folds=3, progress=False)
+    wanted = box(3, 3) | box(15, 15) | box(30, 30)[:40]
+    assert np.array_equal(stored(folder, rows(folder)["benign (3)"]), wanted)
+    assert "1 image(s) with 3 masks, united" in json.loads((folder / "dataset.json").read_text())["notes"]
+
+
+def test_dsb2018_case_without_masks_is_a_problem(tmp_path):
+    for name in ("aaa", "bbb"):
+        save(tmp_path / "raw" / "stage1_train" / name / "images" / f"{name}.png", np.dstack([picture(1), picture(2)[..., :1]]))
+    save(tmp_path / "raw" / "stage1_train" / "aaa" / "masks" / "1.png", box(1, 1) * 255)
+    save(tmp_path / "raw" / "stage1_test" / "ccc" / "images" / "ccc.png", picture(2))
+    with pytest.raises(DataProblems) as caught:
+        prepare(dsb2018.DSB2018, [tmp_path / "raw"], tmp_path / "data", progress=False)
+    assert caught.value.problems == ["raw/stage1_train/bbb: expected one image and at least one mask, found 1 and 0"]
+
+
+# downloading
+
+DOWNLOADING = [(busi, busi.BUSI), (bkai, bkai.BKAI), (dsb2018, dsb2018.DSB2018)]
+
+
+@pytest.mark.parametrize("script, dataset", DOWNLOADING, ids=lambda value: getattr(value, "name", None))
+def test_kaggle_sets_ask_for_the_right_thing(monkeypatch, tmp_path, script, dataset):
+    asked = []
+    monkeypatch.setattr(script, "fetch_kaggle", lambda kind, name, folder, **options: asked.append((kind, name, options)) or folder / "x")
+    assert dataset.download(tmp_path) == [tmp_path / "x"]
+    assert asked == [("dataset" if script is busi else "competition", script.KAGGLE, {"checksums": tmp_path / "checksums.json"})]
+
+
+def test_isic_downloads_then_prepares_then_does_nothing(monkeypatch, tmp_path, capsys):
+    server, asked = isic_archives(tmp_path / "server", 2016, {"train": 20, "test": 6}), []
+
+    def fetch(url, target, **options):
+        assert "Licence:  CC0" in capsys.readouterr().out or asked  # the terms come first
+        asked.append(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(server / target.name, target))
+
+    monkeypatch.setattr(isic, "fetch", fetch)
+
+    def script(*arguments):
+        run(isic.arguments(), isic.describe, ["--root", str(tmp_path / "data"), *arguments])
+        return capsys.readouterr().out
+
+    assert "downloaded:" in script("--download-only")
+    assert asked == [f"{isic.BUCKET}/2016/{name}" for name in isic.archives(2016)]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["downloads"]
+    out = script()
+    assert "train  valid  test  sum" in out and "contact_sheet.png" in out and len(asked) == 8
+    assert "prepared already" in script() and len(asked) == 8
+    script("--force")
+    assert len(asked) == 12 and {path.name for path in (tmp_path / "data").iterdir()} == {"downloads", "isic2016"}
+
+
+def test_fives_asks_figshare_for_the_archive(monkeypatch, tmp_path):
+    answer = [{"name": "readme.txt", "download_url": "https://x/1"}, {"name": "FIVES.rar", "download_url": "https://x/2"}]
+
+    def fetch(url, target, **options):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(answer) if url == fives.FILES else f"the bytes of {url}")
+        return target
+
+    monkeypatch.setattr(fives, "fetch", fetch)
+    archive, = fives.download(tmp_path)
+    assert archive.name == "FIVES.rar" and archive.read_text() == "the bytes of https://x/2"
+    assert not (tmp_path / "fives_files.json").exists()
+    for answer in ([], {"message": "gone"}, [{"name": "FIVES.rar"}]):
+        with pytest.raises(DownloadError, match="another form than expected.*--from"):
+            fives.download(tmp_path)
+
+
+def test_a_failed_download_ends_in_its_sentence(monkeypatch, tmp_path):
+    def fetch_kaggle(*arguments, **options):
+        raise DownloadError("no token: visit the page, or use --from")
+
+    monkeypatch.setattr(busi, "fetch_kaggle", fetch_kaggle)
+    with pytest.raises(SystemExit) as caught:
+        run(command_line("BUSI"), lambda chosen: busi.BUSI, ["--root", str(tmp_path)])
+    assert caught.value.code == "no token: visit the page, or use --from"
+
+
+# the command line
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_line(tmp_path):
+    raw = busi_like(tmp_path / "raw")
+    done = script("busi", "--root", tmp_path / "data", "--from", raw, "--folds", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("BUSI, dataset of breast ultrasound images\nLicence:  CC0 1.0") and "12/12" in done.stdout
+    assert re.search(r"malignant +2 +2 +2 +6", done.stdout) and "contact_sheet.png" in done.stdout
+    wrong = script("busi", "--root", tmp_path / "data", "--from", tmp_path / "nowhere")
+    assert wrong.returncode == 1 and wrong.stderr.startswith(f"{tmp_path / 'nowhere'} does not exist") and "Traceback" not in wrong.stderr
+
+
+def test_own_data_from_the_command_line(tmp_path):
+    for i in range(12):
+        save(tmp_path / "A" / f"patient{i // 3}_{i}.png", picture(i))
+        save(tmp_path / "B" / f"patient{i // 3}_{i}_mask.png", box(3, 3) + 2 * box(20, 20))
+    arguments = ("--images", tmp_path / "A", "--masks", tmp_path / "B", "--classes", 3, "--root", tmp_path / "data")
+    done = script("own", *arguments, "--folds", 4, "--group-by", r"patient(\d+)", "--class-names", "background,cyst,node")
+    assert done.returncode == 0, done.stderr
+    table = rows(tmp_path / "data" / "own")
+    folds = {name: {row["fold"] for key, row in table.items() if key.startswith(name)} for name in (f"patient{i}_" for i in range(4))}
+    assert sorted(folds.values(), key=str) == [{"0"}, {"1"}, {"2"}, {"3"}] and {row["group"] for row in table.values()} == {""}
+    assert json.loads((tmp_path / "data" / "own" / "dataset.json").read_text())["classes"] == ["background", "cyst", "node"]
+    metrics = one_epoch(tmp_path / "data" / "own", tmp_path, classes=3, fold=2)
+    assert metrics["images"]["valid"] == 3
+    again = script("own", *arguments, "--folds", 4)
+    assert again.returncode == 1 and "--force makes it anew" in again.stderr
+
+
+def own_run(tmp_path: Path, *arguments: str) -> None:
+    folders = ["--images", str(tmp_path / "A"), "--masks", str(tmp_path / "B"), "--root", str(tmp_path / "data")]
+    run(own.arguments(), own.describe, [*folders, *arguments])
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--classes", "1"], "--classes must be 2 to 256"), (["--class-names", "a,b,c"], "and --class-names as many; got 2 and a, b, c"),
+    (["--group-by", "("], "--group-by is no regular expression"), (["--name", "a/b"], "--name must be the name of one folder"),
+    (["--folds", "1"], "--folds must be 0 or at least 2, got 1"), (["--workers", "0"], "--workers must be at least 1, got 0"),
+    (["--group-by", "dog"], "'dog' finds nothing in 3 name(s): a0, a1, a2"), (["--folds", "7"], "3 images cannot make folds=7"),
+    (["--masks-are", "index"], "holds class index 255, but classes=2 allows 0 to 1")])
+def test_own_wishes_that_cannot_be_met(tmp_path, capsys, arguments, sentence):
+    for i in range(3):
+        save(tmp_path / "A" / f"a{i}.png", picture(i))
+        save(tmp_path / "B" / f"a{i}.png", box(3, 3) * 255)
+    with pytest.raises(SystemExit) as caught:
+        own_run(tmp_path, *arguments)
+    assert sentence in str(caught.value.code)
+    assert not (tmp_path / "data" / "own").exists()
+
+
+def test_own_problems_all_at_once(tmp_path):
+    for i in range(4):
+        save(tmp_path / "A" / f"a{i}.png", picture(i))
+    save(tmp_path / "A" / "x_mask.png", picture(9))  # an image whose own name ends like a mask's
+    save(tmp_path / "B" / "x_mask.png", box(1, 1) * 255)
+    save(tmp_path / "B" / "a1.png", box(3, 3)[:30] * 255)
+    for name in ("a2.png", "a2_mask.png", "stray.png", "a3_segmentation.png"):
+        save(tmp_path / "B" / name, box(3, 3) * 255)
+    with pytest.raises(SystemExit) as caught:
+        own_run(tmp_path)
+    lines = str(caught.value.code).splitlines()
+    assert lines[0].startswith("4 problem(s)") and len(lines) == 5
+    for sentence in ("A/a0.png: no mask", "A/a1.png: 48x40 pixels, but its mask a1.png has 48x30", "A/a2.png: several masks, a2.png, a2_mask.png",
+                     "B/stray.png: mask without an image"):
+        assert any(sentence in line for line in lines), sentence
+
+
+@pytest.mark.parametrize("name", ["busi", "bkai", "dsb2018", "fives", "isic", "own"])
+def test_every_script_says_what_it_wants(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    assert text.startswith('"""') and "python data_scripts/" in text.split('"""')[1]
+    assert len(text.splitlines()) <= 140, "scripts are thin"
+
+
+def test_every_description_is_complete():
+    for dataset in (*SETS.values(), fives.FIVES, *map(isic.isic, isic.PARTS)):
+        assert dataset.title and dataset.licence and dataset.citation and dataset.page.startswith("https://")
+        assert dataset.class_names[0] == "background" and dataset.download and dataset.terms in preparation.DataSet.terms.fget(dataset)

@@ -1,0 +1,936 @@
+"""Bad networks, wrong files and hostile archives: each ends right, or in one clear sentence. No test leaves this machine."""
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import stat
+import tarfile
+import threading
+import time
+import zipfile
+from collections import deque
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from qtseg import data, download
+from qtseg.download import DownloadError, fetch, fetch_kaggle, unpack
+
+
+def zipped(**files: bytes) -> bytes:
+    """A .zip in memory."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return stream.getvalue()
+
+
+CONTENT = zipped(**{f"ISBI2016_ISIC_Part1_Training_Data__ISIC_{n:07d}.jpg": random.Random(n).randbytes(50_000) for n in range(6)})
+OTHER = zipped(**{f"ISBI2016_ISIC_Part1_Training_Data__ISIC_{n:07d}.jpg": random.Random(n + 9).randbytes(50_000) for n in range(6)})
+assert len(CONTENT) == len(OTHER) > 300_000
+NAME = "ISBI2016_ISIC_Part1_Training_Data.zip"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the archive's content; the next step of its script says what goes wrong with this request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        archive = self.server.archive
+        archive.requests.append(dict(self.headers))
+        step = archive.script.popleft() if archive.script else {}
+        archive.content, archive.etag = step.get("content", archive.content), step.get("etag", archive.etag)
+        if "status" in step:
+            self.send_response(step["status"])
+            for key, value in {"Content-Length": "0", "Content-Range": f"bytes */{len(archive.content)}", **step.get("headers", {})}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            return
+        body, wish = archive.content, self.headers.get("Range")
+        known = self.headers.get("If-Range")
+        if wish and archive.ranges and (known in (None, archive.etag) or step.get("careless")):
+            first = int(wish[len("bytes="):-1]) + step.get("off", 0)
+            if first >= len(body):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+            body = body[first:]
+        else:
+            self.send_response(200)
+        if archive.etag:
+            self.send_header("ETag", archive.etag)
+        self.send_header("Content-Type", step.get("type", "application/zip"))
+        if archive.lengths:
+            self.send_header("Content-Length", str(len(body)))
+        else:
+            self.close_connection = True
+        self.end_headers()
+        self.send(body, step)
+
+    def send(self, body, step):
+        """The body: whole, cut short, cut short by a reset, in drops, or with a silence in the middle."""
+        try:
+            if "cut" in step:
+                self.wfile.write(body[:step["cut"]])
+                self.close_connection = True
+            elif "drops" in step:
+                for first in range(0, len(body), step["drops"]):
+                    self.wfile.write(body[first:first + step["drops"]])
+                    time.sleep(step["pause"])
+            elif "silence" in step:
+                self.wfile.write(body[:step["silence"]])
+                self.server.archive.waiting.wait(5)
+                self.close_connection = True
+            else:
+                self.wfile.write(body)
+        except OSError:
+            self.close_connection = True  # the client has had enough
+
+
+class Archive:
+    """A server on this machine that plays the ISIC archive."""
+
+    def __init__(self):
+        self.content, self.etag, self.ranges, self.lengths = CONTENT, '"one"', True, True
+        self.script, self.requests, self.waiting = deque(), [], threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads, self.server.archive = True, self
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/2016/{NAME}"
+
+    def ranges_asked(self) -> list[str | None]:
+        """The Range of each request."""
+        return [request.get("Range") for request in self.requests]
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """What is on this machine need not go round by a proxy."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def archive():
+    one = Archive()
+    yield one
+    one.waiting.set()
+    one.server.shutdown()
+    one.server.server_close()
+
+
+@pytest.fixture
+def get(archive, tmp_path):
+    """fetch, from the archive into tmp_path, impatiently."""
+    def fetch_it(**options):
+        options = {"wait": 0.001, "timeout": 2.0, "progress": False, "checksums": tmp_path / "checksums.json", **options}
+        return fetch(archive.url, tmp_path / NAME, **options)
+    return fetch_it
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Everything but the finished file and the record."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (NAME, "checksums.json"))
+
+
+def refusal(error: type[Exception], function, *arguments, **options) -> str:
+    """What it says when it refuses: one sentence on one line."""
+    with pytest.raises(error) as caught:
+        function(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 800
+    return text
+
+
+# --- fetch ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_good_network(archive, get, tmp_path):
+    assert get().read_bytes() == CONTENT
+    assert json.loads((tmp_path / "checksums.json").read_text()) == {NAME: hashlib.sha256(CONTENT).hexdigest()}
+    assert leftovers(tmp_path) == [] and archive.ranges_asked() == [None]
+
+
+def test_a_second_run_asks_nothing(archive, get):
+    before = get().stat()
+    after = get().stat()
+    assert len(archive.requests) == 1 and before.st_mtime_ns == after.st_mtime_ns
+
+
+def test_cut_connections_are_continued_where_they_broke(archive, get, tmp_path):
+    archive.script.extend([{"cut": 100_000}, {"cut": 50_000}, {"cut": 0}])
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=100000-", "bytes=150000-", "bytes=150000-"]
+    assert [request.get("If-Range") for request in archive.requests] == [None, '"one"', '"one"', '"one"']
+    assert leftovers(tmp_path) == []
+
+
+def test_any_number_of_cuts_is_borne_as_long_as_something_new_comes(archive, get):
+    archive.script.extend([{"cut": 20_000}] * 12)
+    assert get(attempts=2).read_bytes() == CONTENT
+    assert len(archive.requests) == 13
+
+
+def test_attempts_in_a_row_without_anything_new_are_counted(archive, get, tmp_path):
+    archive.script.extend([{"cut": 100_000}, *[{"cut": 0}] * 9])
+    text = refusal(DownloadError, get, attempts=4)
+    assert "ended after 100,000 of" in text and "100,000 bytes are kept" in text and "--from" in text and archive.url in text
+    assert len(archive.requests) == 4  # the one that brought something is the first of four
+    assert not (tmp_path / NAME).exists() and not (tmp_path / "checksums.json").exists()
+
+
+def test_a_later_run_continues(archive, get):
+    archive.script.append({"cut": 123_456})
+    refusal(DownloadError, get, attempts=1)
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=123456-"]
+
+
+def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, tmp_path):
+    archive.script.append({"cut": 123_456})
+    refusal(DownloadError, get, attempts=1)
+    (tmp_path / f"{NAME}.part").write_bytes(CONTENT)
+    assert get().read_bytes() == CONTENT and len(archive.requests) == 1
+
+
+def test_a_server_without_ranges_starts_from_nothing(archive, get):
+    archive.ranges = False
+    archive.script.extend([{"cut": 100_000}, {"cut": 200_000}])
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_a_server_without_ranges_that_always_breaks_at_one_place_is_given_up(archive, get):
+    archive.ranges = False
+    archive.script.extend([{"cut": 100_000}] * 50)
+    refusal(DownloadError, get, attempts=3)
+    assert len(archive.requests) == 3
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"weak"'])
+def test_without_a_version_the_size_decides(archive, get, etag):
+    archive.etag = etag
+    archive.script.append({"cut": 100_000})
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=100000-"] and "If-Range" not in archive.requests[1]
+
+
+def test_a_file_that_changes_meanwhile_is_not_glued_together(archive, get):
+    archive.script.extend([{"cut": 100_000}, {"content": OTHER, "etag": '"two"'}])
+    assert get().read_bytes() == OTHER
+
+
+def test_a_server_that_ignores_if_range_is_found_out(archive, get):
+    archive.script.extend([{"cut": 100_000}, {"content": OTHER, "etag": '"two"', "careless": True}])
+    assert get().read_bytes() == OTHER
+    assert archive.ranges_asked() == [None, "bytes=100000-", None]
+
+
+def test_a_server_that_sends_another_range_is_found_out(archive, get):
+    archive.script.extend([{"cut": 100_000}, {"off": 7}])
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=100000-", None]
+
+
+def test_a_file_that_has_become_shorter_is_fetched_anew(archive, get):
+    """416: the server has nothing after the bytes that we hold."""
+    short = zipped(a=b"a")
+    archive.script.extend([{"cut": 100_000}, {"content": short, "careless": True}])
+    assert get().read_bytes() == short
+    assert archive.ranges_asked() == [None, "bytes=100000-", None]
+
+
+def test_a_body_without_length_is_taken_as_it_comes(archive, get):
+    archive.lengths = False
+    assert get().read_bytes() == CONTENT
+
+
+def test_a_cut_body_without_length_is_no_complete_zip(archive, get, tmp_path):
+    archive.lengths = False
+    archive.script.append({"cut": 100_000})
+    assert "no complete .zip" in refusal(DownloadError, get)
+    assert leftovers(tmp_path) == [f"{NAME}.part.json"] and not (tmp_path / "checksums.json").exists()
+    assert get().read_bytes() == CONTENT
+
+
+def test_a_slow_trickle_is_no_error(archive, get):
+    archive.script.append({"drops": 20_000, "pause": 0.03})
+    assert get(timeout=0.4).read_bytes() == CONTENT  # 16 pauses, longer than the timeout together
+    assert len(archive.requests) == 1
+
+
+def test_silence_is_an_error_and_is_continued(archive, get):
+    archive.script.append({"silence": 50_000})
+    assert get(timeout=0.2).read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=50000-"]
+
+
+def test_silence_that_stays(archive, get):
+    archive.script.extend([{"silence": 0}] * 2)
+    assert "fallen silent" in refusal(DownloadError, get, timeout=0.1, attempts=2)
+
+
+@pytest.mark.parametrize(("status", "words"), [(404, "not, or no longer, at this address"), (403, "refuses access"), (401, "wants a login"),
+                                               (410, "withdrawn"), (400, "would not help")])
+def test_what_will_not_pass_is_said_at_once(archive, get, tmp_path, status, words):
+    archive.script.append({"status": status})
+    text = refusal(DownloadError, get, page="https://challenge.isic-archive.com/data/")
+    assert words in text and str(status) in text and "https://challenge.isic-archive.com/data/" in text and "--from" in text
+    assert len(archive.requests) == 1 and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 408])
+def test_what_may_pass_is_tried_again(archive, get, status):
+    archive.script.extend([{"cut": 100_000}, {"status": status}])
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, "bytes=100000-", "bytes=100000-"]
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """Nobody sleeps; the seconds are written down."""
+    seconds = []
+    monkeypatch.setattr(download.time, "sleep", seconds.append)
+    return seconds
+
+
+def test_waits_grow(archive, get, naps):
+    archive.script.extend([{"status": 503}] * 4)
+    get(wait=1.0)
+    assert naps == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_retry_after_is_honoured(archive, get, naps, date):
+    later = formatdate(time.time() + 7.9, usegmt=True) if date else "7"
+    archive.script.append({"status": 503, "headers": {"Retry-After": later}})
+    get(wait=1.0)
+    assert len(naps) == 1 and 6 <= naps[0] <= 8
+
+
+@pytest.mark.parametrize("text", ["soon", "-5", formatdate(0, usegmt=True)])
+def test_a_strange_retry_after_is_passed_over(archive, get, naps, text):
+    archive.script.append({"status": 429, "headers": {"Retry-After": text}})
+    get(wait=1.0)
+    assert naps == [1]
+
+
+def test_nobody_waits_for_hours(archive, get, naps):
+    archive.script.append({"status": 429, "headers": {"Retry-After": "7200"}})
+    assert "7200 s" in refusal(DownloadError, get)
+    assert naps == []
+
+
+def test_no_server_at_all(archive, get, tmp_path):
+    archive.server.shutdown()
+    archive.server.server_close()
+    text = refusal(DownloadError, get, attempts=2)
+    assert "no connection to 127.0.0.1" in text and "bytes are kept" not in text
+
+
+def test_an_unknown_name(tmp_path, monkeypatch):
+    def nowhere(*arguments, **options):
+        raise download.urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", nowhere)
+    text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", attempts=2, wait=0, progress=False)
+    assert "no connection to isic.example (Name or service not known)" in text
+
+
+def test_a_certificate_that_is_not_accepted_is_not_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def impostor(*arguments, **options):
+        calls.append(1)
+        error = download.ssl.SSLCertVerificationError(1, "bad")
+        error.verify_message = "certificate has expired"
+        raise download.urllib.error.URLError(error)
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", impostor)
+    text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", wait=0, progress=False)
+    assert "certificate has expired" in text and "clock" in text and len(calls) == 1
+
+
+def test_a_web_page_instead_of_the_file(archive, get, tmp_path):
+    archive.script.append({"type": "text/html; charset=utf-8"})
+    assert "web page instead of the file" in refusal(DownloadError, get)
+    assert leftovers(tmp_path) == []
+
+
+def test_an_empty_file_is_not_the_file(archive, tmp_path):
+    archive.script.append({"status": 200})
+    text = refusal(DownloadError, fetch, archive.url, tmp_path / "FIVES.rar", checksums=tmp_path / "c.json", progress=False)
+    assert "empty" in text and not (tmp_path / "FIVES.rar").exists() and not (tmp_path / "c.json").exists()
+
+
+def test_an_answer_of_another_kind_is_not_the_file(archive, get):
+    """202, which figshare's bouncers use, is a success to urllib."""
+    archive.script.append({"status": 202})
+    assert get().read_bytes() == CONTENT and len(archive.requests) == 2
+
+
+@pytest.mark.parametrize("url", ["http://example.org/a.zip", "ftp://example.org/a.zip", "file:///etc/passwd", "a.zip"])
+def test_only_https(tmp_path, url):
+    assert "only https://" in refusal(ValueError, fetch, url, tmp_path / "a.zip")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_redirect_is_followed_with_its_range(archive, get):
+    archive.script.extend([{"status": 302, "headers": {"Location": archive.url + "?signed"}}, {"cut": 100_000},
+                           {"status": 302, "headers": {"Location": archive.url + "?signed"}}])
+    assert get().read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None, None, "bytes=100000-", "bytes=100000-"]
+
+
+def test_a_wrong_checksum(archive, get, tmp_path):
+    (tmp_path / "checksums.json").write_text(json.dumps({NAME: "0" * 64, "another.zip": "1" * 64}))
+    text = refusal(DownloadError, get)
+    assert "000000000000…" in text and hashlib.sha256(CONTENT).hexdigest()[:12] in text and "checksums.json" in text
+    assert not (tmp_path / NAME).exists() and (tmp_path / f"{NAME}.wrong").read_bytes() == CONTENT
+    assert json.loads((tmp_path / "checksums.json").read_text())[NAME] == "0" * 64
+
+
+def test_the_remedy_in_the_sentence_works(archive, get, tmp_path):
+    (tmp_path / "checksums.json").write_text(json.dumps({NAME: "0" * 64, "another.zip": "1" * 64}))
+    refusal(DownloadError, get)
+    (tmp_path / "checksums.json").write_text(json.dumps({"another.zip": "1" * 64}))
+    assert get().read_bytes() == CONTENT
+    assert set(json.loads((tmp_path / "checksums.json").read_text())) == {NAME, "another.zip"}
+
+
+def test_a_file_that_rotted_on_the_disk_is_fetched_again(archive, get, tmp_path, capsys):
+    damaged = bytearray(get().read_bytes())
+    damaged[1000] ^= 1
+    (tmp_path / NAME).write_bytes(damaged)
+    assert get().read_bytes() == CONTENT
+    assert (tmp_path / f"{NAME}.wrong").read_bytes() == damaged and "has changed" in capsys.readouterr().out
+
+
+def test_a_file_put_there_by_hand_is_taken_and_recorded(archive, get, tmp_path):
+    (tmp_path / NAME).write_bytes(CONTENT)
+    get()
+    assert archive.requests == [] and json.loads((tmp_path / "checksums.json").read_text())[NAME] == hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7"])
+def test_a_broken_record_is_said(archive, get, tmp_path, text):
+    (tmp_path / "checksums.json").write_text(text)
+    assert "holds no checksums" in refusal(DownloadError, get)
+    assert (tmp_path / "checksums.json").read_text() == text
+
+
+def test_no_room_is_said_before_anything_is_written(archive, get, tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    text = refusal(DownloadError, get)
+    assert "no space" in text and "0 MB are free" in text
+    assert not (tmp_path / NAME).exists() and len(archive.requests) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full")
+def test_a_disk_that_fills_up_on_the_way(archive, get, tmp_path, monkeypatch):
+    usual = open
+    monkeypatch.setattr("builtins.open", lambda path, mode="r", **options: usual("/dev/full", "ab") if mode == "ab" else usual(path, mode, **options))
+    text = refusal(DownloadError, get)
+    assert "no space left" in text and str(tmp_path) in text and len(archive.requests) == 1
+
+
+def test_a_disk_without_room_for_even_the_note(archive, get, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(download.Path, "write_text", full)
+    assert "no space left" in refusal(DownloadError, get)
+
+
+def test_the_bar_counts_what_came_before(archive, get, capsys):
+    archive.script.append({"cut": 100_000})
+    get(progress=True)
+    said = capsys.readouterr().out
+    assert "100,000 bytes are kept" in said and "100%" in said and NAME in said
+
+
+def test_without_progress_nothing_is_printed(archive, get, capsys):
+    archive.script.extend([{"cut": 100_000}, {"status": 503}])
+    get(progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_two_threads_download_once(archive, get, capsys):
+    archive.script.append({"drops": 30_000, "pause": 0.02})
+    threads = [threading.Thread(target=get) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert get().read_bytes() == CONTENT and len(archive.requests) == 1
+    assert capsys.readouterr().out.count("waiting for another process") == 3, "said once by each that waits"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to have a second process without importing everything again")
+def test_a_killed_process_leaves_its_bytes_and_no_lock(archive, get, tmp_path):
+    archive.script.append({"silence": 100_000})
+    other = os.fork()
+    if other == 0:
+        try:
+            get(timeout=20)
+        finally:
+            os._exit(1)
+    part, deadline = tmp_path / f"{NAME}.part", time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    waiter = threading.Thread(target=get)
+    waiter.start()
+    time.sleep(0.1)
+    assert waiter.is_alive() and len(archive.requests) == 1, "the second one waits"
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    waiter.join(20)
+    assert (tmp_path / NAME).read_bytes() == CONTENT and leftovers(tmp_path) == []
+    assert int(archive.ranges_asked()[1][len("bytes="):-1]) > 0
+
+
+def test_many_records_at_once_lose_none(tmp_path):
+    checksums = tmp_path / "checksums.json"
+    threads = [threading.Thread(target=download.record, args=(checksums, f"{n}.zip", str(n))) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads(checksums.read_text()) == {f"{n}.zip": str(n) for n in range(16)}
+
+
+# --- fetch_kaggle --------------------------------------------------------------------------------------------------------------
+
+STUB = '''
+import os, sys, pathlib, requests
+BEHAVIOUR = os.environ["STUB"]
+print("Warning: Looks like you're using an outdated API Version")
+if BEHAVIOUR == "exit at import":
+    exit(1)
+
+
+class Api:
+    _authenticated = BEHAVIOUR != "no token"
+
+    def authenticate(self):
+        print("Authentication required to call the Kaggle API.")
+        exit(1)
+
+    def download(self, name, path, quiet):
+        assert quiet and sys.argv[:3] == ["kaggle", self.kind, "download"]
+        target = pathlib.Path(path) / (name.split("/")[-1] + ".zip")
+        if BEHAVIOUR.isdigit():
+            error = requests.exceptions.HTTPError(f"{BEHAVIOUR} Client Error for url: https://x?Signature=S3CRET")
+            error.response = type("Response", (), {"status_code": int(BEHAVIOUR)})()
+            raise error
+        if BEHAVIOUR == "no network":
+            raise requests.exceptions.ConnectionError("HTTPSConnectionPool(host='api.kaggle.com')")
+        if BEHAVIOUR == "bug":
+            raise TypeError("token KGAT_0123456789abcdef0123456789 was " + os.environ["KAGGLE_API_TOKEN"])
+        if BEHAVIOUR == "full":
+            raise OSError(28, "No space left on device")
+        if BEHAVIOUR == "crash":
+            os._exit(3)
+        if BEHAVIOUR == "stall":
+            target.write_bytes(b"PK"), target.with_name("pid").write_text(str(os.getpid())), __import__("time").sleep(30)
+        if BEHAVIOUR == "part":
+            target.write_bytes(b"PK"), pathlib.Path(f"{target}.kaggle-partial").write_text("{}")
+            raise ConnectionError("reset")
+        if BEHAVIOUR == "continue":
+            assert target.read_bytes() == b"PK"
+        if BEHAVIOUR == "no leftover":
+            assert not target.exists()
+        target.write_bytes(b"<html>" if BEHAVIOUR == "web page" else pathlib.Path(os.environ["STUB_ZIP"]).read_bytes())
+        pathlib.Path(f"{target}.kaggle-partial").unlink(missing_ok=True)
+
+    def dataset_download_files(self, name, path=None, quiet=True):
+        self.kind = "datasets"
+        self.download(name, path, quiet)
+
+    def competition_download_files(self, name, path=None, quiet=True):
+        self.kind = "competitions"
+        self.download(name, path, quiet)
+
+
+api = Api()
+'''
+REQUESTS = '''
+class RequestException(IOError): pass
+class HTTPError(RequestException): pass
+class ConnectionError(RequestException): pass
+'''
+BUSI = "aryashah2k/breast-ultrasound-images-dataset"
+SECRET = "KGAT_5ecret0f7he7est0123456789abc"
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """fetch_kaggle against a stub of the package, which a child process imports; the first argument says how it behaves."""
+    stubs = tmp_path / "stubs"
+    for name, text in {"kaggle": STUB, "requests": ""}.items():
+        (stubs / name).mkdir(parents=True)
+        (stubs / name / "__init__.py").write_text(text)
+    (stubs / "requests" / "__init__.py").write_text("from . import exceptions\n")
+    (stubs / "requests" / "exceptions.py").write_text(REQUESTS)
+    (tmp_path / "stub.zip").write_bytes(zipped(**{"benign__benign (1).png": b"picture"}))
+    monkeypatch.setenv("PYTHONPATH", str(stubs))
+    monkeypatch.setenv("STUB_ZIP", str(tmp_path / "stub.zip"))
+    monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
+
+    def fetch_it(behaviour, kind="dataset", name=BUSI, **options):
+        monkeypatch.setenv("STUB", behaviour)
+        options = {"checksums": tmp_path / "out" / "checksums.json", "progress": False, **options}
+        return fetch_kaggle(kind, name, tmp_path / "out", **options)
+    return fetch_it
+
+
+@pytest.mark.parametrize(("kind", "name"), [("dataset", BUSI), ("competition", "bkai-igh-neopolyp")])
+def test_kaggle_success(kaggle, tmp_path, kind, name, capsys):
+    path = kaggle("well", kind, name)
+    assert path == tmp_path / "out" / f"{name.split('/')[-1]}.zip" and zipfile.is_zipfile(path)
+    assert json.loads((tmp_path / "out" / "checksums.json").read_text()) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, "checksums.json"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_kaggle_is_not_asked_twice(kaggle):
+    assert kaggle("well") == kaggle("crash")
+
+
+@pytest.mark.parametrize(("behaviour", "words"), [
+    ("no token", "wants an API token, and there is none"),
+    ("exit at import", "wants an API token, and there is none"),  # as kaggle 2.0 in Colab does
+    ("401", "does not accept the API token"),
+    ("403", "wants the rules of data-science-bowl-2018 to be accepted first: log in, accept them at "
+            "https://www.kaggle.com/competitions/data-science-bowl-2018/rules,"),
+    ("404", "no competition named data-science-bowl-2018"),
+    ("429", "too many requests"),
+    ("no network", "no connection to Kaggle (ConnectionError)"),
+    ("bug", "the kaggle client failed (TypeError"),
+    ("crash", "ended with code 3"),
+])
+def test_kaggle_refusals(kaggle, tmp_path, behaviour, words, capsys):
+    text = refusal(DownloadError, kaggle, behaviour, "competition", "data-science-bowl-2018")
+    assert words in text and "https://www.kaggle.com/competitions/data-science-bowl-2018/data" in text and "--from" in text
+    assert "KGAT" not in text + "".join(capsys.readouterr()) and "S3CRET" not in text
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_kaggle_refusal_of_a_data_set(kaggle):
+    text = refusal(DownloadError, kaggle, "403")
+    assert "rules" not in text and f"https://www.kaggle.com/datasets/{BUSI} in a browser" in text
+
+
+def test_kaggle_package_missing(kaggle, tmp_path, monkeypatch):
+    """A package of that name which is not there for the child: imports of kaggle fail as if it had never been installed."""
+    (tmp_path / "stubs" / "sitecustomize.py").write_text("import sys; sys.modules['kaggle'] = None\n")
+    assert "not installed: pip install kaggle;" in refusal(DownloadError, kaggle, "well")
+
+
+def test_kaggle_full_disk(kaggle):
+    assert "no space left" in refusal(DownloadError, kaggle, "full")
+
+
+def test_kaggle_silence(kaggle):
+    started = time.monotonic()
+    assert "nothing came for 0 s" in refusal(DownloadError, kaggle, "stall", timeout=0.4)
+    assert time.monotonic() - started < 20, "the child was ended, not waited for"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs fork and /proc, to kill a parent and look after its child")
+def test_kaggle_client_does_not_outlive_its_parent(kaggle, tmp_path):
+    """Else a second run would write into the same file as the orphan of the first."""
+    parent = os.fork()
+    if parent == 0:
+        try:
+            kaggle("stall")
+        finally:
+            os._exit(1)
+    note, deadline = tmp_path / "out" / f"{BUSI.split('/')[1]}.zip.part" / "pid", time.monotonic() + 20
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    client = int(note.read_text())
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    while Path(f"/proc/{client}").exists() and "Z" not in Path(f"/proc/{client}/stat").read_text().split()[2] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert time.monotonic() < deadline, "the client still runs"
+    assert zipfile.is_zipfile(kaggle("no leftover"))
+
+
+def test_kaggle_sends_something_else(kaggle, tmp_path):
+    assert "no complete .zip" in refusal(DownloadError, kaggle, "web page")
+    assert not (tmp_path / "out" / "checksums.json").exists()
+    assert zipfile.is_zipfile(kaggle("well"))
+
+
+def test_kaggle_continues_what_the_client_has_noted(kaggle, tmp_path):
+    assert "it continues" in refusal(DownloadError, kaggle, "part")
+    assert zipfile.is_zipfile(kaggle("continue"))
+
+
+def test_kaggle_continues_nothing_else(kaggle, tmp_path):
+    leftover = tmp_path / "out" / f"{BUSI.split('/')[1]}.zip.part" / f"{BUSI.split('/')[1]}.zip"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"of an unknown version")
+    assert zipfile.is_zipfile(kaggle("no leftover"))
+
+
+def test_kaggle_wrong_checksum(kaggle, tmp_path):
+    kaggle("well").unlink()
+    (tmp_path / "stub.zip").write_bytes(zipped(a=b"another"))
+    assert "was recorded at the first download" in refusal(DownloadError, kaggle, "well")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", "a"), ("dataset", "bkai-igh-neopolyp"), ("competition", "a/b"), ("dataset", "../../a"),
+                                            ("competition", "--help me")])
+def test_kaggle_names(kaggle, tmp_path, kind, name):
+    refusal(ValueError, kaggle, "well", kind, name)
+    assert not (tmp_path / "out").exists()
+
+
+# --- unpack --------------------------------------------------------------------------------------------------------------------
+
+FILES = {"set/images/a.jpg": b"image" * 1000, "set/masks/a.png": b"mask", "set/LICENCE.txt": b"CC0"}
+
+
+def make_zip(path: Path, files: dict[str, bytes], kinds: dict[str, int] = {}) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            info = zipfile.ZipInfo(name)
+            info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, (kinds.get(name, stat.S_IFREG) | 0o644) << 16
+            archive.writestr(info, content)
+    return path
+
+
+def make_tar(path: Path, files: dict[str, bytes], kinds: dict[str, bytes] = {}, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(content), kinds.get(name, tarfile.REGTYPE)
+            if name in kinds:
+                info.size, info.linkname = 0, "/etc/passwd"
+            archive.addfile(info, io.BytesIO(content) if name not in kinds else None)
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder and its content."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar, lambda path, files: make_tar(path, files, mode="w:gz"),
+                                  lambda path, files: make_tar(path, files, mode="w:xz")], ids=["zip", "tar", "gz", "xz"])
+def test_unpack(tmp_path, make):
+    path = make(tmp_path / "archive", FILES)  # by content, not by name
+    assert unpack(path, tmp_path / "out", progress=False) == tmp_path / "out"
+    assert tree(tmp_path / "out") == FILES
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["archive", "out"]
+
+
+def test_a_zip_inside_a_tar_is_a_file_like_any_other(tmp_path):
+    inner = zipped(a=b"1")
+    assert zipfile.is_zipfile(path := make_tar(tmp_path / "a.tar", {"set/inner.zip": inner})), "Python takes the tar for a zip"
+    assert tree(unpack(path, tmp_path / "out", progress=False)) == {"set/inner.zip": inner}
+
+
+def test_unpack_only_what_is_wanted(tmp_path):
+    for path in (make_zip(tmp_path / "a.zip", {**FILES, "__MACOSX/._a.jpg": b"?"}), make_tar(tmp_path / "a.tar", FILES)):
+        out = unpack(path, tmp_path / f"of {path.name}", wanted=lambda name: name.endswith((".jpg", ".png")), progress=False)
+        assert set(tree(out)) == {"set/images/a.jpg", "set/masks/a.png"}
+
+
+def test_remarks_of_a_mac_stay_out(tmp_path):
+    assert tree(unpack(make_zip(tmp_path / "a.zip", {**FILES, "__MACOSX/._a": b"?"}), tmp_path / "out", progress=False)) == FILES
+
+
+def test_unpack_again_does_nothing(tmp_path):
+    path = make_zip(tmp_path / "a.zip", FILES)
+    unpack(path, tmp_path / "out", progress=False)
+    path.write_bytes(b"gone")
+    assert tree(unpack(path, tmp_path / "out")) == FILES
+
+
+def test_folders_and_backslashes(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {"set/": b"", "set\\images\\a.jpg": b"1"}, {"set/": stat.S_IFDIR})
+    assert tree(unpack(path, tmp_path / "out", progress=False)) == {"set/images/a.jpg": b"1"}
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "set/../../evil.txt", "C:\\evil.txt", "..\\evil.txt"])
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_names_that_lead_out_are_refused(tmp_path, make, name):
+    (tmp_path / "in").mkdir()
+    path = make(tmp_path / "in" / "archive", {**FILES, name: b"evil"})
+    assert "would be written outside" in refusal(ValueError, unpack, path, tmp_path / "in" / "out", progress=False)
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["in", "archive"], "nothing was written at all"
+
+
+@pytest.mark.parametrize(("make", "kind"), [(make_zip, stat.S_IFLNK), (make_zip, stat.S_IFCHR), (make_zip, stat.S_IFIFO), (make_tar, tarfile.SYMTYPE),
+                                            (make_tar, tarfile.LNKTYPE), (make_tar, tarfile.CHRTYPE), (make_tar, tarfile.FIFOTYPE)])
+def test_links_and_devices_are_refused(tmp_path, make, kind):
+    path = make(tmp_path / "archive", {**FILES, "set/link": b"/etc/passwd"}, {"set/link": kind})
+    assert "link or a device" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
+
+
+def test_an_encrypted_archive_is_refused(tmp_path):
+    path = make_zip(tmp_path / "a.zip", FILES)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1  # the flag, in the table of contents
+    path.write_bytes(content)
+    assert "encrypted" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
+
+
+def zip_bomb(path: Path) -> Path:
+    """A .zip whose table of contents promises 4 GB."""
+    content = bytearray(make_zip(path, FILES).read_bytes())
+    content[(place := content.rindex(b"PK\x01\x02") + 24):place + 4] = (4_000_000_000).to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+def tar_bomb(path: Path) -> Path:
+    """A .tar.gz of 260 MiB of zeros: gzip pieces may follow one another, so one is made and repeated."""
+    info = tarfile.TarInfo("zeros")
+    info.size = 260 << 20
+    path.write_bytes(gzip.compress(info.tobuf()) + gzip.compress(bytes(1 << 20)) * 260 + gzip.compress(bytes(10240)))
+    return path
+
+
+@pytest.mark.parametrize("bomb", [zip_bomb, tar_bomb])
+def test_absurd_expansion_is_refused(tmp_path, bomb):
+    path = bomb(tmp_path / "bomb")
+    assert "would swell" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bomb"]
+
+
+def test_a_name_twice_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, pytest.warns(UserWarning):
+        archive.writestr("a.png", b"1")
+        archive.writestr("a.png", b"2")
+    assert "holds a.png twice" in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("make", [make_zip, lambda path, files: make_tar(path, files, mode="w:gz"),
+                                  lambda path, files: make_tar(path, files, mode="w:xz")], ids=["zip", "gz", "xz"])
+@pytest.mark.parametrize("damage", ["bit", "end"])
+def test_damage_is_said(tmp_path, make, damage):
+    path = make(tmp_path / "archive", {f"{n}.bin": random.Random(n).randbytes(20_000) for n in range(4)})
+    content = bytearray(path.read_bytes())
+    content[30_000] ^= 0x10
+    path.write_bytes(content[:50_000] if damage == "end" else content)
+    assert "download it again" in refusal(DownloadError, unpack, path, tmp_path / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"<!DOCTYPE html><html>", "a web page"), (b"", "no complete archive"), (b"picture", "no complete")])
+def test_no_archive(tmp_path, content, words):
+    (tmp_path / "a.zip").write_bytes(content)
+    assert words in refusal(DownloadError, unpack, tmp_path / "a.zip", tmp_path / "out")
+
+
+def test_unpack_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+def test_no_room_to_unpack(tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
+    assert f"no space in {tmp_path}:" in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_a_disk_that_fills_up_while_unpacking(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(download.shutil, "copyfileobj", full)
+    text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
+    assert "no space left" in text and "cache" not in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_an_interrupted_unpacking_leaves_nothing_and_is_done_again(tmp_path, monkeypatch):
+    path = make_zip(tmp_path / "a.zip", FILES)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download.shutil, "copyfileobj", interrupted)
+        unpack(path, tmp_path / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+    assert tree(unpack(path, tmp_path / "out", progress=False)) == FILES
+
+
+def test_two_unpack_at_once(tmp_path):
+    path = make_zip(tmp_path / "a.zip", {f"{n}": bytes(10_000) for n in range(200)})
+    threads = [threading.Thread(target=unpack, args=(path, tmp_path / "out"), kwargs={"progress": False}) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tree(tmp_path / "out")) == 200 and sorted(entry.name for entry in tmp_path.iterdir()) == ["a.zip", "out"]
+
+
+RAR = b"Rar!\x1a\x07\x01\x00 and so on"
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """Only one unpacking command on the path: a stub that gets the archive's and the folder's place as {0} and {1}."""
+    def install(name, script):
+        place = {"bsdtar": ("$2", "$4"), "unar": ("$5", "$4"), "7z": ("$4", "${3#-o}")}[name]
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\nset -e\n" + script.replace("ARCHIVE", place[0]).replace("FOLDER", place[1]) + "\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(download.shutil, "which", lambda command: str(path) if command == name else None)
+        monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "FIVES.rar").write_bytes(RAR)
+    return install
+
+
+@pytest.mark.parametrize("name", ["bsdtar", "unar", "7z"])
+def test_a_rar_is_left_to_a_tool(tmp_path, tool, name):
+    tool(name, 'test -d "FOLDER"; mkdir -p "FOLDER/train/Original"; cp "ARCHIVE" "FOLDER/train/Original/1_A.png"; touch "FOLDER/Thumbs.db"')
+    out = unpack(tmp_path / "FIVES.rar", tmp_path / "out", wanted=lambda name: name.endswith(".png"), progress=False)
+    assert tree(out) == {"train/Original/1_A.png": RAR}
+
+
+def test_a_rar_without_a_tool(tmp_path, monkeypatch):
+    (tmp_path / "FIVES.rar").write_bytes(RAR)
+    monkeypatch.setattr(download.shutil, "which", lambda command: None)
+    text = refusal(DownloadError, unpack, tmp_path / "FIVES.rar", tmp_path / "out")
+    assert "by hand" in text and "--from" in text and "unar" in text and [entry.name for entry in tmp_path.iterdir()] == ["FIVES.rar"]
+
+
+@pytest.mark.parametrize(("script", "error", "words"), [
+    ('echo "wrong password?" >&2; exit 2', DownloadError, "bsdtar could not unpack FIVES.rar (wrong password?)"),
+    ('touch "FOLDER/../evil"', ValueError, "wrote outside"),
+    ('ln -s /etc/passwd "FOLDER/evil"', ValueError, "evil is a link or a device"),
+    ('mkdir "FOLDER/a"; mkfifo "FOLDER/a/evil"', ValueError, "evil is a link or a device"),
+])
+def test_a_tool_is_watched(tmp_path, tool, script, error, words):
+    tool("bsdtar", script)
+    assert words in refusal(error, unpack, tmp_path / "FIVES.rar", tmp_path / "out", progress=False)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["FIVES.rar", "bin"]
+
+
+def test_the_error_is_an_oserror_and_the_limits_are_those_of_chapter_1():
+    assert issubclass(DownloadError, OSError) and download.check_members is data.check_members
