@@ -251,7 +251,7 @@ def drop_twins(pairs: list[Pair], done: list[Done]) -> tuple[set[str], list[str]
         dropped |= {pair.id for pair in same if rank.get(pair.split, 2) > best}
     if dropped:
         notes.append(f"left out, because the same file validates or tests: {', '.join(sorted(dropped))}")
-    if crossing := sum(len({pair.fold for pair in same}) > 1 for same in several):
+    if crossing := sum(len({pair.fold for pair in same if pair.id not in dropped}) > 1 for same in several):
         notes.append(f"{crossing} image file(s) occur in two folds; training leaves out the twin of one that validates")
     return dropped, notes
 
