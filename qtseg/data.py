@@ -41,9 +41,9 @@ from .phantoms import write_prepared
 __all__ = ['MASKS', 'RESIZES', 'COLOURS', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS',
            'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resize_pair', 'Record',
            'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits',
-           'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space', 'new_folder',
-           'check_members', 'find_source', 'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split', 'OpenedData',
-           'SegmentationData']
+           'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space', 'private_name',
+           'new_folder', 'check_members', 'find_source', 'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split',
+           'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -595,13 +595,18 @@ def require_space(folder: Path, needed: int) -> None:
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def private_name(folder: Path) -> Path:
+    """A name beside others in `folder` that only this process has, and that is swept away once the process is dead."""
+    return folder / f".building,{socket.gethostname()},{os.getpid()},{uuid.uuid4().hex}"
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a private folder; at the end it becomes `target` by one rename, or vanishes if anything was raised.
 
     Whoever renames second finds the target there and uses it: both builders made the same bytes.
     """
-    private = target.parent / f".building,{socket.gethostname()},{os.getpid()},{uuid.uuid4().hex}"
+    private = private_name(target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
@@ -794,8 +799,8 @@ def _leaks(survey: Survey, entries: list[dict]) -> list[str]:
 # %% ../nbs/01_data.ipynb #data128
 def _leave_out_twins(survey: Survey, entries: list[dict], parts: dict[str, list[int]], notes: list[str]) -> dict[str, list[int]]:
     """Where a fold cuts between identical files, the validating one stays, and its twins do not train."""
-    valid, twins = set(parts["valid"]), _twins(survey, entries)
-    leaving = {row for rows in twins if valid & set(rows) for row in rows if row in set(parts["train"])}
+    valid, train, twins = set(parts["valid"]), set(parts["train"]), _twins(survey, entries)
+    leaving = {row for rows in twins if valid & set(rows) for row in rows if row in train}
     if leaving:
         ids = ", ".join(survey.records[row].id for row in sorted(leaving))
         notes.append(f"left out of train, because the same file validates: {ids}")

@@ -12,9 +12,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +27,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .data import NO_SPACE, DataProblems, Survey, fold_of_each, hold_out, list_pictures, new_folder, read_image, read_mask
+from .data import (NO_SPACE, DataProblems, Survey, fold_of_each, hold_out, list_pictures, new_folder, private_name,
+                        read_image, read_mask)
 from .download import unpack
 from .phantoms import write_manifest
 
@@ -526,7 +525,7 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
 # %% ../nbs/17_preparation.ipynb #preparation095
 def set_aside(folder: Path) -> None:
     """Remove a folder at one stroke: renamed first, to a name that is swept away should this process die before the next line."""
-    aside = folder.with_name(f".building,{socket.gethostname()},{os.getpid()},{uuid.uuid4().hex}")
+    aside = private_name(folder.parent)
     with suppress(FileNotFoundError):
         folder.rename(aside)
         shutil.rmtree(aside)

@@ -24,6 +24,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -36,7 +37,8 @@ from tqdm import tqdm
 from . import __version__
 from .augmentation import OPERATIONS, Augmentation
 from .bridge import BRIDGES
-from .data import Batch, SegmentationData, Split, normalise
+from .data import COLOURS as COLOUR_SPACES
+from .data import MASKS, RESIZES, Batch, SegmentationData, Split, normalise
 from .decoder import DECODERS
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
@@ -72,7 +74,7 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
 
 # %% ../nbs/11_training.ipynb #c024
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
-CHOICES = {"resize": ("squash", "pad"), "colour": ("rgb", "ycrcb"), "masks": ("auto", "index", "binary", "any"),
+CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
            "bridge": BRIDGES, "decoder": DECODERS, "optimiser": OPTIMISERS, "scheduler": SCHEDULERS,
            "amp": ("none", "bf16", "fp16"), "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
@@ -669,8 +671,9 @@ def _final_metrics(trainer: Trainer) -> dict:
     """Scores of the selected checkpoint in float32 on validation and test split, and everything needed to reproduce them."""
     c, p, data = trainer.config, trainer.progress, trainer.data
     model = QTSeg.from_pretrained(c.folder / f"best_{c.select}").to(trainer.device)
-    valid, test = (evaluate(model, split, c.classes, batch=c.valid_batch, device=trainer.device, losses=c.losses)
-                   for split in (data.valid, data.test or data.valid))
+    score = partial(evaluate, model, classes=c.classes, batch=c.valid_batch, device=trainer.device, losses=c.losses)
+    valid = score(data.valid)
+    test = score(data.test) if data.test else valid
     seconds = sum(row["seconds"] for row in p.history)
     speed = sum(row["seconds"] * row["images_per_second"] for row in p.history) / seconds
     waited = sum(row["seconds"] * row["waited_percent"] for row in p.history) / seconds
