@@ -38,12 +38,13 @@ from tqdm import tqdm
 from .phantoms import write_prepared
 
 # %% auto #0
-__all__ = ['MASKS', 'RESIZES', 'COLOURS', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS',
-           'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resize_pair', 'Record',
-           'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits',
-           'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space', 'private_name',
-           'new_folder', 'check_members', 'find_source', 'Prepared', 'DataProblems', 'Batch', 'normalise', 'Split',
-           'OpenedData', 'SegmentationData']
+__all__ = ['MASKS', 'RESIZES', 'COLOURS', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS',
+           'SPLITS', 'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resample',
+           'fitted_size', 'resize_image', 'resize_pair', 'to_colour', 'to_rgb', 'Preprocessing', 'read_preprocessing',
+           'Record', 'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits',
+           'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space',
+           'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'DataProblems', 'Batch',
+           'normalise', 'Split', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -165,8 +166,8 @@ def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2) -
         raise ValueError(f"{path}: {error}") from error
 
 # %% ../nbs/01_data.ipynb #data038
-def _resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Area average along each axis that shrinks, linear along each that grows: uint8 [h, w, 3] -> [height, width, 3].
+def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Area average along each axis that shrinks, linear along each that grows: [h, w, C] -> [height, width, C], C <= 4.
 
     OpenCV's INTER_AREA alone falls back to linear for *both* axes as soon as one of them grows.
     """
@@ -178,32 +179,86 @@ def _resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
 RESIZES = ("squash", "pad")
 
 
+def fitted_size(height: int, width: int, size: int, resize: str) -> tuple[int, int]:
+    """How many rows and columns of the size x size square an image of height x width pixels fills; ValueError: unknown `resize`."""
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
+    scale = size / max(height, width)
+    return (size, size) if resize == "squash" else (max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+def resize_image(image: np.ndarray, size: int, resize: str = "squash") -> np.ndarray:
+    """Bring an image to size x size pixels: uint8 [H, W, 3] -> [size, size, 3]; area average, linear where enlarged.
+
+    "squash" (the paper's v1) ignores the aspect; "pad" (v2) brings the longest side to `size` and fills zeros at the bottom or
+    right. ValueError for an unknown `resize`.
+    """
+    rows, columns = fitted_size(*image.shape[:2], size, resize)
+    return np.pad(resample(image, rows, columns), ((0, size - rows), (0, size - columns), (0, 0)))
+
+
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int, resize: str = "squash") -> tuple[np.ndarray, np.ndarray]:
     """Bring a pair to size x size pixels: uint8 [H, W, 3] and [H, W] -> [size, size, 3] and [size, size].
 
-    "squash" (the paper's v1) ignores the aspect; "pad" (v2) brings the longest side to `size` and fills zeros at the bottom or
-    right. Image: area average (linear where enlarged). Mask: nearest pixel centre. Raises ValueError for sizes that differ and
-    for an unknown `resize`.
+    Image: see `resize_image`. Mask: nearest pixel centre. ValueError for sizes that differ and for an unknown `resize`.
     """
-    if resize not in RESIZES:
-        raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
-    height, width = mask.shape
-    if image.shape != (height, width, 3):
+    if image.shape != (*mask.shape, 3):
         raise ValueError(f"the image must be [H, W, 3] over the mask's [H, W], got {image.shape} and {mask.shape}")
-    scale = size / max(height, width)
-    new = (size, size) if resize == "squash" else (max(1, round(height * scale)), max(1, round(width * scale)))
-    image = _resample(image, *new)
-    mask = cv2.resize(mask, new[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    below, right = size - new[0], size - new[1]
-    return np.pad(image, ((0, below), (0, right), (0, 0))), np.pad(mask, ((0, below), (0, right)))
+    rows, columns = fitted_size(*mask.shape, size, resize)
+    small = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
+    return resize_image(image, size, resize), np.pad(small, ((0, size - rows), (0, size - columns)))
 
 # %% ../nbs/01_data.ipynb #data048
 COLOURS = {"rgb": (0, 0, 0), "ycrcb": (0, 128, 128)}  # colour space -> its black, which padding has
 
 
-def _to_colour(image: np.ndarray, colour: str) -> np.ndarray:
-    """RGB [H, W, 3] -> the stored colour space."""
+def to_colour(image: np.ndarray, colour: str) -> np.ndarray:
+    """RGB -> the stored colour space, uint8 [H, W, 3]."""
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb) if colour == "ycrcb" else image
+
+
+def to_rgb(image: np.ndarray, colour: str) -> np.ndarray:
+    """The stored colour space -> RGB, uint8 [H, W, 3], to be looked at; within 1 of what it was."""
+    return cv2.cvtColor(image, cv2.COLOR_YCrCb2RGB) if colour == "ycrcb" else image
+
+# %% ../nbs/01_data.ipynb #data049b
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input, and what its classes are called (background first).
+
+    size: side of the square, in pixels; resize: one of RESIZES; colour: a key of COLOURS. ValueError for anything else.
+    """
+
+    size: int = 512
+    resize: str = "squash"
+    colour: str = "rgb"
+    class_names: tuple[str, ...] = ("background", "foreground")
+
+    def __post_init__(self):
+        if not isinstance(self.size, int) or self.size < 32 or self.resize not in RESIZES or self.colour not in COLOURS:
+            raise ValueError(f"size is a whole number from 32, resize one of {RESIZES}, colour one of {tuple(COLOURS)}; "
+                             f"got {self.size!r}, {self.resize!r}, {self.colour!r}")
+        if len(self.class_names) < 2 or not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError(f"class_names are two texts or more, the background's first; got {self.class_names!r}")
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """uint8 RGB [H, W, 3] -> uint8 [size, size, 3] in the stored colour space, as in the cache."""
+        return to_colour(resize_image(image, self.size, self.resize), self.colour)
+
+# %% ../nbs/01_data.ipynb #data049c
+PREPROCESSING_FILE = "preprocessor_config.json"
+
+
+def read_preprocessing(checkpoint: str | os.PathLike) -> Preprocessing:
+    """The `Preprocessing` in a checkpoint folder; FileNotFoundError or ValueError names the file and the remedy."""
+    path = Path(checkpoint) / PREPROCESSING_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name a checkpoint folder that training wrote (best_dice, last, …)")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Preprocessing(**{**stored, "class_names": tuple(stored["class_names"])})
+    except (ValueError, TypeError, KeyError) as error:  # not JSON, unknown or missing entries, impossible values
+        raise ValueError(f"{path} does not say how images are prepared ({error}): copy the checkpoint folder again") from None
 
 # %% ../nbs/01_data.ipynb #data051
 @dataclass
@@ -720,7 +775,7 @@ def _prepare(survey: Survey, settings: Settings, record: Record) -> Prepared:
     if problems or mask is None:
         return Prepared(None, None, entry, problems)
     image, mask = resize_pair(image, mask, settings.size, settings.resize)
-    return Prepared(_to_colour(image, settings.colour), pack_mask(mask, mask_bits(settings.classes)), entry, [])
+    return Prepared(to_colour(image, settings.colour), pack_mask(mask, mask_bits(settings.classes)), entry, [])
 
 # %% ../nbs/01_data.ipynb #data118
 def _in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -875,14 +930,14 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 # %% ../nbs/01_data.ipynb #data142
 class Split:
-    """One part of a data set, on disk: len(), ids, groups, original_sizes, paths, batch(), batches().
+    """One part of a data set, on disk: len(), ids, groups, original_sizes, paths, batch(), batches(), original_mask().
 
     ids, groups: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path); by order of id.
     """
 
     def __init__(self, records: list[Record], entries: list[dict], rows: Sequence[int], images: np.ndarray, masks: np.ndarray,
-                 bits: int):
-        self._rows, self._images, self._masks, self._bits = np.asarray(rows, dtype=np.int64), images, masks, bits
+                 settings: Settings):
+        self._rows, self._images, self._masks, self._settings = np.asarray(rows, dtype=np.int64), images, masks, settings
         self.ids = [records[row].id for row in rows]
         self.groups = [records[row].group for row in rows]
         self.original_sizes = [(entries[row]["height"], entries[row]["width"]) for row in rows]
@@ -898,8 +953,12 @@ class Split:
         images = torch.from_numpy(self._images[rows]).permute(0, 3, 1, 2)  # [B, size, size, C] -> [B, C, size, size], no copy
         if images.shape[1] == 1:  # a grey set
             images = images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        masks = torch.from_numpy(unpack_masks(self._masks[rows], self._bits, self._images.shape[1]))
+        masks = torch.from_numpy(unpack_masks(self._masks[rows], mask_bits(self._settings.classes), self._settings.size))
         return Batch(images, masks, [self.ids[position] for position in positions])
+
+    def original_mask(self, position: int) -> np.ndarray:
+        """The target at the image's own size, read from its file anew: class index, uint8 [H, W]."""
+        return read_mask(self.paths[position][1], self._settings.masks, self._settings.classes)
 
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
                 device: str | torch.device = "cpu") -> Iterator[Batch]:
@@ -989,6 +1048,11 @@ class OpenedData:
     valid: Split
     test: Split | None
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images were prepared: what a network trained on them must be told."""
+        return Preprocessing(self.size, self.resize, self.colour, self.class_names)
+
     def __repr__(self) -> str:
         parts = f"train {len(self.train)}, valid {len(self.valid)}, test {len(self.test) if self.test else 'none'}"
         return (f"SegmentationData({self.name}: {parts}; {self.classes} classes, {self.size}x{self.size}, {self.resize}, "
@@ -1020,7 +1084,7 @@ class SegmentationData(OpenedData):
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
         entries, images, packed = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
         parts = _leave_out_twins(survey, entries, parts, notes)
-        train, valid, test = (Split(survey.records, entries, parts[part], images, packed, mask_bits(classes)) for part in SPLITS)
+        train, valid, test = (Split(survey.records, entries, parts[part], images, packed, settings) for part in SPLITS)
         return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes, survey.folder, folder,
                    train, valid, test or None)
 

@@ -38,7 +38,7 @@ from . import __version__
 from .augmentation import OPERATIONS, Augmentation
 from .bridge import BRIDGES
 from .data import COLOURS as COLOUR_SPACES
-from .data import MASKS, RESIZES, Batch, SegmentationData, Split, normalise
+from .data import MASKS, PREPROCESSING_FILE, RESIZES, Batch, SegmentationData, Split, normalise, to_rgb
 from .decoder import DECODERS
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
@@ -344,9 +344,7 @@ def mask_pictures(batch: Batch, predictions: Tensor, colour: str = "rgb") -> np.
     """
     pictures = []
     for image, target, mask in zip(batch.images.cpu(), batch.masks.cpu(), predictions.cpu()):
-        picture = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # [H, W, 3]
-        if colour == "ycrcb":
-            picture = cv2.cvtColor(picture, cv2.COLOR_YCrCb2RGB)
+        picture = np.ascontiguousarray(to_rgb(image.permute(1, 2, 0).contiguous().numpy(), colour))  # [H, W, 3]
         _outline(picture, target.numpy(), COLOURS["target"])
         _outline(picture, mask.numpy(), COLOURS["prediction"])
         pictures.append(picture)
@@ -555,11 +553,10 @@ def _load_state(trainer: Trainer) -> None:
 # %% ../nbs/11_training.ipynb #c106
 def _save_checkpoint(trainer: Trainer, name: str) -> None:
     """A checkpoint folder: weights and network in the Hugging Face layout, and how its images are prepared."""
-    data, folder = trainer.data, trainer.config.folder / name
-    preparation = {"size": data.size, "resize": data.resize, "colour": data.colour, "class_names": list(data.class_names)}
+    folder = trainer.config.folder / name
     with _clear_disk_errors(folder):
         trainer.model.save_pretrained(folder)
-        _write_text(folder / "preprocessor_config.json", json.dumps(preparation, indent=2) + "\n")
+        _write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(trainer.data.preprocessing), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c109
 def _keep_best(trainer: Trainer, scores: dict[str, float]) -> None:
