@@ -23,8 +23,8 @@ from PIL import Image
 
 from conftest import ROOT, shared_folder
 from qtseg import data as module
-from qtseg.data import (DataProblems, SegmentationData, cache_root, mask_bits, normalise, pack_mask, read_image, read_mask,
-                        resize_pair, unpack_masks)
+from qtseg.data import (PREPROCESSING_FILE, DataProblems, Preprocessing, SegmentationData, cache_root, fitted_size, mask_bits, normalise,
+                        pack_mask, read_image, read_mask, read_preprocessing, resize_pair, to_colour, to_rgb, unpack_masks)
 
 SHARED = shared_folder() / "data"
 
@@ -299,6 +299,47 @@ def test_mask_takes_the_nearest_pixel_centre():
     classes = (np.arange(60) // 20).astype(np.uint8)[None].repeat(60, axis=0)
     _, small = resize_pair(np.zeros((60, 60, 3), np.uint8), classes, 41)
     assert set(np.unique(small)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("height, width, resize, expected", [(1, 1, "pad", (64, 64)), (37, 4000, "pad", (1, 64)), (4000, 37, "squash", (64, 64)),
+                                                             (30, 60, "pad", (32, 64)), (97, 61, "pad", (64, 40))])
+def test_the_part_of_the_square_that_an_image_fills(height, width, resize, expected):
+    assert fitted_size(height, width, 64, resize) == expected
+
+
+def test_colour_spaces_there_and_back():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert np.abs(to_rgb(to_colour(image, "ycrcb"), "ycrcb").astype(int) - image).max() <= 1
+    assert to_rgb(image, "rgb") is image
+
+
+@pytest.mark.parametrize("colour", module.COLOURS)
+@pytest.mark.parametrize("resize", module.RESIZES)
+def test_preprocessing_does_what_the_cache_did(tmp_path, resize, colour):
+    data = SegmentationData.open(plain(tmp_path / "plain"), size=32, resize=resize, colour=colour, cache=tmp_path / "cache", progress=False)
+    told = data.preprocessing
+    (tmp_path / PREPROCESSING_FILE).write_text(json.dumps({"size": 32, "resize": resize, "colour": colour, "class_names": list(data.class_names)}))
+    assert told == read_preprocessing(tmp_path)
+    image, mask = data.train.paths[1]
+    np.testing.assert_array_equal(told.prepare(read_image(image)), data.train.batch([1]).images[0].permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(data.train.original_mask(1), read_mask(mask, "binary"))
+
+
+@pytest.mark.parametrize("text, words", [("", "does not say"), ("[]", "does not say"), ("{}", "class_names"), ('{"size": 64, "class_names": ["a", "b"], "sise": 3}', "sise"),
+                                         ('{"size": 3, "class_names": ["a", "b"]}', "size is"), ('{"size": 64, "class_names": "a"}', "class_names")])
+def test_a_damaged_preprocessing_file_is_refused(tmp_path, text, words):
+    (tmp_path / PREPROCESSING_FILE).write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_preprocessing(tmp_path)
+    assert PREPROCESSING_FILE in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="name a checkpoint folder"):
+        read_preprocessing(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 64.0}, {"resize": "crop"}, {"colour": "hsv"}, {"class_names": ("a",)}, {"class_names": ("a", 1)}])
+def test_impossible_preprocessing(wrong):
+    with pytest.raises(ValueError):
+        Preprocessing(**wrong)
 
 
 def test_resize_pair_refuses():

@@ -128,7 +128,10 @@ def test_pyproject_and_settings_agree():
     assert project["description"] == INI["description"]
     assert project["requires-python"] == f">={INI['min_python']}"
     assert sorted(project["dependencies"]) == sorted(INI["requirements"].split())
-    assert sorted(project["optional-dependencies"]["dev"]) == sorted(INI["dev_requirements"].split())
+    extras = project["optional-dependencies"]
+    assert sorted(extras["dev"]) == sorted(INI["dev_requirements"].split())
+    assert {requirement for name in extras for requirement in extras[name]} == set(extras["dev"]), "dev holds what every other extra asks for"
+    assert sorted(f"{name}={place}" for name, place in project["scripts"].items()) == sorted(INI["console_scripts"].split())
     address = f"https://github.com/{INI['user']}/{INI['repo']}"
     assert f'repository-code: "{address}"' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {INI['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

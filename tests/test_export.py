@@ -1,0 +1,633 @@
+"""Export and sharing: the same logits in every engine, cards that say only what is known, and files that are refused."""
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from qtseg import export
+from qtseg.data import PREPROCESSING_FILE, Preprocessing
+from qtseg.export import (AnySize, benchmark_engines, checkpoint_engines, data_name, download_checkpoint, engine_table, export_onnx, export_torch,
+                          largest_difference, main, model_card, pack, parity_images, push_to_hub, record_graph, write_card)
+from qtseg.inference import OnnxNetwork, Predictor, weights_sha256
+from qtseg.model import QTSeg
+from qtseg.phantoms import phantom
+from qtseg.training import TrainConfig
+
+torch.set_num_threads(1)
+
+SMALL = dict(width=4, depths=[1, 1, 1], heads=2, mlp_width=16)
+SHAPES = [(1, 32, 32), (2, 32, 45), (3, 100, 77), (1, 64, 128), (4, 33, 95)]
+METRICS = {"test": {"loss": 0.3, "mae": 4.25, "acc": 95.75, "dice": 87.654321, "iou": 81.5}, "test_is": "the test split", "selected_by": "dice",
+           "images": {"train": 60, "valid": 20, "test": 11}, "train": {"seconds": 754.0, "epochs": 3},
+           "hardware": {"device": "cpu", "processor": "A | processor", "system": "Linux-secret"}, "versions": {"torch": "2.15.0"}}
+
+
+def small_network(classes: int = 2, in_channels: int = 3, seed: int = 0, **changes) -> QTSeg:
+    """A small network whose every tensor is random, BatchNorm's statistics included, so that fusing changes all of them."""
+    torch.manual_seed(seed)
+    model = QTSeg(classes, in_channels, **{**SMALL, **changes})
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.05 * torch.rand(tensor.shape))
+    return model.eval()
+
+
+def save_checkpoint(folder: Path, model: QTSeg, preprocessing: Preprocessing = Preprocessing(64, "pad", "ycrcb")) -> Path:
+    model.save_pretrained(folder)
+    (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(preprocessing)), encoding="utf-8")
+    return folder
+
+
+def save_run(folder: Path, config: TrainConfig, metrics: dict = METRICS) -> Path:
+    """A run with a checkpoint best_dice."""
+    checkpoint = save_checkpoint(folder / "best_dice", small_network())
+    (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    return checkpoint
+
+
+def one_sentence(caught: pytest.ExceptionInfo, *words: str) -> None:
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Path, float]:
+    """A checkpoint with its model.onnx, exported once, and how far its logits are off."""
+    checkpoint = save_run(tmp_path_factory.mktemp("run"), TrainConfig(data="phantoms:dermoscopy:91", epochs=3, batch=4))
+    return checkpoint, export_onnx(checkpoint)
+
+
+@pytest.fixture
+def checkpoint(exported, tmp_path) -> Path:
+    """A copy of it to be damaged."""
+    shutil.copytree(exported[0].parent, tmp_path / "run")
+    return tmp_path / "run" / "best_dice"
+
+
+def images(batch: int, height: int, width: int, channels: int = 3) -> torch.Tensor:
+    return 2 * torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(height)) - 1
+
+
+# --- the same logits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_size_changes_nothing(shape):
+    network = small_network()
+    with torch.no_grad():
+        assert torch.equal(AnySize(network)(images(*shape)), network(images(*shape)))
+
+
+def test_parity_images_are_what_they_claim():
+    batches = parity_images(4)
+    assert [tuple(batch.shape) for batch in batches] == [(b, 4, h, w) for b, h, w in export.PARITY_SHAPES for _ in range(2)]
+    assert all(batch.min() >= -1 and batch.max() <= 1 and batch.std() > 0.1 for batch in batches)
+    assert len({batch.shape[2:] for batch in batches}) == len({len(batch) for batch in batches}) == 3
+
+
+def test_largest_difference_sees_a_single_pixel_and_a_nan():
+    batches = parity_images()
+
+    def off(amount):
+        def network(batch):
+            logits = batch.clone()
+            if len(batch) == 2:
+                logits[1, 0, 5, 7] += amount
+            return logits
+        return network
+
+    assert largest_difference(torch.clone, off(0.5), batches) == pytest.approx(0.5, abs=1e-6)
+    assert largest_difference(torch.clone, off(float("nan")), batches) != largest_difference(torch.clone, off(0), batches) == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_onnx_runtime_computes_the_same_logits(exported, shape):
+    """At five sizes and four batch sizes, sides of 32 and sides that are no multiple of 32 among them."""
+    network, engine = QTSeg.from_pretrained(exported[0]), OnnxNetwork(exported[0] / "model.onnx", 1)
+    batch = images(*shape)
+    assert engine(batch).shape == (shape[0], 2, *shape[1:])
+    assert largest_difference(network, engine, [batch]) < 1e-4
+    assert network(batch).std() > 100 * 1e-4  # the logits differ among themselves by far more than that
+
+
+def test_export_returns_what_it_measured(exported):
+    assert 0 < exported[1] < 1e-4
+
+
+def test_one_class_and_one_channel_to_another_place(tmp_path):
+    folder = save_checkpoint(tmp_path / "a", small_network(1, 1, bridge="identity"))
+    assert export_onnx(folder, tmp_path / "other.onnx") < 1e-4
+    assert not (folder / "model.onnx").exists()
+    network, engine = QTSeg.from_pretrained(folder), OnnxNetwork(tmp_path / "other.onnx", 1)
+    assert engine(images(2, 40, 70, 1)).shape == (2, 1, 40, 70)
+    assert largest_difference(network, engine, [images(*shape, 1) for shape in SHAPES]) < 1e-4
+
+
+def test_the_onnx_file_says_what_it_is_and_nothing_about_the_machine(exported):
+    import onnx
+
+    path = exported[0] / "model.onnx"
+    assert sorted(file.name for file in exported[0].iterdir()) == ["config.json", "model.onnx", "model.safetensors", PREPROCESSING_FILE]
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    shapes = {value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in (*model.graph.input, *model.graph.output)}
+    assert shapes == {"images": ["batch", 3, "height", "width"], "logits": ["batch", 2, "height", "width"]}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["weights_sha256"] == weights_sha256(exported[0])
+    assert Preprocessing(**{**json.loads(metadata["preprocessing"]), "class_names": ("a", "b")}) == Preprocessing(64, "pad", "ycrcb", ("a", "b"))
+    assert json.loads(metadata["class_names"]) == ["background", "foreground"] and metadata["qtseg"]
+    data = path.read_bytes()
+    assert not [trace for trace in (str(ROOT), "site-packages", "/qtseg/", 'File "') if trace.encode() in data]
+
+
+def test_the_predictor_answers_alike_with_both_engines(exported):
+    picture, _ = phantom("dermoscopy", 5, 90)
+    picture = picture[:70]
+    probabilities = [Predictor.from_checkpoint(exported[0], engine=engine, device="cpu").probabilities(picture) for engine in ("torch", "onnx")]
+    assert probabilities[0].shape == (70, 90, 2)
+    assert abs(probabilities[0] - probabilities[1]).max() < 1e-4
+
+
+def test_torch_export_computes_the_same_logits(tmp_path):
+    """With three classes; sides of 32 are not recorded."""
+    checkpoint = save_checkpoint(tmp_path / "a", small_network(3), Preprocessing(64, class_names=("a", "b", "c")))
+    assert 0 <= export_torch(checkpoint) < 1e-4
+    data = (checkpoint / "model.pt2").read_bytes()
+    assert str(ROOT).encode() not in data and b"site-packages" not in data
+    program, network = torch.export.load(checkpoint / "model.pt2").module(), QTSeg.from_pretrained(checkpoint)
+    assert largest_difference(network, program, [images(*shape) for shape in SHAPES if min(shape[1:]) >= export.SMALLEST_RECORDED]) < 1e-4
+
+
+def test_recording_leaves_the_network_as_it_was():
+    network = torch.nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in network.state_dict().items()}
+    program = record_graph(network)
+    assert all(torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1] for name, tensor in network.state_dict().items())
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
+
+
+# --- exports that must not happen -----------------------------------------------------------------------------------
+
+
+class Translated:
+    """Stands for a translated graph: its file is a copy of another one."""
+
+    def __init__(self, source: Path):
+        self.source = source
+
+    def save(self, path: str, external_data: bool) -> None:
+        assert not external_data
+        shutil.copy(self.source, path)
+
+
+@pytest.fixture
+def translation(exported, monkeypatch):
+    """Every translation yields the file of `exported`, without the seconds that a real one takes."""
+    monkeypatch.setattr(export, "record_graph", lambda *arguments: None)
+    monkeypatch.setattr(export, "_translate", lambda *arguments: Translated(exported[0] / "model.onnx"))
+
+
+@pytest.mark.parametrize("problem", ["other weights", "nan", "crash", "other sizes"])
+def test_a_graph_that_computes_something_else_is_not_written(checkpoint, translation, monkeypatch, problem):
+    """A file that was there stays; none appears where there was none."""
+    old = (checkpoint / "model.onnx").read_bytes()
+    if problem == "other weights":
+        small_network(seed=1).save_pretrained(checkpoint)
+    else:
+        broken = {"nan": lambda self, batch: batch[:, :2] * float("nan"), "other sizes": lambda self, batch: batch[:, :2, :-1],
+                  "crash": lambda self, batch: 1 / 0}[problem]
+        monkeypatch.setattr(OnnxNetwork, "__call__", broken)
+    before = sorted(path.name for path in checkpoint.iterdir())
+    with pytest.raises(ValueError) as caught:
+        export_onnx(checkpoint)
+    one_sentence(caught, "model.onnx", "nothing was written")
+    assert (checkpoint / "model.onnx").read_bytes() == old and sorted(path.name for path in checkpoint.iterdir()) == before
+    with pytest.raises(ValueError):
+        export_onnx(checkpoint, checkpoint / "new.onnx")
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_a_model_of_other_weights_is_neither_packed_nor_timed(checkpoint, tmp_path):
+    small_network(seed=1).save_pretrained(checkpoint)
+    for refused in (lambda: pack(checkpoint, tmp_path / "packed"), lambda: checkpoint_engines(checkpoint, compiled=False)):
+        with pytest.raises(ValueError) as caught:
+            refused()
+        one_sentence(caught, "model.onnx", "qtseg-export")
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_one_sentence(checkpoint, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([str(checkpoint), "--onnx"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and package in said and "pip install onnx onnxscript onnxruntime" in said
+
+
+def test_an_old_pytorch_is_one_sentence(monkeypatch):
+    def export_of_old(module, arguments, *, dynamic_shapes, strict):
+        raise AssertionError("not called: an argument is unknown")
+
+    monkeypatch.setattr(torch.export, "export", export_of_old)
+    with pytest.raises(RuntimeError, match="pip install --upgrade torch"):
+        record_graph(torch.nn.Conv2d(3, 2, 1))
+
+
+# --- engines side by side -------------------------------------------------------------------------------------------
+
+
+def test_engines_take_turns():
+    calls = []
+    rows = benchmark_engines({"one": lambda batch: calls.append(("one", *batch.shape)), "two": lambda batch: calls.append(("two", *batch.shape))},
+                             sizes=(32, 64), batches=(1, 2), rounds=3, in_channels=1)
+    assert calls[:4] == [("one", 1, 1, 32, 32), ("two", 1, 1, 32, 32)] * 2 and len(calls) == 2 * 5 * 4  # two rounds warm up
+    assert [(row["size"], row["batch"], row["engine"]) for row in rows[:3]] == [(32, 1, "one"), (32, 1, "two"), (32, 2, "one")]
+    assert all(row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"]) for row in rows)
+
+
+def test_the_engine_table_holds_every_number():
+    rows = [{"size": size, "batch": batch, "engine": engine, "milliseconds": 100 * size + 10 * batch + n}
+            for size in (1, 2) for batch in (3, 4) for n, engine in enumerate("AB")]
+    lines = engine_table(rows).splitlines()
+    assert lines[0] == "| milliseconds | 1², batch 3 | 1², batch 4 | 2², batch 3 | 2², batch 4 |"
+    assert lines[2:4] == ["| A | 130.0 | 140.0 | 230.0 | 240.0 |", "| B | 131.0 | 141.0 | 231.0 | 241.0 |"]
+    assert "1 thread(s)" in lines[-1] and torch.__version__ in lines[-1]
+
+
+def test_all_engines_of_a_checkpoint_agree(exported):
+    engines = checkpoint_engines(exported[0], compiled=False)  # compiling takes a minute
+    assert list(engines) == ["PyTorch, as loaded", "PyTorch, fused", "ONNX Runtime"]
+    batch = images(2, 64, 96)
+    assert all(largest_difference(engines["PyTorch, as loaded"], engine, [batch]) < 1e-4 for engine in engines.values())
+
+
+# --- the model card -------------------------------------------------------------------------------------------------
+
+
+def front_matter(card: str) -> dict:
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads the card's head")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_card_says_what_the_run_knows(exported):
+    card = model_card(exported[0])
+    head = front_matter(card)
+    assert head["license"] == "apache-2.0" and head["library_name"] == "qtseg"  # phantoms: nobody else's data
+    [result] = head["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "phantoms:dermoscopy:91", "name": "phantoms:dermoscopy:91", "split": "test"}
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"dice": 87.6543, "iou": 81.5, "acc": 95.75, "mae": 4.25}
+    for fact in ("| 87.65 | 81.50 | 95.75 | 4.25 |", "60 train, 20 valid, 11 test", "11 images of the test split", "3 epochs, batch 4", "12.6 minutes",
+                 "A \\| processor", "torch 2.15.0", "64×64", "ycrcb", weights_sha256(exported[0]), "Not for clinical use", "Predictor.from_checkpoint",
+                 "None was found beside this checkpoint"):
+        assert fact in card
+    assert "unknown" not in card.lower().replace("errors are unknown", "") and "flatter" not in card and "Linux-secret" not in card
+
+
+def test_the_hub_understands_the_card(exported):
+    hub = pytest.importorskip("huggingface_hub", reason="the hub's own reader of cards")
+    [dice, *others] = hub.ModelCard(model_card(exported[0])).data.eval_results
+    assert (dice.dataset_name, dice.metric_type, dice.metric_value) == ("phantoms:dermoscopy:91", "dice", 87.6543) and len(others) == 3
+
+
+def test_a_validation_score_is_called_one(tmp_path):
+    metrics = {**METRICS, "images": {"train": 60, "valid": 20, "test": 0}, "test_is": "the validation split: this data has no test split"}
+    card = model_card(save_run(tmp_path, TrainConfig(data="phantoms:all:80"), metrics))
+    assert "20 images of the validation split" in card and "flatter" in card
+    assert front_matter(card)["model-index"][0]["results"][0]["dataset"]["split"] == "validation"
+
+
+def test_a_card_invents_nothing(checkpoint, tmp_path):
+    """Without a run, beside another program's config.json, and for weights that were not scored."""
+    alone = save_checkpoint(tmp_path / "alone" / "ck", small_network())
+    (tmp_path / "alone" / "config.json").write_text('{"data": "phantoms:all:9", "epochs": 5}')
+    card = model_card(alone)
+    assert card.count(export.UNKNOWN) == 3 and "model-index" not in card and "phantoms" not in card
+    assert front_matter(card)["license"] == "other"
+    other = save_checkpoint(checkpoint.parent / "last", small_network(seed=1))
+    card = model_card(other)
+    assert card.count(export.UNKNOWN) == 1 and "87.65" not in card and "phantoms:dermoscopy:91" in card and "time: unknown" in card
+    shutil.copytree(checkpoint, checkpoint.parent / "best_iou")  # the same weights: scored after all
+    assert "87.65" in model_card(checkpoint.parent / "best_iou")
+
+
+@pytest.mark.parametrize("source, name", [("../shared/data/isic2018_512.zip", "isic2018_512"), ("phantoms:all:4", "phantoms:all:4"), ("data/busi/", "busi"),
+                                          ("/home/me/a/isic.v2", "isic.v2"), ("C:\\Users\\me\\bkai", "bkai"), ("kvasir", "kvasir")])
+def test_data_names(source, name):
+    assert data_name(source) == name
+
+
+def test_a_card_holds_no_path_and_no_image_name(tmp_path):
+    config = TrainConfig(data="/home/someone/secret/isic: 2018 | \"x\".zip", cache="/home/someone/cache", runs="/home/someone/runs", name="n",
+                         encoder_weights="C:\\Users\\someone\\fpn-nano.pth")
+    card = model_card(save_run(tmp_path, config, {**METRICS, "notes": ["left out of train: patient_007"]}))
+    for secret in ("/home", "someone", "secret", "Users", "patient_007", str(tmp_path)):
+        assert secret not in card
+    assert "fpn-nano.pth" in card and front_matter(card)["license"] == "other"
+    assert front_matter(card)["model-index"][0]["results"][0]["dataset"]["name"] == 'isic: 2018 | "x"'
+
+
+def test_a_card_tells_of_evaluations(checkpoint):
+    def score(mean, low, high):
+        return {"mean": mean, "low": low, "high": high, "defined": 11}
+
+    scores = {"own": {"mean": {"dice": score(86.5, 80.25, 91.125), "iou": score(None, None, None)}}}
+    found = {"split": "test", "images": 11, "scores": scores, "missed": {"own": {"lesions": 10, "missed": 2, "false_alarms": 1}}, "checkpoint": "/home/me"}
+    (checkpoint / "evaluation_test").mkdir()
+    (checkpoint / "evaluation_test" / "evaluation.json").write_text(json.dumps(found))
+    card = model_card(checkpoint)
+    assert "Test split, 11 images" in card and "Dice 86.50 (80.25 to 91.12), IoU undefined; lesions 10, missed 2, false alarms 1." in card
+    assert "/home/me" not in card
+    (checkpoint / "evaluation_test" / "evaluation.json").write_text('{"split": "test"}')
+    with pytest.raises(ValueError) as caught:
+        model_card(checkpoint)
+    one_sentence(caught, "evaluation.json", "take it away")
+
+
+def test_a_card_somebody_wrote_stays(checkpoint):
+    path = write_card(checkpoint)
+    assert path.read_text(encoding="utf-8") == model_card(checkpoint)
+    (checkpoint.parent / "metrics.json").unlink()
+    assert "87.65" not in write_card(checkpoint).read_text(encoding="utf-8")  # written anew
+    path.write_text("mine", encoding="utf-8")
+    assert write_card(checkpoint).read_text(encoding="utf-8") == "mine"
+
+
+# --- packing and the hub --------------------------------------------------------------------------------------------
+
+
+def test_a_packed_folder_holds_what_others_need_and_no_more(checkpoint, tmp_path):
+    for name in ("resume.pt", "notes.txt", "model.pt2"):
+        (checkpoint / name).write_text("private")
+    packed = pack(checkpoint, tmp_path / "new" / "packed")
+    assert sorted(path.name for path in packed.iterdir()) == ["README.md", "config.json", "model.onnx", "model.safetensors", PREPROCESSING_FILE]
+    assert (packed / "README.md").read_text(encoding="utf-8") == model_card(checkpoint) and not (checkpoint / "README.md").exists()
+    for engine in ("torch", "onnx"):
+        assert Predictor.from_checkpoint(packed, engine=engine, device="cpu").predict(phantom("dermoscopy", 1, 64)[0]).shape == (64, 64)
+    with pytest.raises(FileExistsError, match="name a new folder"):
+        pack(checkpoint, packed)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["packed"]
+
+
+def test_packing_prefers_a_card_that_somebody_wrote(checkpoint, tmp_path):
+    (checkpoint / "README.md").write_text("mine")
+    (checkpoint / "model.onnx").unlink()
+    packed = pack(checkpoint, tmp_path / "packed")
+    assert (packed / "README.md").read_text() == "mine" and not (packed / "model.onnx").exists()
+
+
+class Hub:
+    """Stands for huggingface_hub: notes what is asked of it, fails as told."""
+
+    def __init__(self, token=None, error=None):
+        self.stored, self.error, self.asked = token, error, []
+
+    def get_token(self):
+        return self.stored
+
+    def HfApi(self, token=None):
+        self.asked.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.asked.append(("create", repo_id, private, exist_ok))
+        if self.error:
+            raise self.error
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.asked.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    def snapshot_download(self, name, *, revision, cache_dir, allow_patterns):
+        self.asked.append(("download", name, revision, cache_dir, sorted(allow_patterns)))
+        if self.error:
+            raise self.error
+        return "/somewhere"
+
+
+TOKEN = "hf_VerySecretToken123"
+
+
+def http_error(status: int) -> Exception:
+    error = RuntimeError(f"Authorization: Bearer {TOKEN}\nrefused")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_what_is_uploaded(checkpoint, monkeypatch, capsys, private):
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert push_to_hub(checkpoint, "me/skin.v1", private=private, token=TOKEN) == "https://huggingface.co/me/skin.v1"
+    assert hub.asked == [("token", TOKEN), ("create", "me/skin.v1", private, True),
+                         ("upload", "me/skin.v1", ["README.md", "config.json", "model.onnx", "model.safetensors", PREPROCESSING_FILE])]
+    said = capsys.readouterr()
+    assert TOKEN not in said.out + said.err
+
+
+@pytest.mark.parametrize("error, kind, word", [(http_error(401), PermissionError, "hf auth login"), (http_error(403), PermissionError, "hf auth login"),
+                                               (http_error(404), FileNotFoundError, "no such repository"), (http_error(500), ConnectionError, "500"),
+                                               (TimeoutError(TOKEN), ConnectionError, "TimeoutError"), (Exception(TOKEN), ConnectionError, "connection")])
+def test_a_failed_request_is_one_sentence_without_the_token(checkpoint, monkeypatch, capsys, error, kind, word):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub(token=TOKEN, error=error))
+    with pytest.raises(kind) as caught:
+        push_to_hub(checkpoint, "me/skin")
+    one_sentence(caught, "me/skin", word)
+    assert TOKEN not in repr(caught.value) and caught.value.__suppress_context__
+    with pytest.raises(kind) as caught:
+        download_checkpoint("me/skin")
+    one_sentence(caught, "me/skin", word)
+    assert main([str(checkpoint), "--push", "me/skin"]) == 1
+    said = capsys.readouterr()
+    assert TOKEN not in said.out + said.err and said.err.count("\n") == 1
+
+
+def test_nothing_is_asked_of_the_hub_in_vain(checkpoint, monkeypatch):
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(PermissionError, match="hf auth login"):
+        push_to_hub(checkpoint, "me/skin")
+    for name in ("skin", "me/", "/skin", "a/b/c", "../up", "me/skin ", ""):
+        with pytest.raises(ValueError, match="USER/NAME"):
+            push_to_hub(checkpoint, name, token=TOKEN)
+    (checkpoint / PREPROCESSING_FILE).unlink()
+    with pytest.raises(FileNotFoundError):
+        push_to_hub(checkpoint, "me/skin", token=TOKEN)
+    assert hub.asked == []
+
+
+def test_a_folder_wins_over_the_hub(checkpoint, monkeypatch, tmp_path):
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    shutil.copytree(checkpoint, tmp_path / "me" / "skin")
+    monkeypatch.chdir(tmp_path)
+    assert download_checkpoint("me/skin") == Path("me/skin") and hub.asked == []
+    assert download_checkpoint("me/other", revision="v1", cache=tmp_path) == Path("/somewhere")
+    assert hub.asked == [("download", "me/other", "v1", tmp_path, sorted(["config.json", "model.safetensors", PREPROCESSING_FILE]))]
+    with pytest.raises(FileNotFoundError, match="neither a folder"):
+        download_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_real_library_offline_is_one_sentence(tmp_path):
+    """With huggingface_hub itself, told to stay offline and with an empty cache."""
+    pytest.importorskip("huggingface_hub", reason="tests the real library's errors")
+    code = ("from qtseg.export import download_checkpoint\ntry:\n    download_checkpoint('nobody/nothing-at-all')\n"
+            "except (ConnectionError, FileNotFoundError) as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "downloading nobody/nothing-at-all failed" in done.stdout
+
+
+@pytest.mark.parametrize("function", [lambda: push_to_hub("x", "me/skin"), lambda: download_checkpoint("me/skin")])
+def test_without_the_hubs_library(monkeypatch, function):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install huggingface_hub"):
+        function()
+
+
+# --- files from strangers -------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickled, it runs code: here, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.path)!r}, 'w').write('code ran')",))
+
+
+def tampered(path: Path, **header) -> bytes:
+    """A safetensors file's bytes with changed entries in its header."""
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    changed = json.dumps({**json.loads(data[8:8 + size]), **header}).encode()
+    return struct.pack("<Q", len(changed)) + changed + data[8 + size:]
+
+
+def overlapping(path: Path) -> bytes:
+    """Two tensors that claim the same bytes."""
+    data = path.read_bytes()
+    header = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]])
+    one, other = [name for name in header if header[name].get("shape") == header["encoder.down2.norm.weight"]["shape"]][:2]
+    return tampered(path, **{other: header[one]})
+
+
+def unsafe_weights(path: Path, kind: str, evidence: Path) -> None:
+    data = path.read_bytes()
+    if kind == "torch zip":
+        torch.save({"bomb": Bomb(evidence)}, path)
+        return
+    size = struct.unpack("<Q", data[:8])[0]
+    path.write_bytes({
+        "pickle": pickle.dumps(Bomb(evidence)), "truncated": data[:-1], "half": data[:len(data) // 2], "empty": b"", "header only": data[:8 + size],
+        "huge header": struct.pack("<Q", 2**62) + data[8:], "longer": data + b"x", "overlapping": overlapping(path),
+        "outside": tampered(path, **{"mask": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}),
+        "text in the header": struct.pack("<Q", 4) + b"what" + data[8:], "nested": struct.pack("<Q", 200_000) + b"[" * 200_000,
+    }[kind])
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch zip", "truncated", "half", "empty", "header only", "huge header", "longer", "overlapping", "outside",
+                                  "text in the header", "nested"])
+def test_unsafe_weights_are_one_sentence_and_run_no_code(checkpoint, tmp_path, capsys, kind):
+    evidence = tmp_path / "evidence"
+    unsafe_weights(checkpoint / "model.safetensors", kind, evidence)
+    for refused in (Predictor.from_checkpoint, export_onnx, export_torch, model_card, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(ValueError) as caught:
+            refused(checkpoint)
+        one_sentence(caught, "model.safetensors")
+    assert main([str(checkpoint)]) == 1 and capsys.readouterr().err.count("\n") == 1
+    assert not evidence.exists() and not (tmp_path / "packed").exists()
+
+
+def test_the_bomb_is_a_real_one(tmp_path):
+    """Unpickled, it does run: the tests above would see it."""
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "evidence")))
+    assert (tmp_path / "evidence").read_text() == "code ran"
+
+
+@pytest.mark.parametrize("file", ["config.json", PREPROCESSING_FILE])
+@pytest.mark.parametrize("text", ["", "[]", "null", '"qtseg"', "{", "\udcff", "[" * 200_000, '{"a":' * 200_000, '{"model_type": "qtseg", "classes": {}}',
+                                  '{"model_type": "qtseg", "width": -1}', '{"model_type": "qtseg", "depths": "many"}', '{"size": 1e400}', "1" * 5000])
+def test_settings_that_are_none_are_one_sentence(checkpoint, file, text):
+    (checkpoint / file).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError) as caught:
+        Predictor.from_checkpoint(checkpoint)
+    one_sentence(caught, file)
+
+
+@pytest.mark.parametrize("change", [{"width": 10**6}, {"width": 1000}, {"mlp_width": 10**7}, {"classes": 10**5}, {"depths": [10**5, 1, 1]},
+                                    {"depths": [1, 1, 10**9]}, {"in_channels": 10**8}, {"heads": 10**30}])
+def test_a_gigantic_network_is_refused_before_it_takes_memory(checkpoint, change):
+    """In a process of its own: one sentence, within seconds, and in less memory than a common laptop has."""
+    resource = pytest.importorskip("resource", reason="memory is read through POSIX's resource module")
+    assert resource
+    config = {**json.loads((checkpoint / "config.json").read_text()), **change}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    code = ("import resource, sys\nfrom qtseg.model import QTSeg\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "try:\n    QTSeg.from_pretrained(sys.argv[1])\nexcept ValueError as error:\n    print(str(error)[:300])\n"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+    done = subprocess.run([sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-300:]
+    sentence, megabytes = done.stdout.splitlines()
+    assert str(checkpoint) in sentence and int(megabytes) < 300
+
+
+def test_more_tensors_than_the_network_has_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    save_file({**load_file(path), "another": torch.zeros(3)}, path)
+    with pytest.raises(ValueError) as caught:
+        Predictor.from_checkpoint(checkpoint)
+    one_sentence(caught, "unexpected", "another")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_without_options_it_exports_and_describes(checkpoint, translation, capsys):
+    (checkpoint / "model.onnx").unlink()
+    assert main([str(checkpoint)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith(f"{checkpoint / 'model.onnx'}: ") and "logits within" in said[1] and said[2] == str(checkpoint / "README.md")
+    assert (checkpoint / "model.onnx").is_file() and (checkpoint / "README.md").is_file() and not (checkpoint / "model.pt2").exists()
+
+
+def test_an_option_asks_for_that_alone(checkpoint, tmp_path, capsys):
+    (checkpoint / "model.onnx").unlink()
+    assert main([str(checkpoint), "--pack", str(tmp_path / "packed")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'packed'}\n"
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors", PREPROCESSING_FILE]
+
+
+@pytest.mark.parametrize("prepare, word", [(lambda folder: shutil.rmtree(folder), "is missing"), (lambda folder: (folder / "config.json").unlink(), "config.json"),
+                                           (lambda folder: (folder / PREPROCESSING_FILE).unlink(), PREPROCESSING_FILE)])
+def test_what_is_no_checkpoint_is_one_sentence(checkpoint, capsys, prepare, word):
+    prepare(checkpoint)
+    assert main([str(checkpoint), "--onnx"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qtseg-export: ") and said.count("\n") == 1 and word in said
+
+
+def test_wrong_usage_exits_with_2():
+    for arguments in ([], ["x", "--what"], ["x", "--opset", "new"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2

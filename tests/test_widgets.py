@@ -1,0 +1,507 @@
+"""The widgets without a browser: state, controls, events, picture bytes; also run against ipywidgets 7.7, which Colab has."""
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import tracemalloc
+from importlib.util import find_spec
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from qtseg.augmentation import OPERATIONS, Augmentation
+from qtseg.data import Preprocessing, SegmentationData
+from qtseg.evaluation import THRESHOLDS, decide, mask_scores
+from qtseg.inference import Predictor, predict_files
+from qtseg.phantoms import phantom, write_prepared
+from qtseg.widgets import (KNOBS, VIEWS, AugmentationPlayground, MaskExplorer, Panel, SavedPredictions, Setting, Window, as_cases,
+                           between, captioned, encoded, entropy, one_hot, one_of, some_of, yes_or_no)
+
+ipywidgets = pytest.importorskip("ipywidgets", reason="controls are ipywidgets: pip install ipywidgets")
+
+
+class Toy(Panel):
+    """The smallest panel: one grey picture."""
+
+    KEYS = ("ArrowLeft",)
+    level = Setting(0.5, between(0, 1))
+    mode = Setting("a", one_of(("a", "b")))
+    parts = Setting(("x",), some_of(("x", "y", "z")))
+    steps = Setting(1, between(0, lambda panel: panel.most, whole=True))
+    on = Setting(False, yes_or_no)
+    most, drawn = 3, 0
+
+    def picture(self):
+        self.drawn += 1
+        return np.full((20, 30, 3), round(255 * self.level), np.uint8)
+
+    def text(self):
+        return f"level <b>{self.level:.2f}</b> &amp; {self.mode}"
+
+    def rows(self):
+        return [[self.control("level", "FloatSlider", min=0, max=1, step=0.01), self.control("mode", "Dropdown", options=["a", "b"])],
+                [*self.toggles("parts", [("X", "x"), ("Y", "y"), ("Z", "z")]), self.control("on", "Checkbox")],
+                [self.control("steps", "IntSlider", min=0, max=3), self.button("half", lambda: self.set(level=0.5))]]
+
+    def pointer(self, kind, x, y):
+        self.heard = (kind, x, y)
+        self.level = x / 30
+
+    def wheel(self, x, y, steps):
+        self.heard = (x, y, steps)
+
+    def key(self, name):
+        self.level = 0.25
+
+
+def controls(panel) -> dict:
+    """Every control of a panel by its description."""
+    found, boxes = {}, [panel.view]
+    for box in boxes:
+        boxes += getattr(box, "children", ())
+        if getattr(box, "description", ""):
+            found[box.description] = box
+    return found
+
+
+def shown(panel) -> np.ndarray:
+    """The picture that the browser was sent."""
+    data = panel._screen.canvas.picture if panel._screen.live else panel._screen.image.value
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def send(panel, **event) -> None:
+    """What the canvas in the browser sends."""
+    panel._screen._receive(panel._screen.canvas, {"steps": 0, **event} if event["kind"] not in ("key", "ready") else event, None)
+
+
+needs_canvas = pytest.mark.skipif(find_spec("anywidget") is None, reason="the canvas needs anywidget: pip install anywidget")
+
+
+# ---- the base
+
+def test_controls_and_attributes_follow_each_other_and_draw_once():
+    toy = Toy()
+    toy.level = 0.75
+    assert toy.drawn == 0, "nothing is drawn before anybody looks"
+    found = controls(toy)
+    assert toy.drawn == 1 and found["level"].value == 0.75
+    found["level"].value = 0.25
+    assert toy.level == 0.25 and toy.drawn == 2
+    toy.set(level=0.5, mode="b", parts=("z", "x"), on=True)
+    assert toy.drawn == 3 and toy.parts == ("x", "z")
+    assert (found["level"].value, found["mode"].value, found["Z"].value, found["Y"].value, found["on"].value) == (0.5, "b", True, False, True)
+    found["X"].value = False
+    assert toy.parts == ("z",)
+    toy.set(level=0.5)
+    assert toy.drawn == 4, "no change, no picture"
+    found["half"].click()
+    assert toy.drawn == 4
+    assert abs(int(shown(toy).mean()) - 128) <= 1 and "level <b>0.50</b>" in toy._screen.line.value
+
+
+@pytest.mark.parametrize("change, words", [({"level": 2}, "level must be a number from 0 to 1, got 2"), ({"level": "much"}, "level must be a number"),
+                                           ({"mode": "c"}, "mode must be one of 'a', 'b', got 'c'"), ({"steps": 1.5}, "steps must be a whole number from 0 to 3"),
+                                           ({"steps": 4}, "from 0 to 3, got 4"), ({"parts": ()}, "parts must be 1 or more of"), ({"parts": ("q",)}, "parts must be"),
+                                           ({"parts": 3}, "parts must be"), ({"on": 1}, "on must be True or False"), ({"level": float("nan")}, "level must be")])
+def test_a_senseless_value_is_refused_and_nothing_changes(change, words):
+    toy = Toy()
+    before = dict(toy.state)
+    with pytest.raises(ValueError) as error:
+        toy.set(**{"mode": "b", **change})
+    assert words in str(error.value) and toy.state == before
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(AttributeError, match="Toy has no setting 'lvl'; it has level, mode"):
+        Toy().set(lvl=1)
+
+
+@needs_canvas
+def test_the_canvas_reports_and_the_picture_moves_to_it():
+    toy = Toy()
+    toy.view
+    answers = []
+    toy._screen.canvas.send = answers.append
+    assert not toy._screen.live and toy._screen.image.layout.display is None
+    send(toy, kind="ready")
+    assert toy._screen.live and toy._screen.image.layout.display == "none" and toy._screen.canvas.picture[:2] == b"\xff\xd8"
+    send(toy, kind="move", x=15, y=4)
+    assert toy.heard == ("move", 15, 4) and toy.level == 0.5
+    send(toy, kind="wheel", x=1, y=2, steps=3)
+    assert toy.heard == (1, 2, 3)
+    send(toy, kind="key", key="ArrowLeft")
+    assert toy.level == 0.25 and abs(int(shown(toy).mean()) - 64) <= 1
+    send(toy, kind="down", x=45, y=0)
+    assert "level must be a number from 0 to 1, got 1.5" in toy._screen.line.value, "errors of events are shown"
+    assert toy.level == 0.25
+    assert [answer["done"] for answer in answers] == ["ready", "move", "wheel", "key", "down"], "each event is answered"
+
+
+def test_without_anywidget_everything_else_works(monkeypatch):
+    monkeypatch.setattr("qtseg.widgets._canvas_class", lambda: None)
+    toy = Toy()
+    controls(toy)["level"].value = 1.0
+    assert toy._screen.canvas is None and shown(toy).min() >= 254
+
+
+def test_without_ipywidgets_pictures_and_settings_work_and_the_remedy_is_named():
+    code = ("import sys; sys.modules['ipywidgets'] = None\nimport numpy as np\nfrom qtseg.widgets import AugmentationPlayground\n"
+            "p = AugmentationPlayground(np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), np.uint8))\np.rotate = 30\nprint(p.picture().shape)\n"
+            "try:\n    p.view\nexcept ModuleNotFoundError as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "(338, 644, 3)" and "pip install ipywidgets anywidget" in done.stdout
+
+
+def test_a_panel_displays_live_and_as_a_still():
+    formatted = pytest.importorskip("IPython.core.formatters").DisplayFormatter().format(Toy())[0]
+    assert formatted["application/vnd.jupyter.widget-view+json"]["version_major"] == 2
+    assert formatted["image/png"][:4] == b"\x89PNG"
+    assert formatted["text/plain"].startswith("Toy(level=0.5, mode='a'")
+
+
+def test_a_closed_panel_lets_its_widgets_go_and_can_be_shown_again():
+    toy = Toy()
+    first = toy.view
+    parts = list(first.children)
+    toy.close()
+    assert all(part.comm is None for part in (first, *parts))
+    assert toy.view is not first and controls(toy)["level"].value == 0.5
+
+
+def test_a_picture_is_a_jpeg_close_to_itself():
+    picture = phantom("dermoscopy", 0, 128)[0]
+    back = cv2.imdecode(np.frombuffer(encoded(picture), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert back.shape == picture.shape and np.abs(back.astype(int) - picture).mean() < 3
+
+
+def test_captions_keep_the_picture():
+    picture = np.full((10, 100, 3), 7, np.uint8)
+    above, below = captioned(picture, "two words" * 9), captioned(picture, "many words " * 9, below=True)
+    assert above.shape == (28, 100, 3) and (above[18:] == 7).all() and above[:18].max() > 200
+    assert len(below) >= 10 + 3 * 18 and (below[:10] == 7).all()
+    captioned(picture, "two words" * 9)[:] = 0
+    assert captioned(picture, "two words" * 9)[:18].max() > 200, "the cached strip cannot be spoilt"
+
+
+# ---- MaskExplorer
+
+PAIRS = [(image, (mask > 0).astype(np.uint8)) for image, mask in (phantom("dermoscopy", seed, 64) for seed in range(5))]
+
+
+def smooth(mask: np.ndarray, shift: int) -> np.ndarray:
+    chance = cv2.GaussianBlur(np.roll(mask, shift, axis=1).astype(np.float32), (0, 0), 3)
+    return np.stack([1 - chance, chance], axis=2)
+
+
+MAPS = [smooth(mask, shift) for (_, mask), shift in zip(PAIRS, (2, 9, 1, 6, 0))]
+
+
+@pytest.fixture
+def explorer():
+    return MaskExplorer(PAIRS, MAPS, ("background", "lesion"), size=128)
+
+
+def test_scores_are_those_of_the_evaluation(explorer):
+    for index in range(5):
+        for threshold in (0.3, 0.5, 0.77):
+            explorer.set(index=index, threshold=threshold)
+            expected = mask_scores(decide(MAPS[index], threshold), PAIRS[index][1], 2, surface=False)[1][:, :4]
+            assert np.array_equal(explorer.scores[0], expected)
+            assert f"Dice {expected[0, 2]:.2f}" in explorer.text() and f"threshold {threshold:.2f}" in explorer.text()
+
+
+def test_jumps(explorer):
+    dice = np.array([mask_scores(decide(one, 0.5), mask, 2, surface=False)[1][0, 2] for one, (_, mask) in zip(MAPS, PAIRS)])
+    explorer.go("worst")
+    assert explorer.index == dice.argmin() and np.allclose(explorer.ranking.dice(0.5), dice)
+    explorer.go("best")
+    assert explorer.index == dice.argmax()
+    explorer.go("uncertain")
+    assert explorer.index == np.argmax([entropy(one) for one in MAPS])
+    explorer.go(4)
+    explorer.go("next")
+    assert explorer.index == 0
+    explorer.go("previous")
+    assert explorer.index == 4
+    seen = {explorer.go("random") or explorer.index for _ in range(60)}
+    assert seen == set(range(5))
+    for nonsense in ("sideways", 5, -1):
+        with pytest.raises(ValueError, match="index must be a whole number from 0 to 4"):
+            explorer.go(nonsense)
+
+
+def test_ranking_follows_the_threshold(explorer):
+    explorer.go("worst")
+    for threshold in THRESHOLDS[[1, 9, 17]].tolist():
+        expected = [mask_scores(decide(one, np.float32(threshold)), mask, 2, surface=False)[1][0, 2] for one, (_, mask) in zip(MAPS, PAIRS)]
+        assert np.allclose(explorer.ranking.dice(threshold), expected)
+
+
+def test_every_view_shows_what_it_should(explorer):
+    explorer.set(views=VIEWS, opacity=1.0)
+    assert explorer.picture().shape == (146, 5 * 128 + 4 * 4, 3)
+    image, mask = PAIRS[0]
+    target = explorer.draw("target", 0)
+    inside, outside = cv2.erode(mask, np.ones((3, 3))), cv2.dilate(mask, np.ones((3, 3))) == 0
+    large = np.repeat(np.repeat(inside, 2, 0), 2, 1).astype(bool)
+    assert (target[large] == (86, 180, 233)).all()
+    assert np.array_equal(target[np.repeat(np.repeat(outside, 2, 0), 2, 1)], explorer.draw("image", 0)[np.repeat(np.repeat(outside, 2, 0), 2, 1)])
+    pictures = [explorer.draw(view, 0) for view in VIEWS]
+    assert all(not np.array_equal(one, other) for row, one in enumerate(pictures) for other in pictures[:row])
+    explorer.style = "contour"
+    assert not np.array_equal(explorer.draw("target", 0), target)
+    explorer.set(style="fill", classes=())
+    assert np.array_equal(explorer.draw("target", 0), explorer.draw("image", 0))
+
+
+def test_zoom_shows_the_true_pixels_and_clicks_find_them(explorer):
+    explorer.set(zoom=8, x=0.25, y=0.75, views=("image",))
+    window = explorer.window(64, 64)
+    assert window == Window(44, 12, 8, 8)
+    picture = explorer.draw("image", 0)
+    assert np.array_equal(picture[8::16, 8::16], PAIRS[0][0][44:52, 12:20]), "each pixel is a square of 16 x 16"
+    explorer.pointer("click", 16 * 3 + 5, 18 + 16 * 6 + 9)
+    assert (explorer.row, explorer.column) == (50, 15)
+    assert f"RGB {tuple(PAIRS[0][0][50, 15].tolist())}" in explorer.text()
+
+
+def test_wheel_keeps_the_place_and_drag_moves_it(explorer):
+    x, y = 90.0, 18 + 40.0
+    row, column = explorer.place(x, y)
+    explorer.wheel(x, y, 6)
+    assert explorer.zoom == pytest.approx(1.25**6) and explorer.place(x, y) == (pytest.approx(row, abs=0.6), pytest.approx(column, abs=0.6))
+    explorer.pointer("down", x, y)
+    gripped = explorer.place(x, y)
+    explorer.pointer("move", x + 20, y - 10)
+    assert explorer.place(x + 20, y - 10) == (pytest.approx(gripped[0], abs=1), pytest.approx(gripped[1], abs=1))
+    for _ in range(40):
+        explorer.wheel(x, y, -1)
+    assert explorer.zoom == 1 and explorer.window(64, 64) == Window(0, 0, 64, 64)
+
+
+def test_keys_do_what_buttons_do(explorer):
+    found = controls(explorer)
+    explorer.key("ArrowRight")
+    assert explorer.index == 1 == found["image"].value
+    found["next"].click()
+    assert explorer.index == 2
+    explorer.key("ArrowUp")
+    assert explorer.threshold == 0.55 == found["threshold"].value
+    explorer.key("w")
+    worst = explorer.index
+    explorer.index = 0
+    found["worst"].click()
+    assert explorer.index == worst
+    explorer.key("+")
+    explorer.key("c")
+    assert explorer.zoom == 1.5 and explorer.style == "contour"
+    explorer.key("0")
+    assert explorer.zoom == 1
+    assert all(explorer.key(name) is None for name in explorer.KEYS), "every key that the canvas passes on is known"
+    found["probability"].value = True
+    assert explorer.views == VIEWS
+
+
+def test_another_image_of_another_size_moves_the_limits():
+    tall = np.zeros((40, 20, 3), np.uint8), np.zeros((40, 20), np.uint8)
+    explorer = MaskExplorer([PAIRS[0], tall], [PAIRS[0][1], tall[1]])
+    found = controls(explorer)
+    explorer.set(row=60, column=60)
+    explorer.index = 1
+    assert (explorer.row, explorer.column) == (-1, -1) and (found["row"].max, found["column"].max) == (39, 19)
+    assert "Dice 100.00" in explorer.text(), "nothing there, nothing found"
+    explorer.index = 0
+    assert found["row"].max == 63
+
+
+def test_networks_run_once_per_image():
+    class Counting:
+        class_names, calls = ("background", "lesion"), 0
+
+        def probabilities(self, image):
+            self.calls += 1
+            return MAPS[0]
+
+    model = Counting()
+    explorer = MaskExplorer(PAIRS[:1], model)
+    explorer.view
+    for threshold in (0.2, 0.4, 0.6):
+        explorer.set(threshold=threshold, zoom=1 + threshold)
+    explorer.go("worst")
+    assert model.calls == 1
+
+
+def test_two_models_three_classes_and_no_target():
+    image, mask = phantom("endoscopy", 3, 64)
+    names = ("background", "non-neoplastic polyp", "neoplastic polyp")
+    explorer = MaskExplorer([(image, mask)], {"first": [mask], "second": [one_hot(np.where(mask == 1, 2, mask), 3)]}, names, size=64)
+    assert explorer.most_probable and explorer.picture().shape == (2 * (64 + 18) + 4, 4 * 64 + 3 * 4, 3)
+    assert explorer.scores.shape == (2, 2, 4) and (explorer.scores[0, :, 2] == 100).all() and explorer.scores[1].min() < 100
+    assert "first: non-neoplastic polyp <b>Dice 100.00</b>" in explorer.text()
+    assert "neoplastic polyp" in controls(explorer) and "most probable" in controls(explorer)
+    alone = MaskExplorer([(image, None)], [one_hot(mask, 3)], names)
+    assert alone.views == ("image", "prediction", "probability") and alone.scores is None and "Dice" not in alone.text()
+    alone.views = VIEWS
+    assert alone.picture().shape[1] == 5 * 256 + 16, "what is not there keeps its place"
+    with pytest.raises(ValueError, match="without targets no image is the worst"):
+        alone.go("worst")
+    with pytest.raises(ValueError, match="a ranking needs a prediction"):
+        MaskExplorer([(image, mask)]).go("best")
+
+
+def test_names_are_words_not_html():
+    explorer = MaskExplorer(PAIRS[:1], {"<b>x": MAPS[:1]}, ("background", "<i>"), size=64)
+    explorer.pointer("click", 10, 30)
+    assert "&lt;b&gt;x: &lt;i&gt; <b>Dice" in explorer.text() and "<i>" not in explorer.text()
+
+
+@pytest.mark.parametrize("items, predictors, words", [([], None, "nothing to look at"), (PAIRS, MAPS[:2], "5 images need as many predictions, got 2"),
+                                                      ([PAIRS[0]], [np.zeros((3, 3), np.uint8)], "the image has (64, 64) pixels, its prediction (3, 3)"),
+                                                      ([(PAIRS[0][0], 2 * PAIRS[0][1])], None, "its target holds class 2, the classes are background, foreground")])
+def test_what_does_not_fit_is_refused(items, predictors, words):
+    with pytest.raises(ValueError) as error:
+        MaskExplorer(items, predictors)
+    assert words in str(error.value)
+
+
+class Bright(torch.nn.Module):
+    """A network in one line: bright pixels are foreground."""
+
+    def forward(self, images):
+        return torch.cat([0 * images[:, :1], 5 * images.mean(1, keepdim=True)], dim=1)
+
+
+def test_a_split_a_predictor_and_what_it_wrote(tmp_path):
+    data = SegmentationData.open(write_prepared(tmp_path / "set", "dermoscopy", 10, 48), size=32, cache=tmp_path / "cache", progress=False)
+    predictor = Predictor(Bright(), Preprocessing(size=32, class_names=("background", "lesion")), 2, device="cpu")
+    live = MaskExplorer(data.test, predictor)
+    assert live.album.class_names == ("background", "lesion")
+    assert np.array_equal(live.masks[0], predictor.predict(data.test.paths[0][0])) and np.array_equal(live.target, data.test.original_mask(0))
+    folder = tmp_path / "set" / "images"
+    predict_files(predictor, folder, tmp_path / "hard", progress=False)
+    predict_files(predictor, folder, tmp_path / "soft", progress=False, probability="npz")
+    hard, soft = MaskExplorer(tmp_path / "hard"), MaskExplorer(data.test, {"soft": tmp_path / "soft"})
+    assert len(hard.album.cases) == 10 and hard.views == ("image", "prediction", "probability")
+    row = [case.path for case in hard.album.cases].index(data.test.paths[0][0].absolute())
+    hard.index = row
+    assert np.array_equal(hard.masks[0], live.masks[0]) and set(np.unique(hard.probabilities[0])) <= {0, 1}
+    assert np.allclose(soft.probabilities[0], live.probabilities[0], atol=1e-6)
+    assert [case.name for case in as_cases(folder)] == sorted(path.name for path in folder.iterdir())
+    with pytest.raises(ValueError, match="holds no prediction for"):
+        SavedPredictions(tmp_path / "hard").read(tmp_path / "other.png")
+    with pytest.raises(ValueError, match="is no folder that qtseg-predict wrote"):
+        MaskExplorer(folder, folder)
+
+
+# ---- AugmentationPlayground
+
+@pytest.fixture
+def playground():
+    image, mask = phantom("endoscopy", 3, 96)
+    return AugmentationPlayground(image, mask, size=96)
+
+
+def test_untouched_it_changes_nothing(playground):
+    image, mask = playground.result()
+    assert playground.steps() == [] and np.array_equal(image, playground.image) and np.array_equal(mask, playground.mask)
+    assert "nothing happens" in playground.text() and "100.0 %" in playground.text()
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_what_the_recipe_draws_can_be_set_by_hand(playground, strength):
+    """The sliders can say everything that the recipe can draw, and then give what training would have got."""
+    playground.strength, met = strength, set()
+    for seed in range(100):
+        playground.draw(seed)
+        recipe = Augmentation(strength=strength)
+        images, masks = recipe(torch.from_numpy(playground.image).permute(2, 0, 1)[None].contiguous(), torch.from_numpy(playground.mask)[None], seed)
+        expected = ((images[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        image, mask = playground.result()
+        assert np.abs(image.astype(int) - expected).max() <= 1 and (mask != masks[0].numpy()).mean() < 1e-3
+        met |= {name for name, _ in playground.steps()}
+    assert met == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_operation_has_settings_that_do_something(playground, operation):
+    for name in KNOBS[operation].settings:
+        playground.reset()
+        playground.set(**{name: {"vertical_flip": True, "horizontal_flip": True, "scale_x": 2, "scale_y": 2, "rotate": 30, "shear": 20, "gaussian_blur": 2}.get(name, 0.15)})
+        assert [step for step, _ in playground.steps()] == [operation]
+        image, mask = playground.result()
+        assert not np.array_equal(image, playground.image)
+        assert np.array_equal(mask, playground.mask) == (OPERATIONS[operation].kind == "photometric")
+
+
+def test_order_matters_and_reset_restores_it(playground):
+    playground.set(scale_x=0.5, rotate=45)
+    first = playground.result()[1]
+    playground.order = tuple(reversed(playground.order))
+    assert (playground.result()[1] != first).any()
+    playground.shuffle()
+    assert sorted(playground.order) == sorted(OPERATIONS)
+    playground.reset()
+    assert playground.order == tuple(OPERATIONS) and playground.steps() == []
+    with pytest.raises(ValueError, match="each once"):
+        playground.order = ("rotate",)
+
+
+def test_pointer_wheel_keys_and_controls(playground):
+    found = controls(playground)
+    playground.pointer("down", 10, 10)
+    playground.pointer("move", 34, -14)
+    assert (playground.translate_x, playground.translate_y) == (0.25, -0.25) == (found["translate x"].value, found["translate y"].value)
+    playground.wheel(0, 0, 3)
+    assert playground.rotate == 15 == found["rotate"].value
+    found["horizontal flip"].value = True
+    assert "horizontal_flip → rotate → translate" in playground.text()
+    assert all(playground.key(name) is None for name in playground.KEYS)
+    found["reset"].click()
+    before = shown(playground)
+    pictures = [found["draw from the recipe"].click() or shown(playground) for _ in range(6)]  # the recipe may draw nothing at all
+    assert sum(not np.array_equal(picture, before) for picture in pictures) >= 3 and playground.seed >= 6
+
+
+def test_an_image_and_a_mask_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\] and its mask"):
+        AugmentationPlayground(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9), np.uint8))
+
+
+# ---- endurance
+
+@pytest.mark.parametrize("make, moves", [
+    (lambda: MaskExplorer(PAIRS, MAPS, size=32),
+     [("threshold", 0.3), ("opacity", 0.2), ("zoom", 2.0), ("index", 3), ("style", "both"), ("threshold", 0.6), ("opacity", 0.7), ("zoom", 1.0), ("index", 0), ("style", "fill")]),
+    (lambda: AugmentationPlayground(*PAIRS[0], size=32),
+     [("rotate", 10), ("scale_x", 1.5), ("lines", True), ("rotate", 0), ("scale_x", 1), ("lines", False)])],
+    ids=["explorer", "playground"])
+def test_a_thousand_updates_leave_nothing_behind(make, moves):
+    panel = make()
+    registry = getattr(ipywidgets.widgets.widget, "_instances", None)  # ipywidgets 8
+    registry = ipywidgets.Widget.widgets if registry is None else registry  # ipywidgets 7
+    panel.view
+
+    def state() -> tuple[int, int]:
+        gc.collect()
+        observers = sum(len(callbacks) for control in controls(panel).values() for kinds in control._trait_notifiers.values() for callbacks in kinds.values())
+        return len(registry), observers
+
+    def work(rounds: int) -> None:
+        for turn in range(rounds):
+            setattr(panel, *moves[turn % len(moves)])
+
+    work(100)
+    before = state()
+    tracemalloc.start()
+    start = tracemalloc.get_traced_memory()[0]
+    work(1000)
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - start
+    tracemalloc.stop()
+    assert state() == before, "widgets or observers piled up"
+    assert grown < 300_000, f"{grown / 1e6:.1f} MB more after 1000 updates"
