@@ -43,8 +43,8 @@ __all__ = ['MASKS', 'RESIZES', 'COLOURS', 'PREPROCESSING_FILE', 'EXTENSIONS', 'S
            'fitted_size', 'resize_image', 'resize_pair', 'to_colour', 'to_rgb', 'Preprocessing', 'read_preprocessing',
            'Record', 'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits',
            'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space',
-           'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'DataProblems', 'Batch',
-           'normalise', 'Split', 'OpenedData', 'SegmentationData']
+           'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'in_order', 'DataProblems',
+           'Batch', 'normalise', 'Split', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -778,7 +778,7 @@ def _prepare(survey: Survey, settings: Settings, record: Record) -> Prepared:
     return Prepared(to_colour(image, settings.colour), pack_mask(mask, mask_bits(settings.classes)), entry, [])
 
 # %% ../nbs/01_data.ipynb #data118
-def _in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
     """Like pool.map, but never more than `ahead` results wait in memory."""
     waiting: deque = deque()
     for item in items:
@@ -819,7 +819,7 @@ def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progr
           ThreadPoolExecutor(workers) as pool,
           tqdm(total=count, desc=f"checking and caching {survey.name} at {size}x{size}", unit="image", file=sys.stdout,
                disable=not progress) as bar):
-        for done in _in_order(pool, lambda record: _prepare(survey, settings, record), survey.records, 4 * workers):
+        for done in in_order(pool, lambda record: _prepare(survey, settings, record), survey.records, 4 * workers):
             bar.update()
             entries.append(done.entry)
             problems += done.problems

@@ -573,7 +573,7 @@ def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, long
     """
     scale = longest / max(image.shape[:2])
     width = max(1, round(1.5 / scale))  # pixels of the full size
-    picture = np.ascontiguousarray(image)
+    picture = image.copy()
     for mask, colour in ((target, COLOURS["target"]), (prediction, COLOURS["prediction"])):
         for label in range(1, int(mask.max()) + 1):
             contours, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
@@ -880,6 +880,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=PARTS, help="images to score (test, or valid where there is no test split)")
     parser.add_argument("--masks", default="auto", help="with --data: how masks are read: auto, index, binary, any (auto)")
     parser.add_argument("--fold", type=int, help="with --data: the fold that validates")
+    parser.add_argument("--folds", type=int, help="with --data: make this many folds where the data has none")
     parser.add_argument("--output", help="folder for the results (CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--batch", type=int, default=16, help="images per step (16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
@@ -899,7 +900,7 @@ def _evaluate_all(chosen: argparse.Namespace) -> dict[str, Evaluation]:
     found = find_checkpoints(chosen.checkpoint)
     for checkpoint in found:
         read_checkpoint(checkpoint)  # refusals that cost nothing come before the data is opened
-    options = {} if chosen.data is None else {"masks": chosen.masks, "fold": chosen.fold}
+    options = {} if chosen.data is None else {"masks": chosen.masks, "fold": chosen.fold, "folds": chosen.folds}
     data, evaluations = open_for(next(iter(found)), chosen.data, progress=not chosen.no_progress, **options), {}
     for checkpoint, twins in found.items():
         if twins:

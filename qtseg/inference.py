@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import EXTENSIONS, Preprocessing, _in_order, normalise, read_image, read_preprocessing, to_colour
+from .data import EXTENSIONS, Preprocessing, in_order, normalise, read_image, read_preprocessing, to_colour
 from .evaluation import class_probabilities, decide, undo_resize
 from .model import QTSeg, write_then_rename
 from .training import choose_device, keep_freed_memory, stop_signals
@@ -258,8 +258,8 @@ class _Images(_Steps):
         Raises what `as_rgb` raises when it is that image's turn; `predict_files` goes on instead.
         """
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as finishers:
-            answers = self.through_network(_in_order(readers, self.prepare, images, 2 * batch), batch)
-            yield from _in_order(finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
+            answers = self.through_network(in_order(readers, self.prepare, images, 2 * batch), batch)
+            yield from in_order(finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
 
 # %% ../nbs/13_inference.ipynb #inference049
 def weights_sha256(checkpoint: str | os.PathLike) -> str:
@@ -347,7 +347,7 @@ def read_large(image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarra
         Image.MAX_IMAGE_PIXELS = usual
 
 # %% ../nbs/13_inference.ipynb #inference064
-class _Large(_Images):
+class _Windows(_Images):
     """Predictions at native resolution, one row of windows at a time."""
 
     def _strip(self, pixels: np.ndarray, weight: Tensor, overlap: float, batch: int) -> np.ndarray:
@@ -384,6 +384,10 @@ class _Large(_Images):
             sums = np.pad(sums[:, final:], ((0, 0), (0, final), (0, 0)))
             weights = np.pad(weights[final:], ((0, final), (0, 0)))
 
+# %% ../nbs/13_inference.ipynb #inference065
+class _Large(_Windows):
+    """Rows of windows put together."""
+
     def predict_large(self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
                       batch: int = 4) -> np.ndarray:
         """`predict` through a sliding window, without resizing: uint8 [H, W]; arguments and errors as those of `rows`."""
@@ -398,7 +402,7 @@ class _Large(_Images):
         mask = np.concatenate(masks)
         return keep_largest_components(mask) if self.keep_largest else mask, np.concatenate(kept) if keep_maps else None
 
-# %% ../nbs/13_inference.ipynb #inference068
+# %% ../nbs/13_inference.ipynb #inference069
 ENGINES = ("torch", "onnx")
 
 
@@ -428,7 +432,7 @@ class Predictor(_Large):
         predictor.identity = f"{engine} {weights_sha256(folder)}"
         return predictor
 
-# %% ../nbs/13_inference.ipynb #inference071
+# %% ../nbs/13_inference.ipynb #inference072
 SETTINGS_FILE = "predictions.json"
 MAGIC = re.compile(r"[*?\[]")
 
@@ -450,7 +454,7 @@ def _look_up(text: str, output: Path) -> tuple[Path, list[Path]]:
                           and not (mine and file.is_relative_to(output))  # what an earlier run wrote is no input
                           and not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
-# %% ../nbs/13_inference.ipynb #inference072
+# %% ../nbs/13_inference.ipynb #inference073
 ENDINGS = (*EXTENSIONS, ".dcm")
 
 
@@ -469,7 +473,7 @@ def find_images(inputs: Iterable[str | os.PathLike], output: str | os.PathLike) 
         raise ValueError(f"{output} holds images that are to be segmented: choose another output folder")
     return Path(os.path.commonpath([folder for folder, _ in found])), files
 
-# %% ../nbs/13_inference.ipynb #inference075
+# %% ../nbs/13_inference.ipynb #inference076
 OUTPUTS = (".png", "_overlay.jpg", "_probability.png", "_probability.npz")
 
 
@@ -490,7 +494,7 @@ def name_outputs(root: Path, files: Iterable[Path]) -> dict[Path, str]:
             return names
         names |= {file: whole[file] for file in shared}
 
-# %% ../nbs/13_inference.ipynb #inference078
+# %% ../nbs/13_inference.ipynb #inference079
 MOST_BOXES = 1000  # keeps a cell below the 32,767 characters that spreadsheets take
 
 
@@ -514,13 +518,13 @@ def describe_mask(mask: np.ndarray, classes: int) -> list:
         values += [area, f"{100 * area / mask.size:.4f}", len(pieces), boxes]
     return values
 
-# %% ../nbs/13_inference.ipynb #inference081
+# %% ../nbs/13_inference.ipynb #inference082
 def class_colours(classes: int) -> np.ndarray:
     """One RGB colour per class, uint8 [classes, 3]: background black, then seven that colour-blind eyes tell apart, repeated."""
     colours = [(86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178)]
     return np.array([(0, 0, 0), *islice(cycle(colours), classes - 1)], np.uint8)
 
-# %% ../nbs/13_inference.ipynb #inference082
+# %% ../nbs/13_inference.ipynb #inference083
 def mask_png(mask: np.ndarray, classes: int) -> bytes:
     """A mask, uint8 [H, W], as a PNG whose values are class indices and whose palette makes them visible."""
     picture = Image.fromarray(mask)
@@ -530,7 +534,7 @@ def mask_png(mask: np.ndarray, classes: int) -> bytes:
     picture.save(stream, "PNG", bits=bits, compress_level=1)  # level 6 takes several times as long for little
     return stream.getvalue()
 
-# %% ../nbs/13_inference.ipynb #inference083
+# %% ../nbs/13_inference.ipynb #inference084
 LARGEST_OVERLAY = 8192  # pixels per side; a JPEG's limit is 65535, and eyes see less
 
 
@@ -548,7 +552,7 @@ def overlay_jpg(pixels: np.ndarray, mask: np.ndarray, opacity: float = 0.3) -> b
         cv2.drawContours(picture, outlines, -1, colours[label].tolist(), max(1, round(max(mask.shape) / 250)))
     return cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
-# %% ../nbs/13_inference.ipynb #inference084
+# %% ../nbs/13_inference.ipynb #inference085
 def probability_png(maps: np.ndarray) -> bytes:
     """The probability of the foreground (all classes but the background), maps [H, W, K] as `undo` has them, as a 16-bit PNG.
 
@@ -565,7 +569,7 @@ def probability_npz(maps: np.ndarray, class_names: Sequence[str]) -> bytes:
     np.savez_compressed(stream, probabilities=with_background(maps), class_names=np.array(class_names))
     return stream.getvalue()
 
-# %% ../nbs/13_inference.ipynb #inference087
+# %% ../nbs/13_inference.ipynb #inference088
 @contextmanager
 def _clear_write_errors(path: Path) -> Iterator[None]:
     """Turn a failed write (disk full, no permission) into one sentence."""
@@ -582,7 +586,7 @@ def _write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_then_rename(path, lambda temporary: temporary.write_bytes(data))
 
-# %% ../nbs/13_inference.ipynb #inference088
+# %% ../nbs/13_inference.ipynb #inference089
 class _Table:
     """A CSV file that grows row by row, each written at once: whoever interrupts the run loses no row."""
 
@@ -601,7 +605,7 @@ class _Table:
             csv.writer(self.file).writerow(row)
             self.file.flush()
 
-# %% ../nbs/13_inference.ipynb #inference089
+# %% ../nbs/13_inference.ipynb #inference090
 def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     """The complete rows of an earlier table, by their first cell; none if there is no such table."""
     if not path.is_file():
@@ -610,7 +614,7 @@ def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     rows = list(csv.reader(io.StringIO(text[:text.rfind("\n") + 1])))  # a line without its end was never finished
     return {row[0]: row for row in rows[1:] if len(row) == len(columns)} if rows[:1] == [list(columns)] else {}
 
-# %% ../nbs/13_inference.ipynb #inference092
+# %% ../nbs/13_inference.ipynb #inference093
 class Job(NamedTuple):
     """One image of a run: its file, what tables call it (relative to the folder shared by all), and its outputs' name."""
 
@@ -628,7 +632,7 @@ def _reason(error: Exception, path: Path) -> str:
     text = " ".join(str(error).split()).removeprefix(f"{path}: ")
     return text + ("; a sliding window (--window) reads larger ones" if "decompression bomb" in text else "")
 
-# %% ../nbs/13_inference.ipynb #inference093
+# %% ../nbs/13_inference.ipynb #inference094
 def _read_job(predictor: Predictor, window: int | None, job: Job) -> tuple[Job, np.ndarray | None, object]:
     """A reader thread's work: (job, input for the network, own size), or (job, None, what is wrong)."""
     try:
@@ -640,7 +644,7 @@ def _read_job(predictor: Predictor, window: int | None, job: Job) -> tuple[Job, 
     except (OSError, ValueError, MemoryError, ModuleNotFoundError) as error:
         return job, None, _reason(error, job.path)
 
-# %% ../nbs/13_inference.ipynb #inference096
+# %% ../nbs/13_inference.ipynb #inference097
 @dataclass
 class FileOptions:
     """What `predict_files` writes, and how; the fields are its arguments."""
@@ -666,7 +670,7 @@ class FileOptions:
         return [f"{name}.png", *([f"{name}_overlay.jpg"] if self.overlay else []),
                 *([f"{name}_probability.{self.probability}"] if self.probability else [])]
 
-# %% ../nbs/13_inference.ipynb #inference097
+# %% ../nbs/13_inference.ipynb #inference098
 def _settings(predictor: Predictor, options: FileOptions, root: Path) -> dict:
     """All that a mask depends on, as predictions.json says it."""
     return {"images": str(root), "network": predictor.identity, "classes": predictor.classes, "amp": predictor.amp,
@@ -689,7 +693,7 @@ def _check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
         raise ValueError(f"{output} holds other work ({'; '.join(different)}): choose a new folder, or overwrite (--overwrite)")
     return not different
 
-# %% ../nbs/13_inference.ipynb #inference098
+# %% ../nbs/13_inference.ipynb #inference099
 def _is_done(job: Job, row: list[str] | None, output: Path, options: FileOptions) -> bool:
     """Does an earlier row speak of all the files that are wanted, and are they no older than the image?"""
     if row is None or row[1] != f"{job.name}.png" or not job.path.is_file():
@@ -709,7 +713,7 @@ def _jobs(inputs: Iterable[str | os.PathLike], output: Path) -> tuple[Path, list
                 raise ValueError(f"{output / (job.name + ending)} is an image to be segmented: choose another output folder")
     return root, jobs
 
-# %% ../nbs/13_inference.ipynb #inference101
+# %% ../nbs/13_inference.ipynb #inference102
 def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Job, mask: np.ndarray,
                maps: np.ndarray | None) -> list:
     """A writer thread's work: the files of one image, the mask last, and its row for the table."""
@@ -722,14 +726,14 @@ def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Jo
     _write(output / f"{job.name}.png", mask_png(mask, predictor.classes))
     return [job.file, f"{job.name}.png", mask.shape[1], mask.shape[0], *describe_mask(mask, predictor.classes)]
 
-# %% ../nbs/13_inference.ipynb #inference102
+# %% ../nbs/13_inference.ipynb #inference103
 def _finish_job(predictor: Predictor, options: FileOptions, output: Path, answer: tuple) -> list:
     """The same for what `through_network` answers: back to the image's own size first."""
     maps, (job, (height, width)) = answer
     maps = predictor.undo(maps, height, width)
     return _write_job(predictor, options, output, job, predictor.decide(maps), maps)
 
-# %% ../nbs/13_inference.ipynb #inference103
+# %% ../nbs/13_inference.ipynb #inference104
 @dataclass
 class Summary:
     """How a run over files went: images predicted, skipped (done before) and failed; seconds, and those of the network.
@@ -755,7 +759,7 @@ class Summary:
         parts += ["stopped: run again to go on"] * self.stopped
         return "; ".join(parts)
 
-# %% ../nbs/13_inference.ipynb #inference104
+# %% ../nbs/13_inference.ipynb #inference105
 class _Opened:
     """A run's plan: what there is to do, and the tables that will grow."""
 
@@ -775,9 +779,9 @@ class _Opened:
         # the settings come last, so that rows never stand beside settings that are not theirs
         _write(output / SETTINGS_FILE, (json.dumps(settings, indent=2) + "\n").encode())
 
-# %% ../nbs/13_inference.ipynb #inference106
-class _Run(_Opened):
-    """The run itself: readers, network and writers, tied together by generators that pull one another."""
+# %% ../nbs/13_inference.ipynb #inference107
+class _Stream(_Opened):
+    """What flows into the network: the jobs that are left, and of them those that can be read."""
 
     def feed(self, stop: Event) -> Iterator[Job]:
         """The jobs, until somebody asks to stop; what was begun is finished."""
@@ -798,6 +802,10 @@ class _Run(_Opened):
             self.bar.update()
             tqdm.write(f"{job.path}: {other}", file=sys.stderr)
 
+# %% ../nbs/13_inference.ipynb #inference108
+class _Run(_Stream):
+    """The run itself: readers, network and writers, tied together by generators that pull one another."""
+
     def finished(self, stop: Event) -> Iterator[list]:
         """Rows of the table, one per image that is done. Never more than some five batches of images are on their way."""
         p, o, batch = self.predictor, self.options, self.options.batch
@@ -808,8 +816,8 @@ class _Run(_Opened):
                 yield _write_job(p, o, self.output, job, mask, maps)
             return
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
-            answers = p.through_network(self.readable(_in_order(readers, read, self.feed(stop), 2 * batch)), batch)
-            yield from _in_order(writers, partial(_finish_job, p, o, self.output), answers, 2 * batch)
+            answers = p.through_network(self.readable(in_order(readers, read, self.feed(stop), 2 * batch)), batch)
+            yield from in_order(writers, partial(_finish_job, p, o, self.output), answers, 2 * batch)
 
     def run(self) -> Summary:
         start, before = time.perf_counter(), self.predictor.network_seconds
@@ -823,7 +831,7 @@ class _Run(_Opened):
         self.summary.network_seconds = self.predictor.network_seconds - before
         return self.summary
 
-# %% ../nbs/13_inference.ipynb #inference107
+# %% ../nbs/13_inference.ipynb #inference109
 def predict_files(predictor: Predictor, inputs: str | os.PathLike | Iterable[str | os.PathLike], output: str | os.PathLike,
                   **options) -> Summary:
     """Segment files, folders and patterns (see `find_images`) into a folder, each image at its own size.
@@ -838,7 +846,7 @@ def predict_files(predictor: Predictor, inputs: str | os.PathLike | Iterable[str
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
     return _Run(predictor, inputs, Path(output).expanduser().absolute(), FileOptions(**options)).run()
 
-# %% ../nbs/13_inference.ipynb #inference113
+# %% ../nbs/13_inference.ipynb #inference115
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qtseg-predict", description="Segment images with a trained network, at their own size.")
     add = parser.add_argument
@@ -860,7 +868,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-progress", action="store_true", help="no progress bar")
     return parser
 
-# %% ../nbs/13_inference.ipynb #inference114
+# %% ../nbs/13_inference.ipynb #inference116
 def main(arguments: list[str] | None = None) -> int:
     """The command qtseg-predict. Returns 0; 1 if anything could not be used; 130 after Ctrl-C. Wrong usage exits with 2."""
     chosen = _parser().parse_args(arguments)

@@ -143,11 +143,14 @@ class Stateful:
                 raise AttributeError(f"{type(self).__name__} has no setting {name!r}; it has {', '.join(settings)}")
         changes = {name: settings[name].checked(self, value) for name, value in changes.items()}
         changed = {name for name, value in changes.items() if value != self.state[name]}
-        self.state |= changes
+        before, self.state = self.state, self.state | changes
         if changed:
             self._depth += 1  # what `changed` sets in turn belongs to this change
             try:
                 self.changed(changed)
+            except Exception:
+                self.state = before
+                raise
             finally:
                 self._depth -= 1
             if not self._depth:
@@ -415,6 +418,7 @@ class Controlled(Drawn):
         try:
             action(*arguments, **named)
         except Exception as error:
+            self.follow()  # a control that asked for the impossible shows the state again
             self._screen.complain(error)
 
 # %% ../nbs/15_widgets.ipynb #base-operated
@@ -1101,11 +1105,12 @@ class _PlaygroundActions(_PlaygroundControls):
         self.set(**found, seed=seed, order=(*drawn, *(name for name in OPERATIONS if name not in drawn)))
 
     def pointer(self, kind: str, x: float, y: float) -> None:
+        height, width = (self.size * side / max(self.mask.shape) for side in self.mask.shape)  # of the picture shown
         if kind == "down":
-            self._grip = x - self.translate_x * self.size, y - self.translate_y * self.size
+            self._grip = x - self.translate_x * width, y - self.translate_y * height
         elif kind == "move":
-            self.set(translate_x=min(max((x - self._grip[0]) / self.size, -1), 1),
-                     translate_y=min(max((y - self._grip[1]) / self.size, -1), 1))
+            self.set(translate_x=min(max((x - self._grip[0]) / width, -1), 1),
+                     translate_y=min(max((y - self._grip[1]) / height, -1), 1))
 
     def wheel(self, x: float, y: float, steps: float) -> None:
         self.rotate = (self.rotate + 5 * steps + 180) % 360 - 180

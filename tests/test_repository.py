@@ -44,6 +44,7 @@ def derived_anew(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", copy)
     tool.write_address(copy)
+    tool.drop_widget_state(copy)
     tool.run("nbdev_export", copy)
     tool.run("nbdev_clean", copy)
     return copy

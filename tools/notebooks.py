@@ -59,6 +59,17 @@ def write_address(root: Path = ROOT) -> None:
         nbformat.write(notebook, path)
 
 
+def drop_widget_state(root: Path = ROOT) -> None:
+    """Take executed widgets out of the outputs: without their kernel JupyterLab shows "model not found" above the still picture."""
+    for path in notebooks(root):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.pop("widgets", None)
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        nbformat.write(notebook, path)
+
+
 def write_results(root: Path = ROOT) -> None:
     """Put the table of results/ into the front page, between its two marks."""
     path = root / "nbs" / "index.ipynb"
@@ -90,6 +101,7 @@ def run(command: str, root: Path) -> None:
 def main() -> None:
     """Bring everything derived up to date."""
     write_address()
+    drop_widget_state()
     write_results()
     run("nbdev_export", ROOT)
     run("nbdev_clean", ROOT)

@@ -1,0 +1,61 @@
+"""The papermill notebooks that evaluate and predict: with a checkpoint of one's own, and with parameters that nobody knows."""
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from qtseg.phantoms import phantom
+from qtseg.training import TrainConfig, fit
+
+
+def papermill(name: str, output: Path, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR",
+                           str(ROOT / f"nbs/experiments/{name}.ipynb"), str(output), *options], capture_output=True, text=True, cwd=output.parent)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    return fit(TrainConfig(data="phantoms:dermoscopy:24", size=32, width=4, depths=[1, 1, 1], mlp_width=16, epochs=1, batch=4, cache=str(root / "cache"),
+                           runs=str(root), name="tiny", progress=False, device="cpu")).checkpoint_dir
+
+
+def test_evaluate_scores_a_checkpoint(checkpoint, tmp_path):
+    done = papermill("evaluate", tmp_path / "evaluated.ipynb", "-p", "checkpoint", str(checkpoint), "-p", "split", "valid", "-p", "output",
+                     str(tmp_path / "result"), "-p", "progress", "False")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result/evaluation.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "result/images.csv").open()))
+    dice = [float(row["dice"]) for row in rows if row["size"] == "own"]
+    assert result["images"] == len(dice) > 2 and result["scores"]["own"]["mean"]["dice"]["mean"] == pytest.approx(sum(dice) / len(dice))
+    assert {"gallery.png", "calibration.png", "thresholds.png"} <= {path.name for path in (tmp_path / "result").iterdir()}
+
+
+def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, size in enumerate((40, 64, 97)):
+        Image.fromarray(phantom("dermoscopy", number, size)[0]).save(images / f"{number}.png")
+    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:200])
+    done = papermill("predict", tmp_path / "predicted.ipynb", "-p", "checkpoint", str(checkpoint), "-y", json.dumps({"inputs": [str(images)]}),
+                     "-p", "output", str(tmp_path / "masks"), "-p", "progress", "False")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, size in enumerate((40, 64, 97)):
+        assert Image.open(tmp_path / f"masks/{number}.png").size == (size, size)
+    assert [row["file"] for row in csv.DictReader((tmp_path / "masks/errors.csv").open())] == ["broken.png"]
+
+
+@pytest.mark.parametrize("name, options, words", [("evaluate", ["-p", "chekpoint", "x"], "unknown parameters: chekpoint"),
+                                                  ("evaluate", ["-p", "batch", "many"], "of the wrong type: batch"),
+                                                  ("predict", ["-p", "input", "x"], "unknown parameters: input"),
+                                                  ("predict", ["-p", "tta", "yes please"], "of the wrong type: tta")])
+def test_unknown_and_ill_typed_parameters_are_refused(tmp_path, name, options, words):
+    done = papermill(name, tmp_path / "out.ipynb", *options)
+    assert done.returncode != 0 and words in done.stderr
