@@ -221,38 +221,47 @@ def sampling_grid(geometries: list[Geometry], height: int, width: int, device: t
     positions = affine_positions(_on(device, np.stack([_normalised(matrix, height, width) for matrix in last])), height, width)
     for row, one in enumerate(geometries):
         if one.field is not None:
-            x, y = displace(positions[row], _on(device, one.field))  # [H, W] each
-            before = _normalised(one.before, height, width).tolist()
-            for axis, (from_x, from_y, shift) in enumerate(before):
-                positions[row, axis] = from_x * x + from_y * y + shift
+            there = displace(positions[row], _on(device, one.field)).flatten(1)  # [2, H * W]
+            before = _on(device, _normalised(one.before, height, width))  # [2, 3]: a 2x2 part and a shift
+            positions[row] = torch.addmm(before[:, 2:], before[:, :2], there).view_as(positions[row])
     return positions.permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
 
 # %% ../nbs/02_augmentation.ipynb #augmentation060
 def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
-    """Resample images and masks once, at the same positions: float [n, C, H, W], any [n, H, W]; grid [n, H, W, 2]; fill [C].
+    """Resample images and masks once, at the same positions: [n, C, H, W], [n, H, W]; grid [n, H, W, 2]; fill [C].
 
-    Returns float32 [n, C, H, W], interpolated, `fill` around them; and float32 [n, H, W], the nearest pixel's class, 0 around.
+    Images and fill may be uint8 or float, in one unit. Returns float32 [n, C, H, W] in that unit, interpolated, `fill` around
+    them; and float32 [n, H, W], the nearest pixel's class, 0 around.
     """
-    fill = fill[:, None, None]  # [C, 1, 1]
-    images = F.grid_sample(images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    fill = fill.float()[:, None, None]  # [C, 1, 1]
+    images = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(fill)  # one plane per channel
+    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return images.add_(fill), masks[:, 0]
 
 # %% ../nbs/02_augmentation.ipynb #augmentation063
+def _gathered(stack: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a stack: a view where they lie side by side, a copy elsewhere. No index tensor, for which a GPU would wait."""
+    adjacent = rows[-1] - rows[0] == len(rows) - 1
+    return stack[rows[0] : rows[-1] + 1] if adjacent else torch.stack([stack[row] for row in rows])
+
+
 def apply_geometry(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> tuple[Tensor, Tensor]:
     """Move images and masks, flips exactly: uint8 [B, C, H, W], [B, H, W], fill uint8 [C] -> float32 in [-1, 1], int64."""
+    rows, warped = [row for row, geometry in enumerate(geometries) if geometry.flipped_axes is None], ()
+    if rows:
+        grid = sampling_grid([geometries[row] for row in rows], *images.shape[2:], device=images.device)
+        moved, moved_masks = warp(_gathered(images, rows), _gathered(masks, rows), grid, fill)
+        warped = normalise(moved), moved_masks.to(torch.int64)
+        if len(rows) == len(images):
+            return warped
     new_images, new_masks = normalise(images), masks.to(torch.int64, copy=True)
     for row, geometry in enumerate(geometries):
         if geometry.flipped_axes:  # axes of [C, H, W]; a mask [H, W] lacks the first
             new_images[row] = new_images[row].flip(geometry.flipped_axes)
             new_masks[row] = masks[row].flip([axis - 1 for axis in geometry.flipped_axes])
-    rows = [row for row, geometry in enumerate(geometries) if geometry.flipped_axes is None]
-    if rows:
-        grid = sampling_grid([geometries[row] for row in rows], *images.shape[2:], device=images.device)
-        chosen = [torch.stack([stack[row] for row in rows]) for stack in (new_images, masks)]
-        pairs = warp(*chosen, grid, normalise(fill[None, :, None, None]).flatten())
-        for row, image, mask in zip(rows, *pairs):
-            new_images[row], new_masks[row] = image, mask
+    for row, image, mask in zip(rows, *warped):
+        new_images[row], new_masks[row] = image, mask
     return new_images, new_masks
 
 # %% ../nbs/02_augmentation.ipynb #augmentation066
@@ -303,6 +312,12 @@ def _described(value: Any) -> str:
     """What came instead, for an error."""
     return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
+# %% ../nbs/02_augmentation.ipynb #augmentation071b
+def _parts(count: int, device: torch.device) -> list[slice]:
+    """What to do at a time: the whole batch on a GPU; on a CPU one image per thread, which its cache can hold."""
+    size = torch.get_num_threads() if device.type == "cpu" else max(count, 1)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
 # %% ../nbs/02_augmentation.ipynb #augmentation073
 @dataclass(frozen=True)
 class Augmentation:
@@ -343,6 +358,11 @@ class Augmentation:
         _check_batch(images, masks)
         fill = _fill_for(self.fill, images.shape[1]).to(images.device, non_blocking=True)
         steps = self.draw(len(images), tuple(images.shape[1:]), seed)
-        images, masks = apply_geometry(images, masks, [compose(one) for one in steps], fill)
-        images = apply_photometry(images, steps, seeded(seed, "noise", images.device))
-        return images.clamp_(-1, 1), masks
+        noise = seeded(seed, "noise", images.device)
+        new_images = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)  # as networks want it
+        new_masks = torch.empty(masks.shape, dtype=torch.int64, device=masks.device)
+        for part in _parts(len(images), images.device):
+            geometries = [compose(one) for one in steps[part]]
+            moved, new_masks[part] = apply_geometry(images[part], masks[part], geometries, fill)
+            new_images[part] = apply_photometry(moved, steps[part], noise).clamp_(-1, 1)
+        return new_images, new_masks

@@ -257,7 +257,7 @@ def read_preprocessing(checkpoint: str | os.PathLike) -> Preprocessing:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return Preprocessing(**{**stored, "class_names": tuple(stored["class_names"])})
-    except (ValueError, TypeError, KeyError) as error:  # not JSON, unknown or missing entries, impossible values
+    except (ValueError, TypeError, KeyError, RecursionError) as error:  # not JSON, unknown or missing entries, impossible values
         raise ValueError(f"{path} does not say how images are prepared ({error}): copy the checkpoint folder again") from None
 
 # %% ../nbs/01_data.ipynb #data051

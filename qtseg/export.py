@@ -161,7 +161,7 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
     def write(temporary: Path) -> None:
         nonlocal difference
         program.save(str(temporary), external_data=False)
-        difference = _check_parity(network, OnnxNetwork(temporary, torch.get_num_threads()), in_channels, ONNX_FILE)
+        difference = _check_parity(model, OnnxNetwork(temporary, torch.get_num_threads()), in_channels, ONNX_FILE)
 
     write_then_rename(Path(path or checkpoint / ONNX_FILE), write)
     return difference
@@ -183,7 +183,7 @@ def export_torch(checkpoint: str | Path, path: str | Path | None = None) -> floa
         with temporary.open("wb") as file:  # a path would have to end in .pt2
             torch.export.save(program, file)
         with temporary.open("rb") as file:
-            difference = _check_parity(network, torch.export.load(file).module(), in_channels, TORCH_FILE)
+            difference = _check_parity(model, torch.export.load(file).module(), in_channels, TORCH_FILE)
 
     write_then_rename(Path(path or checkpoint / TORCH_FILE), write)
     return difference
@@ -324,10 +324,12 @@ def _data(recipe: TrainConfig | None, metrics: dict) -> str:
         return UNKNOWN
     images = ", ".join(f"{count} {part}" for part, count in metrics.get("images", {}).items()) or "unknown"
     fold = "none was named" if recipe.fold is None else f"{recipe.fold} of {recipe.folds or 'those of the data set'}"
+    terms = ("the pictures are drawn by a program and show no patient" if recipe.data.startswith("phantoms") else
+             "those of the data set, which the weights were made from and whose terms they follow")
     return f"""* data set: {_one_line(data_name(recipe.data))}
 * images: {images}
 * fold: {fold}; where the data names no images for validation, a share of {recipe.valid_share:g} of those for training
-* licence and consent: those of the data set, which the weights were made from and whose terms they follow"""
+* licence and consent: {terms}"""
 
 # %% ../nbs/18_export.ipynb #export083
 def _scores(recipe: TrainConfig | None, metrics: dict) -> str:
@@ -460,6 +462,7 @@ def _hub_problem(what: str, error: Exception) -> OSError:
 def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """Upload what `pack` packs to the Hugging Face hub, into a repository of models that is made if need be; returns its address.
 
+    private: for a repository that is made now; one that exists stays as public or private as it is.
     token: None means the one that `hf auth login` or HF_TOKEN left. Raises ValueError (name, checkpoint), PermissionError (no or
     a refused token), ConnectionError, ModuleNotFoundError (huggingface_hub). No message holds the token.
     """

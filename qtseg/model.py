@@ -80,6 +80,8 @@ class Network(nn.Module):
         super().__init__()
         if min(classes, in_channels, width) < 1:
             raise ValueError(f"classes, in_channels and width are at least 1, not {classes}, {in_channels} and {width}")
+        if classes > 256 or sum(depths) > 100:
+            raise ValueError(f"at most 256 classes (a mask has one byte per pixel) and 100 blocks, not {classes} and {sum(depths)}")
         self.config = dict(classes=classes, in_channels=in_channels, width=width, bridge=bridge, decoder=decoder,
                            depths=list(depths), heads=heads, mlp_width=mlp_width)
         self.encoder = Encoder(in_channels, width)
@@ -173,7 +175,7 @@ def _read_config(folder: Path) -> dict:
         raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested without end is JSON that nobody can read
         raise ValueError(f"{path} is not valid JSON ({error}): copy the checkpoint folder again") from None
     if not isinstance(config, dict) or config.pop("model_type", None) != "qtseg":
         raise ValueError(f"{path} does not describe a QTSeg model (model_type is not \"qtseg\")")
@@ -221,9 +223,11 @@ class Checkpoints:
     def from_pretrained(cls, folder: str | Path):
         """The model of a folder that `save_pretrained` wrote, in evaluation mode. FileNotFoundError, ValueError."""
         folder = Path(folder)
-        model = _build(cls, folder)
+        with torch.device("meta"):  # shapes without memory: a config that asks for a gigantic network is refused before it gets one
+            shapes = {name: tensor.shape for name, tensor in _build(cls, folder).state_dict().items()}
         state = _read_safetensors(folder / "model.safetensors")
-        _check_state(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+        _check_state(state, shapes, folder / "model.safetensors")
+        model = _build(cls, folder)
         model.load_state_dict(state)
         return model.eval()
 

@@ -1,0 +1,100 @@
+"""The benchmark notebook: every section runs and is written down, what is missing is a row, wrong parameters are refused."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+NOTEBOOK = ROOT / "nbs/experiments/benchmark.ipynb"
+TINY = {"width": 4, "repeats": 1, "seconds": 0.0, "memory": False, "threads": 1, "engines": ["naive", "fused"], "rivals": [],
+        "training_rivals": [], "inference_cases": [[64, 1]], "training_cases": [[64, 2]], "pipeline_sizes": [64], "pipeline_images": 2,
+        "pipeline_draws": 4, "epoch_size": 64, "epoch_images": 12, "epoch_batch": 2, "growth_sizes": [64, 96], "growth_batches": [1, 2],
+        "growth_classes": [1, 3], "roofline_size": 64}
+
+
+def parameters() -> dict:
+    """The notebook's parameters and their defaults."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    given: dict = {}
+    exec(next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])), given)
+    del given["__builtins__"]
+    return given
+
+
+def papermill(folder: Path, **given) -> tuple[subprocess.CompletedProcess, dict | None]:
+    """Run the notebook; its JSON, or None where it wrote none."""
+    done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR", str(NOTEBOOK), str(folder / "executed.ipynb"),
+                           "-y", yaml.safe_dump({"output": str(folder / "out"), **given})], cwd=folder, capture_output=True, text=True, timeout=400)
+    path = folder / "out/benchmark.json"
+    return done, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    """One tiny run of all sections."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    done, written = papermill(folder, **TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {**written, "files": {path.name for path in (folder / "out").iterdir()}}
+
+
+def rows(report: dict, section: str) -> dict[str, dict]:
+    """The rows of a section by name; of equal names the last one."""
+    return {row["name"]: row for row in report["rows"] if row["section"] == section}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments/params").glob("benchmark*.yaml")), ids=lambda path: path.stem)
+def test_parameter_files_name_every_parameter(path):
+    assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() == parameters().keys()
+
+
+@pytest.mark.parametrize("section, names", [
+    ("inference", {"naive", "fused"}), ("training", {"naive", "eager"}), ("epoch", {"fit"}), ("roofline", {"naive", "fused"}),
+    ("profile", {"naive", "fused"}),
+    ("growth", {f"{point}: {what}" for point in ("pixels 4096", "pixels 9216", "batch 1", "batch 2", "classes 1", "classes 3")
+                for what in ("inference", "training")}), ("growth exponents", {"pixels", "batch", "classes"}),
+    ("pipeline", {"raw", "raw, careful", "cache and Augmentation"})])
+def test_every_section_is_written_down(report, section, names):
+    found = rows(report, section)
+    assert found.keys() == names
+    if section not in ("growth exponents", "profile", "epoch"):
+        assert all(row["ms"] > 0 and row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in found.values() if "missing" not in row)
+    if section == "inference":
+        assert found["fused"]["difference"] < 1e-4, "speed that changes the answer is no speed"
+    if section == "roofline":
+        assert all(0 < row["bytes_least"] < row["bytes_most"] and row["flop"] > 1e6 for row in found.values())
+    if section == "growth exponents":
+        assert all(isinstance(row["inference"], float) and row["memory"] is None for row in found.values())
+
+
+def test_device_versions_claims_and_figures(report):
+    assert report["hardware"]["threads"] == 1 and "torch" in report["versions"] and report["machine"]["bandwidth"] > 0
+    assert len(report["claims"]) == 12 and all(claim["measured"] is None for claim in report["claims"]), "512² was not measured here"
+    assert {"benchmark.json", "inference.png", "training.png", "pipeline.png", "growth.png"} <= report["files"]
+    assert not any(name.endswith((".onnx", ".tmp")) for name in report["files"])
+
+
+def test_wrong_parameters_are_refused(tmp_path):
+    done, written = papermill(tmp_path, repeat=3, sizes=[64], inference_cases=[[64]], engines=["warp"])
+    assert done.returncode != 0 and written is None
+    for words in ("unknown parameter repeat;", "unknown parameter sizes;", "inference_cases is a list of pairs [size, batch], not [[64]]",
+                  "engines is a list of names out of naive, eager"):
+        assert words in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory on a CPU is read from Linux's /proc")
+def test_what_is_missing_is_a_row_and_memory_grows_with_the_batch(tmp_path):
+    """A package that cannot be imported leaves a sentence in its row; a larger batch needs more memory."""
+    (tmp_path / "segmentation_models_pytorch.py").write_text("raise ImportError('this machine has none')\n")  # the notebook's folder comes first
+    done, written = papermill(tmp_path, **{**TINY, "sections": ["training"], "memory": True, "training_engines": ["eager"],
+                                           "training_rivals": ["unet"], "training_cases": [[128, 1], [128, 8]]})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [row for row in written["rows"] if row["section"] == "training"]
+    assert {row.get("missing") for row in found if row["name"] == "unet"} == {"this machine has none"}
+    small, large = (row["memory_mb"] for row in found if row["name"] == "eager")
+    assert small > 0 and large > small + 7  # seven more images of 128², each at least a megabyte of activations
