@@ -362,7 +362,6 @@ class Augmentation:
         new_images = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)  # as networks want it
         new_masks = torch.empty(masks.shape, dtype=torch.int64, device=masks.device)
         for part in _parts(len(images), images.device):
-            geometries = [compose(one) for one in steps[part]]
-            moved, new_masks[part] = apply_geometry(images[part], masks[part], geometries, fill)
+            moved, new_masks[part] = apply_geometry(images[part], masks[part], [compose(one) for one in steps[part]], fill)
             new_images[part] = apply_photometry(moved, steps[part], noise).clamp_(-1, 1)
         return new_images, new_masks

@@ -23,7 +23,7 @@ from qtseg.data import SegmentationData
 from qtseg.model import QTSeg
 from qtseg.training import BEST, OPTIMISERS, SCHEDULERS, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
 
-PARAMS = sorted((ROOT / "nbs" / "experiments" / "params").glob("*.yaml"))
+PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
 
 
 @pytest.fixture(scope="session")
