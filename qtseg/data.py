@@ -40,11 +40,11 @@ from .phantoms import write_prepared
 # %% auto #0
 __all__ = ['MASKS', 'RESIZES', 'COLOURS', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS',
            'SPLITS', 'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resample',
-           'fitted_size', 'resize_image', 'resize_pair', 'to_colour', 'to_rgb', 'Preprocessing', 'read_preprocessing',
-           'Record', 'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits',
-           'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'require_space',
-           'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'in_order', 'DataProblems',
-           'Batch', 'normalise', 'Split', 'OpenedData', 'SegmentationData']
+           'fitted_size', 'resize_image', 'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing',
+           'read_preprocessing', 'Record', 'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out',
+           'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
+           'require_space', 'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'in_order',
+           'DataProblems', 'Batch', 'normalise', 'Split', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -220,6 +220,16 @@ def to_colour(image: np.ndarray, colour: str) -> np.ndarray:
 def to_rgb(image: np.ndarray, colour: str) -> np.ndarray:
     """The stored colour space -> RGB, uint8 [H, W, 3], to be looked at; within 1 of what it was."""
     return cv2.cvtColor(image, cv2.COLOR_YCrCb2RGB) if colour == "ycrcb" else image
+
+# %% ../nbs/01_data.ipynb #data049x2
+def outline(picture: np.ndarray, mask: np.ndarray, colour: Sequence[int], width: int = 1) -> None:
+    """Draw the border of every class of a mask [H, W] (or of a boolean region) into a picture uint8 [H, W, 3], in place.
+
+    `width` of the line in pixels; it runs over the region's own border pixels, those around holes included.
+    """
+    for label in range(1, int(mask.max()) + 1):
+        lines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(picture, lines, -1, colour, width)
 
 # %% ../nbs/01_data.ipynb #data049b
 @dataclass(frozen=True)

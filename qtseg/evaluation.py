@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .data import (Preprocessing, SegmentationData, Split, cache_root, find_source, fitted_size, new_folder,
-                        normalise, private_name, read_image, read_preprocessing, resample, survey_folder)
+                        normalise, outline, private_name, read_image, read_preprocessing, resample, survey_folder)
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from .model import QTSeg
 from .training import COLOURS, TrainConfig, choose_device, hardware, keep_freed_memory, open_data, versions
@@ -47,7 +47,7 @@ __all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'PARTS'
            'threshold_rows', 'evaluate_network', 'table_rows', 'aligned', 'markdown', 'outlined', 'ranked',
            'own_size_picture', 'draw_gallery', 'draw_calibration', 'draw_thresholds', 'multiply_adds', 'network_cost',
            'cost_rows', 'to_dict', 'write_evaluation', 'read_checkpoint', 'open_for', 'evaluate_checkpoint',
-           'find_checkpoints', 'report', 'main']
+           'weights_sha256', 'find_checkpoints', 'report', 'main']
 
 # %% ../nbs/12_evaluation.ipynb #evaluation010
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -575,9 +575,7 @@ def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, long
     width = max(1, round(1.5 / scale))  # pixels of the full size
     picture = image.copy()
     for mask, colour in ((target, COLOURS["target"]), (prediction, COLOURS["prediction"])):
-        for label in range(1, int(mask.max()) + 1):
-            contours, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-            cv2.drawContours(picture, contours, -1, colour, width)
+        outline(picture, mask, colour, width)
     rows, columns = (max(1, round(side * scale)) for side in image.shape[:2])
     return resample(picture, rows, columns) if scale < 1 else picture
 
@@ -852,6 +850,14 @@ def evaluate_checkpoint(checkpoint: str | os.PathLike, data: SegmentationData | 
         write_evaluation(evaluation, private, figures)
     return evaluation
 
+# %% ../nbs/12_evaluation.ipynb #evaluation117b
+def weights_sha256(checkpoint: str | os.PathLike) -> str:
+    """The SHA-256 of a checkpoint's model.safetensors, in hexadecimal: names these very weights. FileNotFoundError."""
+    path = Path(checkpoint) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
 # %% ../nbs/12_evaluation.ipynb #evaluation118
 def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
     """The checkpoints to evaluate in a checkpoint folder or a run -> folder: names of others with the same weights.
@@ -865,9 +871,9 @@ def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
                     key=lambda folder: (folder.name != "best_dice", folder.name))
     if (path / "model.safetensors").exists() or not inside:
         return {path: []}
-    found: dict[bytes, list[Path]] = {}
+    found: dict[str, list[Path]] = {}
     for folder in inside:
-        found.setdefault(hashlib.sha256((folder / "model.safetensors").read_bytes()).digest(), []).append(folder)
+        found.setdefault(weights_sha256(folder), []).append(folder)
     return {first: [twin.name for twin in twins] for first, *twins in found.values()}
 
 # %% ../nbs/12_evaluation.ipynb #evaluation119

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from .data import PREPROCESSING_FILE, Preprocessing, new_folder, normalise
-from .evaluation import read_checkpoint
-from .inference import OnnxNetwork, _open_onnx, weights_sha256
+from .evaluation import read_checkpoint, weights_sha256
+from .inference import OnnxNetwork, _open_onnx
 from .model import write_then_rename
 from .phantoms import FAMILIES, phantom
 from .training import TrainConfig, hardware

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import glob
-import hashlib
 import io
 import json
 import os
@@ -34,18 +33,17 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import EXTENSIONS, Preprocessing, in_order, normalise, read_image, read_preprocessing, to_colour
-from .evaluation import class_probabilities, decide, undo_resize
+from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_image, read_preprocessing, to_colour
+from .evaluation import class_probabilities, decide, undo_resize, weights_sha256
 from .model import QTSeg, write_then_rename
 from .training import choose_device, keep_freed_memory, stop_signals
 
 # %% auto #0
 __all__ = ['FLIPS', 'WORKERS', 'AMP', 'LARGEST', 'ENGINES', 'SETTINGS_FILE', 'MAGIC', 'ENDINGS', 'OUTPUTS', 'MOST_BOXES',
            'LARGEST_OVERLAY', 'is_dicom', 'read_dicom', 'as_rgb', 'flip_average', 'keep_largest_components',
-           'with_background', 'weights_sha256', 'OnnxNetwork', 'window_starts', 'check_window', 'read_large',
-           'Predictor', 'find_images', 'name_outputs', 'class_columns', 'describe_mask', 'class_colours', 'mask_png',
-           'overlay_jpg', 'probability_png', 'probability_npz', 'Job', 'FileOptions', 'Summary', 'predict_files',
-           'main']
+           'with_background', 'OnnxNetwork', 'window_starts', 'check_window', 'read_large', 'Predictor', 'find_images',
+           'name_outputs', 'class_columns', 'describe_mask', 'class_colours', 'mask_png', 'overlay_jpg',
+           'probability_png', 'probability_npz', 'Job', 'FileOptions', 'Summary', 'predict_files', 'main']
 
 # %% ../nbs/13_inference.ipynb #inference011
 def _rgb(values: np.ndarray) -> np.ndarray:
@@ -260,14 +258,6 @@ class _Images(_Steps):
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as finishers:
             answers = self.through_network(in_order(readers, self.prepare, images, 2 * batch), batch)
             yield from in_order(finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
-
-# %% ../nbs/13_inference.ipynb #inference049
-def weights_sha256(checkpoint: str | os.PathLike) -> str:
-    """The SHA-256 of a checkpoint's model.safetensors, in hexadecimal: names these very weights. FileNotFoundError."""
-    path = Path(checkpoint) / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 # %% ../nbs/13_inference.ipynb #inference050
 class OnnxNetwork:
@@ -548,8 +538,7 @@ def overlay_jpg(pixels: np.ndarray, mask: np.ndarray, opacity: float = 0.3) -> b
     tinted = cv2.addWeighted(pixels, 1 - opacity, colours[mask], opacity, 0)
     picture = np.where((mask > 0)[:, :, None], tinted, pixels)
     for label in np.unique(mask[mask > 0]):
-        outlines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, outlines, -1, colours[label].tolist(), max(1, round(max(mask.shape) / 250)))
+        outline(picture, mask == label, colours[label].tolist(), max(1, round(max(mask.shape) / 250)))
     return cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 # %% ../nbs/13_inference.ipynb #inference085

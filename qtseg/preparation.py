@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .data import (NO_SPACE, DataProblems, Survey, fold_of_each, hold_out, list_pictures, new_folder, private_name,
+from .data import (NO_SPACE, DataProblems, Survey, fold_of_each, hold_out, list_pictures, new_folder, outline, private_name,
                         read_image, read_mask)
 from .download import unpack
 from .phantoms import write_manifest
@@ -326,8 +326,7 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     for index in range(1, int(mask.max()) + 1):
         shape = cv2.resize((mask == index).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127
-        lines, _ = cv2.findContours(shape.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(small, lines, -1, OUTLINES[(index - 1) % len(OUTLINES)], 1)
+        outline(small, shape, OUTLINES[(index - 1) % len(OUTLINES)])
     thumbnail = np.full((CELL[1], CELL[0], 3), 40, np.uint8)
     top, left = (CELL[1] - size[1]) // 2, (CELL[0] - size[0]) // 2
     thumbnail[top:top + size[1], left:left + size[0]] = small

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from .data import resample
+from .data import outline, resample
 from .training import COLOURS as OUTLINES
 from .training import draw_curves
 
@@ -111,8 +111,7 @@ def contours(image: np.ndarray, mask: np.ndarray, colour: Colour | None = None, 
     mask, picture = _labels(mask, image.shape[:2]), image.copy()
     present = np.flatnonzero(np.bincount(mask.ravel())).tolist()
     for label in (label for label in present if label and (classes is None or label in classes)):
-        lines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, lines, -1, colour or class_colour(label), width)
+        outline(picture, mask == label, colour or class_colour(label), width)
     return picture
 
 # %% ../nbs/14_visualisation.ipynb #visualisation021

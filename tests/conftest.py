@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,23 @@ sys.path.insert(0, str(ROOT / "tools"))
 def shared_folder() -> Path:
     """Reference numbers and real images that never enter the repository; tests that need them skip where it is absent."""
     return Path(os.environ.get("QTSEG_SHARED", ROOT.parent / "shared"))
+
+
+def one_sentence(caught: pytest.ExceptionInfo, *words: str) -> None:
+    """The refusal names all of `words`, in a message without a line break."""
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def zipped(source: Path, target: Path, prefix: str = "") -> Path:
+    """A folder's files as a .zip, in order, each name behind `prefix`; returns the target."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                archive.write(path, prefix + path.relative_to(source).as_posix())
+    return target
 
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -117,14 +117,22 @@ class Widget:
             canvas.getContext("2d").drawImage(image, 0, 0);
             return canvas.toDataURL("image/png"); }""")
 
-    def changes(self, act, *, text: bool) -> str:
-        """Act, then wait until the picture, and the text if so said, differ; returns the new text."""
-        picture, words = self.pixels(), self.text()
+    def changes(self, act, until=None) -> None:
+        """Act, then wait until the picture differs and `until(text)`, which did not hold before, holds.
+
+        In between the widget says what it is busy with, so not every new text is the answer.
+        """
+        picture = self.pixels()
+        assert until is None or not until(self.text())
         act()
         self.wait(lambda: self.pixels() != picture, "another picture")
-        if text:
-            self.wait(lambda: self.text() != words, "another text")
-        return self.text()
+        if until is not None:
+            self.wait(lambda: until(self.text()), "another text")
+
+    def another_text(self):
+        """A condition for `changes`: any text but the present one."""
+        present = self.text()
+        return lambda text: text != present
 
     def press(self, key: str) -> None:
         self.picture.focus()
@@ -134,8 +142,9 @@ class Widget:
         return self.box.locator(".widget-slider", has_text=description).locator(".noUi-handle").first
 
 
-def dice(text: str) -> float:
-    return float(re.search(r"Dice ([\d.]+)", text)[1])
+def dice(text: str) -> float | None:
+    found = re.search(r"Dice ([\d.]+)", text)
+    return found and float(found[1])
 
 
 def use_the_explorer(page, folder: Path, name: str) -> None:
@@ -146,11 +155,10 @@ def use_the_explorer(page, folder: Path, name: str) -> None:
 
     handle = explorer.slider("threshold")
     handle.focus()
-    assert dice(explorer.changes(lambda: [page.keyboard.press("PageUp") for _ in range(5)], text=True)) != before
-    explorer.changes(lambda: explorer.press("ArrowRight"), text=True)
-    assert "image 1 (2 of 4)" in explorer.text()
-    assert "pixel in row" in explorer.changes(lambda: explorer.picture.click(position={"x": 64, "y": 80}), text=True)
-    explorer.changes(lambda: page.mouse.wheel(0, -300), text=False)  # the click above gave it the focus
+    explorer.changes(lambda: [page.keyboard.press("PageUp") for _ in range(5)], lambda text: dice(text) not in (None, before))
+    explorer.changes(lambda: explorer.press("ArrowRight"), lambda text: "image 1 (2 of 4)" in text)
+    explorer.changes(lambda: explorer.picture.click(position={"x": 64, "y": 80}), lambda text: "pixel in row" in text)
+    explorer.changes(lambda: page.mouse.wheel(0, -300))  # the click above gave it the focus
     keep(page, folder, f"{name}_2_enlarged")
 
     box = explorer.picture.bounding_box()
@@ -161,9 +169,8 @@ def use_the_explorer(page, folder: Path, name: str) -> None:
         page.mouse.move(box["x"] + 60, box["y"] + 120, steps=4)
         page.mouse.up()
 
-    explorer.changes(drag, text=False)
-    explorer.changes(lambda: explorer.box.get_by_role("button", name="worst").click(), text=True)
-    assert "image 3 (4 of 4)" in explorer.text()
+    explorer.changes(drag)
+    explorer.changes(lambda: explorer.box.get_by_role("button", name="worst").click(), lambda text: "image 3 (4 of 4)" in text)
     keep(page, folder, f"{name}_3_worst")
 
 
@@ -172,15 +179,15 @@ def use_the_playground(page, folder: Path, name: str) -> None:
     assert "nothing happens" in playground.text()
     handle = playground.slider("rotate")
     handle.focus()
-    assert "rotate" in playground.changes(lambda: page.keyboard.press("PageUp"), text=True)
-    playground.changes(lambda: playground.press("d"), text=True)
+    playground.changes(lambda: page.keyboard.press("PageUp"), lambda text: "rotate" in text)
+    playground.changes(lambda: playground.press("d"), playground.another_text())
     keep(page, folder, f"{name}_4_playground")
 
 
 def use_the_lab(page, folder: Path, name: str) -> None:
     lab = Widget(page, 2)
-    lab.changes(lambda: lab.picture.click(position={"x": 40, "y": 60}), text=True)
-    lab.changes(lambda: lab.press("ArrowRight"), text=True)
+    lab.changes(lambda: lab.picture.click(position={"x": 40, "y": 60}), lab.another_text())
+    lab.changes(lambda: lab.press("ArrowRight"), lab.another_text())
     keep(page, folder, f"{name}_5_lab")
 
 

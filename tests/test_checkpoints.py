@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import one_sentence
 from safetensors.torch import load_file, save_file
 
 import qtseg.model
@@ -31,14 +32,6 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def official(model: QTSeg) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in to_official(model).items()}
-
-
-def one_sentence(caught: pytest.ExceptionInfo, *words: str) -> None:
-    """The refusal names all of `words`, in a message without a line break."""
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 @pytest.fixture(scope="module")

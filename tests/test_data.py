@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, shared_folder
+from conftest import ROOT, shared_folder, zipped
 from qtseg import data as module
 from qtseg.data import (PREPROCESSING_FILE, DataProblems, Preprocessing, SegmentationData, cache_root, fitted_size, mask_bits, normalise,
                         pack_mask, read_image, read_mask, read_preprocessing, resize_pair, to_colour, to_rgb, unpack_masks)
@@ -607,20 +607,12 @@ def test_sources_that_are_none(opened, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- zips
-def zipped(path: Path, folder: Path, prefix: str = "") -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                archive.write(file, prefix + file.relative_to(folder).as_posix())
-    return path
-
-
 @pytest.mark.parametrize("prefix", ["", "wrapping/"])
 def test_zip_of_a_folder(prefix, opened, tmp_path):
     source = plain(tmp_path / "d", 6)
     (source / "__MACOSX").mkdir()
     save(source / "__MACOSX" / "x.png", EIGHT)
-    archive = zipped(tmp_path / "set.zip", source, prefix)
+    archive = zipped(source, tmp_path / "set.zip", prefix)
     data = opened(archive)
     assert data.name == ("wrapping" if prefix else "set") and len(data.train) == 5
     assert data.folder.is_relative_to(tmp_path / "cache" / "unzipped")
@@ -631,7 +623,7 @@ def test_zip_of_a_folder(prefix, opened, tmp_path):
 
 @pytest.mark.parametrize("name", ["../evil.png", "images/../../evil.png", "/tmp/evil.png", "..\\evil.png", "C:/evil.png", "C:\\evil.png"])
 def test_zip_that_reaches_outside(name, opened, tmp_path):
-    archive = zipped(tmp_path / "set.zip", plain(tmp_path / "d"))
+    archive = zipped(plain(tmp_path / "d"), tmp_path / "set.zip")
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr(name, b"x")
     with pytest.raises(ValueError, match="outside the folder"):
@@ -640,7 +632,7 @@ def test_zip_that_reaches_outside(name, opened, tmp_path):
 
 
 def test_zip_with_a_link(opened, tmp_path):
-    archive = zipped(tmp_path / "set.zip", plain(tmp_path / "d"))
+    archive = zipped(plain(tmp_path / "d"), tmp_path / "set.zip")
     with zipfile.ZipFile(archive, "a") as file:
         link = zipfile.ZipInfo("images/link.png")
         link.external_attr = 0o120777 << 16
@@ -659,7 +651,7 @@ def test_zip_that_swells(opened, tmp_path):
 
 
 def test_zip_that_is_cut(opened, tmp_path):
-    archive = zipped(tmp_path / "set.zip", plain(tmp_path / "d"))
+    archive = zipped(plain(tmp_path / "d"), tmp_path / "set.zip")
     archive.write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(ValueError, match="no complete .zip"):
         opened(archive)

@@ -14,14 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, one_sentence
 from safetensors.torch import load_file, save_file
 
 from qtseg import export
 from qtseg.data import PREPROCESSING_FILE, Preprocessing
 from qtseg.export import (AnySize, benchmark_engines, checkpoint_engines, data_name, download_checkpoint, engine_table, export_onnx, export_torch,
                           largest_difference, main, model_card, pack, parity_images, push_to_hub, record_graph, write_card)
-from qtseg.inference import OnnxNetwork, Predictor, weights_sha256
+from qtseg.evaluation import weights_sha256
+from qtseg.inference import OnnxNetwork, Predictor
 from qtseg.model import QTSeg
 from qtseg.phantoms import phantom
 from qtseg.training import TrainConfig
@@ -57,13 +58,6 @@ def save_run(folder: Path, config: TrainConfig, metrics: dict = METRICS) -> Path
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     return checkpoint
-
-
-def one_sentence(caught: pytest.ExceptionInfo, *words: str) -> None:
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, zipped
 from PIL import Image
 
 from qtseg import preparation as module
@@ -386,14 +386,6 @@ def test_a_source_that_is_not_there(tmp_path):
 
 
 # archives
-
-def zipped(source: Path, target: Path, prefix: str = "") -> Path:
-    with zipfile.ZipFile(target, "w") as archive:
-        for path in sorted(source.rglob("*")):
-            if path.is_file():
-                archive.write(path, prefix + path.relative_to(source).as_posix())
-    return target
-
 
 @pytest.mark.parametrize("form", ["folder", "wrapped folder", "zip", "wrapped zip", "zip in a folder", "zip in a zip", "two zips"])
 def test_a_source_may_come_in_any_form(tmp_path, form):
