@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .blocks import TwoForms
 
 # %% auto #0
-__all__ = ['Attention', 'pixel_centres', 'fourier_features', 'PositionalEncoding', 'FeedForward', 'TwoWayBlock']
+__all__ = ['POSITIONS', 'Attention', 'pixel_centres', 'fourier_features', 'PositionalEncoding', 'LearnedPositionalEncoding',
+           'NoPositionalEncoding', 'FeedForward', 'TwoWayBlock']
 
 # %% ../nbs/06_attention.ipynb #6d7199ef
 class Attention(TwoForms):
@@ -108,6 +109,39 @@ class PositionalEncoding(TwoForms):
             with torch.inference_mode(False), torch.no_grad():  # training may use it later
                 self._cache[key] = self.naive_forward(height, width, like)
         return self._cache[key]
+
+# %% ../nbs/06_attention.ipynb #position-learned
+class LearnedPositionalEncoding(nn.Module):
+    """A trained vector per cell of a square grid, interpolated: (height, width, like) -> [1, height · width, features].
+
+    The dtype is that of `like`; the interpolation is bilinear and runs in float32. Nothing is kept between calls, since
+    training changes the grid. Source: the position embeddings of the Vision Transformer, here as an ablation's control.
+    """
+
+    def __init__(self, features: int, cells: int = 16):
+        super().__init__()
+        self.grid = nn.Parameter(math.sqrt(0.5) * torch.randn(1, features, cells, cells))  # as large as sines and cosines
+
+    def forward(self, height: int, width: int, like: Tensor) -> Tensor:
+        maps = F.interpolate(self.grid.float(), (height, width), mode="bilinear", align_corners=False)
+        return maps.flatten(2).transpose(1, 2).to(like.dtype)  # [1, height * width, features]
+
+# %% ../nbs/06_attention.ipynb #position-none
+class NoPositionalEncoding(nn.Module):
+    """Zeros in the place of positions: (height, width, like) -> [1, height · width, features], dtype of `like`.
+
+    One number in memory, shown everywhere. This project's control for an ablation of the positional encoding.
+    """
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+
+    def forward(self, height: int, width: int, like: Tensor) -> Tensor:
+        return like.new_zeros(()).expand(1, height * width, self.features)
+
+# %% ../nbs/06_attention.ipynb #position-table
+POSITIONS = {"fourier": PositionalEncoding, "learned": LearnedPositionalEncoding, "none": NoPositionalEncoding}
 
 # %% ../nbs/06_attention.ipynb #b1964c36
 class FeedForward(nn.Module):

@@ -5,14 +5,19 @@
 # %% ../nbs/04_encoder.ipynb #bbda4c34
 from __future__ import annotations
 
+from collections import Counter
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .blocks import SPPF, C2f, ConvBNAct
 
 # %% auto #0
-__all__ = ['concat_upsampled', 'Backbone', 'Encoder']
+__all__ = ['concat_upsampled', 'Backbone', 'Encoder', 'segmentation_models', 'check_encoder', 'ProjectedEncoder', 'build_encoder',
+           'fold_batchnorms', 'load_imagenet']
 
 # %% ../nbs/04_encoder.ipynb #df15b47a
 def concat_upsampled(coarse: Tensor, fine: Tensor) -> Tensor:
@@ -85,3 +90,112 @@ class Encoder(Backbone):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.neck(*self.backbone(images))
+
+# %% ../nbs/04_encoder.ipynb #enc10-package
+def segmentation_models() -> ModuleType:
+    """The package segmentation-models-pytorch, imported when it is first needed; ModuleNotFoundError with the remedy."""
+    try:
+        import segmentation_models_pytorch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"encoders other than QTSeg's own, and the baselines, need {error.name}: "
+                                  "pip install segmentation-models-pytorch") from None
+    return segmentation_models_pytorch
+
+# %% ../nbs/04_encoder.ipynb #enc10-names
+def check_encoder(name: str, in_channels: int) -> None:
+    """Raise ValueError unless segmentation-models-pytorch can build the encoder `name` for images of that many channels.
+
+    A name is taken that stands in the package's own list, or is "tu-" and a model that timm knows. Nothing else is tried,
+    so a name out of a stranger's file can start no download.
+    """
+    known = segmentation_models().encoders.get_encoder_names()
+    if isinstance(name, str) and name.startswith("tu-"):
+        import timm  # a requirement of segmentation-models-pytorch
+
+        known = [name] if timm.is_model(name[3:]) else known
+    if name not in known:
+        raise ValueError(f"unknown encoder {name!r}: choose a name of segmentation-models-pytorch, such as resnet34 or mit_b0, "
+                         "or tu- and the name of a timm model")
+    if not 1 <= in_channels <= 1024:
+        raise ValueError(f"the encoder {name} takes images of 1 to 1024 channels, not {in_channels}")
+
+# %% ../nbs/04_encoder.ipynb #enc10-projected
+class ProjectedEncoder(nn.Module):
+    """An encoder of segmentation-models-pytorch in the place of `Encoder`: the same three strides and channels.
+
+    Image [B, in_channels, H, W], H and W multiples of 32 -> maps at strides 8, 16, 32, each brought to 4, 8, 16 × width
+    channels by a 1×1 ConvBNAct. Random weights. ModuleNotFoundError without the package; ValueError where `name` is
+    unknown, cannot take `in_channels`, or has no maps at these strides. This project's addition, not in the paper.
+    """
+
+    strides = (8, 16, 32)
+
+    def __init__(self, name: str = "resnet34", in_channels: int = 3, width: int = 16):
+        super().__init__()
+        check_encoder(name, in_channels)
+        self.name, self.in_channels, self.channels = name, in_channels, (4 * width, 8 * width, 16 * width)
+        try:
+            self.body = segmentation_models().encoders.get_encoder(name, in_channels=in_channels, depth=5, weights=None)
+        except Exception as error:  # whatever a model stumbles over that was never meant to give maps
+            raise ValueError(f"the encoder {name} gives no maps of {in_channels}-channel images ({error})") from None
+        given = self.body.out_channels[-3:]
+        self.project8, self.project16, self.project32 = (ConvBNAct(c, n, kernel=1) for c, n in zip(given, self.channels))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c8, c16, c32 = self.body(images)[-3:]  # finer maps, where there are any, stay unused
+        return self.project8(c8), self.project16(c16), self.project32(c32)
+
+    def fold(self) -> None:
+        """Fold the body's batch normalisations in place, for inference; the projections fold themselves."""
+        fold_batchnorms(self.body, self.in_channels)
+
+# %% ../nbs/04_encoder.ipynb #enc10-build
+def build_encoder(name: str = "fpn", in_channels: int = 3, width: int = 16) -> Encoder | ProjectedEncoder:
+    """QTSeg's own encoder ("fpn"), or any other of segmentation-models-pytorch by its name. ValueError as there."""
+    return Encoder(in_channels, width) if name == "fpn" else ProjectedEncoder(name, in_channels, width)
+
+# %% ../nbs/04_encoder.ipynb #enc10-fold
+def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
+    """Fold batch normalisations into the convolutions before them, in place, in somebody else's network; returns how many.
+
+    A run over one empty image finds the pairs: an nn.BatchNorm2d whose input is an nn.Conv2d's very output, both used
+    once. Other kinds stay as they are. The network is in evaluation mode: AssertionError otherwise.
+    """
+    made, pairs, calls = {}, [], Counter()
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[module] += 1
+        if type(module) is nn.Conv2d:  # exactly: a subclass may standardise or pad in its own way
+            made[id(output)] = module, output  # kept, so that no other tensor gets its id
+        elif id(inputs[0]) in made:
+            pairs.append((made[id(inputs[0])][0], module))
+
+    names = {module: name for name, module in network.named_modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)}
+    hooks = [module.register_forward_hook(watch) for module in names]
+    with torch.no_grad():
+        network(next(network.parameters()).new_zeros(1, in_channels, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    once = [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
+    for conv, norm in once:
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        parent, _, last = names[norm].rpartition(".")
+        setattr(network.get_submodule(parent), last, nn.Identity())
+    return len(once)
+
+# %% ../nbs/04_encoder.ipynb #enc10-imagenet
+def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
+    """Load ImageNet weights into `body`, the encoder `name` of segmentation-models-pytorch, from the internet or its cache.
+
+    ValueError where the encoder has none; ConnectionError where they cannot be fetched.
+    """
+    try:
+        trained = segmentation_models().encoders.get_encoder(name, in_channels=in_channels, depth=5, weights="imagenet")
+    except KeyError as error:
+        raise ValueError(f"the encoder {name} has no weights called imagenet ({error.args[0]})") from None
+    except Exception as error:  # each package that downloads has exceptions of its own
+        reason = str(error).split("\n")[0]
+        raise ConnectionError(f"ImageNet weights of {name} could not be fetched ({reason}): connect to the internet, "
+                              "or name a checkpoint folder") from None
+    body.load_state_dict(trained.state_dict())

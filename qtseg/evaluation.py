@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .data import (Preprocessing, SegmentationData, Split, cache_root, find_source, fitted_size, new_folder,
                         normalise, outline, private_name, read_image, read_preprocessing, resample, survey_folder)
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
-from .model import QTSeg
+from .model import Baseline, QTSeg, load_network
 from .training import COLOURS, TrainConfig, choose_device, hardware, keep_freed_memory, open_data, versions
 
 # %% auto #0
@@ -765,9 +765,9 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/12_evaluation.ipynb #evaluation109
-def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg, Preprocessing]:
+def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Preprocessing]:
     """Network and preprocessing of a checkpoint folder. FileNotFoundError, ValueError: missing, damaged, or at odds."""
-    network, preprocessing = QTSeg.from_pretrained(folder), read_preprocessing(folder)
+    network, preprocessing = load_network(folder), read_preprocessing(folder)
     classes = network.config["classes"]
     if len(preprocessing.class_names) != max(classes, 2):
         raise ValueError(f"{folder}: the network has {classes} classes, preprocessing names {len(preprocessing.class_names)}: "

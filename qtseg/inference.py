@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_image, read_preprocessing, to_colour
 from .evaluation import class_probabilities, decide, undo_resize, weights_sha256
-from .model import QTSeg, write_then_rename
+from .model import load_network, write_then_rename
 from .training import choose_device, keep_freed_memory, stop_signals
 
 # %% auto #0
@@ -413,7 +413,7 @@ class Predictor(_Large):
         """
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
-        model, preprocessing = QTSeg.from_pretrained(folder), read_preprocessing(folder)
+        model, preprocessing = load_network(folder), read_preprocessing(folder)
         if engine == "onnx" and (options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu")):
             raise ValueError("ONNX Runtime computes on the CPU, in the precision of its file: leave device and amp as they are")
         network = model.fuse() if engine == "torch" else _open_onnx(Path(folder))

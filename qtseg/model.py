@@ -10,23 +10,26 @@ import inspect
 import json
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .bridge import BRIDGES
 from .decoder import DECODERS, StageOutput
-from .encoder import Encoder
+from .encoder import ProjectedEncoder, build_encoder, check_encoder, fold_batchnorms, load_imagenet, segmentation_models
 
 # %% auto #0
-__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'Network', 'Forms', 'write_then_rename', 'Checkpoints', 'QTSeg',
-           'official_names', 'to_official', 'load_official']
+__all__ = ['BASELINES', 'NETWORKS', 'pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'Network', 'Forms',
+           'write_then_rename', 'shapes_only', 'Checkpoints', 'EncoderWeights', 'QTSeg', 'official_names',
+           'to_official', 'load_official', 'Baseline', 'load_network']
 
 # %% ../nbs/08_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
@@ -64,35 +67,45 @@ class Encoding(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """What the second half computes: its stages at strides 32, 16 and 8, and logits [B, classes, H/2, W/2]."""
+    """What the second half computes: its stages, from coarse to fine, and logits [B, classes, H/2, W/2]."""
 
     stages: list[StageOutput]
     low_res_logits: Tensor
 
-# %% ../nbs/08_model.ipynb #db2b362e
-class Network(nn.Module):
-    """The computation: images [B, in_channels, H, W] in [-1, 1] -> logits [B, classes, H, W]."""
+# %% ../nbs/08_model.ipynb #mdl-segmenter
+class Segmenter(nn.Module):
+    """What all networks of this repository share: a `config` with the constructor's arguments, and how images come in."""
 
+    model_type: str  #: what stands in config.json
+    config: dict[str, Any]
     use_naive = False
-
-    def __init__(self, classes: int = 2, in_channels: int = 3, width: int = 16, bridge: str = "mlff", decoder: str = "mqm",
-                 depths: Sequence[int] = (1, 2, 3), heads: int = 8, mlp_width: int = 2048):
-        super().__init__()
-        if min(classes, in_channels, width) < 1:
-            raise ValueError(f"classes, in_channels and width are at least 1, not {classes}, {in_channels} and {width}")
-        if classes > 256 or sum(depths) > 100:
-            raise ValueError(f"at most 256 classes (a mask has one byte per pixel) and 100 blocks, not {classes} and {sum(depths)}")
-        self.config = dict(classes=classes, in_channels=in_channels, width=width, bridge=bridge, decoder=decoder,
-                           depths=list(depths), heads=heads, mlp_width=mlp_width)
-        self.encoder = Encoder(in_channels, width)
-        self.bridge = _choose("bridge", bridge, BRIDGES)(self.encoder.channels)
-        self.decoder = _choose("decoder", decoder, DECODERS)(self.encoder.channels, classes, depths, heads, mlp_width)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Check the images, pad them to multiples of 32, and lay them out channels last (not in the naive form)."""
         _check_images(images, self.config["in_channels"], self.training)
         padded = pad_to_multiple(images)
         return padded if self.use_naive else padded.contiguous(memory_format=torch.channels_last)
+
+# %% ../nbs/08_model.ipynb #db2b362e
+class Network(Segmenter):
+    """The computation: images [B, in_channels, H, W] in [-1, 1] -> logits [B, classes, H, W]."""
+
+    model_type = "qtseg"
+
+    def __init__(self, classes: int = 2, in_channels: int = 3, width: int = 16, bridge: str = "mlff", decoder: str = "mqm",
+                 depths: Sequence[int] = (1, 2, 3), heads: int = 8, mlp_width: int = 2048, position: str = "fourier",
+                 encoder: str = "fpn"):
+        super().__init__()
+        if min(classes, in_channels, width) < 1:
+            raise ValueError(f"classes, in_channels and width are at least 1, not {classes}, {in_channels} and {width}")
+        if classes > 256 or sum(depths) > 100:
+            raise ValueError(f"at most 256 classes (a mask has one byte per pixel) and 100 blocks, not {classes} and {sum(depths)}")
+        self.config = dict(classes=classes, in_channels=in_channels, width=width, bridge=bridge, decoder=decoder,
+                           depths=list(depths), heads=heads, mlp_width=mlp_width, position=position, encoder=encoder)
+        self.encoder = build_encoder(encoder, in_channels, width)
+        self.bridge = _choose("bridge", bridge, BRIDGES)(self.encoder.channels)
+        self.decoder = _choose("decoder", decoder, DECODERS)(
+            self.encoder.channels, classes, depths, heads, mlp_width, position)
 
     def encode(self, images: Tensor) -> Encoding:
         """[B, in_channels, H, W] -> the three levels before and after the bridge (of the padded image)."""
@@ -113,7 +126,7 @@ class Network(nn.Module):
 
 # %% ../nbs/08_model.ipynb #769c7fc9
 class Forms:
-    """The same function in other forms, and frozen parts. Mixed into `QTSeg`; each form is a copy, the original stays."""
+    """The same function in other forms, and frozen parts. Mixed into every network; each form is a copy, the original stays."""
 
     def naive(self):
         """A copy that computes the graph as the paper writes it: the yardstick of every speed claim."""
@@ -124,7 +137,10 @@ class Forms:
         return twin
 
     def fuse(self):
-        """A copy for inference on fixed weights: BatchNorm folded into the convolutions, no gradients for parameters."""
+        """A copy for inference on fixed weights: BatchNorm folded into the convolutions, no gradients for parameters.
+
+        In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`).
+        """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         for module in twin.modules():
             if hasattr(module, "fold"):
@@ -168,8 +184,8 @@ def write_then_rename(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/08_model.ipynb #9a86644e
-def _read_config(folder: Path) -> dict:
-    """The constructor arguments in a folder's config.json; FileNotFoundError or ValueError in one sentence otherwise."""
+def _read_config(folder: Path) -> tuple[str, dict]:
+    """Model type and constructor arguments in a folder's config.json; FileNotFoundError or ValueError otherwise."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
@@ -177,21 +193,38 @@ def _read_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # nested without end is JSON that nobody can read
         raise ValueError(f"{path} is not valid JSON ({error}): copy the checkpoint folder again") from None
-    if not isinstance(config, dict) or config.pop("model_type", None) != "qtseg":
-        raise ValueError(f"{path} does not describe a QTSeg model (model_type is not \"qtseg\")")
-    unknown = config.keys() - inspect.signature(Network).parameters.keys()
-    if unknown:
-        raise ValueError(f"{path} has entries that this version of QTSeg does not know: {_some(unknown)}")
-    return config
+    kind = config.pop("model_type", None) if isinstance(config, dict) else None
+    if kind not in ("qtseg", "baseline"):
+        raise ValueError(f"{path} does not describe a network of this repository (model_type is neither qtseg nor baseline)")
+    return kind, config
 
 # %% ../nbs/08_model.ipynb #0a16d0a7
-def _build(network: type[Network], folder: Path) -> Network:
+def _build(network: type[Segmenter], folder: Path) -> Segmenter:
     """The network that a folder's config.json describes, with random weights; ValueError where none can be built."""
-    config = _read_config(folder)
+    path, (kind, config) = folder / "config.json", _read_config(folder)
+    if kind != network.model_type:
+        raise ValueError(f"{path} describes a {kind}, not a {network.model_type}: qtseg.model.load_network reads both")
+    unknown = config.keys() - inspect.signature(network).parameters.keys()
+    if unknown:
+        raise ValueError(f"{path} has entries that this version of QTSeg does not know: {_some(unknown)}")
     try:
         return network(**config)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # a word for a number, 0 heads, …
-        raise ValueError(f"{folder / 'config.json'} describes no network that can be built ({error})") from None
+        raise ValueError(f"{path} describes no network that can be built ({error})") from None
+
+# %% ../nbs/08_model.ipynb #mdl-shapes
+class _RealLinspace(TorchFunctionMode):
+    """Leaves torch.linspace its memory: some encoders read their drop rates off a few evenly spaced numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **{**(kwargs or {}), **({"device": "cpu"} if function is torch.linspace else {})})
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Networks built inside have shapes and no memory (PyTorch's meta device), however large they are."""
+    with torch.device("meta"), _RealLinspace():
+        yield
 
 # %% ../nbs/08_model.ipynb #d1e5331e
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -203,9 +236,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): copy or download it again") from None
 
+# %% ../nbs/08_model.ipynb #mdl-copy
+def _copy_into(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy the tensors of `source` into those of a network, all of them or, with a ValueError, none."""
+    _check_state(given, {name: tensor.shape for name, tensor in wanted.items()}, source)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(given[name])
+
 # %% ../nbs/08_model.ipynb #b6bf5117
 class Checkpoints:
-    """Saving and loading in the Hugging Face layout: config.json beside model.safetensors. Mixed into `QTSeg`."""
+    """Saving and loading in the Hugging Face layout: config.json beside model.safetensors. Mixed into every network."""
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write both files, each whole or not at all; returns the folder. ValueError for a fused copy."""
@@ -214,7 +255,7 @@ class Checkpoints:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        config = json.dumps({"model_type": "qtseg", **self.config}, indent=2) + "\n"
+        config = json.dumps({"model_type": self.model_type, **self.config}, indent=2) + "\n"
         write_then_rename(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         write_then_rename(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
         return folder
@@ -223,7 +264,7 @@ class Checkpoints:
     def from_pretrained(cls, folder: str | Path):
         """The model of a folder that `save_pretrained` wrote, in evaluation mode. FileNotFoundError, ValueError."""
         folder = Path(folder)
-        with torch.device("meta"):  # shapes without memory: a config that asks for a gigantic network is refused before it gets one
+        with shapes_only():  # a config that asks for a gigantic network is refused before it gets one
             shapes = {name: tensor.shape for name, tensor in _build(cls, folder).state_dict().items()}
         state = _read_safetensors(folder / "model.safetensors")
         _check_state(state, shapes, folder / "model.safetensors")
@@ -231,31 +272,62 @@ class Checkpoints:
         model.load_state_dict(state)
         return model.eval()
 
-    def load_encoder(self, path: str | Path, strict: bool = True):
-        """Load an official encoder-only file (`fpn-nano.pth`) into `self.encoder`; returns the model.
+# %% ../nbs/08_model.ipynb #mdl-encoder-weights
+class EncoderWeights:
+    """Weights for the encoder alone. Mixed into every network; `encoder_prefix` begins its entries in the state dict."""
 
-        With `strict=False`, entries that are not the encoder's are passed over; missing and mis-shaped ones are always
-        refused with ValueError. The official file holds YOLOv8n's COCO weights, which are under AGPL-3.0.
+    def load_encoder(self, path: str | Path, strict: bool = True):
+        """Load weights that were trained elsewhere into `self.encoder`; returns the model. ValueError where they don't fit.
+
+        `path` is a folder that `save_pretrained` wrote, of a network of the same type and encoder; or "imagenet", for an
+        encoder of segmentation-models-pytorch (from the internet: ConnectionError without); or, for QTSeg's own encoder, an
+        official encoder-only file (`fpn-nano.pth`). That file holds YOLOv8n's COCO weights, which are under AGPL-3.0; with
+        `strict=False`, entries in it that are not the encoder's are passed over. Missing ones are always refused.
         """
-        state = _read_official(path)
-        prefix = "image_encoder."
-        state = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in state.items()}
-        wanted = {name: tensor for name, tensor in to_official(self).items() if name.startswith(prefix)}
-        given = state if strict else {name: tensor for name, tensor in state.items() if name in wanted}
-        _check_state(given, {name: tensor.shape for name, tensor in wanted.items()}, path)
-        with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(given[name])
+        if getattr(self, "fused", False):
+            raise ValueError("a fused copy takes no weights: load them into the model that it was fused from")
+        if str(path) == "imagenet":
+            self._load_imagenet()
+        else:
+            (self._load_encoder_of if Path(path).is_dir() else self._load_official_encoder)(Path(path), strict)
         return self
 
+    def _load_imagenet(self) -> None:
+        if self.config["encoder"] == "fpn":
+            raise ValueError("QTSeg's own encoder has no ImageNet weights: take another, such as encoder=\"resnet34\"")
+        body = self.encoder.body if isinstance(self.encoder, ProjectedEncoder) else self.encoder
+        load_imagenet(body, self.config["encoder"], self.config["in_channels"])
+
+    def _load_encoder_of(self, folder: Path, strict: bool) -> None:
+        kind, config = _read_config(folder)
+        theirs = config.get("encoder", "fpn")  # absent in checkpoints that are older than the choice
+        if (kind, theirs) != (self.model_type, self.config["encoder"]):
+            raise ValueError(f"{folder} holds a {kind} with the encoder {theirs}, and this is a {self.model_type} "
+                             f"with the encoder {self.config['encoder']}")
+        state, own = _read_safetensors(folder / "model.safetensors"), self.state_dict()
+        wanted, given = ({name: tensor for name, tensor in tensors.items() if name.startswith(self.encoder_prefix)}
+                         for tensors in (own, state))
+        _copy_into(wanted, given, folder / "model.safetensors")
+
+    def _load_official_encoder(self, path: Path, strict: bool) -> None:
+        state, prefix = _read_official(path), "image_encoder."
+        if self.config["encoder"] != "fpn":
+            raise ValueError(f"{path} holds an encoder of the official code, and this network has {self.config['encoder']}")
+        state = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in state.items()}
+        wanted = {official_names(name, 1)[0]: tensor for name, tensor in self.state_dict().items() if name.startswith("encoder.")}
+        _copy_into(wanted, state if strict else {name: state[name] for name in state.keys() & wanted.keys()}, path)
+
 # %% ../nbs/08_model.ipynb #5d986bfd
-class QTSeg(Network, Forms, Checkpoints):
+class QTSeg(Network, Forms, Checkpoints, EncoderWeights):
     """Query-token segmentation network: images [B, in_channels, H, W] in [-1, 1] -> logits [B, classes, H, W].
 
     Any H, W >= 32 (padded inside to multiples of 32, logits cropped back); any number of classes >= 1, background
-    included, 1 meaning a single sigmoid mask. `bridge` is "mlff" or "identity", `decoder` is "mqm"; `depths` counts the
-    decoder's blocks at strides 8, 16, 32. Source: arXiv 2412.17241, version 1; release v0.1.0 of the official code.
+    included, 1 meaning a single sigmoid mask. `bridge`, `decoder` and `position` are names in BRIDGES, DECODERS and
+    POSITIONS, `encoder` is "fpn" or a name of segmentation-models-pytorch; `depths` counts the decoder's blocks at
+    strides 8, 16, 32. Defaults: the paper's network. Source: arXiv 2412.17241, version 1; release v0.1.0 of the official code.
     """
+
+    encoder_prefix = "encoder."
 
 # %% ../nbs/08_model.ipynb #56ca0fca
 _ENCODER_NAMES = {
@@ -308,7 +380,14 @@ def official_names(name: str, tokens: int) -> list[str]:
 
 # %% ../nbs/08_model.ipynb #e8210449
 def to_official(model: QTSeg) -> dict[str, Tensor]:
-    """The model's state dict under the official names; the tensors are views: what is written to them is in the model."""
+    """The model's state dict under the official names; the tensors are views: what is written to them is in the model.
+
+    ValueError for a network with parts that the official code does not have.
+    """
+    given = {part: model.config[part] for part in ("bridge", "decoder", "position", "encoder")}
+    published = {"bridge": ("mlff", "identity"), "decoder": ("mqm",), "position": ("fourier",), "encoder": ("fpn",)}
+    if any(given[part] not in names for part, names in published.items()):
+        raise ValueError(f"the official code has no names for a network with {', '.join(f'{p} {n}' for p, n in given.items())}")
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         names = official_names(name, model.config["classes"])
@@ -361,9 +440,57 @@ def load_official(path: str | Path) -> QTSeg:
     """
     state = _read_official(path)
     model = QTSeg(**_official_config(state, path))
-    wanted = to_official(model)
-    _check_state(state, {name: tensor.shape for name, tensor in wanted.items()}, path)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(state[name])
+    _copy_into(to_official(model), state, path)
     return model.eval()
+
+# %% ../nbs/08_model.ipynb #mdl-baselines
+BASELINES = {  # name -> class of segmentation-models-pytorch
+    "unet": "Unet", "unetplusplus": "UnetPlusPlus", "deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer",
+}
+
+
+NETWORKS = ("qtseg", *BASELINES)
+
+# %% ../nbs/08_model.ipynb #mdl-baseline
+class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
+    """A network of segmentation-models-pytorch, kept to QTSeg's contract: images in [-1, 1] -> logits [B, classes, H, W].
+
+    `model` is a name in BASELINES, `encoder` one of the package's encoders; both with random weights. Any H, W >= 32.
+    `naive()` is a plain copy: there is no other form of these graphs here. ModuleNotFoundError without the package;
+    ValueError for unknown names and for encoders that the model cannot use. In training, DeepLabV3+ refuses a batch of one.
+    """
+
+    model_type, encoder_prefix = "baseline", "net.encoder."
+
+    def __init__(self, model: str = "unet", encoder: str = "resnet34", classes: int = 2, in_channels: int = 3):
+        super().__init__()
+        network = getattr(segmentation_models(), _choose("baseline", model, BASELINES))
+        check_encoder(encoder, in_channels)
+        if not 1 <= classes <= 256:
+            raise ValueError(f"1 to 256 classes (a mask has one byte per pixel), not {classes}")
+        self.config = dict(model=model, encoder=encoder, classes=classes, in_channels=in_channels)
+        try:
+            self.net = network(encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=classes)
+        except Exception as error:  # each encoder has its own way to say that it cannot be dilated, tapped, …
+            raise ValueError(f"{model} cannot be built on the encoder {encoder} ({error})") from None
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The package's encoder."""
+        return self.net.encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) == 1 and self.config["model"] == "deeplabv3plus":
+            raise ValueError("deeplabv3plus averages whole images, which leaves BatchNorm one value per channel and image: "
+                             "train on two images or more")
+        return self.net(self.prepare(images))[..., : images.shape[-2], : images.shape[-1]]  # [B, classes, H, W]
+
+    def fold(self) -> None:
+        """Fold the package's batch normalisations in place, for inference."""
+        fold_batchnorms(self.net, self.config["in_channels"])
+
+# %% ../nbs/08_model.ipynb #mdl-load
+def load_network(folder: str | Path) -> QTSeg | Baseline:
+    """Whatever network `save_pretrained` left in a folder, in evaluation mode. FileNotFoundError, ValueError."""
+    kind, _ = _read_config(Path(folder))
+    return {"qtseg": QTSeg, "baseline": Baseline}[kind].from_pretrained(folder)

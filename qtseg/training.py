@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -35,20 +36,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__
+from .attention import POSITIONS
 from .augmentation import OPERATIONS, Augmentation
 from .bridge import BRIDGES
 from .data import COLOURS as COLOUR_SPACES
-from .data import MASKS, PREPROCESSING_FILE, RESIZES, Batch, SegmentationData, Split, normalise, to_rgb
+from .data import MASKS, PREPROCESSING_FILE, RESIZES, Batch, SegmentationData, Split, normalise, outline, to_rgb
 from .decoder import DECODERS
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
-from .model import QTSeg, write_then_rename
+from .model import NETWORKS, Baseline, QTSeg, load_network, write_then_rename
 
 # %% auto #0
-__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'RESUMABLE', 'COLOURS', 'ConfigProblems', 'TrainConfig',
-           'choose_device', 'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures', 'Tracker',
-           'stop_signals', 'Progress', 'draw_seed', 'Trainer', 'Result', 'open_data', 'fit', 'draw_curves',
-           'LiveCurves']
+__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'RESUMABLE', 'COLOURS', 'T', 'ConfigProblems',
+           'TrainConfig', 'choose_device', 'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures',
+           'Tracker', 'stop_signals', 'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'Result',
+           'open_data', 'fit', 'draw_curves', 'LiveCurves']
 
 # %% ../nbs/11_training.ipynb #c010
 OPTIMISERS: dict[str, Callable] = {
@@ -75,8 +77,8 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
 # %% ../nbs/11_training.ipynb #c024
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
 CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
-           "bridge": BRIDGES, "decoder": DECODERS, "optimiser": OPTIMISERS, "scheduler": SCHEDULERS,
-           "amp": ("none", "bf16", "fp16"), "select": BEST}
+           "model": NETWORKS, "bridge": BRIDGES, "decoder": DECODERS, "position": POSITIONS,
+           "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "amp": ("none", "bf16", "fp16"), "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
             "validate_every": 1, "valid_batch": 1, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
             "weight_decay": 0.0, "min_lr": 0.0, "momentum": 0.0, "seed": 0}
@@ -131,8 +133,18 @@ class ConfigProblems:
             found.append(f"name is the name of one folder, not {self.name!r}")
         return found
 
+    def _at_odds(self) -> list[str]:
+        found = []
+        if self.encoder == "fpn" and self.model != "qtseg":
+            found.append(f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, such as "
+                         "encoder: resnet34")
+        if self.encoder == "fpn" and self.encoder_weights == "imagenet":
+            found.append("encoder_weights imagenet are for an encoder of segmentation-models-pytorch: fpn takes a file or a "
+                         "checkpoint folder")
+        return found
+
     def __post_init__(self):
-        problems = self._ill_typed() or self._out_of_range()
+        problems = self._ill_typed() or self._out_of_range() + self._at_odds()
         if problems:
             raise ValueError("the training configuration cannot be used: " + "; ".join(problems))
 
@@ -158,15 +170,21 @@ class _DataFields:
 class _NetworkFields(_DataFields):
     """What it adds about the network."""
 
-    # network; encoder_weights: an official encoder file (fpn-nano.pth), frozen for the first freeze_epochs
+    # network; encoder: fpn, or a name that segmentation-models-pytorch knows. encoder_weights: an official encoder file
+    # (fpn-nano.pth), a checkpoint folder, or imagenet; frozen for the first freeze_epochs. freeze_norm: BatchNorm normalises
+    # with its running statistics, and leaves them as they are
+    model: str = "qtseg"
+    encoder: str = "fpn"
     bridge: str = "mlff"
     decoder: str = "mqm"
     width: int = 16
     depths: list[int] = field(default_factory=lambda: [1, 2, 3])
     heads: int = 8
     mlp_width: int = 2048
+    position: str = "fourier"
     encoder_weights: str | None = None
     freeze_epochs: int = 50
+    freeze_norm: bool = False
 
 # %% ../nbs/11_training.ipynb #c037
 @dataclass
@@ -243,9 +261,8 @@ RESUMABLE = {"runs", "name", "resume", "track", "progress", "device", "cache"}  
 
 def _same_recipe(config: TrainConfig, stored: dict) -> None:
     """Raise ValueError when a run would go on with another recipe than it began with."""
-    now = config.to_dict()
-    changed = [f"{key}: {stored.get(key)!r} -> {now[key]!r}" for key in now
-               if key not in RESUMABLE and stored.get(key) != now[key]]
+    now, before = config.to_dict(), TrainConfig().to_dict() | stored  # a run older than a field was computed with its default
+    changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if key not in RESUMABLE and before[key] != now[key]]
     if changed:
         raise ValueError(f"{config.folder} was begun with another configuration ({'; '.join(changed)}): "
                          "resume with the same values, or choose another name")
@@ -329,13 +346,6 @@ def evaluate(model: nn.Module, split: Split, classes: int, *, batch: int = 16, d
 # %% ../nbs/11_training.ipynb #c072
 COLOURS = {"target": (230, 159, 0), "prediction": (86, 180, 233)}  # orange and sky blue: distinct for colour-blind eyes
 
-
-def _outline(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> None:
-    """Draw the border of every class of a mask [H, W] into a picture [H, W, 3], in place."""
-    for label in range(1, int(mask.max()) + 1):
-        contours, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, contours, -1, colour, 1)
-
 # %% ../nbs/11_training.ipynb #c073
 def mask_pictures(batch: Batch, predictions: Tensor, colour: str = "rgb") -> np.ndarray:
     """Images side by side, target outlined in orange, prediction in blue: uint8 [size, B·size, 3].
@@ -345,8 +355,8 @@ def mask_pictures(batch: Batch, predictions: Tensor, colour: str = "rgb") -> np.
     pictures = []
     for image, target, mask in zip(batch.images.cpu(), batch.masks.cpu(), predictions.cpu()):
         picture = np.ascontiguousarray(to_rgb(image.permute(1, 2, 0).contiguous().numpy(), colour))  # [H, W, 3]
-        _outline(picture, target.numpy(), COLOURS["target"])
-        _outline(picture, mask.numpy(), COLOURS["prediction"])
+        outline(picture, target.numpy(), COLOURS["target"])
+        outline(picture, mask.numpy(), COLOURS["prediction"])
         pictures.append(picture)
     return np.concatenate(pictures, axis=1)
 
@@ -461,18 +471,66 @@ def draw_seed(seed: int, epoch: int, step: int) -> int:
     """
     return int(np.random.SeedSequence([seed, epoch, step + 1]).generate_state(1, np.uint64)[0] >> 1)
 
+# %% ../nbs/11_training.ipynb #c093b
+T = TypeVar("T")
+
+
+class Team:
+    """The processes that train one network together: here a single one, number 0 of 1, which does everything itself."""
+
+    rank, size = 0, 1
+
+    @property
+    def leads(self) -> bool:
+        """Is this the process that validates, writes and talks?"""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The network as a training step calls it: its gradients are those of the whole team's batch."""
+        return model
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of something that the whole team has drawn: [B, ...] -> [B / size, ...]."""
+        return batch
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Values on the CPU, averaged over the processes."""
+        return values
+
+    def lead(self, function: Callable[[], T]) -> T:
+        """Let the leader run a function; its result, or its failure, is everybody's."""
+        return function()
+
+# %% ../nbs/11_training.ipynb #c094a
+def build_network(config: TrainConfig) -> QTSeg | Baseline:
+    """The network that a configuration describes, with random weights. ValueError for names that do not exist or fit."""
+    c = config
+    if c.model != "qtseg":
+        return Baseline(c.model, c.encoder, c.classes)
+    return QTSeg(c.classes, 3, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position, c.encoder)
+
+
+def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
+    """The network with seeded weights, whatever was drawn before; weights channels last, as its forward pass wants them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_network(config)
+    if config.encoder_weights is not None:
+        model.load_encoder(config.encoder_weights, strict=False)
+    return model.to(memory_format=torch.channels_last)
+
 # %% ../nbs/11_training.ipynb #c095
 class _TrainerParts:
     """What a run is made of: network, optimiser, schedule, augmentation, loss, and where it stands."""
 
-    def __init__(self, config: TrainConfig, data: SegmentationData):
-        self.config, self.data, self.device = config, data, choose_device(config.device)
+    def __init__(self, config: TrainConfig, data: SegmentationData, team: Team = Team()):
+        self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
         images = len(_ready(data.train, "training"))
         self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
         if not self.steps:
             raise ValueError(f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
-        self.model = self._network().to(self.device)
-        self.network = torch.compile(self.model) if config.compile else self.model
+        self.model = _seeded_network(config).to(self.device)
+        self.network, self.frozen = None, None  # what `step` calls: made by begin_epoch, anew when the encoder is set free
         self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), config)
         self.scheduler = SCHEDULERS[config.scheduler](self.optimiser, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -481,15 +539,12 @@ class _TrainerParts:
         self.loss = weighted_loss(config.losses)
         self.progress = Progress()
 
-    def _network(self) -> QTSeg:
-        """The network with seeded weights, whatever was drawn before; weights channels last, as its forward pass wants them."""
-        c = self.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(c.seed)
-            model = QTSeg(c.classes, 3, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width)
-        if c.encoder_weights is not None:
-            model.load_encoder(c.encoder_weights, strict=False)
-        return model.to(memory_format=torch.channels_last)
+# %% ../nbs/11_training.ipynb #c095a
+def _freeze_norm(model: nn.Module) -> None:
+    """Let BatchNorm, in a network that trains, normalise with its running statistics and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of one, two or three dimensions, synchronised or not
+            module.eval()
 
 # %% ../nbs/11_training.ipynb #c097
 class Trainer(_TrainerParts):
@@ -500,14 +555,23 @@ class Trainer(_TrainerParts):
         c, p = self.config, self.progress
         frozen = c.encoder_weights is not None and p.epoch < c.freeze_epochs
         self.model.freeze_encoder() if frozen else self.model.unfreeze_encoder()
+        if frozen is not self.frozen:
+            network, self.frozen = self.team.wrap(self.model), frozen
+            self.network = torch.compile(network) if c.compile else network
         self.model.train()
+        if c.freeze_norm:
+            _freeze_norm(self.model)
         return iter(self.data.train.batches(c.batch, shuffle=draw_seed(c.seed, p.epoch, -1), drop_last=c.drop_last,
                                             start=p.step, device=self.device))
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Augment, forward, backward, update -> the loss (scalar) and the counts [B, foreground classes, 4], not synchronised."""
+        """Augment, forward, backward, update -> the loss (scalar) and the counts [B, foreground classes, 4], not synchronised.
+
+        The batch is the whole team's, and so is its augmentation; loss and counts are of this process's share.
+        """
         seed = draw_seed(self.config.seed, self.progress.epoch, self.progress.step)
-        images, target = self.augment(batch.images, batch.masks, seed)
+        images, target = map(self.team.share, self.augment(batch.images, batch.masks, seed))
+        torch.manual_seed(seed + self.team.rank)  # for dropout: QTSeg has none, some baselines do
         with _autocast(self.device, self.config.amp):
             logits = self.network(images)
         logits = logits.float()  # losses sum over many pixels: float32 whatever the network computed in
@@ -538,10 +602,13 @@ def _save_state(trainer: Trainer) -> None:
 
 
 def _load_state(trainer: Trainer) -> None:
-    """Go on from resume.pt, if there is one. ValueError for a damaged file."""
+    """Go on from resume.pt, if there is one. ValueError for a damaged file, or one that part of a team does not see."""
     path = trainer.config.folder / "resume.pt"
-    if not path.is_file():
+    share_that_sees_it = trainer.team.mean(torch.tensor(float(path.is_file())))
+    if share_that_sees_it == 0:
         return
+    if share_that_sees_it < 1:
+        raise ValueError(f"not every process of the team sees {path}: put runs in a folder that all machines share")
     try:
         state = torch.load(path, map_location=trainer.device, weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -565,18 +632,20 @@ def _keep_best(trainer: Trainer, scores: dict[str, float]) -> None:
     for name, better in BEST.items():
         if name not in p.best or better(scores[name], p.best[name]["value"]) != p.best[name]["value"]:
             p.best[name] = {"epoch": p.epoch + 1, "value": scores[name]}
-            _save_checkpoint(trainer, f"best_{name}")
+            trainer.team.lead(partial(_save_checkpoint, trainer, f"best_{name}"))
 
 # %% ../nbs/11_training.ipynb #c112
 def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[str]:
-    """Read a step's loss and Dice off the device into the epoch's sums, a step late, so that a GPU never waits for it.
+    """Read a step's loss and Dice, the team's means, into the epoch's sums: a step late, so that a GPU never waits for it.
 
     Returns the batch's ids. FloatingPointError, with them, when the loss is not finite.
     """
     if pending is None:
         return []
     loss, counts, ids = pending
-    p, value = trainer.progress, loss.item()
+    dice = scores_in_percent(counts)[..., MEASURES.index("dice")].mean()
+    value, dice = trainer.team.mean(torch.stack([loss.cpu().double(), dice])).tolist()
+    p = trainer.progress
     if not math.isfinite(value):
         cause = f", or by the step before it on {', '.join(before)}" if before else ""
         raise FloatingPointError(
@@ -584,14 +653,19 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
             f"these images, or start again, under another name, with a lower lr (now {trainer.config.lr}). Earlier epochs are "
             f"safe in {trainer.config.folder}.")
     p.sums["loss"] = p.sums.get("loss", 0.0) + value
-    p.sums["dice"] = p.sums.get("dice", 0.0) + scores_in_percent(counts)[..., MEASURES.index("dice")].mean().item()
+    p.sums["dice"] = p.sums.get("dice", 0.0) + dice
     return ids
 
 # %% ../nbs/11_training.ipynb #c115
+def _anybody(team: Team, asked: threading.Event) -> bool:
+    """Was any process of the team asked to stop? All get the same answer, so all stop after the same step."""
+    return bool(team.mean(torch.tensor(float(asked.is_set()))) > 0)
+
+
 def _train_epoch(trainer: Trainer, asked: threading.Event, bar: tqdm) -> bool:
     """Run the epoch from where it stands; False when it was asked to stop before the end."""
     p, batches, pending, ids = trainer.progress, trainer.begin_epoch(), None, []
-    while p.step < trainer.steps and not asked.is_set():
+    while p.step < trainer.steps and not _anybody(trainer.team, asked):
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
@@ -625,8 +699,8 @@ def _finish_epoch(trainer: Trainer) -> dict:
            "waited_percent": 100 * sums["waited"] / sums["seconds"]}
     if (p.epoch + 1) % c.validate_every == 0 or p.epoch + 1 == c.epochs:
         begin = time.perf_counter()
-        scores = evaluate(trainer.model, trainer.data.valid, c.classes, batch=c.valid_batch, device=trainer.device, amp=c.amp,
-                          losses=c.losses)
+        scores = trainer.team.lead(partial(evaluate, trainer.model, trainer.data.valid, c.classes, batch=c.valid_batch,
+                                           device=trainer.device, amp=c.amp, losses=c.losses))
         row |= {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
         _keep_best(trainer, scores)
     trainer.next_rate(row.get("valid_loss", row["train_loss"]))
@@ -667,7 +741,7 @@ class Result:
 def _final_metrics(trainer: Trainer) -> dict:
     """Scores of the selected checkpoint in float32 on validation and test split, and everything needed to reproduce them."""
     c, p, data = trainer.config, trainer.progress, trainer.data
-    model = QTSeg.from_pretrained(c.folder / f"best_{c.select}").to(trainer.device)
+    model = load_network(c.folder / f"best_{c.select}").to(trainer.device)
     score = partial(evaluate, model, classes=c.classes, batch=c.valid_batch, device=trainer.device, losses=c.losses)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
@@ -676,7 +750,8 @@ def _final_metrics(trainer: Trainer) -> dict:
     waited = sum(row["seconds"] * row["waited_percent"] for row in p.history) / seconds
     return {"test": test, "test_is": "the test split" if data.test else "the validation split: this data has no test split",
             "valid": valid, "selected_by": c.select, "best": p.best,
-            "train": {"seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch},
+            "train": {"seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
+                      "processes": trainer.team.size},
             "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
             "notes": list(data.notes), "hardware": hardware(trainer.device), "versions": versions(), "config": c.to_dict()}
 
@@ -687,6 +762,30 @@ def open_data(config: TrainConfig) -> SegmentationData:
     return SegmentationData.open(c.data, classes=c.classes, size=c.size, fold=c.fold, folds=c.folds, resize=c.resize,
                                  colour=c.colour, masks=c.masks, valid_share=c.valid_share, seed=c.seed, cache=c.cache,
                                  progress=c.progress)
+
+# %% ../nbs/11_training.ipynb #c129b
+def _refuse_unequal_shares(config: TrainConfig, team: Team) -> None:
+    """Raise ValueError unless every process of the team gets equally many images in every step."""
+    if config.batch % team.size:
+        raise ValueError(f"a batch of {config.batch} cannot be shared equally by {team.size} processes: "
+                         f"choose a multiple of {team.size}")
+    if team.size > 1 and not config.drop_last:
+        raise ValueError("drop_last=False leaves a last batch that a team may not be able to share equally: set drop_last=True")
+
+
+def _open_in_turn(config: TrainConfig, team: Team) -> SegmentationData:
+    """The data, opened by the leader first, who may build the cache that the others then only read."""
+    opened: list[SegmentationData] = []
+    team.lead(lambda: opened.append(open_data(config)))
+    return opened[0] if opened else open_data(dataclasses.replace(config, progress=False))
+
+
+def _write_metrics(trainer: Trainer) -> dict:
+    """Score the selected checkpoint and write metrics.json -> its content."""
+    metrics = _final_metrics(trainer)
+    with _clear_disk_errors(trainer.config.folder):
+        _write_text(trainer.config.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 # %% ../nbs/11_training.ipynb #c131
 def _refuse_other_runs(config: TrainConfig) -> None:
@@ -709,25 +808,31 @@ def _write_config(config: TrainConfig) -> None:
         _write_text(config.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c136
+def _save(trainer: Trainer, finished: bool) -> None:
+    """Write where the run stands. The state comes last: whoever dies before it repeats the epoch and writes the same again."""
+    if finished:
+        _save_checkpoint(trainer, "last")
+        _write_history(trainer.config.folder / "history.csv", trainer.progress.history)
+    _save_state(trainer)
+
+
 def _run(trainer: Trainer, tracker: Tracker, asked: threading.Event, on_epoch: Callable | None) -> None:
     """Epochs until the last one; KeyboardInterrupt after saving when it was asked to stop."""
     p, c, begin = trainer.progress, trainer.config, time.perf_counter()
     done = p.seconds
-    bar = tqdm(total=c.epochs * trainer.steps, initial=p.epoch * trainer.steps + p.step, disable=not c.progress, unit="step",
+    bar = tqdm(total=c.epochs * trainer.steps, initial=p.epoch * trainer.steps + p.step, unit="step",
+               disable=not (c.progress and trainer.team.leads),
                file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 5.0, dynamic_ncols=sys.stdout.isatty())
     with bar:
         while p.epoch < c.epochs:
             finished = _train_epoch(trainer, asked, bar)
             row = _finish_epoch(trainer) if finished else None
-            if finished:  # the state comes last: whoever dies before it repeats the epoch and writes the same files again
-                _save_checkpoint(trainer, "last")
-                _write_history(c.folder / "history.csv", p.history)
             p.seconds = done + time.perf_counter() - begin
-            _save_state(trainer)
+            trainer.team.lead(partial(_save, trainer, finished))
             if not finished:
                 raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
                                         "run again with resume=True to go on from there")
-            _tell(trainer, tracker, row, on_epoch, bar)
+            trainer.team.lead(partial(_tell, trainer, tracker, row, on_epoch, bar))
 
 # %% ../nbs/11_training.ipynb #c137
 def _tell(trainer: Trainer, tracker: Tracker, row: dict, on_epoch: Callable | None, bar: tqdm) -> None:
@@ -741,29 +846,29 @@ def _tell(trainer: Trainer, tracker: Tracker, row: dict, on_epoch: Callable | No
 
 # %% ../nbs/11_training.ipynb #c139
 def fit(config: TrainConfig, data: SegmentationData | None = None,
-        on_epoch: Callable[[list[dict], np.ndarray | None], None] | None = None) -> Result:
+        on_epoch: Callable[[list[dict], np.ndarray | None], None] | None = None, team: Team = Team()) -> Result:
     """Train, keep the best, evaluate the selected checkpoint; everything goes into config.folder.
 
     `data`: opened already (else `open_data(config)`). `on_epoch(history, picture of validation masks)` follows every epoch.
+    `team`: the processes that train together, each of which calls `fit`; the leader alone writes, prints and calls `on_epoch`.
     Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it stopped, to the
     same result. ValueError (configuration, data), FileExistsError (a run is there), FloatingPointError (loss not finite, with
     the images' ids), OSError (disk). Source: training recipe of the official repository, release v0.1.0.
     """
     choose_device(config.device)  # refusals that cost nothing come first, and config.json after all of them
-    _refuse_other_runs(config)
-    trainer = Trainer(config, data if data is not None else open_data(config))
+    _refuse_unequal_shares(config, team)
+    team.lead(partial(_refuse_other_runs, config))
+    trainer = Trainer(config, data if data is not None else _open_in_turn(config, team), team)
     _load_state(trainer)
-    _write_config(config)
+    team.lead(partial(_write_config, config))
     if trainer.device.type == "cpu":
         keep_freed_memory()
-    tracker = Tracker(config, trainer.progress.run_id)
+    tracker = Tracker(dataclasses.replace(config, track=config.track and team.leads), trainer.progress.run_id)
     trainer.progress.run_id, metrics = tracker.run_id, None
     try:
-        with stop_signals() as asked:
+        with stop_signals() as asked, torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
             _run(trainer, tracker, asked, on_epoch)
-        metrics = _final_metrics(trainer)
-        with _clear_disk_errors(config.folder):
-            _write_text(config.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        metrics = team.lead(partial(_write_metrics, trainer))
     finally:
         tracker.finish(metrics and metrics["test"])
     return Result(metrics, config.folder / f"best_{config.select}", trainer.progress.history, config.folder)

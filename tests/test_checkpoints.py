@@ -10,8 +10,9 @@ import torch
 from conftest import one_sentence
 from safetensors.torch import load_file, save_file
 
+import qtseg.encoder
 import qtseg.model
-from qtseg.model import QTSeg, load_official, to_official
+from qtseg.model import Baseline, QTSeg, load_network, load_official, to_official
 
 SMALL = dict(classes=3, in_channels=1, width=8, depths=(1, 1, 2), mlp_width=32)
 
@@ -175,7 +176,9 @@ def test_unknown_config_entries(folder, entry):
 @pytest.mark.parametrize("changes", [
     {"classes": "two"}, {"classes": 0}, {"classes": None}, {"in_channels": -1}, {"width": 1.5}, {"width": []}, {"heads": 0}, {"heads": 7},
     {"depths": 3}, {"depths": [1]}, {"depths": ["a", "b", "c"]}, {"mlp_width": -5}, {"bridge": "rope"}, {"bridge": 3}, {"bridge": []},
-    {"decoder": "dma2"},
+    {"decoder": "dma2"}, {"position": "rope"}, {"position": []}, {"encoder": "resnet34x"}, {"encoder": ["fpn"]}, {"encoder": 5},
+    {"encoder": "hf-hub:somebody/something"}, {"encoder": "tu-hf-hub:somebody/something"}, {"encoder": "tu-vit_tiny_patch16_224"},
+    {"encoder": "resnet18", "in_channels": 10**9}, {"encoder": "tu-resnet18.nobody"},
 ], ids=str)
 def test_impossible_config(folder, changes):
     change_config(folder, **changes)
@@ -187,6 +190,63 @@ def test_impossible_config(folder, changes):
 def change_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes", [{"width": 10**6}, {"mlp_width": 10**9}, {"encoder": "resnext101_32x48d"}, {"encoder": "mit_b5", "width": 10**5}], ids=str)
+def test_a_gigantic_config_gets_no_memory(folder, changes):
+    """Refused by its shapes: the networks are built on the meta device first, encoders of other packages as well."""
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match="does not fit this network"):
+        load_network(folder)
+
+
+def test_a_config_older_than_the_choice_of_encoder(model, folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in ("position", "encoder")}))
+    assert same_weights(model, QTSeg.from_pretrained(folder)) and QTSeg.from_pretrained(folder).config == model.config
+
+
+# --- other networks --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baseline_folder(tmp_path_factory) -> Path:
+    return Baseline("unet", "resnet18").save_pretrained(tmp_path_factory.mktemp("baseline"))
+
+
+def test_each_class_refuses_the_other_ones_folder(folder, baseline_folder):
+    for network, wrong, words in ((QTSeg, baseline_folder, "a baseline, not a qtseg"), (Baseline, folder, "a qtseg, not a baseline")):
+        with pytest.raises(ValueError) as caught:
+            network.from_pretrained(wrong)
+        one_sentence(caught, "config.json", words, "load_network")
+    assert json.loads((baseline_folder / "config.json").read_text()) == {
+        "model_type": "baseline", "model": "unet", "encoder": "resnet18", "classes": 2, "in_channels": 3}
+
+
+@pytest.mark.parametrize("changes", [
+    {"model": "transunet"}, {"model": []}, {"encoder": "fpn"}, {"encoder": "hf-hub:somebody/something"}, {"encoder": None}, {"classes": 0},
+    {"classes": "two"}, {"in_channels": 10**9}, {"in_channels": 1.5}, {"model": "unetplusplus", "encoder": "mit_b0"}, {"width": 8},
+], ids=str)
+def test_impossible_baseline(baseline_folder, tmp_path, changes):
+    config = json.loads((baseline_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError) as caught:
+        load_network(tmp_path)
+    one_sentence(caught, "config.json")
+
+
+def test_without_the_package(monkeypatch):
+    """One sentence with the command, for encoders and for baselines; QTSeg itself does without."""
+    monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch", None)
+    for build in (Baseline, lambda: QTSeg(**{**SMALL, "encoder": "resnet18"})):
+        with pytest.raises(ModuleNotFoundError) as caught:
+            build()
+        one_sentence(caught, "pip install segmentation-models-pytorch")
+    assert QTSeg(**SMALL)
+
+
+# --- weights that do not fit -----------------------------------------------------------------------------------------
 
 
 def test_weights_of_another_shape(folder):
@@ -406,3 +466,73 @@ def test_a_frozen_encoder_can_be_loaded_and_saved(model, tmp_path):
     other = QTSeg(**SMALL).freeze_encoder().load_encoder(tmp_path / "fpn-nano.pth")
     assert not any(p.requires_grad for p in other.encoder.parameters())
     assert same_weights(other, QTSeg.from_pretrained(other.save_pretrained(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize("changes", [{"classes": 2, "decoder": "conv", "bridge": "single"}, {"position": "none", "decoder": "mqm_single"}])
+def test_the_encoder_of_a_folder(model, folder, changes):
+    other = QTSeg(**{**SMALL, **changes})
+    rest = {name: tensor.clone() for name, tensor in other.state_dict().items() if not name.startswith("encoder.")}
+    assert other.load_encoder(str(folder)) is other
+    assert same_weights(model.encoder, other.encoder)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in rest.items())
+
+
+def test_the_encoder_of_a_folder_that_does_not_fit(folder, baseline_folder, tmp_path):
+    narrow, other = QTSeg(**{**SMALL, "width": 16}), QTSeg(**{**SMALL, "encoder": "resnet18"})
+    for network, source, words in ((narrow, folder, "mis-shaped"), (other, folder, "encoder fpn"), (other, baseline_folder, "a baseline"),
+                                   (small_model().fuse(), folder, "fused copy")):
+        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        with pytest.raises(ValueError) as caught:
+            network.load_encoder(source)
+        one_sentence(caught, words)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        other.load_encoder(tmp_path)
+
+
+def test_official_names_are_for_the_official_network(model, tmp_path):
+    torch.save({name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}, tmp_path / "fpn-nano.pth")
+    for changes in ({"decoder": "conv"}, {"decoder": "mqm_single"}, {"position": "learned"}, {"position": "none"}, {"bridge": "single"}, {"bridge": "projection"}):
+        other = QTSeg(**{**SMALL, **changes})
+        with pytest.raises(ValueError, match="no names for a network with"):
+            to_official(other)
+        assert same_weights(other.load_encoder(tmp_path / "fpn-nano.pth").encoder, model.encoder)  # the encoder is the official one
+    with pytest.raises(ValueError, match="this network has resnet18"):
+        QTSeg(**{**SMALL, "encoder": "resnet18"}).load_encoder(tmp_path / "fpn-nano.pth")
+
+
+@pytest.mark.parametrize("build, body", [(lambda: QTSeg(**{**SMALL, "encoder": "resnet18"}), lambda network: network.encoder.body),
+                                         (lambda: Baseline("deeplabv3plus", "resnet18", in_channels=1), lambda network: network.encoder)],
+                         ids=["qtseg", "baseline"])
+def test_imagenet_weights(monkeypatch, build, body):
+    """What the package would download arrives in the encoder; offline, or for an encoder that has none, one sentence."""
+    smp = qtseg.encoder.segmentation_models()
+    network, get_encoder = build(), smp.encoders.get_encoder
+
+    def fetched(name, in_channels, depth, weights):
+        assert (name, in_channels, depth, weights) == ("resnet18", 1, 5, "imagenet")
+        encoder = get_encoder(name, in_channels=in_channels, depth=depth, weights=None)
+        for tensor in encoder.state_dict().values():
+            tensor.fill_(7)
+        return encoder
+
+    def offline(*arguments, **options):
+        raise OSError("cannot reach the hub\nTraceback, a page of it")
+
+    monkeypatch.setattr(smp.encoders, "get_encoder", fetched)
+    assert network.load_encoder("imagenet") is network
+    assert all((tensor == 7).all() for tensor in body(network).state_dict().values())
+    monkeypatch.setattr(smp.encoders, "get_encoder", offline)
+    with pytest.raises(ConnectionError) as caught:
+        network.load_encoder("imagenet")
+    one_sentence(caught, "resnet18", "cannot reach the hub", "internet")
+    monkeypatch.undo()
+    network.config["encoder"] = "dpn68b"
+    with pytest.raises(ValueError, match="has no weights called imagenet"):
+        network.load_encoder("imagenet")
+
+
+def test_own_encoder_has_no_imagenet_weights(model):
+    with pytest.raises(ValueError) as caught:
+        small_model().load_encoder("imagenet")
+    one_sentence(caught, "resnet34")

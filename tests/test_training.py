@@ -20,8 +20,8 @@ from conftest import ROOT, shared_folder
 
 from qtseg import training
 from qtseg.data import SegmentationData
-from qtseg.model import QTSeg
-from qtseg.training import BEST, OPTIMISERS, SCHEDULERS, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
+from qtseg.model import BASELINES, Baseline, QTSeg, load_network
+from qtseg.training import BEST, OPTIMISERS, SCHEDULERS, Team, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
 
 PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
 
@@ -103,6 +103,9 @@ def test_unknown_keys_are_refused_by_name():
     ("losses", {"dice": 1.0}, "losses has the unknown entry 'dice'"), ("losses", {}, "losses names at least one"),
     ("operations", ["flip"], "operations has the unknown entry 'flip'"), ("name", "a/b", "name is the name of one folder"),
     ("name", "", "name is the name of one folder"), ("select", "f1", "select is one of"), ("amp", "fp8", "amp is one of none, bf16, fp16"),
+    ("model", "vnet", "model is one of qtseg, unet"), ("position", "rotary", "position is one of fourier, learned, none"),
+    ("model", "unet", "encoder fpn is QTSeg's own: model unet needs one of segmentation-models-pytorch, such as encoder: resnet34"),
+    ("encoder_weights", "imagenet", "encoder_weights imagenet are for an encoder of segmentation-models-pytorch"), ("freeze_norm", 1, "freeze_norm is true"),
 ])
 def test_wrong_values_are_refused_by_name(key, value, said):
     with pytest.raises(ValueError) as caught:
@@ -265,6 +268,18 @@ def test_another_recipe_does_not_continue_a_run(tiny, uninterrupted):
     assert (uninterrupted / "config.json").read_bytes() == stored
 
 
+def test_a_run_begun_before_a_field_existed_goes_on_with_its_default(tiny, uninterrupted):
+    runs = Path(tiny().runs)
+    shutil.copytree(uninterrupted, runs / "run")
+    stored = json.loads((runs / "run" / "config.json").read_text())
+    for name in ("model", "encoder", "position", "freeze_norm"):
+        del stored[name]
+    (runs / "run" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"another configuration \(position: 'fourier' -> 'none'\)"):
+        fit(tiny(resume=True, position="none"))
+    assert scores(fit(tiny(resume=True)).folder) == scores(uninterrupted)
+
+
 def test_a_damaged_resume_file_is_one_sentence(tiny):
     config = tiny(resume=True)
     config.folder.mkdir()
@@ -306,6 +321,38 @@ def test_every_option_trains(tiny, changes):
     assert ("valid_dice" in result.history[0]) == (changes.get("validate_every") != 2)
 
 
+@pytest.mark.parametrize("changes", [{"bridge": "projection", "position": "learned"}, {"bridge": "single", "decoder": "conv"},
+                                     {"decoder": "mqm_single", "position": "none"}, {"encoder": "mobilenet_v2"}], ids=lambda changes: "-".join(changes.values()))
+def test_every_variant_of_the_network_trains(tiny, changes):
+    result = fit(tiny(size=32, epochs=1, **changes))
+    assert np.isfinite(result.history[0]["train_loss"])
+    assert {key: load_network(result.checkpoint_dir).config[key] for key in changes} == changes
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_trains_and_comes_back(tiny, name):
+    encoder = "mit_b0" if name == "segformer" else "mobilenet_v2"  # small ones: a run writes seven copies of its network
+    result = fit(tiny(size=32, epochs=1, model=name, encoder=encoder))
+    assert np.isfinite(result.history[0]["train_loss"]) and 0 <= result.metrics["test"]["dice"] <= 100
+    network = load_network(result.checkpoint_dir)
+    assert isinstance(network, Baseline) and (network.config["model"], network.config["encoder"]) == (name, encoder)
+    data = SegmentationData.open(tiny().data, size=32, cache=tiny().cache, progress=False)
+    assert evaluate(network, data.test, 2, batch=4)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
+
+
+def test_dropout_repeats(tiny):
+    changes = dict(size=32, epochs=1, model="segformer", encoder="mit_b0", validate_every=2)
+    torch.manual_seed(1)
+    first = fit(tiny(name="first", **changes))
+    torch.manual_seed(2)
+    assert scores(fit(tiny(name="second", **changes)).folder) == scores(first.folder)
+
+
+def test_an_unknown_encoder_is_one_sentence(tiny):
+    with pytest.raises(ValueError, match="unknown encoder 'resnet35'"):
+        fit(tiny(model="unet", encoder="resnet35"))
+
+
 def test_three_classes_train_from_phantom_masks(tmp_path):
     config = TrainConfig(data="phantoms:endoscopy:20", classes=3, size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=1, batch=4,
                          cache=str(tmp_path / "cache"), runs=str(tmp_path), name="three", progress=False, device="cpu")
@@ -328,6 +375,24 @@ def test_the_frozen_encoder_keeps_its_weights_while_its_batch_norm_follows_the_d
     assert not torch.equal(source.encoder.state_dict()["down2.conv.weight"], free["down2.conv.weight"])
 
 
+def test_an_encoder_comes_from_a_checkpoint_of_an_earlier_run(tiny, uninterrupted):
+    fit(tiny(encoder_weights=str(uninterrupted / "last"), freeze_epochs=1, epochs=1, freeze_norm=True))
+    expected = QTSeg.from_pretrained(uninterrupted / "last").encoder.state_dict()
+    found = QTSeg.from_pretrained(tiny().folder / "last").encoder.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_freeze_norm_keeps_all_running_statistics_and_trains_the_rest(tiny):
+    config = tiny(freeze_norm=True, epochs=2)  # validation lies between the epochs
+    fresh = Trainer(config, training.open_data(config)).model.state_dict()
+    after = QTSeg.from_pretrained(fit(config).folder / "last").state_dict()
+    for name, value in fresh.items():
+        if "running" in name or "num_batches" in name:
+            assert torch.equal(value, after[name]), name
+    moved = [name for name in fresh if ".norm." in name and name.endswith(("weight", "bias")) and not torch.equal(fresh[name], after[name])]
+    assert len(moved) > 50
+
+
 def test_a_missing_encoder_file_is_named(tiny):
     with pytest.raises(FileNotFoundError, match="fpn-nano.pth"):
         fit(tiny(encoder_weights="nowhere/fpn-nano.pth"))
@@ -346,6 +411,57 @@ def test_an_absent_device_is_one_sentence(tiny):
 def test_seeds_of_batches_differ_and_repeat():
     drawn = {draw_seed(seed, epoch, step) for seed in range(3) for epoch in range(10) for step in range(-1, 20)}
     assert len(drawn) == 3 * 10 * 21 and draw_seed(1996, 3, 4) == draw_seed(1996, 3, 4)
+
+
+class Recorded(Team):
+    """A team of one that writes down what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def wrap(self, model):
+        self.asked.append("wrap")
+        return model
+
+    def share(self, batch):
+        self.asked.append(("share", len(batch)))
+        return batch
+
+    def lead(self, function):
+        self.asked.append("lead")
+        return function()
+
+
+def test_a_team_is_asked_for_everything_that_several_processes_do_differently(tiny, uninterrupted):
+    team = Recorded()
+    result = fit(tiny(), team=team)
+    assert scores(result.folder) == scores(uninterrupted)
+    steps = len(training.open_data(tiny()).train) // 4 * 3
+    assert team.asked.count("wrap") == 1 and team.asked.count(("share", 4)) == 2 * steps and team.asked.count("lead") >= 3
+
+
+def test_a_process_that_does_not_lead_writes_and_says_nothing(tiny, capsys):
+    class Follower(Team):
+        rank, size = 1, 2
+
+        def lead(self, function):  # as if the leader had done it
+            return {"loss": 1.0, "dice": 50.0, "iou": 40.0, "mae": 5.0, "acc": 95.0} if getattr(function, "func", None) is evaluate else None
+
+    config = tiny(epochs=1, progress=True, track=False)
+    seen = []
+    result = fit(config, training.open_data(config), on_epoch=lambda *told: seen.append(told), team=Follower())
+    assert result.history[0]["valid_dice"] == 50 and not config.folder.exists() and not seen
+    assert "epoch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, said", [({"batch": 5}, "a batch of 5 cannot be shared equally by 2 processes: choose a multiple of 2"),
+                                           ({"drop_last": False}, "set drop_last=True")])
+def test_a_team_refuses_unequal_shares_before_anything_is_read(tiny, changes, said):
+    class Pair(Team):
+        size = 2
+
+    with pytest.raises(ValueError, match=said):
+        fit(tiny(data="nowhere", **changes), team=Pair())
 
 
 def test_pictures_show_target_and_prediction(phantoms):

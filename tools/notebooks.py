@@ -71,11 +71,12 @@ def drop_widget_state(root: Path = ROOT) -> None:
 
 
 def write_results(root: Path = ROOT) -> None:
-    """Put the table of results/ into the front page, between its two marks."""
+    """Put the tables of results/ into the front page, each between its two marks."""
     path = root / "nbs" / "index.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        cell.source = re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda found: found[1] + results.table(root) + found[2], cell.source, flags=re.S)
+    for mark, table in (("results", results.table(root)), ("studies", results.study_table(root))):
+        for cell in notebook.cells:
+            cell.source = re.sub(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2], cell.source, flags=re.S)
     nbformat.write(notebook, path)
 
 

@@ -1,7 +1,8 @@
 """Keep what a run found, small enough to commit: `python tools/results.py runs/isic2018_cpu …` copies it to results/.
 
-Numbers, history and curves are kept; pictures of the images are not, because most data sets forbid handing them on.
-`make sync` turns results/*/metrics.json into the table on the front page.
+Numbers, history and curves are kept; pictures of the images are not, because most data sets forbid handing them on. A folder that
+report.ipynb wrote goes to results/studies/. `make sync` turns results/*/metrics.json and results/studies/*/report.json into the
+tables on the front page.
 """
 from __future__ import annotations
 
@@ -12,19 +13,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("metrics.json", "history.csv", "curves.png", "dice.png")
+KEPT_OF_STUDY = ("report.md", "report.json", "runs.csv", "summary.csv", "comparison.csv", "costs.csv", "dots.png", "differences.png",
+                 "bubble.png", "curves.png")
 TITLES = {"demo": "phantoms, all four families", "isic2018_cpu": "ISIC 2018, 1600 train, 400 validate",
           "bkai_cpu": "BKAI-IGH NeoPolyp, binary, folds 0–2 train, fold 3 validates"}
 
 
-def keep(run: Path, root: Path = ROOT) -> Path:
-    """Copy a finished run's numbers and figures to results/<name>; SystemExit names what is missing."""
-    missing = [name for name in KEPT if not (run / name).is_file()]
+def keep(folder: Path, root: Path = ROOT) -> Path:
+    """Copy a finished run's, or a report's, numbers and figures to results/; SystemExit names what is missing."""
+    report = (folder / "report.json").is_file()
+    kept, target = (KEPT_OF_STUDY, root / "results/studies" / folder.name) if report else (KEPT, root / "results" / folder.name)
+    missing = [name for name in kept if not (folder / name).is_file()]
     if missing:
-        sys.exit(f"{run} is not a finished run of train.ipynb: {', '.join(missing)} missing")
-    target = root / "results" / run.name
+        sys.exit(f"{folder} is neither a finished run of train.ipynb nor a report of report.ipynb: {', '.join(missing)} missing")
     target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copyfile(run / name, target / name)
+    for name in kept:
+        shutil.copyfile(folder / name, target / name)
     return target
 
 
@@ -39,6 +43,22 @@ def table(root: Path = ROOT) -> str:
                     f"| {m['test']['dice']:.2f} | {m['test']['iou']:.2f} | {train['seconds'] / 60:.0f} | {train['images_per_second']:.1f} "
                     f"| {machine}, {m['hardware']['cores']} cores, `params/{name}.yaml`; [curves](../results/{name}/curves.png), "
                     f"[Dice of every image](../results/{name}/dice.png) |")
+    return "\n".join(rows)
+
+
+def study_table(root: Path = ROOT) -> str:
+    """Every study in results/studies as a Markdown table: a row for each arm, its difference from the reference beside it."""
+    rows = ["| study, arm | runs | Dice | difference, 95 % interval | p (Holm) | multiply-adds | ms an image |", "|---|---|---|---|---|---|---|"]
+    for path in sorted((root / "results/studies").glob("*/report.json")):
+        report, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+        differences = {row["arm"]: row for row in report["comparison"]}
+        costs = {row["arm"]: row for row in report["costs"]}
+        for row in report["summary"]:
+            difference, cost = differences.get(row["arm"]), costs[row["arm"]]
+            apart = (f"{difference['difference']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}] | {difference['p_holm']:.2f}"
+                     if difference else "reference | ")
+            rows.append(f"| [{name}](../results/studies/{name}/report.md), {row['arm']} | {row['n']} | {row['dice_mean']:.2f} ± {row['dice_sd']:.2f} "
+                        f"| {apart} | {cost['multiply_adds'] / 1e9:.2f} G | {cost['latency_ms']:.1f} |")
     return "\n".join(rows)
 
 

@@ -1,0 +1,353 @@
+"""A study keeps its promises: checked before anything runs, nothing lost, nothing run twice to completion, clear ends."""
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from nbformat.v4 import new_code_cell, new_notebook
+
+from qtseg import experiments
+from qtseg.experiments import Run, arm_rows, exclusive, find_notebooks, local_client, main, read_study, run_arm, run_study, study_table
+from qtseg.losses import weighted_loss
+from qtseg.training import TrainConfig
+
+STUDIES = sorted((ROOT / "nbs" / "experiments" / "studies").glob("*.yaml"))
+TINY = {"study": "tiny", "question": "Does it run?", "reference": "plain", "seeds": [1, 2], "arms": {"plain": {}, "heads": {"heads": 4}},
+        "common": {"data": "phantoms:dermoscopy:24", "size": 32, "width": 4, "depths": [1, 1, 1], "mlp_width": 16, "epochs": 2, "batch": 4,
+                   "device": "cpu", "progress": False}}
+
+
+# the study file
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_files_can_be_run(path):
+    study = read_study(path)
+    assert study.name == path.stem and study.question.endswith("?")
+    names = [study.config(run, "runs").name for run in study.runs()]
+    assert len(set(names)) == len(names) == len(study.arms) * len(study.seeds) * len(study.folds or [None])
+    assert set(find_notebooks(study)) == set(study.arms)
+    for arm in study.arms:
+        config = study.config(Run(arm, study.seeds[0]))
+        assert weighted_loss(config.losses)(torch.zeros(1, config.classes, 2, 2), torch.ones(1, 2, 2, dtype=torch.int64)) > 0
+
+
+def test_every_question_of_the_plan_has_its_file():
+    assert {path.stem for path in STUDIES} == {"bridge_decoder", "depth", "heads", "mlp_width", "position", "resize", "colour", "loss", "augmentation",
+                                               "width", "size", "encoder_frozen", "baselines", "phantoms_quick", "isic2018_128"}
+
+
+def test_runs_are_every_arm_seed_and_fold_and_the_first_seed_comes_first():
+    study = read_study(TINY | {"folds": [0, 2], "folds_of": 3})
+    names = [run.name for run in study.runs()]
+    assert names[:4] == ["plain-seed1-fold0", "heads-seed1-fold0", "plain-seed1-fold2", "heads-seed1-fold2"] and len(names) == 8
+    config = study.config(Run("heads", 2, 2), "somewhere")
+    assert (config.heads, config.seed, config.fold, config.folds, config.resume) == (4, 2, 2, 3, True)
+    assert config.folder == Path("somewhere/tiny/heads-seed2-fold2")
+    assert read_study(study.to_dict()) == study
+
+
+def test_a_grid_is_a_product_with_speaking_names():
+    study = read_study({key: value for key, value in TINY.items() if key != "arms"} | {
+        "grid": {"heads": [4, 8], "depths": [[1, 1, 1], [1, 2, 3]]}, "reference": "heads=8,depths=1-2-3"})
+    assert list(study.arms) == ["heads=4,depths=1-1-1", "heads=4,depths=1-2-3", "heads=8,depths=1-1-1", "heads=8,depths=1-2-3"]
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"sedes": [1]}, "unknown keys: sedes"), ({"seeds": None}, "seeds is missing"), ({"seeds": [1, "2", True]}, "seeds are whole numbers from 0, not '2', True"),
+    ({"seeds": [1, 1]}, "a number twice"), ({"folds": []}, "folds lists at least one"), ({"reference": "none"}, "reference names the arm 'none'"),
+    ({"reference": None}, "reference is missing"), ({"arms": {}}, "arms (or a grid) are missing"), ({"arms": [1]}, "arms is a mapping"),
+    ({"arms": {"plain": {"epoch": 1}}}, "the arm plain: unknown configuration keys: epoch"),
+    ({"arms": {"plain": {"lr": "fast"}}}, "lr is a number, not 'fast'"), ({"arms": {"plain": {}, "same": {"heads": 8}}}, "the arms plain and same are alike"),
+    ({"arms": {"plain": {}, "a/b": {"heads": 4}}}, "the arm 'a/b' needs a name"), ({"arms": {"plain": {}, 8: {"heads": 4}}}, "the arm 8 needs a name"),
+    ({"arms": {"plain": {"seed": 3}}}, "the arm plain sets seed, which seeds of the study decide"), ({"study": "a/b"}, "study is the name of one folder"),
+    ({"arms": {"plain": {}, "Plain": {"heads": 4}}}, "nothing but capitals"), ({"grid": {"heads": 4}}, "grid: heads lists its values"),
+])
+def test_what_is_wrong_is_said_with_the_files_name(tmp_path, changes, said):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in (TINY | changes).items() if value is not None}))
+    with pytest.raises(ValueError) as caught:
+        read_study(path)
+    assert said in str(caught.value) and "mine.yaml" in str(caught.value)
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(ValueError) as caught:
+        read_study(TINY | {"arms": {"plain": {"epochs": 0}, "other": {"width": "wide"}, "third": {"runs": "x"}}, "reference": "none"})
+    assert all(word in str(caught.value) for word in ("third sets runs", "reference"))
+    with pytest.raises(ValueError) as caught:
+        read_study(TINY | {"arms": {"plain": {"epochs": 0}, "other": {"width": "wide"}}})
+    assert all(word in str(caught.value) for word in ("epochs is at least 1", "width is a whole number"))
+
+
+def test_a_key_that_stands_twice_is_not_silently_dropped(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("arms:\n  conv: {decoder: conv}\n  conv: {bridge: identity}\n")
+    with pytest.raises(ValueError, match="mine.yaml says twice: conv"):
+        read_study(path)
+
+
+def test_numbers_survive_every_way_of_writing_them(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("{a: 1e-3, b: 1.0e-3, c: 1.e+3, d: -2E5, e: 1e-06x, f: 0.5, g: 12, h: null}")
+    assert experiments.read_yaml(path) == {"a": 1e-3, "b": 1e-3, "c": 1e3, "d": -2e5, "e": "1e-06x", "f": 0.5, "g": 12, "h": None}
+    for source in STUDIES:
+        study = read_study(source)
+        path.write_text(json.dumps(study.to_dict(), indent=2))
+        assert read_study(path) == study
+
+
+# one run
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The tiny study, with a cache that all tests of this file share."""
+    monkeypatch.setenv("QTSEG_CACHE", str(tmp_path.parent / "cache"))
+    return read_study(TINY)
+
+
+def events(root: Path) -> list[tuple[str, str]]:
+    return [tuple(line.split()[1:3]) for line in (root / "log.txt").read_text().splitlines()]
+
+
+def test_run_arm_leaves_what_is_needed_and_does_it_once(tiny, tmp_path):
+    first = run_arm(tiny, Run("plain", 1), tmp_path)
+    assert {path.name for path in first.folder.iterdir()} == {".lock", "config.json", "history.csv", "metrics.json", "run.json", "best_dice"}
+    assert json.loads((first.folder / "run.json").read_text()) == {"arm": "plain", "seed": 1, "fold": None}
+    again = run_arm(tiny, Run("plain", 1), tmp_path)
+    assert again == first and events(tmp_path / "tiny") == [("plain-seed1", "begun"), ("plain-seed1", "trained")]
+    with pytest.raises(ValueError, match=r"holds a finished run with other values \(epochs: 2 -> 3\)"):
+        run_arm(read_study(TINY | {"common": TINY["common"] | {"epochs": 3}}), Run("plain", 1), tmp_path)
+
+
+def test_run_arm_goes_on_with_a_half_way_run_and_waits_for_its_lock(tiny, tmp_path, monkeypatch, capfd):
+    def stop(history, picture):
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        run_arm(tiny, Run("plain", 1), tmp_path, on_epoch=stop)
+    folder = tmp_path / "tiny" / "plain-seed1"
+    assert (folder / "resume.pt").is_file() and study_table(tiny, tmp_path)[0]["epoch"] == 1
+    hold = subprocess.Popen([sys.executable, "-c", f"import fcntl, time; file = open({str(folder / '.lock')!r}, 'a+'); fcntl.flock(file, fcntl.LOCK_EX); "
+                             "print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
+    hold.stdout.readline()
+    assert study_table(tiny, tmp_path)[0]["state"] == "running"
+    threading.Timer(0.7, hold.kill).start()
+    result = run_arm(tiny, Run("plain", 1), tmp_path)
+    assert "waiting until it ends" in capfd.readouterr().out and hold.wait() == -signal.SIGKILL
+    assert [row["epoch"] for row in result.history] == [1, 2] and not (folder / "resume.pt").exists()
+    assert [event for _, event in events(tmp_path / "tiny")] == ["begun", "continued", "trained"]
+
+
+def test_a_run_killed_before_its_first_state_begins_again(tiny, tmp_path):
+    folder = tmp_path / "tiny" / "plain-seed1"
+    folder.mkdir(parents=True)
+    (folder / "history.csv").write_text("epoch\n1\n")
+    assert len(run_arm(tiny, Run("plain", 1), tmp_path).history) == 2
+
+
+# sweeps, with a notebook that trains nothing but behaves like one that does
+
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(study).parent / f"{arm}-seed{seed}"
+def note(event):
+    with (folder.parent / "log.txt").open("a") as file:
+        file.write(f"now {folder.name} {event} {os.getpid()} {os.getppid()}\\n")
+note("begun")
+mended = (folder.parent / "mended").exists()
+if arm == "breaks" and not mended:
+    raise ValueError("the data is gone")
+if arm == "exits" and not mended:
+    sys.exit(0)
+if arm == "dies" and not mended:
+    os.kill(os.getpid(), 9)
+if arm == "long" and seed == 1:
+    time.sleep(6)
+time.sleep(0.3)
+config = json.loads((folder.parent.parent / "configs.json").read_text())[folder.name]
+(folder / "metrics.json").write_text(json.dumps({"test": {"dice": 50.0 + seed}, "train": {"seconds": 0.3}, "config": config}))
+(folder / "run.json").write_text("{}")
+note("trained")
+"""
+
+
+def write_notebook(path: Path, source: str) -> None:
+    parameters = new_code_cell('study = ""\narm = ""\nseed = 1\nfold = None\nruns = "runs"', metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[parameters, new_code_cell(source), new_code_cell("print('the end')")], metadata={
+        "kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}), path)
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A function: names of arms, seeds -> a study that the stand-in notebook in tmp_path runs into tmp_path/runs."""
+    write_notebook(tmp_path / "ablation.ipynb", STAND_IN)
+
+    def make(*arms: str, seeds=(1, 2), **changes):
+        study = read_study(TINY | {"arms": {arm: {"heads": 2**n} for n, arm in enumerate(arms)}, "reference": arms[0], "seeds": list(seeds)} | changes)
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / "configs.json").write_text(json.dumps({run.name: study.config(run).to_dict() for run in study.runs()}))
+        return study
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of the scheduler of a local cluster of two workers, which the tests share."""
+    with local_client(2) as client:
+        yield client.scheduler.address
+
+
+def states(rows: list[dict]) -> dict[str, str]:
+    return {row["run"]: row["state"] for row in rows}
+
+
+def test_a_sweep_uses_its_workers_and_repeats_only_what_failed(stand_in, tmp_path, cluster, capfd):
+    study, options = stand_in("plain", "breaks", "exits", "dies", seeds=[1]), {"scheduler": cluster, "notebooks": tmp_path}
+    rows = run_study(study, tmp_path / "runs", **options)
+    assert states(rows) == {"plain-seed1": "done", "breaks-seed1": "failed", "exits-seed1": "failed", "dies-seed1": "failed"}
+    errors = {row["arm"]: row["error"] for row in rows}
+    assert errors["breaks"] == "ValueError: the data is gone" and "the kernel died" in errors["dies"] and "before 2 of its cells had run" in errors["exits"]
+    assert len({line[-1] for line in log_lines(tmp_path / "runs/tiny")}) == 2, "two worker processes started the kernels"
+    out = capfd.readouterr().out
+    assert out.count("failed: breaks-seed1: ValueError: the data is gone") == 1 and "plain-seed1: Dice 51.00" in out
+    assert not any(path.name.endswith(".tmp") for path in (tmp_path / "runs").rglob("*"))
+
+    (tmp_path / "runs/tiny/mended").touch()
+    rows = run_study(study, tmp_path / "runs", **options)
+    assert set(states(rows).values()) == {"done"} and not list((tmp_path / "runs").rglob("error.txt"))
+    count = collections.Counter(events(tmp_path / "runs/tiny"))
+    assert count["plain-seed1", "begun"] == 1 and count["breaks-seed1", "begun"] == 2 and all(count[run.name, "trained"] == 1 for run in study.runs())
+    table = arm_rows(rows)
+    assert table[1] == ["plain", "1/1", "-", "0", "51.00", "0 s"] and table[-1][:2] == ["all", "4/4"]
+
+
+def test_a_changed_arm_is_refused_and_a_new_one_is_welcome(stand_in, tmp_path, cluster):
+    run_study(stand_in("plain", seeds=[1]), tmp_path / "runs", scheduler=cluster, notebooks=tmp_path)
+    changed = stand_in("plain", seeds=[1], common=TINY["common"] | {"epochs": 9})
+    with pytest.raises(ValueError, match=r"the arm plain was changed after .*plain-seed1 was trained \(epochs: 2 -> 9\)"):
+        run_study(changed, tmp_path / "runs", notebooks=tmp_path)
+    assert json.loads((tmp_path / "runs/tiny/study.json").read_text())["common"]["epochs"] == 2, "what was refused left nothing behind"
+    run_study(stand_in("plain", "other", seeds=[1]), tmp_path / "runs", scheduler=cluster, notebooks=tmp_path)
+    assert events(tmp_path / "runs/tiny").count(("plain-seed1", "begun")) == 1
+    assert read_study(tmp_path / "runs/tiny/study.json") == stand_in("plain", "other", seeds=[1])
+
+
+def test_two_sweeps_of_one_study_exclude_each_other(stand_in, tmp_path):
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    with exclusive(tmp_path / "runs/tiny/.lock"), pytest.raises(OSError, match="another sweep is at work"):
+        run_study(stand_in("plain"), tmp_path / "runs", notebooks=tmp_path)
+
+
+def wait_for(condition, seconds: float = 240.0):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+    return found
+
+
+def log_lines(root: Path) -> list[list[str]]:
+    path = root / "log.txt"
+    return [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path("/proc").is_dir() else True
+
+
+def test_a_killed_worker_loses_nothing_and_nothing_is_completed_twice(stand_in, tmp_path, capfd):
+    dask, ready = [sys.executable, "-m", "dask"], tmp_path / "scheduler.json"
+    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(ready)], **quiet)]
+    study, rows = stand_in("long", "plain", seeds=[1, 2]), []
+    try:
+        address = wait_for(lambda: ready.is_file() and ready.stat().st_size and json.loads(ready.read_text()))["address"]
+        processes += [subprocess.Popen([*dask, "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"], **quiet) for _ in range(2)]
+        sweep = threading.Thread(target=lambda: rows.extend(run_study(study, tmp_path / "runs", scheduler=address, notebooks=tmp_path)))
+        sweep.start()
+        kernel, worker = map(int, wait_for(lambda: [line[3:] for line in log_lines(tmp_path / "runs/tiny") if line[1:3] == ["long-seed1", "begun"]])[0])
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: not alive(kernel), 30)  # the kernel does not survive its worker
+        sweep.join(240)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert set(states(rows).values()) == {"done"}
+    count = collections.Counter(events(tmp_path / "runs/tiny"))
+    assert count["long-seed1", "begun"] == 2 and all(count[run.name, "trained"] == 1 for run in study.runs())
+    assert "is gone; Dask repeats long-seed1 on another" in capfd.readouterr().out
+
+
+def test_an_unreachable_scheduler_is_one_sentence(stand_in, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "CONNECT_SECONDS", 0.5)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(stand_in("plain").to_dict()))
+    assert main([str(path), "--runs", str(tmp_path / "runs"), "--notebooks", str(tmp_path), "--scheduler", "tcp://127.0.0.1:9"]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("qtseg-study: no Dask scheduler answers at tcp://127.0.0.1:9") and "\n" not in message
+
+
+def test_list_runs_nothing(stand_in, tmp_path, capsys):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(stand_in("plain").to_dict()))
+    assert main([str(path), "--runs", str(tmp_path / "runs"), "--list"]) == 0
+    assert "plain-seed2  waiting" in capsys.readouterr().out and not (tmp_path / "runs/tiny").exists()
+
+
+# the real notebooks
+
+def test_ctrl_c_saves_the_running_run_and_the_same_study_goes_on(tmp_path, monkeypatch, cluster):
+    monkeypatch.setenv("QTSEG_CACHE", str(tmp_path.parent / "cache"))
+    study = TINY | {"seeds": [1], "arms": {"conv": {"decoder": "conv"}}, "reference": "conv", "common": TINY["common"] | {"epochs": 8}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, "-c", "import sys; from qtseg.experiments import main; sys.exit(main())", "tiny.yaml", "--workers", "1"]
+    folder = tmp_path / "runs/tiny/conv-seed1"
+    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    wait_for(lambda: (folder / "resume.pt").is_file())
+    os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: to every process
+    output = sweep.communicate(timeout=240)[0]
+    assert sweep.returncode == 130 and "stopped; to go on: qtseg-study tiny.yaml --workers 1" in output, output
+    assert not (folder / "metrics.json").exists() and not (folder / "error.txt").exists()
+    assert 1 <= study_table(read_study(study), tmp_path / "runs")[0]["epoch"] < 8
+    rows = run_study(tmp_path / "tiny.yaml", tmp_path / "runs", scheduler=cluster)
+    assert states(rows) == {"conv-seed1": "done"}
+    assert [event for _, event in events(tmp_path / "runs/tiny")] == ["begun", "continued", "trained"]
+    assert "image/png" in str(nbformat.read(folder / "notebook.ipynb", 4).cells)
+
+
+def test_baselines_runs_through_papermill_and_refuses_what_it_does_not_know(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTSEG_CACHE", str(tmp_path.parent / "cache"))
+    pytest.importorskip("segmentation_models_pytorch", reason="the baselines need segmentation-models-pytorch")
+    notebook, arms = str(ROOT / "nbs/experiments/baselines.ipynb"), {"plain": {}, "unet": {"model": "unet", "encoder": "resnet18"}}
+    study = TINY | {"arms": arms, "common": TINY["common"] | {"epochs": 1}}
+    papermill.execute_notebook(notebook, str(tmp_path / "unet.ipynb"), {"study": study, "arm": "unet", "runs": str(tmp_path)}, kernel_name="python3",
+                               progress_bar=False)
+    run = tmp_path / "tiny/unet-seed1"
+    assert TrainConfig.from_dict(json.loads((run / "metrics.json").read_text())["config"]).model == "unet" and (run / "best_dice/config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["ablation", "baselines"])
+def test_unknown_and_ill_typed_parameters_are_refused(name, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameters: sed; known: .*of the wrong type: seed = '1'"):
+        papermill.execute_notebook(str(ROOT / f"nbs/experiments/{name}.ipynb"), None, {"sed": 1, "seed": "1"}, kernel_name="python3", progress_bar=False)
