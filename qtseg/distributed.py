@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .training import T, Team, TrainConfig, choose_device, fit
 
 # %% auto #0
-__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team', 'read_parameters', 'main']
+__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team', 'read_yaml', 'read_parameters', 'main']
 
 # %% ../nbs/19_distributed.ipynb #c016
 class TeamError(RuntimeError):
@@ -126,30 +127,68 @@ def joined_team(device: str = "auto", patience: timedelta = timedelta(hours=2)) 
     finally:
         torch.distributed.destroy_process_group()
 
+# %% ../nbs/19_distributed.ipynb #c032a
+def _repeated_keys(node) -> list[str]:
+    """Keys that stand twice in one mapping of a YAML document: YAML itself would silently drop the first."""
+    if node is None or not isinstance(node.value, list):
+        return []
+    pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in node.value]
+    keys = [key.value for key, _ in pairs if key is not None]
+    twice = [str(key) for number, key in enumerate(keys) if key in keys[:number]]
+    return twice + [key for _, part in pairs for key in _repeated_keys(part)]
+
+
+def _yaml_content(text: str) -> tuple[object, list[str]]:
+    """The content of a YAML or JSON text, and the keys that stand twice. ValueError, ModuleNotFoundError."""
+    try:
+        import yaml
+    except ImportError:
+        raise ModuleNotFoundError("reading YAML needs PyYAML: pip install pyyaml") from None
+
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-3, as JSON and everybody writes it, as the number that it is; YAML 1.1 has it as a text."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        return (None, []) if node is None else (loader.construct_document(node), _repeated_keys(node))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{where}{getattr(error, 'problem', None) or error}") from None
+
+# %% ../nbs/19_distributed.ipynb #c032b
+def read_yaml(path: str | os.PathLike) -> dict:
+    """A YAML (or JSON) file that holds a mapping. ValueError names the file if it holds anything else, or a key twice.
+
+    FileNotFoundError; ModuleNotFoundError without PyYAML.
+    """
+    try:
+        values, twice = _yaml_content(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if twice:
+        raise ValueError(f"{path} says twice: {', '.join(twice)}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping `key: value`")
+    return values
+
 # %% ../nbs/19_distributed.ipynb #c033
 def read_parameters(path: str | Path | None, changes: Sequence[str] = ()) -> TrainConfig:
     """A configuration from a YAML file (None: the defaults) and changes "key=value", whose values are YAML, too.
 
     ValueError names the file or the change that cannot be read. FileNotFoundError; ModuleNotFoundError without PyYAML.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise ModuleNotFoundError("reading parameters needs PyYAML: pip install pyyaml") from None
-    source, values = path, {}
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {} if path else {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds no parameters: a line for each, such as epochs: 50")
-        for source in changes:
-            key, given, value = source.partition("=")
-            if not given:
-                raise ValueError(f"--set {source} changes nothing: write --set key=value")
-            values[key.strip()] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ValueError(f"{source} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    values = read_yaml(path) if path else {}
+    for change in changes:
+        key, given, value = change.partition("=")
+        if not given:
+            raise ValueError(f"--set {change} changes nothing: write --set key=value")
+        try:
+            values[key.strip()] = _yaml_content(value)[0]
+        except ValueError as error:
+            raise ValueError(f"--set {change} is not YAML: {error}") from None
     return TrainConfig.from_dict(values)
 
 # %% ../nbs/19_distributed.ipynb #c035

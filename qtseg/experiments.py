@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from .data import SegmentationData, normalise
+from .distributed import read_yaml
 from .evaluation import aligned, multiply_adds
 from .metrics import hard_masks
 from .model import load_network, write_then_rename
@@ -41,10 +42,10 @@ from .training import RESUMABLE, Result, TrainConfig, build_network, fit, mask_p
 from .visualisation import read_history
 
 # %% auto #0
-__all__ = ['CONNECT_SECONDS', 'GONE', 'NOTEBOOKS', 'Run', 'Study', 'read_yaml', 'grid_arms', 'read_study', 'exclusive', 'locked',
-           'run_arm', 'config_rows', 'network_rows', 'score_rows', 'validation_masks', 'run_row', 'study_table',
-           'state_rows', 'arm_rows', 'Screen', 'Job', 'execute_run', 'local_client', 'remote_client', 'slurm_client',
-           'Sweep', 'find_notebooks', 'run_study', 'main']
+__all__ = ['CONNECT_SECONDS', 'GONE', 'NOTEBOOKS', 'Run', 'Study', 'grid_arms', 'read_study', 'exclusive', 'locked', 'run_arm',
+           'config_rows', 'network_rows', 'score_rows', 'validation_masks', 'run_row', 'study_table', 'state_rows',
+           'arm_rows', 'Screen', 'Job', 'execute_run', 'local_client', 'remote_client', 'slurm_client', 'Sweep',
+           'find_notebooks', 'run_study', 'main']
 
 # %% ../nbs/20_experiments.ipynb #experiments012
 @dataclass(frozen=True)
@@ -99,47 +100,8 @@ def _need(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:
-        package = {"yaml": "pyyaml", "dask_jobqueue": "dask-jobqueue", "distributed": '"distributed>=2024.8"'}.get(name, name)
+        package = {"dask_jobqueue": "dask-jobqueue", "distributed": '"distributed>=2024.8"'}.get(name, name)
         raise ModuleNotFoundError(f"this needs {name}: pip install {package}") from None
-
-# %% ../nbs/20_experiments.ipynb #experiments019
-def _repeated_keys(node) -> list[str]:
-    """Keys that stand twice in one mapping of a YAML document: YAML itself would silently drop the first."""
-    if node is None or not isinstance(node.value, list):
-        return []
-    pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in node.value]
-    keys = [key.value for key, _ in pairs if key is not None]
-    twice = [str(key) for number, key in enumerate(keys) if key in keys[:number]]
-    return twice + [key for _, part in pairs for key in _repeated_keys(part)]
-
-
-def _yaml_mapping(text: str) -> tuple[object, list[str]]:
-    """The content of a YAML or JSON text, and the keys that stand twice."""
-    yaml = _need("yaml")
-
-    class Loader(yaml.SafeLoader):
-        """Reads 1e-3, as JSON and everybody writes it, as the number that it is; YAML 1.1 has it as a text."""
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
-    loader = Loader(text)
-    try:
-        node = loader.get_single_node()
-        return (None, []) if node is None else (loader.construct_document(node), _repeated_keys(node))
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-
-# %% ../nbs/20_experiments.ipynb #experiments020
-def read_yaml(path: str | os.PathLike) -> dict:
-    """A YAML (or JSON) file that holds a mapping. ValueError names the file if it holds anything else, or a key twice."""
-    try:
-        values, twice = _yaml_mapping(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if twice:
-        raise ValueError(f"{path} says twice: {', '.join(twice)}")
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping `key: value`")
-    return values
 
 # %% ../nbs/20_experiments.ipynb #experiments023
 _FORM = {"study": str, "question": str, "common": dict, "arms": dict, "grid": dict, "reference": str, "seeds": list,
@@ -679,7 +641,7 @@ def slurm_client(values: Mapping, workers: int) -> Iterator:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the SLURM settings make no cluster: {str(error).splitlines()[0]}") from None
         with cluster, distributed.Client(cluster) as client:
-            cluster.scale(workers)
+            cluster.adapt(minimum=workers, maximum=workers)  # scale() would not replace a job that has ended
             yield client
 
 # %% ../nbs/20_experiments.ipynb #experiments092

@@ -805,8 +805,9 @@ def describe_differences(comparison: DataFrame, alpha: float = 0.05) -> list[str
         clear, open_ = tested[tested["p_holm"] < alpha], tested[tested["p_holm"] >= alpha]
         shown = ", ".join(f"{row.arm} ({_number(row.difference, sign=True)} {_interval(row.low, row.high)})"
                           for row in clear.itertuples())
-        text = (f"{study}: against {reference}, {len(clear) or 'none'} of {len(tested)} differences in {name} "
-                f"{'has' if len(clear) < 2 else 'have'} p < {alpha:g} after Holm's correction{': ' * bool(shown)}{shown}.")
+        count = (f"{len(clear) or 'none'} of {len(tested)} differences in {name} {'has' if len(clear) < 2 else 'have'}"
+                 if len(tested) > 1 else f"the difference in {name} {'has' if shown else 'does not have'}")
+        text = f"{study}: against {reference}, {count} p < {alpha:g} after Holm's correction{': ' * bool(shown)}{shown}."
         if len(open_):
             reach = float(np.abs(open_[["low", "high"]].to_numpy(dtype=float)).max())
             text += (f" The {'other ' * bool(len(clear))}intervals reach {reach:.2f} points from 0: "

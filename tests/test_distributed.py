@@ -255,9 +255,9 @@ def test_parameters_come_from_a_file_and_changes_win(tmp_path):
 
 
 @pytest.mark.parametrize("text, changes, said", [
-    ("lr: [1", [], "p.yaml is not valid YAML"), ("- 1\n- 2", [], "holds no parameters"), ("epoch: 3", [], "unknown configuration keys: epoch"),
-    ("", ["epochs"], "--set epochs changes nothing: write --set key=value"), ("", ["lr=[1"], "lr=[1 is not valid YAML"),
-    ("", ["lr=fast"], "lr is a number, not 'fast'"),
+    ("lr: [1", [], "p.yaml is not YAML"), ("- 1\n- 2", [], "holds no mapping"), ("epoch: 3", [], "unknown configuration keys: epoch"),
+    ("lr: 0.1", ["epochs"], "--set epochs changes nothing: write --set key=value"), ("lr: 0.1", ["lr=[1"], "lr=[1 is not YAML"),
+    ("lr: 0.1", ["lr=fast"], "lr is a number, not 'fast'"),
 ])
 def test_parameters_that_cannot_be_used_are_one_sentence(tmp_path, capsys, text, changes, said):
     (tmp_path / "p.yaml").write_text(text)

@@ -64,4 +64,4 @@ def study_table(root: Path = ROOT) -> str:
 
 if __name__ == "__main__":
     for folder in sys.argv[1:] or sys.exit(__doc__):
-        print("kept", keep(Path(folder)).relative_to(ROOT))
+        print("kept", keep(Path(folder)))
