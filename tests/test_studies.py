@@ -323,7 +323,8 @@ def test_ctrl_c_saves_the_running_run_and_the_same_study_goes_on(tmp_path, monke
     command = [sys.executable, "-c", "import sys; from qtseg.experiments import main; sys.exit(main())", "tiny.yaml", "--workers", "1"]
     folder = tmp_path / "runs/tiny/conv-seed1"
     sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+                             env=os.environ | {"PYTHONPATH": str(ROOT)},
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's `&` ignores it, and children inherit that
     wait_for(lambda: (folder / "resume.pt").is_file())
     os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: to every process
     output = sweep.communicate(timeout=240)[0]
