@@ -154,9 +154,13 @@ class MaskHead(TwoForms):
     def fast_forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         pixels = features.flatten(2).transpose(1, 2)  # [B, h * w, F]
         keys = tokens.transpose(1, 2)  # [B, F, C]
-        parts = [self.upscale2.subpixels(self.upscale4.subpixels(part)) @ keys for part in self._chunks(pixels)]
+        parts = [self._logits(part, keys) for part in self._chunks(pixels)]
         y = torch.cat(parts, dim=1).unflatten(1, (*features.shape[-2:], 2, 2, 2, 2))  # [B, h, w, 2, 2, 2, 2, C]
         return y.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)  # [B, C, h·2·2, w·2·2]
+
+    def _logits(self, pixels: Tensor, keys: Tensor) -> Tensor:
+        """Pixels at stride 8 [B, N, F] and keys [B, F, C] -> logits of their children at stride 2 [B, 16 * N, C]."""
+        return self.upscale2.subpixels(self.upscale4.subpixels(pixels)) @ keys
 
     def _chunks(self, pixels: Tensor) -> Sequence[Tensor]:
         """Only inference on a CPU gains: training keeps everything anyway, and a GPU prefers one large product."""

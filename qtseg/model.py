@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from .bridge import BRIDGES
 from .decoder import DECODERS, StageOutput
 from .encoder import ProjectedEncoder, build_encoder, check_encoder, fold_batchnorms, load_imagenet, segmentation_models
+from .speed import accelerate
 
 # %% auto #0
 __all__ = ['BASELINES', 'NETWORKS', 'pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'Network', 'Forms',
@@ -139,6 +140,8 @@ class Forms:
     def fuse(self):
         """A copy for inference on fixed weights: BatchNorm folded into the convolutions, no gradients for parameters.
 
+        Attention takes the faster form of chapter 22.
+
         In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`).
         """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
@@ -146,6 +149,7 @@ class Forms:
             if hasattr(module, "fold"):
                 module.fold()
         twin.fused = True
+        accelerate(twin)
         return twin.to(memory_format=torch.channels_last)
 
     def freeze_encoder(self):

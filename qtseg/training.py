@@ -45,6 +45,7 @@ from .decoder import DECODERS
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
 from .model import NETWORKS, Baseline, QTSeg, load_network, write_then_rename
+from .speed import accelerate
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'RESUMABLE', 'COLOURS', 'T', 'ConfigProblems',
@@ -78,7 +79,8 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
 CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
            "model": NETWORKS, "bridge": BRIDGES, "decoder": DECODERS, "position": POSITIONS,
-           "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "amp": ("none", "bf16", "fp16"), "select": BEST}
+           "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast", "small"), "amp": ("none", "bf16", "fp16"),
+           "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
             "validate_every": 1, "valid_batch": 1, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
             "weight_decay": 0.0, "min_lr": 0.0, "momentum": 0.0, "seed": 0}
@@ -222,7 +224,8 @@ class TrainConfig(_RecipeFields, ConfigProblems):
     Unknown names, wrong types and impossible values raise ValueError, which names them all.
     """
 
-    # how it is computed
+    # how it is computed; forms: plain, as the chapters write them; fast, chapter 22's on a CPU; or small, these with less memory
+    forms: str = "fast"
     amp: str = "none"
     compile: bool = False
     device: str = "auto"
@@ -530,6 +533,8 @@ class _TrainerParts:
         if not self.steps:
             raise ValueError(f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
         self.model = _seeded_network(config).to(self.device)
+        if config.forms != "plain":
+            accelerate(self.model, recompute=config.forms == "small")
         self.network, self.frozen = None, None  # what `step` calls: made by begin_epoch, anew when the encoder is set free
         self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), config)
         self.scheduler = SCHEDULERS[config.scheduler](self.optimiser, config)

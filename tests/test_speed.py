@@ -1,0 +1,245 @@
+"""The fast forms compute what the plain ones compute, in outputs and gradients, whatever the size; the instruments measure."""
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from qtseg import speed
+from qtseg.attention import Attention
+from qtseg.blocks import ConvBNAct
+from qtseg.bridge import UpConvBNAct
+from qtseg.data import SegmentationData
+from qtseg.decoder import MaskHead
+from qtseg.losses import ce_dice_loss
+from qtseg.model import QTSeg
+from qtseg.training import TrainConfig, Trainer
+
+SIZES = [(1, 64, 64), (2, 33, 47), (1, 32, 160), (3, 96, 64), (1, 200, 136)]  # batch, height, width
+
+
+def small(classes: int = 2) -> QTSeg:
+    torch.manual_seed(0)
+    return QTSeg(classes=classes, width=8, depths=[1, 1, 1], mlp_width=64)
+
+
+def images(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def gradients(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    ce_dice_loss(model(x), target).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float = 1e-3) -> None:
+    """Each within `relative` of its own largest entry; a gradient that is zero but for rounding within the network's largest."""
+    floor = 1e-3 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        scale = torch.maximum(gradient.abs().max(), floor)
+        assert (found[name] - gradient).abs().max() <= relative * scale, name
+
+
+def accelerated(model: nn.Module, **options) -> nn.Module:
+    twin = copy.deepcopy(model)
+    speed.accelerate(twin, **options)
+    return twin
+
+
+def kinds(model: nn.Module) -> Counter:
+    return Counter(type(module) for module in model.modules())
+
+
+def test_fast_forms_stand_where_they_belong():
+    network = QTSeg(width=8)
+    assert not {kind for kind in kinds(network) if kind.__module__ == "qtseg.speed"}, "what one builds is the readable form"
+    training, thrifty, fused = accelerated(network), accelerated(network, recompute=True), accelerated(network, recompute=True).fuse()
+    for form in (training, thrifty, fused):
+        assert kinds(form)[speed.FewQueriesAttention] == 6 + 3  # one in each block, one at the end of each stage
+        assert kinds(form)[speed.FewKeysAttention] == 6 and kinds(form)[Attention] == 6  # the last: among the tokens
+    assert kinds(training)[ConvBNAct] == kinds(thrifty)[speed.ThriftyConvBNAct] > 50
+    assert kinds(training)[MaskHead] == kinds(thrifty)[speed.RecomputedMaskHead] == 1
+    assert kinds(thrifty)[speed.ThriftyUpConvBNAct] == 3
+    assert training.state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+@pytest.mark.parametrize("batch, height, width", SIZES)
+def test_logits_equal_the_naive_form(classes, batch, height, width):
+    model, x = small(classes).eval(), images(batch, height, width)
+    with torch.no_grad():
+        expected = model.naive()(x)
+        for form in (model, accelerated(model), accelerated(model, recompute=True), model.fuse(), accelerated(model).fuse()):
+            torch.testing.assert_close(form(x), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+@pytest.mark.parametrize("batch, height, width", SIZES)
+def test_gradients_equal_the_naive_form(classes, batch, height, width):
+    """In double precision, where rounding cannot hide an error.
+
+    A single image is compared with the naive form's answer to the same image twice, which has the same gradients: for one
+    image alone PyTorch 2.15's BatchNorm gets the naive form's gradients wrong on a CPU (input contiguous, gradient channels
+    last with another stride at the axis of length one); finite differences agree with the fast form.
+    """
+    model, x = small(classes).double(), images(batch, height, width).double()
+    target = torch.randint(0, max(classes, 2), (batch, height, width), generator=torch.Generator().manual_seed(2))
+    twice = (torch.cat([x, x]), torch.cat([target, target])) if batch == 1 else (x, target)
+    expected = gradients(model.naive(), *twice)
+    for form in (model, accelerated(model), accelerated(model, recompute=True)):
+        assert_same_gradients(gradients(form, x, target), expected, relative=1e-6)
+
+
+def test_gradients_at_full_width_in_single_precision():
+    torch.manual_seed(0)
+    model, x = QTSeg().train(), images(2, 128, 128)
+    target = (x[:, 0] > 0.5).long()
+    expected = gradients(model.naive(), x, target)
+    for options in ({}, {"recompute": True}):
+        assert_same_gradients(gradients(accelerated(model, **options), x, target), expected)
+
+
+@pytest.mark.parametrize("kind, shapes", [(speed.FewQueriesAttention, (3, 50)), (speed.FewKeysAttention, (50, 3))])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5])
+def test_attention_equals_the_plain_form_below_and_above_its_limit(kind, shapes, heads, tokens):
+    torch.manual_seed(0)
+    plain = Attention(32, 16, heads).double()
+    fast = copy.deepcopy(plain)
+    fast.__class__ = kind
+    queries, keys = (torch.randn(2, tokens if n == 3 else n, 32, dtype=torch.float64, requires_grad=True) for n in shapes)
+    values = torch.randn_like(keys).requires_grad_()
+    found = []
+    for module in (plain, fast):
+        inputs = (queries, keys, values)
+        output = module.naive_forward(*inputs) if module is plain else module(*inputs)
+        found.append([output, *torch.autograd.grad(output.square().sum(), [*inputs, *module.parameters()])])
+    for expected, computed in zip(*found):
+        torch.testing.assert_close(computed, expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_recomputed_mask_head_equals_the_plain_form_for_any_chunk(chunk, classes):
+    torch.manual_seed(0)
+    plain = MaskHead(16).double()
+    fast = copy.deepcopy(plain)
+    fast.__class__, fast.chunk = speed.RecomputedMaskHead, chunk
+    tokens = torch.randn(2, classes, 16, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for output, module in ((plain.naive_forward(tokens, features), plain), (fast(tokens, features), fast)):
+        found.append([output, *torch.autograd.grad(output.square().sum(), [tokens, features, *module.parameters()])])
+    assert found[0][0].shape == (2, classes, 12, 20)
+    for expected, computed in zip(*found):
+        torch.testing.assert_close(computed, expected, atol=1e-9, rtol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(tokens, features), found[0][0], atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_thrifty_blocks_equal_the_plain_ones(form):
+    """Output, gradients and the counted statistics, in training and evaluation; frozen weights get no gradient."""
+    torch.manual_seed(0)
+    for plain, fast in ((ConvBNAct(4, 6), speed.ThriftyConvBNAct), (UpConvBNAct(4, 6, 2), speed.ThriftyUpConvBNAct)):
+        plain = plain.double()
+        twin = copy.deepcopy(plain)
+        twin.__class__ = fast
+        x = torch.randn(3, 4, 5, 7, dtype=torch.float64).to(memory_format=form).requires_grad_()
+        found = [[y := block(x), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()]), *block.buffers()]
+                 for block in (plain, twin)]
+        for expected, computed in zip(*found):
+            torch.testing.assert_close(computed, expected, atol=1e-10, rtol=1e-10)
+        assert twin.norm.num_batches_tracked == 1
+        torch.testing.assert_close(twin.eval()(x), plain.eval()(x))
+        twin.train().requires_grad_(False)(x).sum().backward()
+        assert x.grad is not None and all(parameter.grad is None for parameter in twin.parameters())
+
+
+def test_recomputing_keeps_no_wide_map():
+    """Nothing of the last step's width is saved for the backward pass."""
+    torch.manual_seed(0)
+    saved = {}
+    for form in (MaskHead, speed.RecomputedMaskHead):
+        head, sizes = MaskHead(16), []
+        head.__class__, head.chunk = form, 256
+        note = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            head(torch.randn(1, 2, 16, requires_grad=True), torch.randn(1, 16, 32, 32, requires_grad=True))
+        saved[form] = max(sizes)
+    assert saved[MaskHead] >= 16 * 32 * 32 * 16 > 2 * saved[speed.RecomputedMaskHead]
+
+
+def test_frozen_and_unusual_normalisation_goes_the_readable_way():
+    """BatchNorm that doesn't move, or averages in another way, is none that the thrifty form knows."""
+    torch.manual_seed(0)
+    for change in (lambda norm: norm.eval(), lambda norm: setattr(norm, "momentum", None)):
+        plain, x = ConvBNAct(3, 8), torch.randn(2, 3, 8, 8)
+        change(plain.norm)
+        thrifty = accelerated(plain, recompute=True)
+        torch.testing.assert_close(thrifty(x), plain(x))
+        torch.testing.assert_close(thrifty.state_dict(), plain.state_dict())
+
+
+def test_one_compiled_graph_serves_many_sizes():
+    """No graph break, and no recompilation from the second size on."""
+    torch.compiler.reset()
+    graphs = []
+    model = small().fuse()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True,
+                             backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        for batch, height, width in ((2, 64, 96), (3, 160, 128), (4, 96, 256)):
+            x = images(batch, height, width)
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-4, rtol=0)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("forms", ["plain", "fast", "small"])
+def test_training_takes_the_forms_it_is_told(forms, tmp_path):
+    data = SegmentationData.open("phantoms:nuclei:8", size=32, classes=2, cache=str(tmp_path), progress=False)
+    config = TrainConfig(width=8, depths=[1, 1, 1], mlp_width=32, batch=4, device="cpu", forms=forms)
+    trainer = Trainer(config, data)
+    loss, _ = trainer.step(next(trainer.begin_epoch()))
+    assert loss.isfinite()
+    found = kinds(trainer.model)
+    assert bool(found[speed.FewKeysAttention]) is (forms != "plain") and bool(found[speed.RecomputedMaskHead]) is (forms == "small")
+    trainer.model.save_pretrained(tmp_path / "saved")
+    assert not {kind for kind in kinds(QTSeg.from_pretrained(tmp_path / "saved")) if kind.__module__ == "qtseg.speed"}
+
+
+def test_jobs_take_turns_and_are_timed():
+    calls = []
+    jobs = {"short": lambda: calls.append("short"), "long": lambda: (calls.append("long"), time.sleep(0.01))}
+    times = speed.interleaved_times(jobs, rounds=3, warm_up=1)
+    assert calls == ["short", "long"] * 4
+    assert [len(values) for values in times.values()] == [3, 3] and times["long"] == sorted(times["long"])
+    assert min(times["long"]) >= 10
+    lines = speed.timing_lines({"a": [10.0, 20.0, 40.0], "bb": [5.0, 5.0, 6.0]})
+    assert "20.0 ms" in lines[0] and "1.00×" in lines[0] and "4.00×" in lines[1]
+
+
+def test_boxes_add_up():
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 4))
+    times = speed.box_times(model, torch.randn(2, 4), ["0", "1"], rounds=3)
+    assert list(times) == ["0", "1", "rest"] and all(value >= 0 for value in times.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its highest memory use")
+def test_memory_growth_sees_a_tensor_come_and_go():
+    assert 75 < speed.memory_growth(lambda: torch.ones(20_000_000).sum()) < 130  # 80 MB of float32
+    assert speed.memory_growth(lambda: None) < 20
+
+
+def test_operations_and_exponent():
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert speed.operations(lambda: a @ b) == 2 * 3 * 4 * 5
+    assert speed.growth_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert speed.matrix_rate(side=64) > 0 and speed.copy_rate(megabytes=1) > 0
