@@ -262,7 +262,7 @@ class ThriftyUpConvBNAct(UpConvBNAct):
 # %% ../nbs/22_speed.ipynb #c046
 ROLES = {"token_to_feature": FewQueriesAttention, "final_attention": FewQueriesAttention,
          "feature_to_token": FewKeysAttention}  #: by the name that an attention has in its block, its faster class
-THRIFTY = {ConvBNAct: ThriftyConvBNAct, UpConvBNAct: ThriftyUpConvBNAct, MaskHead: RecomputedMaskHead}  #: class -> its thrifty one
+THRIFTY = {ConvBNAct: ThriftyConvBNAct, UpConvBNAct: ThriftyUpConvBNAct, MaskHead: RecomputedMaskHead}  #: class -> thrifty one
 
 
 def accelerate(network: nn.Module, recompute: bool = False) -> None:

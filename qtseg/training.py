@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -475,7 +474,7 @@ def draw_seed(seed: int, epoch: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, step + 1]).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../nbs/11_training.ipynb #c093b
-T = TypeVar("T")
+T = typing.TypeVar("T")
 
 
 class Team:

@@ -74,7 +74,8 @@ def write_results(root: Path = ROOT) -> None:
     """Put the tables of results/ into the front page, each between its two marks."""
     path = root / "nbs" / "index.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    for mark, table in (("results", results.table(root)), ("studies", results.study_table(root))):
+    tables = {"results": results.table(root), "studies": results.study_table(root), "speed": results.speed_table(root)}
+    for mark, table in tables.items():
         for cell in notebook.cells:
             cell.source = re.sub(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2], cell.source, flags=re.S)
     nbformat.write(notebook, path)

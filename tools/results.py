@@ -1,8 +1,8 @@
 """Keep what a run found, small enough to commit: `python tools/results.py runs/isic2018_cpu …` copies it to results/.
 
 Numbers, history and curves are kept; pictures of the images are not, because most data sets forbid handing them on. A folder that
-report.ipynb wrote goes to results/studies/. `make sync` turns results/*/metrics.json and results/studies/*/report.json into the
-tables on the front page.
+report.ipynb wrote goes to results/studies/, one of benchmark.ipynb to results/benchmarks/. `make sync` turns their JSON files into
+the tables on the front page.
 """
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("metrics.json", "history.csv", "curves.png", "dice.png")
-KEPT_OF_STUDY = ("report.md", "report.json", "runs.csv", "summary.csv", "comparison.csv", "costs.csv", "dots.png", "differences.png",
-                 "bubble.png", "curves.png")
+KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where it goes, what is kept
+    "metrics.json": ("results", ("metrics.json", "history.csv", "curves.png", "dice.png")),
+    "report.json": ("results/studies", ("report.md", "report.json", "runs.csv", "summary.csv", "comparison.csv", "costs.csv", "dots.png",
+                                        "differences.png", "bubble.png", "curves.png")),
+    "benchmark.json": ("results/benchmarks", ("benchmark.json", "inference.png", "training.png", "pipeline.png", "growth.png")),
+}
+CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the front page
 TITLES = {"demo": "phantoms, all four families", "isic2018_cpu": "ISIC 2018, 1600 train, 400 validate",
           "bkai_cpu": "BKAI-IGH NeoPolyp, binary, folds 0–2 train, fold 3 validates"}
 
 
 def keep(folder: Path, root: Path = ROOT) -> Path:
-    """Copy a finished run's, or a report's, numbers and figures to results/; SystemExit names what is missing."""
-    report = (folder / "report.json").is_file()
-    kept, target = (KEPT_OF_STUDY, root / "results/studies" / folder.name) if report else (KEPT, root / "results" / folder.name)
+    """Copy a finished run's, report's or benchmark's numbers and figures to results/; SystemExit names what is missing."""
+    place, kept = next((kind for name, kind in KINDS.items() if (folder / name).is_file()), KINDS["metrics.json"])
     missing = [name for name in kept if not (folder / name).is_file()]
     if missing:
-        sys.exit(f"{folder} is neither a finished run of train.ipynb nor a report of report.ipynb: {', '.join(missing)} missing")
+        sys.exit(f"{folder} is no finished folder of train.ipynb, report.ipynb or benchmark.ipynb: {', '.join(missing)} missing")
+    target = root / place / folder.name
     target.mkdir(parents=True, exist_ok=True)
     for name in kept:
         shutil.copyfile(folder / name, target / name)
@@ -59,6 +63,23 @@ def study_table(root: Path = ROOT) -> str:
                      if difference else "reference | ")
             rows.append(f"| [{name}](../results/studies/{name}/report.md), {row['arm']} | {row['n']} | {row['dice_mean']:.2f} ± {row['dice_sd']:.2f} "
                         f"| {apart} | {cost['multiply_adds'] / 1e9:.2f} G | {cost['latency_ms']:.1f} |")
+    return "\n".join(rows)
+
+
+def speed_table(root: Path = ROOT) -> str:
+    """Every benchmark in results/benchmarks as a Markdown table: milliseconds, and how many times as fast as the naive network."""
+    rows = ["| network | " + " | ".join(f"{section} {batch} × {size}²" for section, size, batch in CASES) + " | memory of a step 4 × 512² |",
+            "|---" * (len(CASES) + 2) + "|"]
+    for path in sorted((root / "results/benchmarks").glob("*/benchmark.json")):
+        measured: dict[str, dict] = {}
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            if row["section"] in ("inference", "training") and "ms" in row:
+                measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
+        for name, cases in measured.items():
+            cells = [f"{cases[case]['ms']:.0f} ms, {cases[case]['times_as_fast']:.2f}×" if case in cases else "" for case in CASES]
+            memory = cases.get(("training", 512, 4), {}).get("memory_mb")
+            if any(cells):
+                rows.append(f"| {name} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f} MB'} |")
     return "\n".join(rows)
 
 
