@@ -30,13 +30,13 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .data import (Preprocessing, SegmentationData, Split, cache_root, find_source, fitted_size, new_folder,
                         normalise, outline, private_name, read_image, read_preprocessing, resample, survey_folder)
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from .model import Baseline, QTSeg, load_network
+from .speed import operations
 from .training import COLOURS, TrainConfig, choose_device, hardware, keep_freed_memory, open_data, versions
 
 # %% auto #0
@@ -670,9 +670,7 @@ def multiply_adds(network: nn.Module, size: int) -> int:
     A multiply-add is two of the floating-point operations that `torch.utils.flop_counter` reports.
     """
     twin = (network.naive() if hasattr(network, "naive") else copy.deepcopy(network)).cpu().eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
-        twin(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() // 2
+    return operations(lambda: twin(torch.zeros(1, 3, size, size))) // 2
 
 # %% ../nbs/12_evaluation.ipynb #evaluation098
 def network_cost(network: nn.Module, size: int, *, batch: int = 8, device: str | torch.device = "cpu",

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import Attention
 from .blocks import ConvBNAct
@@ -58,6 +57,8 @@ def timing_lines(times: dict[str, list[float]]) -> list[str]:
 # %% ../nbs/22_speed.ipynb #c010
 def operations(job: Callable) -> int:
     """Floating-point operations of `job` in convolutions and matrix products; one multiply-add counts as two."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
+
     with FlopCounterMode(display=False) as counter:
         job()
     return counter.get_total_flops()

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .augmentation import OPERATIONS, Augmentation, Steps, apply_geometry, apply_photometry, compose, seeded
 from .data import Split, list_pictures, normalise, read_image, read_mask, resample, resize_image, to_colour
@@ -1577,6 +1576,8 @@ def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
 
     Works on a copy, in evaluation mode and without gradients; a module called twice appears twice.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
+
     network, boxes, running = copy.deepcopy(network).eval().requires_grad_(False), [], []
     names, counter = {module: name for name, module in network.named_modules()}, FlopCounterMode(display=False)
 

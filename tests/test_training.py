@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -558,3 +559,22 @@ def test_real_images_train(tmp_path, tiny, archive, options):
                 full.extract(name, root)
     result = fit(tiny(data=str(root), cache=str(tmp_path / "cache"), epochs=1, **options))
     assert np.isfinite(result.history[0]["train_loss"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_freed_memory speaks to glibc")
+def test_freed_memory_is_kept():
+    """Blocks of 100 MB: as it comes each is faulted in anew, page by page; kept, soon none is."""
+    program = """
+import resource, torch
+from qtseg.training import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(4)))
+keep_freed_memory()
+print(min(faults() for _ in range(4)))  # the heap needs a few calls to find its shape
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, done.stdout.split())
+    assert kept < fresh / 10
