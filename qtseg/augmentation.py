@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -95,9 +96,9 @@ def draw_gaussian_noise(random: Generator, strength: float, shape: Shape) -> flo
 
 
 def add_gaussian_noise(image: Tensor, sigma: float, noise: Generator) -> Tensor:
-    """Add normal noise, one value per pixel for all its channels: [C, H, W] -> the same."""
+    """Add normal noise, one value per pixel for all its channels: [C, H, W] -> the same, in place."""
     field = torch.randn((1, *image.shape[1:]), generator=noise, device=image.device)  # [1, H, W]
-    return torch.add(image, field, alpha=sigma)
+    return image.add_(field, alpha=sigma)
 
 # %% ../nbs/02_augmentation.ipynb #augmentation038
 def draw_gaussian_blur(random: Generator, strength: float, shape: Shape) -> float:
@@ -113,9 +114,9 @@ def gaussian_blur(image: Tensor, sigma: float, noise: Generator) -> Tensor:
     for axis in (1, 2):
         size = image.shape[axis] - 2 * radius
         shifted = [image.narrow(axis, start, size) for start in range(len(weights))]
-        image = shifted[0] * (weights[0] / sum(weights))
-        for one, weight in zip(shifted[1:], weights[1:]):
-            image.add_(one, alpha=weight / sum(weights))
+        image = torch.lerp(shifted[0], shifted[1], weights[1] / sum(weights[:2]))  # the average so far
+        for last in range(2, len(weights)):
+            image.lerp_(shifted[last], weights[last] / sum(weights[: last + 1]))
     return image
 
 # %% ../nbs/02_augmentation.ipynb #augmentation041
@@ -128,9 +129,11 @@ def draw_contrast(random: Generator, strength: float, shape: Shape) -> list[floa
 
 
 def change_contrast(image: Tensor, factors: list[float], noise: Generator) -> Tensor:
-    """Multiply each channel's distance to the grey level 127 by its factor: [C, H, W] -> the same, perhaps beyond [-1, 1]."""
+    """Multiply each channel's distance to the grey level 127 by its factor: [C, H, W] -> the same, in place, perhaps beyond [-1, 1]."""
     grey = 127 / 127.5 - 1
-    return torch.stack([plane * factor + grey * (1 - factor) for plane, factor in zip(image, factors)])
+    for plane, factor in zip(image, factors):
+        plane.mul_(factor).add_(grey * (1 - factor))
+    return image
 
 # %% ../nbs/02_augmentation.ipynb #augmentation044
 class Operation(NamedTuple):
@@ -212,7 +215,7 @@ def displace(positions: Tensor, field: Tensor) -> Tensor:
     """Add to each position the displacement found there: [2 (x, y), H, W], [2, 4, 4] in shares of the image -> [2, H, W]."""
     smooth = F.interpolate(2 * field[None], size=(31, 31), mode="bicubic", align_corners=True)  # the image is 2 units wide
     there = positions.permute(1, 2, 0)[None]  # [2, H, W] -> [1, H, W, 2]
-    return positions + F.grid_sample(smooth, there, mode="bilinear", padding_mode="border", align_corners=True)[0]
+    return F.grid_sample(smooth, there, mode="bilinear", padding_mode="border", align_corners=True)[0].add_(positions)
 
 # %% ../nbs/02_augmentation.ipynb #augmentation058
 def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -223,21 +226,29 @@ def sampling_grid(geometries: list[Geometry], height: int, width: int, device: t
         if one.field is not None:
             there = displace(positions[row], _on(device, one.field)).flatten(1)  # [2, H * W]
             before = _on(device, _normalised(one.before, height, width))  # [2, 3]: a 2x2 part and a shift
-            positions[row] = torch.addmm(before[:, 2:], before[:, :2], there).view_as(positions[row])
+            torch.addmm(before[:, 2:], before[:, :2], there, out=positions[row].view(2, -1))
     return positions.permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
 
 # %% ../nbs/02_augmentation.ipynb #augmentation060
 def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
-    """Resample images and masks once, at the same positions: [n, C, H, W], [n, H, W]; grid [n, H, W, 2]; fill [C].
+    """Resample images and masks once, at the same positions: [n, C, H, W], [n, H, W]; grid [n, H, W, 2]; fill [C], on the CPU.
 
     Images and fill may be uint8 or float, in one unit. Returns float32 [n, C, H, W] in that unit, interpolated, `fill` around
     them; and float32 [n, H, W], the nearest pixel's class, 0 around.
     """
-    fill = fill.float()[:, None, None]  # [C, 1, 1]
-    images = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(fill)  # one plane per channel
-    images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    colours = fill.float().to(images.device, non_blocking=True) if fill.any() else None  # [C]
+    rows = images.permute(0, 2, 3, 1).flatten(2)  # [n, H, W * C], no copy if the colours of a pixel lie side by side
+    rows = rows.float() if colours is None else rows - colours.repeat(images.shape[3])
+    pixels = rows.view(*grid.shape[:3], -1).permute(0, 3, 1, 2)  # [n, C, H, W]
+    images = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return images.add_(fill), masks[:, 0]
+    return images if colours is None else images.add_(colours[:, None, None]), masks[:, 0]
+
+# %% ../nbs/02_augmentation.ipynb #augmentation071b
+def _parts(rows: list[int], device: torch.device) -> list[list[int]]:
+    """Which images to warp at a time: all of them on a GPU; on a CPU one per thread, which its cache can hold."""
+    size = torch.get_num_threads() if device.type == "cpu" else max(len(rows), 1)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 # %% ../nbs/02_augmentation.ipynb #augmentation063
 def _gathered(stack: Tensor, rows: list[int]) -> Tensor:
@@ -246,31 +257,58 @@ def _gathered(stack: Tensor, rows: list[int]) -> Tensor:
     return stack[rows[0] : rows[-1] + 1] if adjacent else torch.stack([stack[row] for row in rows])
 
 
-def apply_geometry(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> tuple[Tensor, Tensor]:
-    """Move images and masks, flips exactly: uint8 [B, C, H, W], [B, H, W], fill uint8 [C] -> float32 in [-1, 1], int64."""
-    rows, warped = [row for row, geometry in enumerate(geometries) if geometry.flipped_axes is None], ()
-    if rows:
-        grid = sampling_grid([geometries[row] for row in rows], *images.shape[2:], device=images.device)
-        moved, moved_masks = warp(_gathered(images, rows), _gathered(masks, rows), grid, fill)
-        warped = normalise(moved), moved_masks.to(torch.int64)
-        if len(rows) == len(images):
-            return warped
-    new_images, new_masks = normalise(images), masks.to(torch.int64, copy=True)
+def _moved(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Move images and masks, flips exactly: yields, one by one, float32 [C, H, W] in [-1, 1] and [H, W], memory of their own."""
+    parts = iter(_parts([row for row, one in enumerate(geometries) if one.flipped_axes is None], images.device))
+    warped = {}
     for row, geometry in enumerate(geometries):
-        if geometry.flipped_axes:  # axes of [C, H, W]; a mask [H, W] lacks the first
-            new_images[row] = new_images[row].flip(geometry.flipped_axes)
-            new_masks[row] = masks[row].flip([axis - 1 for axis in geometry.flipped_axes])
-    for row, image, mask in zip(rows, *warped):
-        new_images[row], new_masks[row] = image, mask
+        axes = geometry.flipped_axes  # of [C, H, W]; a mask [H, W] lacks the first
+        if axes is not None:
+            yield normalise(images[row].flip(axes)), masks[row].flip([axis - 1 for axis in axes])
+            continue
+        if row not in warped:
+            part = next(parts)
+            grid = sampling_grid([geometries[one] for one in part], *images.shape[2:], device=images.device)
+            warped = dict(zip(part, zip(*warp(_gathered(images, part), _gathered(masks, part), grid, fill))))
+        image, mask = warped.pop(row)
+        yield normalise(image), mask
+
+# %% ../nbs/02_augmentation.ipynb #augmentation063a
+def _interleave(planes: Tensor, image: Tensor) -> None:
+    """Copy one plane per colour into an image whose colours lie side by side, both [C, H, W]; for a CPU, OpenCV is faster."""
+    if planes.device.type == "cpu" and planes.is_contiguous():
+        cv2.merge([plane.numpy() for plane in planes], image.permute(1, 2, 0).numpy())
+    else:
+        image.copy_(planes)
+
+
+def _batch(pairs: Iterable[tuple[Tensor, Tensor]], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Collect images and masks in two tensors, as networks and losses want them: float32 [B, C, H, W] and int64 [B, H, W]."""
+    new_images = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+    new_masks = torch.empty(images.shape[:1] + images.shape[2:], dtype=torch.int64, device=images.device)
+    for row, (image, mask) in enumerate(pairs):
+        _interleave(image, new_images[row])
+        new_masks[row] = mask
     return new_images, new_masks
 
+
+def apply_geometry(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> tuple[Tensor, Tensor]:
+    """Move images and masks: uint8 [B, C, H, W], [B, H, W], fill uint8 [C] on the CPU -> float32 in [-1, 1], int64."""
+    return _batch(_moved(images, masks, geometries, fill), images)
+
 # %% ../nbs/02_augmentation.ipynb #augmentation066
+def _recoloured(image: Tensor, steps: Steps, noise: Generator) -> Tensor:
+    """The photometric steps of one image, in their drawn order: float [C, H, W] -> the same, whose memory may be used."""
+    for name, numbers in steps:
+        if OPERATIONS[name].kind == "photometric":
+            image = OPERATIONS[name].apply(image, numbers, noise)
+    return image
+
+
 def apply_photometry(images: Tensor, steps: list[Steps], noise: Generator) -> Tensor:
-    """Change colours in place, each image's photometric steps in their drawn order: float [B, C, H, W], one list per image."""
+    """Change colours in place: float [B, C, H, W], one list of steps per image."""
     for row, one in enumerate(steps):
-        for name, numbers in one:
-            if OPERATIONS[name].kind == "photometric":
-                images[row] = OPERATIONS[name].apply(images[row], numbers, noise)
+        images[row] = _recoloured(images[row], one, noise)
     return images
 
 # %% ../nbs/02_augmentation.ipynb #augmentation069
@@ -312,12 +350,6 @@ def _described(value: Any) -> str:
     """What came instead, for an error."""
     return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
-# %% ../nbs/02_augmentation.ipynb #augmentation071b
-def _parts(count: int, device: torch.device) -> list[slice]:
-    """What to do at a time: the whole batch on a GPU; on a CPU one image per thread, which its cache can hold."""
-    size = torch.get_num_threads() if device.type == "cpu" else max(count, 1)
-    return [slice(start, start + size) for start in range(0, count, size)]
-
 # %% ../nbs/02_augmentation.ipynb #augmentation073
 @dataclass(frozen=True)
 class Augmentation:
@@ -356,12 +388,8 @@ class Augmentation:
         Raises ValueError for other types or sizes. The arguments are left as they are.
         """
         _check_batch(images, masks)
-        fill = _fill_for(self.fill, images.shape[1]).to(images.device, non_blocking=True)
+        fill = _fill_for(self.fill, images.shape[1])
         steps = self.draw(len(images), tuple(images.shape[1:]), seed)
         noise = seeded(seed, "noise", images.device)
-        new_images = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)  # as networks want it
-        new_masks = torch.empty(masks.shape, dtype=torch.int64, device=masks.device)
-        for part in _parts(len(images), images.device):
-            moved, new_masks[part] = apply_geometry(images[part], masks[part], [compose(one) for one in steps[part]], fill)
-            new_images[part] = apply_photometry(moved, steps[part], noise).clamp_(-1, 1)
-        return new_images, new_masks
+        moved = _moved(images, masks, [compose(one) for one in steps], fill)
+        return _batch(((_recoloured(image, one, noise).clamp_(-1, 1), mask) for (image, mask), one in zip(moved, steps)), images)

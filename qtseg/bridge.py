@@ -33,11 +33,14 @@ class UpConv(TwoForms):
     def naive_forward(self, x: Tensor) -> Tensor:
         return self.conv_transpose(x)
 
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """The product that it is, for one pixel: matrix [scale * scale * out, in] and bias [scale * scale * out] or None."""
+        weight, bias = self.conv_transpose.weight, self.conv_transpose.bias  # weight [in, out, scale, scale]
+        return weight.permute(2, 3, 1, 0).flatten(0, 2), None if bias is None else bias.repeat(self.scale**2)
+
     def subpixels(self, x: Tensor) -> Tensor:
         """What every pixel becomes, not yet put into place: [..., in] -> [..., scale * scale, out], rows first."""
-        weight, bias, s = self.conv_transpose.weight, self.conv_transpose.bias, self.scale  # weight [in, out, s, s]
-        matrix = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])  # [s * s * out, in]
-        return F.linear(x, matrix, None if bias is None else bias.repeat(s * s)).unflatten(-1, (s * s, -1))
+        return F.linear(x, *self.matrix()).unflatten(-1, (self.scale**2, -1))
 
     def fast_forward(self, x: Tensor) -> Tensor:
         s = self.scale

@@ -153,14 +153,18 @@ class MaskHead(TwoForms):
 
     def fast_forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         pixels = features.flatten(2).transpose(1, 2)  # [B, h * w, F]
-        keys = tokens.transpose(1, 2)  # [B, F, C]
-        parts = [self._logits(part, keys) for part in self._chunks(pixels)]
-        y = torch.cat(parts, dim=1).unflatten(1, (*features.shape[-2:], 2, 2, 2, 2))  # [B, h, w, 2, 2, 2, 2, C]
-        return y.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)  # [B, C, h·2·2, w·2·2]
+        return self.place(self.logits_of(tokens, pixels), *features.shape[-2:])
 
-    def _logits(self, pixels: Tensor, keys: Tensor) -> Tensor:
-        """Pixels at stride 8 [B, N, F] and keys [B, F, C] -> logits of their children at stride 2 [B, 16 * N, C]."""
-        return self.upscale2.subpixels(self.upscale4.subpixels(pixels)) @ keys
+    def logits_of(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """Pixels at stride 8 [B, N, F] -> logits of their children at stride 2, not yet in place: [B, C, 16 * N]."""
+        parts = [tokens @ self.upscale2.subpixels(self.upscale4.subpixels(part)).transpose(1, 2) for part in self._chunks(pixels)]
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def place(logits: Tensor, height: int, width: int) -> Tensor:
+        """Logits in the list's order [B, C, 16 * h * w] -> [B, C, 4h, 4w]."""
+        y = logits.unflatten(2, (height, width, 2, 2, 2, 2))  # [B, C, h, w, 2, 2, 2, 2]
+        return y.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5, 7).flatten(2, 4)  # [B, C, h·2·2, w·2·2]
 
     def _chunks(self, pixels: Tensor) -> Sequence[Tensor]:
         """Only inference on a CPU gains: training keeps everything anyway, and a GPU prefers one large product."""

@@ -19,17 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention
+from .attention import Attention, FeedForward
 from .blocks import ConvBNAct
-from .bridge import UpConvBNAct
-from .decoder import MaskHead
+from .bridge import UpConv, UpConvBNAct
+from .decoder import MaskHead, Upscale
 
 # %% auto #0
-__all__ = ['ROLES', 'THRIFTY', 'interleaved_times', 'timing_lines', 'operations', 'growth_exponent', 'matrix_rate', 'copy_rate',
-           'box_times', 'FewQueriesAttention', 'FewKeysAttention', 'RecomputedMaskHead', 'memory_growth',
-           'ThriftyConvBNAct', 'ThriftyUpConvBNAct', 'accelerate']
+__all__ = ['HAS_ONE_DNN', 'ROLES', 'FAST', 'interleaved_times', 'timing_lines', 'operations', 'growth_exponent', 'matrix_rate',
+           'copy_rate', 'box_times', 'FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead', 'memory_growth',
+           'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'accelerate']
 
 # %% ../nbs/22_speed.ipynb #c006
 def interleaved_times(jobs: dict[str, Callable], rounds: int = 11, warm_up: int = 2) -> dict[str, list[float]]:
@@ -55,11 +54,21 @@ def timing_lines(times: dict[str, list[float]]) -> list[str]:
             f"{first / statistics.median(values):5.2f}×" for name, values in times.items()]
 
 # %% ../nbs/22_speed.ipynb #c010
+def _one_dnn_operations() -> dict:
+    """PyTorch does not count the operators of oneDNN that this chapter calls; here is how to."""
+    from torch.utils.flop_counter import conv_flop_count
+
+    return {
+        torch.ops.mkldnn._convolution_pointwise: lambda x, weight, *_, out_shape: conv_flop_count(x, weight, out_shape),
+        torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, out_shape: 2 * math.prod(out_shape) * x[-1],
+    }
+
+
 def operations(job: Callable) -> int:
     """Floating-point operations of `job` in convolutions and matrix products; one multiply-add counts as two."""
     from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_one_dnn_operations() if HAS_ONE_DNN else None) as counter:
         job()
     return counter.get_total_flops()
 
@@ -107,16 +116,18 @@ def box_times(model: nn.Module, images: Tensor, boxes: Sequence[str], rounds: in
     return {name: statistics.median(values) for name, values in spent.items()}
 
 # %% ../nbs/22_speed.ipynb #c025
-def _every_head(few: Tensor, heads: int) -> Tensor:
-    """[B, T, I] -> [B, heads * T, I]: one copy for every head, zero outside the slice of I that is the head's own."""
-    slices = few.unflatten(-1, (heads, -1)).transpose(-1, -2)  # [B, T, I / heads, heads]
-    return torch.diag_embed(slices, dim1=1, dim2=3).flatten(3).flatten(1, 2)  # on the diagonal of [B, heads, T, heads, I / heads]
+def _through_heads(few: Tensor, matrices: Tensor) -> Tensor:
+    """Every head's slice of few tokens times the head's own matrix: [B, T, h * i], [h, i, o] -> [B, h * T, o]."""
+    heads = len(matrices)
+    slices = few.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(0, 1)  # [h, B * T, i]
+    return (slices @ matrices).unflatten(1, few.shape[:2]).transpose(0, 1).flatten(1, 2)  # [B, h * T, o]
 
 
-def _own_head(mixed: Tensor, heads: int) -> Tensor:
-    """The way back, [B, heads * T, I] -> [B, T, I]: of every head's copy the slice that is the head's own."""
-    slices = mixed.unflatten(1, (heads, -1)).unflatten(-1, (heads, -1))  # [B, heads, T, heads, I / heads]
-    return slices.diagonal(dim1=1, dim2=3).transpose(-1, -2).flatten(2)
+def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
+    """The way back, every head's rows times its own matrix, side by side: [B, h * T, i], [h, i, o] -> [B, T, h * o]."""
+    heads = len(matrices)
+    rows = mixed.unflatten(1, (heads, -1)).transpose(0, 1)  # [h, B, T, i]
+    return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3]).permute(1, 2, 0, 3).flatten(2)  # [B, T, h * o]
 
 # %% ../nbs/22_speed.ipynb #c0265
 def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
@@ -138,12 +149,13 @@ class FewQueriesAttention(Attention):
         head_width = self.query.out_features // self.heads
         if not _pays(queries, keys, head_width):
             return super().fast_forward(queries, keys, values)
-        q = _every_head(self.query(queries) * head_width**-0.5, self.heads)  # [B, heads * Nq, I]
-        sought = q @ self.key.weight  # [B, heads * Nq, width]: what each head looks for, in terms of the pixels themselves
-        constant = (q @ self.key.bias)[..., None]  # [B, heads * Nq, 1]; softmax ignores it, but it keeps the bias in the graph
+        key, bias, value = (x.unflatten(0, (self.heads, -1)) for x in (self.key.weight, self.key.bias[:, None], self.value.weight))
+        q = self.query(queries) * head_width**-0.5  # [B, Nq, I]
+        sought = _through_heads(q, key)  # [B, heads * Nq, width]: what each head looks for, in terms of the pixels themselves
+        constant = _through_heads(q, bias)  # [B, heads * Nq, 1]; softmax ignores it, but it keeps the bias in the graph
         weights = torch.baddbmm(constant, sought, keys.transpose(1, 2)).softmax(dim=-1)  # [B, heads * Nq, Nk]
-        mixed = self.value(weights @ values)  # [B, heads * Nq, I]; a row's weights sum to one, so the bias comes out right
-        return self.out(_own_head(mixed, self.heads))
+        mixed = _own_head(weights @ values, value.transpose(1, 2))  # [B, Nq, I]
+        return self.out(mixed + self.value.bias)  # a row's weights sum to one, so the bias may come after the average
 
 # %% ../nbs/22_speed.ipynb #c031
 class FewKeysAttention(Attention):
@@ -156,31 +168,113 @@ class FewKeysAttention(Attention):
         head_width = self.query.out_features // self.heads
         if not _pays(keys, queries, head_width):
             return super().fast_forward(queries, keys, values)
-        k = _every_head(self.key(keys) * head_width**-0.5, self.heads)  # [B, heads * Nk, I]
-        constant = (k @ self.query.bias)[..., None]  # [B, heads * Nk, 1]
-        scores = torch.baddbmm(constant, k @ self.query.weight, queries.transpose(1, 2))  # [B, heads * Nk, Nq]
+        query, bias, out = (x.unflatten(0, (self.heads, -1)) for x in (self.query.weight, self.query.bias[:, None], self.out.weight.t()))
+        k = self.key(keys) * head_width**-0.5  # [B, Nk, I]
+        scores = torch.baddbmm(_through_heads(k, bias), _through_heads(k, query), queries.transpose(1, 2))  # [B, heads * Nk, Nq]
         weights = scores.unflatten(1, (self.heads, -1)).softmax(dim=2).flatten(1, 2)  # over the tokens of each head
-        offered = _every_head(self.value(values), self.heads)  # [B, heads * Nk, I]
         # every pixel takes weights that sum to one from each head, so a share of the bias with each makes one bias
-        offered = F.linear(offered, self.out.weight, self.out.bias / self.heads)  # [B, heads * Nk, width]
+        offered = _through_heads(self.value(values), out) + self.out.bias / self.heads  # [B, heads * Nk, width]
         return weights.transpose(1, 2) @ offered  # [B, Nq, width]
 
 # %% ../nbs/22_speed.ipynb #c034
-class RecomputedMaskHead(MaskHead):
-    """The mask head for training in little memory: works on `chunk` pixels at a time and keeps nothing inside a chunk.
+HAS_ONE_DNN = torch.backends.mkldnn.is_available() and all(  #: do the undocumented operators exist that we call where it pays?
+    hasattr(torch.ops.mkldnn, name) for name in 
+        ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"))
 
-    The gradients of a chunk compute it again, so the widest maps never exist as a whole. Same function as `MaskHead`.
+
+def _as_it_stands(x: Tensor) -> bool:
+    """Is this ordinary computing on a CPU: float, nobody records or compiles, no autocast? Else the readable way is taken."""
+    return (x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing() and not torch.is_autocast_enabled("cpu"))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear without gradients, computed by oneDNN where PyTorch has it: [..., in], [out, in], [out] -> [..., out]."""
+    if x.dtype == torch.float32 and HAS_ONE_DNN and torch.backends.mkldnn.enabled:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+# %% ../nbs/22_speed.ipynb #c0341
+def _centred(upscale: Upscale) -> tuple[Tensor, Tensor]:
+    """Enlarging as a matrix [4 * out, in] and a bias [4 * out] whose results have mean zero over each child's channels."""
+    children = [one.unflatten(0, (4, -1)) for one in upscale.up.matrix()]  # [4, out, in], [4, out]
+    return tuple((one - one.mean(dim=1, keepdim=True)).flatten(0, 1) for one in children)  # layer norm would subtract it anyway
+
+
+def _enlarge(x: Tensor, matrix: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, n, in] -> enlarged [B, 4n, out], one over its standard deviation [B, 4n, 1], and layer norm's result [B, 4n, out]."""
+    enlarged = _linear(x, matrix, bias).view(len(x), -1, len(scale))
+    inverse = torch.linalg.vector_norm(enlarged, dim=-1, keepdim=True).square_().div_(len(scale)).add_(eps).rsqrt_()
+    normal = enlarged * inverse
+    return enlarged, inverse, torch.addcmul(shift, normal, scale, out=normal)
+
+# %% ../nbs/22_speed.ipynb #c0342
+def _enlarge_backward(gradient: Tensor, x: Tensor, step: tuple[Tensor, Tensor, Tensor], matrix: Tensor, scale: Tensor,
+                      shift: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """The way back through GELU, layer norm and enlarging: gradient [B, 4n, out], which is overwritten -> [B, n, in].
+
+    `step` is what `_enlarge` returned. Adds to `sums` the gradients of matrix (transposed), bias, scale and shift.
+    """
+    enlarged, inverse, normal = step
+    gradient = torch.ops.aten.gelu_backward.grad_input(gradient, normal, grad_input=gradient)
+    gradient, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
+        gradient, enlarged, scale.shape, torch.zeros_like(inverse), inverse, scale, shift, [True, True, True])
+    gradient = gradient.view(-1, len(matrix))  # [B * n, 4 * out]
+    of_matrix = _linear(x.flatten(0, 1).t(), gradient.t())
+    for total, part in zip(sums, (of_matrix, gradient.sum(0), of_scale, of_shift), strict=True):
+        total.add_(part)
+    return _linear(gradient, matrix.t()).view(x.shape)
+
+# %% ../nbs/22_speed.ipynb #c0343
+class _ChunkedLogits(torch.autograd.Function):
+    """Tokens [B, C, F], pixels [B, N, F] -> logits of the pixels' children [B, C, 16 * N]; keeps its inputs and nothing else.
+
+    `steps` are twice matrix, bias, scale and shift, of `_centred` and layer norm. Forward and backward go chunk by chunk.
     """
 
-    def _chunks(self, pixels: Tensor) -> Sequence[Tensor]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return pixels.split(max(1, self.chunk // pixels.shape[0]), dim=1)
-        return super()._chunks(pixels)
+    @staticmethod
+    def forward(ctx, tokens: Tensor, pixels: Tensor, chunk: int, eps: float, *steps: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, pixels, *steps)
+        ctx.chunk, ctx.eps = chunk, eps
+        parts = []
+        for x in pixels.split(chunk, dim=1):
+            for step in (steps[:4], steps[4:]):
+                x = torch.ops.aten.gelu_(_enlarge(x, *step, eps)[2])
+            parts.append(tokens @ x.transpose(1, 2))
+        return torch.cat(parts, dim=2)
 
-    def _logits(self, pixels: Tensor, keys: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return checkpoint(super()._logits, pixels, keys, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
-        return super()._logits(pixels, keys)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        tokens, pixels, *steps = ctx.saved_tensors
+        of_tokens, of_pixels = torch.zeros_like(tokens), torch.empty_like(pixels)
+        sums = [torch.zeros_like(one.t() if one.ndim == 2 else one) for one in steps]
+        for x, g, result in zip(pixels.split(ctx.chunk, 1), gradient.split(16 * ctx.chunk, 2), of_pixels.split(ctx.chunk, 1)):
+            four = _enlarge(x, *steps[:4], ctx.eps)  # computed again, since nothing was kept: 4 children of each pixel, then 16
+            x4 = F.gelu(four[2])
+            sixteen = _enlarge(x4, *steps[4:], ctx.eps)
+            x16, g = F.gelu(sixteen[2]), g.contiguous()
+            of_tokens.baddbmm_(g, x16)
+            g = torch.bmm(g.transpose(1, 2), tokens, out=x16)
+            g = _enlarge_backward(g, x4, sixteen, steps[4], *steps[6:], sums[4:])
+            result.copy_(_enlarge_backward(g, x, four, steps[0], *steps[2:4], sums[:4]))
+        return of_tokens, of_pixels, None, None, *(one.t() if one.ndim == 2 else one for one in sums)
+
+# %% ../nbs/22_speed.ipynb #c0344
+class FastMaskHead(MaskHead):
+    """The mask head on a CPU, in training and inference: a chunk at a time, and nothing inside a chunk is kept.
+
+    The gradients of a chunk compute it again, so the widest maps never exist as a whole. Same parameters and function as
+    `MaskHead`, which is used everywhere else.
+    """
+
+    def logits_of(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        if not (_as_it_stands(pixels) and pixels.dtype == tokens.dtype == self.upscale4.norm.weight.dtype):
+            return super().logits_of(tokens, pixels)
+        steps = [tensor for upscale in (self.upscale4, self.upscale2)
+                 for tensor in (*_centred(upscale), upscale.norm.weight, upscale.norm.bias)]
+        chunk = max(1, self.chunk // len(pixels))
+        return _ChunkedLogits.apply(tokens.contiguous(), pixels, chunk, self.upscale4.norm.eps, *steps)
 
 # %% ../nbs/22_speed.ipynb #c037
 def _kilobytes(field: str) -> int:
@@ -223,7 +317,7 @@ class _NormSiLU(torch.autograd.Function):
         x, weight, bias, mean, inverse = ctx.saved_tensors
         slope = weight * inverse
         y = torch.addcmul((bias - mean * slope)[:, None, None], x, slope[:, None, None])  # [B, C, H, W], what SiLU was given
-        gradient = torch.ops.aten.silu_backward(gradient, y)
+        gradient = torch.ops.aten.silu_backward.grad_input(gradient, y, grad_input=y)
         needed = list(ctx.needs_input_grad[:3])
         return *torch.ops.aten.native_batch_norm_backward(gradient, x, weight, None, None, mean, inverse, True, ctx.eps,
                                                           needed), None, None, None, None
@@ -234,45 +328,94 @@ def _norm_silu(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return _NormSiLU.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
 
 
-def _trains_plainly(module: ConvBNAct | UpConvBNAct, x: Tensor) -> bool:
+def _trains_plainly(norm: nn.Module, x: Tensor) -> bool:
     """Is this a float training step on a CPU, with an ordinary BatchNorm? Everything else goes the readable way."""
-    if module.use_naive or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    norm = module.norm
     ordinary = type(norm) is nn.BatchNorm2d and norm.training and norm.momentum is not None
-    return ordinary and x.device.type == "cpu" and x.dtype == norm.weight.dtype
+    return ordinary and torch.is_grad_enabled() and _as_it_stands(x) and x.dtype == norm.weight.dtype
 
 
-class ThriftyConvBNAct(ConvBNAct):
-    """ConvBNAct whose training on a CPU keeps two maps for its gradients instead of three. Same function."""
-
-    use_naive = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _norm_silu(self.norm, self.conv(x)) if _trains_plainly(self, x) else super().forward(x)
-
-
-class ThriftyUpConvBNAct(UpConvBNAct):
+class FastUpConvBNAct(UpConvBNAct):
     """UpConvBNAct whose training on a CPU keeps two maps for its gradients instead of three. Same function."""
 
     use_naive = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return _norm_silu(self.norm, self.up(x)) if _trains_plainly(self, x) else super().forward(x)
+        if not self.use_naive and _trains_plainly(self.norm, x):
+            return _norm_silu(self.norm, self.up(x))
+        return super().forward(x)
+
+# %% ../nbs/22_speed.ipynb #c0431
+class _KeepsPacked(nn.Module):
+    """Brings weights into the order that oneDNN wants, once, and keeps the result until the weights change."""
+
+    _packed = None  #: number of a weight -> (the weight, its version, the same in oneDNN's order)
+
+    def packed(self, weight: Tensor, reorder: Callable, *settings) -> Tensor:
+        kept = self._packed and self._packed.get(id(weight))
+        if not kept or kept[0] is not weight or kept[1] != weight._version:
+            kept = weight, weight._version, reorder(weight, *settings)
+            self._packed = {**(self._packed or {}), id(weight): kept}
+        return kept[2]
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles make their own."""
+        return {**self.__dict__, "_packed": None}
+
+
+def _infers_plainly(x: Tensor, weight: Tensor) -> bool:
+    """Is this inference in float32 that oneDNN can do? An inference tensor could not tell whether it was written to."""
+    return (not torch.is_grad_enabled() and x.dtype == torch.float32 == weight.dtype and HAS_ONE_DNN and torch.backends.mkldnn.enabled
+            and _as_it_stands(x) and not weight.is_inference())
+
+# %% ../nbs/22_speed.ipynb #c0432
+class FastConvBNAct(_KeepsPacked, ConvBNAct):
+    """ConvBNAct on a CPU: training keeps two maps instead of three; folded, convolution and SiLU are one call of oneDNN."""
+
+    use_naive = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, conv = self.norm, self.conv
+        weight = conv.weight
+        if type(norm) is nn.Identity and _infers_plainly(x, weight) and not self.use_naive:
+            settings = conv.padding, conv.stride, conv.dilation, conv.groups
+            # the best order depends a little on the image's size; the first one decides
+            weight = self.packed(weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *settings, "swish", [], "")
+        return _norm_silu(norm, conv(x)) if _trains_plainly(norm, x) and not self.use_naive else super().forward(x)
+
+
+class FastFeedForward(_KeepsPacked, FeedForward):
+    """The tokens' MLP; in inference on a CPU two calls of oneDNN, which reads its large weights faster. Same function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _infers_plainly(x, self.expand.weight):
+            return super().forward(x)
+        for layer, activation in ((self.expand, "relu"), (self.contract, "none")):
+            weight = self.packed(layer.weight, torch.ops.mkldnn._reorder_linear_weight)
+            x = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, activation, [], "")
+        return x
+
+
+class FastUpConv(UpConv):
+    """Enlarging; in inference on a CPU its matrix product is oneDNN's. Same function."""
+
+    def subpixels(self, x: Tensor) -> Tensor:
+        if not _infers_plainly(x, self.conv_transpose.weight):
+            return super().subpixels(x)
+        matrix, bias = self.matrix()
+        return _linear(x, matrix, bias).unflatten(-1, (self.scale**2, -1))
 
 # %% ../nbs/22_speed.ipynb #c046
 ROLES = {"token_to_feature": FewQueriesAttention, "final_attention": FewQueriesAttention,
          "feature_to_token": FewKeysAttention}  #: by the name that an attention has in its block, its faster class
-THRIFTY = {ConvBNAct: ThriftyConvBNAct, UpConvBNAct: ThriftyUpConvBNAct, MaskHead: RecomputedMaskHead}  #: class -> thrifty one
+FAST = {ConvBNAct: FastConvBNAct, UpConvBNAct: FastUpConvBNAct, UpConv: FastUpConv, FeedForward: FastFeedForward,
+        MaskHead: FastMaskHead}  #: class -> faster class
 
 
-def accelerate(network: nn.Module, recompute: bool = False) -> None:
-    """Change, in place, the class of every module that has a faster one; parameters, their names and the function stay.
-
-    `recompute` takes memory from training and gives it time: convolution blocks and mask head keep less, and compute it again.
-    """
+def accelerate(network: nn.Module) -> None:
+    """Change, in place, the class of every module that has a faster one; parameters, their names and the function stay."""
     for name, module in network.named_modules():
         if type(module) is Attention:
             module.__class__ = ROLES.get(name.rpartition(".")[2], Attention)
-        elif recompute:
-            module.__class__ = THRIFTY.get(type(module), type(module))
+        else:
+            module.__class__ = FAST.get(type(module), type(module))

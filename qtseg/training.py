@@ -78,7 +78,7 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
 CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
            "model": NETWORKS, "bridge": BRIDGES, "decoder": DECODERS, "position": POSITIONS,
-           "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast", "small"), "amp": ("none", "bf16", "fp16"),
+           "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast"), "amp": ("none", "bf16", "fp16"),
            "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
             "validate_every": 1, "valid_batch": 1, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
@@ -223,7 +223,7 @@ class TrainConfig(_RecipeFields, ConfigProblems):
     Unknown names, wrong types and impossible values raise ValueError, which names them all.
     """
 
-    # how it is computed; forms: plain, as the chapters write them; fast, chapter 22's on a CPU; or small, these with less memory
+    # how it is computed; forms: plain, as the chapters write them; or fast, chapter 22's on a CPU
     forms: str = "fast"
     amp: str = "none"
     compile: bool = False
@@ -533,7 +533,7 @@ class _TrainerParts:
             raise ValueError(f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
         self.model = _seeded_network(config).to(self.device)
         if config.forms != "plain":
-            accelerate(self.model, recompute=config.forms == "small")
+            accelerate(self.model)
         self.network, self.frozen = None, None  # what `step` calls: made by begin_epoch, anew when the encoder is set free
         self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), config)
         self.scheduler = SCHEDULERS[config.scheduler](self.optimiser, config)

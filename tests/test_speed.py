@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import time
 from collections import Counter
@@ -46,9 +47,9 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
         assert (found[name] - gradient).abs().max() <= relative * scale, name
 
 
-def accelerated(model: nn.Module, **options) -> nn.Module:
+def accelerated(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
-    speed.accelerate(twin, **options)
+    speed.accelerate(twin)
     return twin
 
 
@@ -59,13 +60,14 @@ def kinds(model: nn.Module) -> Counter:
 def test_fast_forms_stand_where_they_belong():
     network = QTSeg(width=8)
     assert not {kind for kind in kinds(network) if kind.__module__ == "qtseg.speed"}, "what one builds is the readable form"
-    training, thrifty, fused = accelerated(network), accelerated(network, recompute=True), accelerated(network, recompute=True).fuse()
-    for form in (training, thrifty, fused):
-        assert kinds(form)[speed.FewQueriesAttention] == 6 + 3  # one in each block, one at the end of each stage
-        assert kinds(form)[speed.FewKeysAttention] == 6 and kinds(form)[Attention] == 6  # the last: among the tokens
-    assert kinds(training)[ConvBNAct] == kinds(thrifty)[speed.ThriftyConvBNAct] > 50
-    assert kinds(training)[MaskHead] == kinds(thrifty)[speed.RecomputedMaskHead] == 1
-    assert kinds(thrifty)[speed.ThriftyUpConvBNAct] == 3
+    training, fused = accelerated(network), accelerated(network).fuse()
+    for form in (training, fused, network.fuse()):
+        found = kinds(form)
+        assert found[speed.FewQueriesAttention] == 6 + 3  # one in each block, one at the end of each stage
+        assert found[speed.FewKeysAttention] == found[Attention] == found[speed.FastFeedForward] == 6  # Attention: among tokens
+        assert found[speed.FastConvBNAct] > 50 and found[speed.FastUpConvBNAct] == 3 and found[speed.FastMaskHead] == 1
+        assert found[speed.FastUpConv] == 3 + 4  # the bridge's, and two between stages, two in the mask head
+        assert not found[ConvBNAct] + found[UpConvBNAct] + found[MaskHead]
     assert training.state_dict().keys() == network.state_dict().keys()
 
 
@@ -75,7 +77,7 @@ def test_logits_equal_the_naive_form(classes, batch, height, width):
     model, x = small(classes).eval(), images(batch, height, width)
     with torch.no_grad():
         expected = model.naive()(x)
-        for form in (model, accelerated(model), accelerated(model, recompute=True), model.fuse(), accelerated(model).fuse()):
+        for form in (model, accelerated(model), model.fuse(), accelerated(model).fuse()):
             torch.testing.assert_close(form(x), expected, atol=1e-4, rtol=0)
 
 
@@ -92,7 +94,7 @@ def test_gradients_equal_the_naive_form(classes, batch, height, width):
     target = torch.randint(0, max(classes, 2), (batch, height, width), generator=torch.Generator().manual_seed(2))
     twice = (torch.cat([x, x]), torch.cat([target, target])) if batch == 1 else (x, target)
     expected = gradients(model.naive(), *twice)
-    for form in (model, accelerated(model), accelerated(model, recompute=True)):
+    for form in (model, accelerated(model)):
         assert_same_gradients(gradients(form, x, target), expected, relative=1e-6)
 
 
@@ -101,8 +103,7 @@ def test_gradients_at_full_width_in_single_precision():
     model, x = QTSeg().train(), images(2, 128, 128)
     target = (x[:, 0] > 0.5).long()
     expected = gradients(model.naive(), x, target)
-    for options in ({}, {"recompute": True}):
-        assert_same_gradients(gradients(accelerated(model, **options), x, target), expected)
+    assert_same_gradients(gradients(accelerated(model), x, target), expected)
 
 
 @pytest.mark.parametrize("kind, shapes", [(speed.FewQueriesAttention, (3, 50)), (speed.FewKeysAttention, (50, 3))])
@@ -126,11 +127,11 @@ def test_attention_equals_the_plain_form_below_and_above_its_limit(kind, shapes,
 
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 @pytest.mark.parametrize("classes", [1, 3])
-def test_recomputed_mask_head_equals_the_plain_form_for_any_chunk(chunk, classes):
+def test_fast_mask_head_equals_the_plain_form_for_any_chunk(chunk, classes):
     torch.manual_seed(0)
     plain = MaskHead(16).double()
     fast = copy.deepcopy(plain)
-    fast.__class__, fast.chunk = speed.RecomputedMaskHead, chunk
+    fast.__class__, fast.chunk = speed.FastMaskHead, chunk
     tokens = torch.randn(2, classes, 16, dtype=torch.float64, requires_grad=True)
     features = torch.randn(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
     found = []
@@ -144,10 +145,10 @@ def test_recomputed_mask_head_equals_the_plain_form_for_any_chunk(chunk, classes
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-def test_thrifty_blocks_equal_the_plain_ones(form):
+def test_fast_blocks_equal_the_plain_ones_in_training(form):
     """Output, gradients and the counted statistics, in training and evaluation; frozen weights get no gradient."""
     torch.manual_seed(0)
-    for plain, fast in ((ConvBNAct(4, 6), speed.ThriftyConvBNAct), (UpConvBNAct(4, 6, 2), speed.ThriftyUpConvBNAct)):
+    for plain, fast in ((ConvBNAct(4, 6), speed.FastConvBNAct), (UpConvBNAct(4, 6, 2), speed.FastUpConvBNAct)):
         plain = plain.double()
         twin = copy.deepcopy(plain)
         twin.__class__ = fast
@@ -162,29 +163,78 @@ def test_thrifty_blocks_equal_the_plain_ones(form):
         assert x.grad is not None and all(parameter.grad is None for parameter in twin.parameters())
 
 
-def test_recomputing_keeps_no_wide_map():
+def test_fast_mask_head_keeps_no_wide_map():
     """Nothing of the last step's width is saved for the backward pass."""
     torch.manual_seed(0)
     saved = {}
-    for form in (MaskHead, speed.RecomputedMaskHead):
+    for form in (MaskHead, speed.FastMaskHead):
         head, sizes = MaskHead(16), []
         head.__class__, head.chunk = form, 256
         note = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             head(torch.randn(1, 2, 16, requires_grad=True), torch.randn(1, 16, 32, 32, requires_grad=True))
         saved[form] = max(sizes)
-    assert saved[MaskHead] >= 16 * 32 * 32 * 16 > 2 * saved[speed.RecomputedMaskHead]
+    assert saved[MaskHead] >= 16 * 32 * 32 * 16 > 2 * saved[speed.FastMaskHead]
+
+
+@pytest.mark.parametrize("batch, height, width", SIZES)
+def test_fused_form_is_the_same_without_one_dnn(batch, height, width, monkeypatch):
+    """oneDNN's operators are undocumented: a PyTorch that lacks them, or has oneDNN switched off, goes the readable way."""
+    fused, x = small().fuse(), images(batch, height, width)
+    with torch.no_grad():
+        expected = fused(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=0)
+        monkeypatch.setattr(speed, "HAS_ONE_DNN", False)
+        torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=0)
+    assert speed.operations(lambda: small()(x)) > 0
+
+
+@pytest.mark.skipif(not speed.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+def test_weights_kept_for_one_dnn_follow_their_originals(tmp_path):
+    """New weights, a copy, a pickle, another type: never an answer from weights that are no longer there."""
+    torch.manual_seed(0)
+    fused, other, x = small().fuse(), small().fuse(), images(2, 64, 96)
+    for name, tensor in other.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    with torch.no_grad():
+        before, expected = fused(x), other(x)
+        assert any(getattr(module, "_packed", None) for module in fused.modules()), "nothing was kept, so nothing is tested"
+        twin, pickled = copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))
+        assert not any(getattr(module, "_packed", None) for form in (twin, pickled) for module in form.modules())
+        fused.load_state_dict(other.state_dict())
+        torch.testing.assert_close(fused(x), expected, atol=1e-5, rtol=0)
+        for form in (twin, pickled):
+            torch.testing.assert_close(form(x), before, atol=1e-5, rtol=0)
+        torch.testing.assert_close(twin.double()(x.double()), before.double(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(twin.float()(x), before, atol=1e-4, rtol=0)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+
+def test_fused_form_gives_images_a_gradient():
+    """What is drawn as a saliency map: the way that oneDNN knows no gradients for is not taken."""
+    model, x = small().eval(), images(1, 64, 64).requires_grad_()
+    found = [torch.autograd.grad(form(x).square().sum(), x)[0] for form in (model.naive(), model.fuse())]
+    torch.testing.assert_close(found[1], found[0], atol=1e-4 * found[0].abs().max().item(), rtol=0)
+
+
+def test_operations_are_counted_alike_in_all_forms():
+    """Convolutions and products behind oneDNN's operators count, too; absorbed attention needs fewer."""
+    model, x = QTSeg(width=8).eval(), images(1, 64, 64)
+    naive, fused = (speed.operations(lambda form=form: torch.no_grad()(form)(x)) for form in (model.requires_grad_(False).naive(), model.fuse()))
+    assert 0.8 * naive < fused <= naive
 
 
 def test_frozen_and_unusual_normalisation_goes_the_readable_way():
-    """BatchNorm that doesn't move, or averages in another way, is none that the thrifty form knows."""
+    """BatchNorm that doesn't move, or averages in another way, is none that the fast form knows."""
     torch.manual_seed(0)
     for change in (lambda norm: norm.eval(), lambda norm: setattr(norm, "momentum", None)):
         plain, x = ConvBNAct(3, 8), torch.randn(2, 3, 8, 8)
         change(plain.norm)
-        thrifty = accelerated(plain, recompute=True)
-        torch.testing.assert_close(thrifty(x), plain(x))
-        torch.testing.assert_close(thrifty.state_dict(), plain.state_dict())
+        fast = accelerated(plain)
+        torch.testing.assert_close(fast(x), plain(x))
+        torch.testing.assert_close(fast.state_dict(), plain.state_dict())
 
 
 def test_one_compiled_graph_serves_many_sizes():
@@ -201,7 +251,7 @@ def test_one_compiled_graph_serves_many_sizes():
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("forms", ["plain", "fast", "small"])
+@pytest.mark.parametrize("forms", ["plain", "fast"])
 def test_training_takes_the_forms_it_is_told(forms, tmp_path):
     data = SegmentationData.open("phantoms:nuclei:8", size=32, classes=2, cache=str(tmp_path), progress=False)
     config = TrainConfig(width=8, depths=[1, 1, 1], mlp_width=32, batch=4, device="cpu", forms=forms)
@@ -209,7 +259,7 @@ def test_training_takes_the_forms_it_is_told(forms, tmp_path):
     loss, _ = trainer.step(next(trainer.begin_epoch()))
     assert loss.isfinite()
     found = kinds(trainer.model)
-    assert bool(found[speed.FewKeysAttention]) is (forms != "plain") and bool(found[speed.RecomputedMaskHead]) is (forms == "small")
+    assert bool(found[speed.FewKeysAttention]) is bool(found[speed.FastMaskHead]) is (forms == "fast")
     trainer.model.save_pretrained(tmp_path / "saved")
     assert not {kind for kind in kinds(QTSeg.from_pretrained(tmp_path / "saved")) if kind.__module__ == "qtseg.speed"}
 
