@@ -129,7 +129,7 @@ def draw_contrast(random: Generator, strength: float, shape: Shape) -> list[floa
 
 
 def change_contrast(image: Tensor, factors: list[float], noise: Generator) -> Tensor:
-    """Multiply each channel's distance to the grey level 127 by its factor: [C, H, W] -> the same, in place, perhaps beyond [-1, 1]."""
+    """Multiply each channel's distance to the grey level 127 by its factor: [C, H, W], in place; may leave [-1, 1]."""
     grey = 127 / 127.5 - 1
     for plane, factor in zip(image, factors):
         plane.mul_(factor).add_(grey * (1 - factor))
@@ -239,7 +239,7 @@ def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Ten
     colours = fill.float().to(images.device, non_blocking=True) if fill.any() else None  # [C]
     rows = images.permute(0, 2, 3, 1).flatten(2)  # [n, H, W * C], no copy if the colours of a pixel lie side by side
     rows = rows.float() if colours is None else rows - colours.repeat(images.shape[3])
-    pixels = rows.view(*grid.shape[:3], -1).permute(0, 3, 1, 2)  # [n, C, H, W]
+    pixels = rows.unflatten(2, (-1, images.shape[1])).permute(0, 3, 1, 2)  # [n, C, H, W]
     images = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return images if colours is None else images.add_(colours[:, None, None]), masks[:, 0]
@@ -260,7 +260,7 @@ def _gathered(stack: Tensor, rows: list[int]) -> Tensor:
 def _moved(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Move images and masks, flips exactly: yields, one by one, float32 [C, H, W] in [-1, 1] and [H, W], memory of their own."""
     parts = iter(_parts([row for row, one in enumerate(geometries) if one.flipped_axes is None], images.device))
-    warped = {}
+    warped: dict[int, tuple[Tensor, Tensor]] = {}
     for row, geometry in enumerate(geometries):
         axes = geometry.flipped_axes  # of [C, H, W]; a mask [H, W] lacks the first
         if axes is not None:
@@ -269,9 +269,9 @@ def _moved(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tens
         if row not in warped:
             part = next(parts)
             grid = sampling_grid([geometries[one] for one in part], *images.shape[2:], device=images.device)
-            warped = dict(zip(part, zip(*warp(_gathered(images, part), _gathered(masks, part), grid, fill))))
-        image, mask = warped.pop(row)
-        yield normalise(image), mask
+            new_images, new_masks = warp(_gathered(images, part), _gathered(masks, part), grid, fill)
+            warped = dict(zip(part, zip(normalise(new_images), new_masks)))
+        yield warped[row]
 
 # %% ../nbs/02_augmentation.ipynb #augmentation063a
 def _interleave(planes: Tensor, image: Tensor) -> None:

@@ -140,8 +140,7 @@ class Forms:
     def fuse(self):
         """A copy for inference on fixed weights: BatchNorm folded into the convolutions, no gradients for parameters.
 
-        Attention takes the faster form of chapter 22.
-
+        Attention, mask head and blocks take the faster forms of chapter 22.
         In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`).
         """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
