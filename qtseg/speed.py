@@ -129,16 +129,16 @@ def box_times(model: nn.Module, images: Tensor, boxes: Sequence[str], rounds: in
 # %% ../nbs/22_speed.ipynb #c025
 def _through_heads(few: Tensor, matrices: Tensor) -> Tensor:
     """Every head's slice of few tokens times the head's own matrix: [B, T, h * i], [h, i, o] -> [B, h * T, o]."""
-    heads = len(matrices)
-    slices = few.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(0, 1)  # [h, B * T, i]
-    return (slices @ matrices).unflatten(1, few.shape[:2]).transpose(0, 1).flatten(1, 2)  # [B, h * T, o]
+    batch, tokens, _ = few.shape
+    slices = few.reshape(batch * tokens, len(matrices), -1).transpose(0, 1)  # [h, B * T, i]
+    return torch.bmm(slices, matrices).unflatten(1, (batch, tokens)).transpose(0, 1).flatten(1, 2)  # [B, h * T, o]
 
 
 def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
     """The way back, every head's rows times its own matrix, side by side: [B, h * T, i], [h, i, o] -> [B, T, h * o]."""
-    heads = len(matrices)
-    rows = mixed.unflatten(1, (heads, -1)).transpose(0, 1)  # [h, B, T, i]
-    return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3]).permute(1, 2, 0, 3).flatten(2)  # [B, T, h * o]
+    batch, tokens = len(mixed), mixed.shape[1] // len(matrices)
+    rows = mixed.unflatten(1, (-1, tokens)).transpose(0, 1).flatten(1, 2)  # [h, B * T, i]
+    return torch.bmm(rows, matrices).unflatten(1, (batch, tokens)).permute(1, 2, 0, 3).flatten(2)  # [B, T, h * o]
 
 # %% ../nbs/22_speed.ipynb #c0265
 def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
@@ -163,8 +163,10 @@ class FewQueriesAttention(Attention):
         key, bias, value = (x.unflatten(0, (self.heads, -1)) for x in (self.key.weight, self.key.bias[:, None], self.value.weight))
         q = self.query(queries) * head_width**-0.5  # [B, Nq, I]
         sought = _through_heads(q, key)  # [B, heads * Nq, width]: what each head looks for, in terms of the pixels themselves
-        constant = _through_heads(q, bias)  # [B, heads * Nq, 1]; softmax ignores it, but it keeps the bias in the graph
-        weights = torch.baddbmm(constant, sought, keys.transpose(1, 2)).softmax(dim=-1)  # [B, heads * Nq, Nk]
+        scores = torch.bmm(sought, keys.transpose(1, 2))  # [B, heads * Nq, Nk]
+        if torch.is_grad_enabled():  # softmax ignores a constant, but it keeps the keys' bias in the graph
+            scores = scores + _through_heads(q, bias)
+        weights = scores.softmax(dim=-1)
         mixed = _own_head(weights @ values, value.transpose(1, 2))  # [B, Nq, I]
         return self.out(mixed + self.value.bias)  # a row's weights sum to one, so the bias may come after the average
 
@@ -207,24 +209,35 @@ def _centred(upscale: Upscale) -> tuple[Tensor, Tensor]:
     return tuple((one - one.mean(dim=1, keepdim=True)).flatten(0, 1) for one in children)  # layer norm would subtract it anyway
 
 
-def _enlarge(x: Tensor, matrix: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, n, in] -> enlarged [B, 4n, out], one over its standard deviation [B, 4n, 1], and layer norm's result [B, 4n, out]."""
-    enlarged = _linear(x, matrix, bias).view(len(x), -1, len(scale))
-    inverse = torch.linalg.vector_norm(enlarged, dim=-1, keepdim=True).square_().div_(len(scale)).add_(eps).rsqrt_()
-    normal = enlarged * inverse
-    return enlarged, inverse, torch.addcmul(shift, normal, scale, out=normal)
+def _enlarged(x: Tensor, matrix: Tensor, bias: Tensor, channels: int, eps: float) -> tuple[Tensor, Tensor]:
+    """[B, n, in] -> the children [B, 4n, out], and one over the standard deviation of each, [B, 4n, 1]."""
+    children = _linear(x, matrix, bias).view(len(x), -1, channels)
+    length = torch.linalg.vector_norm(children, dim=-1, keepdim=True)
+    return children, length.square_().div_(channels).add_(eps).rsqrt_()
+
+
+def _normalised(children: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor, into: Tensor) -> Tensor:
+    """The rest of layer norm, written into a tensor like `children`, which may be `children` itself."""
+    return torch.addcmul(shift, torch.mul(children, inverse, out=into), scale, out=into)
 
 # %% ../nbs/22_speed.ipynb #c0342
-def _enlarge_backward(gradient: Tensor, x: Tensor, step: tuple[Tensor, Tensor, Tensor], matrix: Tensor, scale: Tensor,
-                      shift: Tensor, sums: Sequence[Tensor]) -> Tensor:
+def _recomputed(x: Tensor, matrix: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """One step forward for the way back: children, one over their standard deviation, normalised, activated."""
+    children, inverse = _enlarged(x, matrix, bias, len(scale), eps)
+    normal = _normalised(children, inverse, scale, shift, into=torch.empty_like(children))
+    return children, inverse, normal, F.gelu(normal)
+
+
+def _step_back(gradient: Tensor, x: Tensor, known: tuple[Tensor, ...], matrix: Tensor, scale: Tensor, shift: Tensor,
+               sums: Sequence[Tensor]) -> Tensor:
     """The way back through GELU, layer norm and enlarging: gradient [B, 4n, out], which is overwritten -> [B, n, in].
 
-    `step` is what `_enlarge` returned. Adds to `sums` the gradients of matrix (transposed), bias, scale and shift.
+    `known` begins as what `_recomputed` returns. Adds to `sums` the gradients of matrix (transposed), bias, scale and shift.
     """
-    enlarged, inverse, normal = step
+    children, inverse, normal, *_ = known
     gradient = torch.ops.aten.gelu_backward.grad_input(gradient, normal, grad_input=gradient)
     gradient, of_scale, of_shift = torch.ops.aten.native_layer_norm_backward(
-        gradient, enlarged, scale.shape, torch.zeros_like(inverse), inverse, scale, shift, [True, True, True])
+        gradient, children, scale.shape, torch.zeros_like(inverse), inverse, scale, shift, [True, True, True])
     gradient = gradient.view(-1, len(matrix))  # [B * n, 4 * out]
     of_matrix = _linear(x.flatten(0, 1).t(), gradient.t())
     for total, part in zip(sums, (of_matrix, gradient.sum(0), of_scale, of_shift), strict=True):
@@ -244,9 +257,10 @@ class _ChunkedLogits(torch.autograd.Function):
         ctx.chunk, ctx.eps = chunk, eps
         parts = []
         for x in pixels.split(chunk, dim=1):
-            for step in (steps[:4], steps[4:]):
-                x = torch.ops.aten.gelu_(_enlarge(x, *step, eps)[2])
-            parts.append(tokens @ x.transpose(1, 2))
+            for matrix, bias, scale, shift in (steps[:4], steps[4:]):
+                children, inverse = _enlarged(x, matrix, bias, len(scale), eps)
+                x = torch.ops.aten.gelu_(_normalised(children, inverse, scale, shift, into=children))
+            parts.append(torch.bmm(tokens, x.transpose(1, 2)))
         return torch.cat(parts, dim=2)
 
     @staticmethod
@@ -256,14 +270,13 @@ class _ChunkedLogits(torch.autograd.Function):
         of_tokens, of_pixels = torch.zeros_like(tokens), torch.empty_like(pixels)
         sums = [torch.zeros_like(one.t() if one.ndim == 2 else one) for one in steps]
         for x, g, result in zip(pixels.split(ctx.chunk, 1), gradient.split(16 * ctx.chunk, 2), of_pixels.split(ctx.chunk, 1)):
-            four = _enlarge(x, *steps[:4], ctx.eps)  # computed again, since nothing was kept: 4 children of each pixel, then 16
-            x4 = F.gelu(four[2])
-            sixteen = _enlarge(x4, *steps[4:], ctx.eps)
-            x16, g = F.gelu(sixteen[2]), g.contiguous()
-            of_tokens.baddbmm_(g, x16)
-            g = torch.bmm(g.transpose(1, 2), tokens, out=x16)
-            g = _enlarge_backward(g, x4, sixteen, steps[4], *steps[6:], sums[4:])
-            result.copy_(_enlarge_backward(g, x, four, steps[0], *steps[2:4], sums[:4]))
+            four = _recomputed(x, *steps[:4], ctx.eps)  # since nothing was kept: 4 children of each pixel, then 16
+            sixteen = _recomputed(four[-1], *steps[4:], ctx.eps)
+            g = g.contiguous()
+            of_tokens.baddbmm_(g, sixteen[-1])
+            g = torch.bmm(g.transpose(1, 2), tokens, out=sixteen[-1])
+            g = _step_back(g, four[-1], sixteen, steps[4], *steps[6:], sums[4:])
+            result.copy_(_step_back(g, x, four, steps[0], *steps[2:4], sums[:4]))
         return of_tokens, of_pixels, None, None, *(one.t() if one.ndim == 2 else one for one in sums)
 
 # %% ../nbs/22_speed.ipynb #c0344
