@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +26,14 @@ from .blocks import ConvBNAct
 from .bridge import UpConv, UpConvBNAct
 from .decoder import MaskHead, Upscale
 
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
 # %% auto #0
-__all__ = ['HAS_ONE_DNN', 'ROLES', 'FAST', 'interleaved_times', 'timing_lines', 'operations', 'growth_exponent', 'matrix_rate',
-           'copy_rate', 'box_times', 'FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead', 'memory_growth',
-           'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'accelerate']
+__all__ = ['HAS_ONE_DNN', 'ROLES', 'FAST', 'interleaved_times', 'timing_lines', 'operation_counter', 'operations',
+           'growth_exponent', 'matrix_rate', 'copy_rate', 'box_times', 'FewQueriesAttention', 'FewKeysAttention',
+           'FastMaskHead', 'memory_growth', 'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv',
+           'accelerate']
 
 # %% ../nbs/22_speed.ipynb #c006
 def interleaved_times(jobs: dict[str, Callable], rounds: int = 11, warm_up: int = 2) -> dict[str, list[float]]:
@@ -59,21 +64,27 @@ HAS_ONE_DNN = torch.backends.mkldnn.is_available() and all(  #: are the undocume
     ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"))
 
 
-def _one_dnn_operations() -> dict:
-    """PyTorch does not count the operators of oneDNN that this chapter calls; here is how to."""
-    from torch.utils.flop_counter import conv_flop_count
+def _uncounted() -> dict:
+    """How to count what PyTorch's counter does not know: attention on a CPU, and oneDNN's operators. It hands over shapes."""
+    from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
-    return {
-        torch.ops.mkldnn._convolution_pointwise: lambda x, weight, *_, out_shape: conv_flop_count(x, weight, out_shape),
-        torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, out_shape: 2 * math.prod(out_shape) * x[-1],
-    }
+    rules = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    if HAS_ONE_DNN:
+        rules[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape: conv_flop_count(x, weight, out_shape)
+        rules[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, out_shape: 2 * math.prod(out_shape) * x[-1]
+    return rules
+
+
+def operation_counter() -> FlopCounterMode:
+    """A context that counts the operations inside: `get_total_flops()`. Knows attention on a CPU and oneDNN's operators too."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
+
+    return FlopCounterMode(display=False, custom_mapping=_uncounted())
 
 
 def operations(job: Callable) -> int:
     """Floating-point operations of `job` in convolutions and matrix products; one multiply-add counts as two."""
-    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
-
-    with FlopCounterMode(display=False, custom_mapping=_one_dnn_operations() if HAS_ONE_DNN else None) as counter:
+    with operation_counter() as counter:
         job()
     return counter.get_total_flops()
 
@@ -136,7 +147,7 @@ def _through_heads(few: Tensor, matrices: Tensor) -> Tensor:
 
 def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
     """The way back, every head's rows times its own matrix, side by side: [B, h * T, i], [h, i, o] -> [B, T, h * o]."""
-    batch, tokens = len(mixed), mixed.shape[1] // len(matrices)
+    batch, tokens = mixed.shape[0], mixed.shape[1] // len(matrices)
     rows = mixed.unflatten(1, (-1, tokens)).transpose(0, 1).flatten(1, 2)  # [h, B * T, i]
     return torch.bmm(rows, matrices).unflatten(1, (batch, tokens)).permute(1, 2, 0, 3).flatten(2)  # [B, T, h * o]
 
@@ -144,7 +155,7 @@ def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
 def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
     """Is absorbing worth it? With at most `head_width` tokens, and enough pixels that the saving outweighs more, smaller steps.
 
-    The limit of 2¹⁵ numbers was measured on two CPU cores. On other devices nothing was, so there the plain form stays.
+    The limit of 2¹⁵ numbers was measured on two CPU cores. Nothing was measured on other devices, so there the plain form stays.
     """
     enough = torch.compiler.is_compiling() or many.numel() >= 1 << 15  # compiled, small steps cost nothing
     return few.shape[1] <= head_width and many.device.type == "cpu" and enough
@@ -164,7 +175,7 @@ class FewQueriesAttention(Attention):
         q = self.query(queries) * head_width**-0.5  # [B, Nq, I]
         sought = _through_heads(q, key)  # [B, heads * Nq, width]: what each head looks for, in terms of the pixels themselves
         scores = torch.bmm(sought, keys.transpose(1, 2))  # [B, heads * Nq, Nk]
-        if torch.is_grad_enabled():  # softmax ignores a constant, but it keeps the keys' bias in the graph
+        if torch.is_grad_enabled():  # softmax ignores the constant, but it gives the keys' bias a gradient (zero)
             scores = scores + _through_heads(q, bias)
         weights = scores.softmax(dim=-1)
         mixed = _own_head(weights @ values, value.transpose(1, 2))  # [B, Nq, I]
@@ -356,7 +367,7 @@ def _trains_plainly(norm: nn.Module, x: Tensor) -> bool:
 class FastUpConvBNAct(UpConvBNAct):
     """UpConvBNAct whose training on a CPU keeps two maps for its gradients instead of three. Same function."""
 
-    use_naive = False
+    use_naive = False  #: UpConvBNAct has one form only; `naive()` finds this switch and goes back to it
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.use_naive and _trains_plainly(self.norm, x):
@@ -382,9 +393,12 @@ class _KeepsPacked(nn.Module):
 
 
 def _infers_plainly(x: Tensor, weight: Tensor) -> bool:
-    """Is this inference in float32 that oneDNN can do? An inference tensor could not tell whether it was written to."""
+    """Is this inference in float32 that oneDNN can do, with weights that nobody trains?
+
+    PyTorch's fused optimisers write to weights without counting versions, and an inference tensor has no version at all.
+    """
     return (not torch.is_grad_enabled() and x.dtype == torch.float32 == weight.dtype and HAS_ONE_DNN and torch.backends.mkldnn.enabled
-            and _as_it_stands(x) and not weight.is_inference())
+            and _as_it_stands(x) and not weight.requires_grad and not weight.is_inference())
 
 # %% ../nbs/22_speed.ipynb #c0432
 class FastConvBNAct(_KeepsPacked, ConvBNAct):

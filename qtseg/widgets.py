@@ -35,6 +35,7 @@ from .evaluation import THRESHOLDS, class_probabilities, decide, mask_scores, th
 from .inference import SETTINGS_FILE, as_rgb
 from .losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
+from .speed import operation_counter
 from .visualisation import ERROR_COLOURS, GROUND, class_colour, contours, error_map, fit_to, heat, overlay, rescale, tile
 
 # %% auto #0
@@ -1576,10 +1577,9 @@ def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
 
     Works on a copy, in evaluation mode and without gradients; a module called twice appears twice.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
 
     network, boxes, running = copy.deepcopy(network).eval().requires_grad_(False), [], []
-    names, counter = {module: name for name, module in network.named_modules()}, FlopCounterMode(display=False)
+    names, counter = {module: name for name, module in network.named_modules()}, operation_counter()
 
     def before(module: nn.Module, inputs: Any) -> None:
         running.append((len(boxes), counter.get_total_flops()))
