@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,11 +21,11 @@ from torch import Generator, Tensor
 from .data import normalise
 
 # %% auto #0
-__all__ = ['Shape', 'OPERATIONS', 'Steps', 'seeded', 'uniform', 'draw_vertical_flip', 'draw_horizontal_flip', 'draw_scale',
-           'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine', 'draw_gaussian_noise',
+__all__ = ['Shape', 'OPERATIONS', 'Steps', 'OPENCV_IS_EXACT', 'seeded', 'uniform', 'draw_vertical_flip', 'draw_horizontal_flip',
+           'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine', 'draw_gaussian_noise',
            'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_blur', 'draw_contrast', 'change_contrast', 'Operation',
-           'Geometry', 'compose', 'affine_positions', 'displace', 'sampling_grid', 'warp', 'apply_geometry',
-           'apply_photometry', 'Augmentation']
+           'Geometry', 'compose', 'affine_positions', 'displace', 'coarse_positions', 'sampling_grid', 'warp',
+           'apply_geometry', 'apply_photometry', 'Augmentation']
 
 # %% ../nbs/02_augmentation.ipynb #augmentation019
 def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "cpu") -> Generator:
@@ -204,30 +205,47 @@ def _normalised(matrix: np.ndarray, height: int, width: int) -> np.ndarray:
     return (units @ matrix @ np.linalg.inv(units))[:2]
 
 
-def affine_positions(theta: Tensor, height: int, width: int) -> Tensor:
-    """Send the centre of every output pixel through a matrix: [n, 2, 3] -> [n, 2 (x, y), H, W], both in grid_sample's units."""
-    x, y = ((2 * torch.arange(size, device=theta.device) + 1) / size - 1 for size in (width, height))  # [W], [H]
+def affine_positions(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Send places through a matrix: theta [n, 2, 3], columns x [w], rows y [h] -> [n, 2 (x, y), h, w], all in grid_sample's units."""
     theta = theta[..., None, None]  # [n, 2, 3, 1, 1]
-    return theta[:, :, 0] * x + (theta[:, :, 1] * y[:, None] + theta[:, :, 2])  # a row + a column, so one pass over the pixels
+    return theta[:, :, 0] * x + (theta[:, :, 1] * y[:, None] + theta[:, :, 2])  # a row + a column, so one pass over the places
+
 
 # %% ../nbs/02_augmentation.ipynb #augmentation055
 def displace(positions: Tensor, field: Tensor) -> Tensor:
-    """Add to each position the displacement found there: [2 (x, y), H, W], [2, 4, 4] in shares of the image -> [2, H, W]."""
-    smooth = F.interpolate(2 * field[None], size=(31, 31), mode="bicubic", align_corners=True)  # the image is 2 units wide
-    there = positions.permute(1, 2, 0)[None]  # [2, H, W] -> [1, H, W, 2]
-    return F.grid_sample(smooth, there, mode="bilinear", padding_mode="border", align_corners=True)[0].add_(positions)
+    """Add to each position the displacement there: [2 (x, y), h, w], field [2, 4, 4] in shares of the image -> [2, h, w]."""
+    there = positions.permute(1, 2, 0)[None]  # [2, h, w] -> [1, h, w, 2]
+    return positions + F.grid_sample(2 * field[None], there, mode="bicubic", padding_mode="border", align_corners=True)[0]  # 2 units wide
+
 
 # %% ../nbs/02_augmentation.ipynb #augmentation058
-def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Where each output pixel reads in the source: [n, H, W, 2 (x, y)], float32, in grid_sample's units (align_corners=False)."""
+def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int]:
+    """Places along one axis, a few pixels apart and a little beyond both ends: [n] in grid_sample's units, and how many pixels."""
+    step = max(size // 32, 1)
+    number = torch.arange((size - 1) // step + 2, device=device)
+    return (step * (2 * number + 1) - 2 * (step // 2)) / size - 1, step  # number k lies in the middle of pixels k * step - step // 2 ...
+
+
+def coarse_positions(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, tuple[int, int]]:
+    """Where every few pixels read in the source: [n, 2 (x, y), h, w] in grid_sample's units; and how many rows and columns apart."""
+    (y, down), (x, right) = _every_few(height, device), _every_few(width, device)
     last = [one.matrix if one.field is None else one.after for one in geometries]
-    positions = affine_positions(_on(device, np.stack([_normalised(matrix, height, width) for matrix in last])), height, width)
+    positions = affine_positions(_on(device, np.stack([_normalised(matrix, height, width) for matrix in last])), x, y)
     for row, one in enumerate(geometries):
         if one.field is not None:
-            there = displace(positions[row], _on(device, one.field)).flatten(1)  # [2, H * W]
+            there = displace(positions[row], _on(device, one.field))
             before = _on(device, _normalised(one.before, height, width))  # [2, 3]: a 2x2 part and a shift
-            torch.addmm(before[:, 2:], before[:, :2], there, out=positions[row].view(2, -1))
-    return positions.permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
+            positions[row] = torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None]
+    return positions, (down, right)
+
+
+def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """Where each output pixel reads in the source: [n, H, W, 2 (x, y)], float32, in grid_sample's units (align_corners=False)."""
+    coarse, steps = coarse_positions(geometries, height, width, device)
+    fine = F.interpolate(coarse, size=[step * count for step, count in zip(steps, coarse.shape[2:])], mode="bilinear")
+    top, left = (step // 2 for step in steps)  # where the image begins
+    return fine[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
+
 
 # %% ../nbs/02_augmentation.ipynb #augmentation060
 def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,10 +300,15 @@ def _interleave(planes: Tensor, image: Tensor) -> None:
         image.copy_(planes)
 
 
+def _empty_batch(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for images and masks as networks and losses want them: float32 [B, C, H, W], channels last, and int64 [B, H, W]."""
+    return (torch.empty(images.shape, device=images.device, memory_format=torch.channels_last),
+            torch.empty(images.shape[:1] + images.shape[2:], dtype=torch.int64, device=images.device))
+
+
 def _batch(pairs: Iterable[tuple[Tensor, Tensor]], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Collect images and masks in two tensors, as networks and losses want them: float32 [B, C, H, W] and int64 [B, H, W]."""
-    new_images = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
-    new_masks = torch.empty(images.shape[:1] + images.shape[2:], dtype=torch.int64, device=images.device)
+    """Collect images [C, H, W] and masks [H, W], one by one, in the two tensors of a batch."""
+    new_images, new_masks = _empty_batch(images)
     for row, (image, mask) in enumerate(pairs):
         _interleave(image, new_images[row])
         new_masks[row] = mask
@@ -310,6 +333,108 @@ def apply_photometry(images: Tensor, steps: list[Steps], noise: Generator) -> Te
     for row, one in enumerate(steps):
         images[row] = _recoloured(images[row], one, noise)
     return images
+
+# %% ../nbs/02_augmentation.ipynb #augmentation067b
+def _reads_exactly() -> bool:
+    """Whether this OpenCV reads at exact positions: version 5 does (1, 3 or 4 channels), version 4 rounds them to 1/32 of a pixel."""
+    x, y = np.meshgrid(*2 * [np.arange(64, dtype=np.float32)])
+    shift = np.array([[1, 0, 0.01], [0, 1, 0]])
+    for ramp in (x, np.dstack([x] * 4)):
+        for read in (cv2.warpAffine(ramp, shift, (64, 64), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP),
+                     cv2.remap(ramp, x + np.float32(0.01), y, cv2.INTER_LINEAR)):
+            if np.abs(read - ramp - 0.01)[:, :-1].max() > 1e-4:
+                return False
+    return True
+
+
+OPENCV_IS_EXACT = _reads_exactly()
+_NORMALISED = normalise(torch.arange(256, dtype=torch.uint8)).numpy()  # what `normalise` makes of each byte
+
+
+def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray, int, list[float]], np.ndarray]:
+    """How OpenCV reads where a map says: a function of the source [H, W] or [H, W, C], the interpolation and what is outside."""
+    if geometry.field is None:
+        corner = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])  # OpenCV counts from the first pixel
+        matrix = (corner @ geometry.matrix @ np.linalg.inv(corner))[:2]
+        return lambda source, how, outside: cv2.warpAffine(source, matrix, (width, height), flags=how | cv2.WARP_INVERSE_MAP, borderValue=outside)
+    coarse, (down, right) = coarse_positions([geometry], height, width)
+    window = slice(down // 2, down // 2 + height), slice(right // 2, right // 2 + width)
+    x, y = (cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[window]  # in pixels
+            for places, size in zip(coarse[0].numpy(), (width, height)))
+    return lambda source, how, outside: cv2.remap(source, x, y, how, borderValue=outside)
+
+
+def _move_on_cpu(image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray, new_mask: np.ndarray) -> None:
+    """`_moved` for one image: uint8 [H, W, C], C 1, 3 or 4, mask [H, W], fill uint8 [C] -> float32 new_image, int64 new_mask."""
+    if geometry.flipped_axes is not None:
+        axes = tuple(axis - 1 for axis in geometry.flipped_axes)  # of [H, W], not of [C, H, W]
+        cv2.LUT(np.flip(image, axes), _NORMALISED, new_image)
+        new_mask[...] = np.flip(mask, axes)
+        return
+    read = _reader(geometry, *mask.shape)
+    outside = np.resize(_NORMALISED[fill], 4).tolist()
+    if image.shape[2] == 3:  # a pixel of four values is read at once, one of three is not
+        four = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), _NORMALISED)
+        cv2.cvtColor(read(four, cv2.INTER_LINEAR, outside), cv2.COLOR_RGBA2RGB, new_image)
+    else:
+        new_image[...] = read(cv2.LUT(image, _NORMALISED), cv2.INTER_LINEAR, outside).reshape(image.shape)
+    new_mask[...] = read(mask if mask.dtype == np.uint8 else mask.astype(np.float32), cv2.INTER_NEAREST, [0.0])
+
+
+# %% ../nbs/02_augmentation.ipynb #augmentation067c
+def _noise_on_cpu(image: np.ndarray, sigma: float, noise: Generator) -> np.ndarray:
+    """`add_gaussian_noise` for float32 [H, W, C]."""
+    field = torch.randn(image.shape[:2], generator=noise).numpy()
+    return cv2.scaleAdd(cv2.merge([field] * image.shape[2]), sigma, image)
+
+
+def _blur_on_cpu(image: np.ndarray, sigma: float, noise: Generator) -> np.ndarray:
+    """`gaussian_blur` for float32 [H, W, C]."""
+    radius = math.ceil(2 * sigma)
+    column = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    return cv2.sepFilter2D(image, -1, column / column.sum(), column / column.sum(), borderType=cv2.BORDER_REPLICATE)
+
+
+def _contrast_on_cpu(image: np.ndarray, factors: list[float], noise: Generator) -> np.ndarray:
+    """`change_contrast` for float32 [H, W, C]."""
+    grey = 127 / 127.5 - 1
+    return cv2.transform(image, np.column_stack([np.diag(factors), grey * (1 - np.array(factors))]))
+
+
+_ON_CPU = {add_gaussian_noise: _noise_on_cpu, gaussian_blur: _blur_on_cpu, change_contrast: _contrast_on_cpu}
+
+
+def _recolour_on_cpu(image: np.ndarray, steps: Steps, noise: Generator) -> None:
+    """`_recoloured` for float32 [H, W, C], in place and kept within [-1, 1]; operations that OpenCV lacks come from OPERATIONS."""
+    changed = image
+    for name, numbers in steps:
+        apply = OPERATIONS[name].apply
+        if apply in _ON_CPU:
+            changed = _ON_CPU[apply](changed, numbers, noise).reshape(image.shape)  # OpenCV drops the last axis of [H, W, 1]
+        elif apply is not None:
+            changed = apply(torch.from_numpy(changed).permute(2, 0, 1), numbers, noise).permute(1, 2, 0).numpy()
+    if any(OPERATIONS[name].apply for name, _ in steps):
+        np.clip(changed, -1, 1, out=image)
+
+
+def _augment_on_cpu(images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor, noises: list[Generator]) -> tuple[Tensor, Tensor]:
+    """What `Augmentation` promises, on a CPU: one image per thread, from its bytes to the batch."""
+    new_images, new_masks = _empty_batch(images)
+
+    def augment(row: int) -> None:
+        image, new_image = (one[row].permute(1, 2, 0).numpy() for one in (images, new_images))  # [H, W, C]
+        _move_on_cpu(image, masks[row].numpy(), compose(steps[row]), fill.numpy(), new_image, new_masks[row].numpy())
+        _recolour_on_cpu(new_image, steps[row], noises[row])
+
+    threads = min(torch.get_num_threads(), len(steps))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(augment, range(len(steps))))  # the list: what goes wrong in a thread is raised here
+    else:
+        for row in range(len(steps)):
+            augment(row)
+    return new_images, new_masks
+
 
 # %% ../nbs/02_augmentation.ipynb #augmentation069
 def _check_settings(operations: tuple[str, ...], most: int, strength: float, fill: tuple[int, ...]) -> None:
@@ -390,6 +515,9 @@ class Augmentation:
         _check_batch(images, masks)
         fill = _fill_for(self.fill, images.shape[1])
         steps = self.draw(len(images), tuple(images.shape[1:]), seed)
-        noise = seeded(seed, "noise", images.device)
+        noises = [seeded(seed, f"noise {row}", images.device) for row in range(len(steps))]
+        if images.device.type == "cpu" and OPENCV_IS_EXACT and images.shape[1] in (1, 3, 4):
+            return _augment_on_cpu(images, masks, steps, fill, noises)
         moved = _moved(images, masks, [compose(one) for one in steps], fill)
-        return _batch(((_recoloured(image, one, noise).clamp_(-1, 1), mask) for (image, mask), one in zip(moved, steps)), images)
+        coloured = ((_recoloured(image, *rest).clamp_(-1, 1), mask) for (image, mask), *rest in zip(moved, steps, noises))
+        return _batch(coloured, images)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qtseg.augmentation import OPERATIONS, Augmentation, apply_geometry, compose, sampling_grid, seeded, warp
+from qtseg import augmentation
+from qtseg.augmentation import OPERATIONS, Augmentation, Operation, apply_geometry, compose, sampling_grid, seeded, warp
 from qtseg.data import normalise
 
 NAMES = ("vertical_flip", "horizontal_flip", "gaussian_noise", "gaussian_blur", "contrast", "scale", "rotate", "shear",
@@ -17,6 +18,16 @@ GEOMETRIC = tuple(name for name in NAMES if OPERATIONS[name].kind != "photometri
 PHOTOMETRIC = tuple(name for name in NAMES if OPERATIONS[name].kind == "photometric")
 FLIPS = ("vertical_flip", "horizontal_flip")
 SHAPES = [(1, 3, 33, 47), (5, 3, 32, 32), (2, 1, 41, 20), (3, 3, 7, 5), (2, 3, 1, 1), (1, 1, 64, 3)]
+
+
+@pytest.fixture(autouse=True, params=["OpenCV", "PyTorch"])
+def reader(request, monkeypatch):
+    """Every test here runs with both ways in which a CPU can do the work."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(augmentation, "OPENCV_IS_EXACT", False)
+    elif not augmentation.OPENCV_IS_EXACT:
+        pytest.skip("this OpenCV rounds positions to 1/32 pixel, so PyTorch reads")
+    return request.param
 
 
 def batch(count: int, channels: int, height: int, width: int, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,6 +393,59 @@ def test_noise_before_blur_is_not_noise_after_blur():
     for names in (("gaussian_noise", "gaussian_blur"), ("gaussian_blur", "gaussian_noise")):
         spread[names[0]] = settings(images, masks, seed_that_draws(settings, (3, 64, 64), names))[0].std()
     assert spread["gaussian_noise"] < 0.4 * spread["gaussian_blur"]
+
+
+# ---------------------------------------------------------------- two ways, one answer
+
+
+@pytest.mark.parametrize("channels, height, width", [(3, 130, 171), (1, 64, 64), (2, 50, 33), (4, 33, 50), (5, 20, 20)])
+@pytest.mark.parametrize("fill", [0, 77])
+@pytest.mark.parametrize("reader", ["OpenCV"], indirect=True)  # compared with the other
+def test_opencv_and_pytorch_agree(reader, monkeypatch, channels, height, width, fill):
+    images, masks = batch(32, channels, height, width)
+    images = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2).byte()  # positions differ by rounding: so do steep values
+    masks = masks.long() if channels == 2 else masks
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for seed in range(3):
+            settings = Augmentation(fill=(fill,), most=6)
+            ours = settings(images.contiguous(memory_format=layout), masks, seed)
+            with monkeypatch.context() as patch:
+                patch.setattr(augmentation, "OPENCV_IS_EXACT", False)
+                theirs = settings(images, masks, seed)
+            assert (ours[0] - theirs[0]).abs().max() < 1e-3 and (ours[0] - theirs[0]).abs().mean() < 1e-5
+            assert (ours[1] != theirs[1]).double().mean() < 1e-3
+            assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_number_of_threads_changes_nothing():
+    images, masks = batch(9, 3, 70, 65)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(Augmentation()(images, masks, 3))
+    finally:
+        torch.set_num_threads(threads)
+    for images, masks in results[1:]:
+        assert torch.equal(images, results[0][0]) and torch.equal(masks, results[0][1])
+
+
+def test_an_operation_of_ones_own_is_applied_and_its_error_is_seen(monkeypatch):
+    def darken(image, numbers, noise):
+        return image.mul(0.5).sub(0.5)
+
+    def fail(image, numbers, noise):
+        raise RuntimeError("the operation's own error")
+
+    images, masks = batch(6, 3, 20, 24)
+    monkeypatch.setitem(OPERATIONS, "darken", Operation("photometric", lambda *_: None, darken))
+    changed, _ = Augmentation(operations=("darken",), most=1)(images, masks, 1)
+    rows = [row for row, steps in enumerate(Augmentation(operations=("darken",), most=1).draw(6, (3, 20, 24), 1)) if steps]
+    assert 0 < len(rows) < 6
+    assert torch.equal(changed[rows], normalise(images)[rows] * 0.5 - 0.5)
+    monkeypatch.setitem(OPERATIONS, "contrast", Operation("photometric", lambda *_: None, fail))  # one of the ten, replaced
+    with pytest.raises(RuntimeError, match="own error"):
+        Augmentation(operations=("contrast",), most=1)(images, masks, 0)
 
 
 # ---------------------------------------------------------------- what is refused
