@@ -24,8 +24,8 @@ from .data import normalise
 __all__ = ['Shape', 'OPERATIONS', 'Steps', 'OPENCV_IS_EXACT', 'seeded', 'uniform', 'draw_vertical_flip', 'draw_horizontal_flip',
            'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine', 'draw_gaussian_noise',
            'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_blur', 'draw_contrast', 'change_contrast', 'Operation',
-           'Geometry', 'compose', 'affine_positions', 'displace', 'coarse_positions', 'sampling_grid', 'warp',
-           'apply_geometry', 'apply_photometry', 'Augmentation']
+           'Geometry', 'compose', 'centres', 'affine_positions', 'displace', 'coarse_positions', 'sampling_grid',
+           'warp', 'apply_geometry', 'apply_photometry', 'Augmentation']
 
 # %% ../nbs/02_augmentation.ipynb #augmentation019
 def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "cpu") -> Generator:
@@ -205,6 +205,11 @@ def _normalised(matrix: np.ndarray, height: int, width: int) -> np.ndarray:
     return (units @ matrix @ np.linalg.inv(units))[:2]
 
 
+def centres(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The centres of a row's pixels, in grid_sample's units: [size]."""
+    return (2 * torch.arange(size, device=device) + 1) / size - 1
+
+
 def affine_positions(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Send places through a matrix: theta [n, 2, 3], columns x [w], rows y [h] -> [n, 2 (x, y), h, w], all in grid_sample's units."""
     theta = theta[..., None, None]  # [n, 2, 3, 1, 1]
@@ -241,6 +246,9 @@ def coarse_positions(geometries: list[Geometry], height: int, width: int, device
 
 def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Where each output pixel reads in the source: [n, H, W, 2 (x, y)], float32, in grid_sample's units (align_corners=False)."""
+    if all(one.field is None for one in geometries):  # a plane needs no places in between
+        theta = _on(device, np.stack([_normalised(one.matrix, height, width) for one in geometries]))
+        return affine_positions(theta, centres(width, device), centres(height, device)).permute(0, 2, 3, 1)
     coarse, steps = coarse_positions(geometries, height, width, device)
     fine = F.interpolate(coarse, size=[step * count for step, count in zip(steps, coarse.shape[2:])], mode="bilinear")
     top, left = (step // 2 for step in steps)  # where the image begins
