@@ -24,8 +24,8 @@ from .data import normalise
 __all__ = ['Shape', 'OPERATIONS', 'Steps', 'OPENCV_IS_EXACT', 'seeded', 'uniform', 'draw_vertical_flip', 'draw_horizontal_flip',
            'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine', 'draw_gaussian_noise',
            'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_blur', 'draw_contrast', 'change_contrast', 'Operation',
-           'Geometry', 'compose', 'centres', 'affine_positions', 'displace', 'coarse_positions', 'sampling_grid',
-           'warp', 'apply_geometry', 'apply_photometry', 'Augmentation']
+           'Geometry', 'compose', 'centres', 'affine_positions', 'displace', 'bent_positions', 'sampling_grid', 'warp',
+           'apply_geometry', 'apply_photometry', 'Augmentation']
 
 # %% ../nbs/02_augmentation.ipynb #augmentation019
 def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "cpu") -> Generator:
@@ -231,28 +231,25 @@ def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int]:
     return (step * (2 * number + 1) - 2 * (step // 2)) / size - 1, step  # number k lies in the middle of pixels k * step - step // 2 ...
 
 
-def coarse_positions(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, tuple[int, int]]:
-    """Where every few pixels read in the source: [n, 2 (x, y), h, w] in grid_sample's units; and how many rows and columns apart."""
+def bent_positions(geometry: Geometry, height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, tuple[int, int]]:
+    """Where every few pixels read, a bend included: [2 (x, y), h, w] in grid_sample's units; and how many rows and columns apart."""
     (y, down), (x, right) = _every_few(height, device), _every_few(width, device)
-    last = [one.matrix if one.field is None else one.after for one in geometries]
-    positions = affine_positions(_on(device, np.stack([_normalised(matrix, height, width) for matrix in last])), x, y)
-    for row, one in enumerate(geometries):
-        if one.field is not None:
-            there = displace(positions[row], _on(device, one.field))
-            before = _on(device, _normalised(one.before, height, width))  # [2, 3]: a 2x2 part and a shift
-            positions[row] = torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None]
-    return positions, (down, right)
+    after, before = (_on(device, _normalised(matrix, height, width)) for matrix in (geometry.after, geometry.before))  # [2, 3]
+    there = displace(affine_positions(after[None], x, y)[0], _on(device, geometry.field))
+    return torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None], (down, right)
 
 
 def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Where each output pixel reads in the source: [n, H, W, 2 (x, y)], float32, in grid_sample's units (align_corners=False)."""
-    if all(one.field is None for one in geometries):  # a plane needs no places in between
-        theta = _on(device, np.stack([_normalised(one.matrix, height, width) for one in geometries]))
-        return affine_positions(theta, centres(width, device), centres(height, device)).permute(0, 2, 3, 1)
-    coarse, steps = coarse_positions(geometries, height, width, device)
-    fine = F.interpolate(coarse, size=[step * count for step, count in zip(steps, coarse.shape[2:])], mode="bilinear")
-    top, left = (step // 2 for step in steps)  # where the image begins
-    return fine[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
+    matrices = np.stack([_normalised(one.matrix, height, width) for one in geometries])
+    positions = affine_positions(_on(device, matrices), centres(width, device), centres(height, device))  # [n, 2, H, W]
+    for row, one in enumerate(geometries):
+        if one.field is not None:
+            few, steps = bent_positions(one, height, width, device)
+            fine = F.interpolate(few[None], size=[step * count for step, count in zip(steps, few.shape[1:])], mode="bilinear")[0]
+            top, left = (step // 2 for step in steps)  # where the image begins
+            positions[row] = fine[:, top : top + height, left : left + width]
+    return positions.permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
 
 
 # %% ../nbs/02_augmentation.ipynb #augmentation060
@@ -365,10 +362,10 @@ def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray
         corner = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])  # OpenCV counts from the first pixel
         matrix = (corner @ geometry.matrix @ np.linalg.inv(corner))[:2]
         return lambda source, how, outside: cv2.warpAffine(source, matrix, (width, height), flags=how | cv2.WARP_INVERSE_MAP, borderValue=outside)
-    coarse, (down, right) = coarse_positions([geometry], height, width)
+    few, (down, right) = bent_positions(geometry, height, width)
     window = slice(down // 2, down // 2 + height), slice(right // 2, right // 2 + width)
     x, y = (cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[window]  # in pixels
-            for places, size in zip(coarse[0].numpy(), (width, height)))
+            for places, size in zip(few.numpy(), (width, height)))
     return lambda source, how, outside: cv2.remap(source, x, y, how, borderValue=outside)
 
 
