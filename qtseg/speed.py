@@ -207,9 +207,14 @@ def _as_it_stands(x: Tensor) -> bool:
             and not torch.jit.is_tracing() and not torch.is_autocast_enabled("cpu"))
 
 
+def _one_dnn_takes(x: Tensor) -> bool:
+    """Can oneDNN's operators be given this tensor?"""
+    return x.dtype == torch.float32 and HAS_ONE_DNN and torch.backends.mkldnn.enabled
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear without gradients, computed by oneDNN where PyTorch has it: [..., in], [out, in], [out] -> [..., out]."""
-    if x.dtype == torch.float32 and HAS_ONE_DNN and torch.backends.mkldnn.enabled:
+    if _one_dnn_takes(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -378,14 +383,19 @@ class FastUpConvBNAct(UpConvBNAct):
 class _KeepsPacked(nn.Module):
     """Brings weights into the order that oneDNN wants, once, and keeps the result until the weights change."""
 
-    _packed = None  #: number of a weight -> (the weight, its version, the same in oneDNN's order)
+    _packed = None  #: name of a layer -> (its weight, the weight's version, the same in oneDNN's order)
 
-    def packed(self, weight: Tensor, reorder: Callable, *settings) -> Tensor:
-        kept = self._packed and self._packed.get(id(weight))
+    def packed(self, name: str, weight: Tensor, reorder: Callable, *settings) -> Tensor:
+        kept = self._packed and self._packed.get(name)
         if not kept or kept[0] is not weight or kept[1] != weight._version:
             kept = weight, weight._version, reorder(weight, *settings)
-            self._packed = {**(self._packed or {}), id(weight): kept}
+            self._packed = {**(self._packed or {}), name: kept}
         return kept[2]
+
+    def _apply(self, *arguments, **settings) -> nn.Module:
+        """`to`, `half`, `cuda` and the like exchange what is in a weight, uncounted: begin anew."""
+        self._packed = None
+        return super()._apply(*arguments, **settings)
 
     def __getstate__(self) -> dict:
         """Copies and pickles make their own."""
@@ -397,8 +407,8 @@ def _infers_plainly(x: Tensor, weight: Tensor) -> bool:
 
     PyTorch's fused optimisers write to weights without counting versions, and an inference tensor has no version at all.
     """
-    return (not torch.is_grad_enabled() and x.dtype == torch.float32 == weight.dtype and HAS_ONE_DNN and torch.backends.mkldnn.enabled
-            and _as_it_stands(x) and not weight.requires_grad and not weight.is_inference())
+    return (not torch.is_grad_enabled() and _one_dnn_takes(x) and weight.dtype == x.dtype and _as_it_stands(x)
+            and not weight.requires_grad and not weight.is_inference())
 
 # %% ../nbs/22_speed.ipynb #c0432
 class FastConvBNAct(_KeepsPacked, ConvBNAct):
@@ -412,7 +422,7 @@ class FastConvBNAct(_KeepsPacked, ConvBNAct):
         if type(norm) is nn.Identity and _infers_plainly(x, weight) and not self.use_naive:
             settings = conv.padding, conv.stride, conv.dilation, conv.groups
             # the best order depends a little on the image's size; the first one decides
-            weight = self.packed(weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
+            weight = self.packed("conv", weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
             return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *settings, "swish", [], "")
         return _norm_silu(norm, conv(x)) if _trains_plainly(norm, x) and not self.use_naive else super().forward(x)
 
@@ -423,8 +433,9 @@ class FastFeedForward(_KeepsPacked, FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         if not _infers_plainly(x, self.expand.weight):
             return super().forward(x)
-        for layer, activation in ((self.expand, "relu"), (self.contract, "none")):
-            weight = self.packed(layer.weight, torch.ops.mkldnn._reorder_linear_weight)
+        for name, activation in (("expand", "relu"), ("contract", "none")):
+            layer = getattr(self, name)
+            weight = self.packed(name, layer.weight, torch.ops.mkldnn._reorder_linear_weight)
             x = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, activation, [], "")
         return x
 

@@ -192,7 +192,7 @@ def test_fused_form_is_the_same_without_one_dnn(batch, height, width, monkeypatc
 
 
 @pytest.mark.skipif(not speed.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
-def test_weights_kept_for_one_dnn_follow_their_originals(tmp_path):
+def test_weights_kept_for_one_dnn_follow_their_originals():
     """New weights, a copy, a pickle, another type: never an answer from weights that are no longer there."""
     torch.manual_seed(0)
     fused, other, x = small().fuse(), small().fuse(), images(2, 64, 96)
@@ -210,6 +210,10 @@ def test_weights_kept_for_one_dnn_follow_their_originals(tmp_path):
             torch.testing.assert_close(form(x), before, atol=1e-5, rtol=0)
         torch.testing.assert_close(twin.double()(x.double()), before.double(), atol=1e-4, rtol=0)
         torch.testing.assert_close(twin.float()(x), before, atol=1e-4, rtol=0)
+        rounded = pickled.half().float()  # was used before, so it has kept something
+        torch.testing.assert_close(rounded(x), copy.deepcopy(rounded)(x), atol=0, rtol=0)
+        pickled.load_state_dict(other.state_dict(), assign=True)
+        torch.testing.assert_close(pickled(x), expected, atol=1e-5, rtol=0)
     assert not torch.allclose(before, expected, atol=1e-3)
 
 
