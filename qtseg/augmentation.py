@@ -225,10 +225,10 @@ def displace(positions: Tensor, field: Tensor) -> Tensor:
 
 # %% ../nbs/02_augmentation.ipynb #augmentation058
 def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int]:
-    """Places along one axis, a few pixels apart and a little beyond both ends: [n] in grid_sample's units, and how many pixels."""
+    """Places along one axis from its first pixel to its last or beyond: [n] in grid_sample's units; and how many pixels apart."""
     step = max(size // 32, 1)
     number = torch.arange((size - 1) // step + 2, device=device)
-    return (step * (2 * number + 1) - 2 * (step // 2)) / size - 1, step  # number k lies in the middle of pixels k * step - step // 2 ...
+    return (step * (2 * number + 1) - 2 * (step // 2)) / size - 1, step  # k: the middle of step pixels from k * step - step // 2 on
 
 
 def bent_positions(geometry: Geometry, height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, tuple[int, int]]:
@@ -236,7 +236,7 @@ def bent_positions(geometry: Geometry, height: int, width: int, device: torch.de
     (y, down), (x, right) = _every_few(height, device), _every_few(width, device)
     after, before = (_on(device, _normalised(matrix, height, width)) for matrix in (geometry.after, geometry.before))  # [2, 3]
     there = displace(affine_positions(after[None], x, y)[0], _on(device, geometry.field))
-    return torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None], (down, right)
+    return torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None], (down, right)  # before · there
 
 
 def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -244,7 +244,7 @@ def sampling_grid(geometries: list[Geometry], height: int, width: int, device: t
     matrices = np.stack([_normalised(one.matrix, height, width) for one in geometries])
     positions = affine_positions(_on(device, matrices), centres(width, device), centres(height, device))  # [n, 2, H, W]
     for row, one in enumerate(geometries):
-        if one.field is not None:
+        if one.field is not None:  # so far filled as if there were none
             few, steps = bent_positions(one, height, width, device)
             fine = F.interpolate(few[None], size=[step * count for step, count in zip(steps, few.shape[1:])], mode="bilinear")[0]
             top, left = (step // 2 for step in steps)  # where the image begins
@@ -299,7 +299,7 @@ def _moved(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tens
 # %% ../nbs/02_augmentation.ipynb #augmentation063a
 def _interleave(planes: Tensor, image: Tensor) -> None:
     """Copy one plane per colour into an image whose colours lie side by side, both [C, H, W]; for a CPU, OpenCV is faster."""
-    if planes.device.type == "cpu" and planes.is_contiguous():
+    if planes.device.type == "cpu" and planes.is_contiguous() and (planes.dtype, planes.shape) == (image.dtype, image.shape):
         cv2.merge([plane.numpy() for plane in planes], image.permute(1, 2, 0).numpy())
     else:
         image.copy_(planes)
@@ -356,6 +356,8 @@ OPENCV_IS_EXACT = _reads_exactly()
 _NORMALISED = normalise(torch.arange(256, dtype=torch.uint8)).numpy()  # what `normalise` makes of each byte
 
 
+
+# %% ../nbs/02_augmentation.ipynb #augmentation067b00
 def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray, int, list[float]], np.ndarray]:
     """How OpenCV reads where a map says: a function of the source [H, W] or [H, W, C], the interpolation and what is outside."""
     if geometry.field is None:
@@ -372,12 +374,12 @@ def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray
 def _move_on_cpu(image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray, new_mask: np.ndarray) -> None:
     """`_moved` for one image: uint8 [H, W, C], C 1, 3 or 4, mask [H, W], fill uint8 [C] -> float32 new_image, int64 new_mask."""
     if geometry.flipped_axes is not None:
-        axes = tuple(axis - 1 for axis in geometry.flipped_axes)  # of [H, W], not of [C, H, W]
-        cv2.LUT(np.flip(image, axes), _NORMALISED, new_image)
-        new_mask[...] = np.flip(mask, axes)
+        code = {(1,): 0, (2,): 1, (1, 2): -1}.get(geometry.flipped_axes)  # OpenCV's names for these flips
+        cv2.LUT(image if code is None else cv2.flip(image, code), _NORMALISED, new_image)
+        new_mask[...] = np.flip(mask, [axis - 1 for axis in geometry.flipped_axes])  # axes of [H, W], not of [C, H, W]
         return
     read = _reader(geometry, *mask.shape)
-    outside = np.resize(_NORMALISED[fill], 4).tolist()
+    outside = np.resize(_NORMALISED[fill], 4).tolist()  # OpenCV wants four numbers and ignores those beyond C
     if image.shape[2] == 3:  # a pixel of four values is read at once, one of three is not
         four = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), _NORMALISED)
         cv2.cvtColor(read(four, cv2.INTER_LINEAR, outside), cv2.COLOR_RGBA2RGB, new_image)
@@ -417,15 +419,17 @@ def _recolour_on_cpu(image: np.ndarray, steps: Steps, noise: Generator) -> None:
         if apply in _ON_CPU:
             changed = _ON_CPU[apply](changed, numbers, noise).reshape(image.shape)  # OpenCV drops the last axis of [H, W, 1]
         elif apply is not None:
-            changed = apply(torch.from_numpy(changed).permute(2, 0, 1), numbers, noise).permute(1, 2, 0).numpy()
+            changed = apply(torch.from_numpy(changed).permute(2, 0, 1), numbers, noise).float().permute(1, 2, 0).numpy()
     if any(OPERATIONS[name].apply for name, _ in steps):
         np.clip(changed, -1, 1, out=image)
 
 
+# %% ../nbs/02_augmentation.ipynb #augmentation067f
 def _augment_on_cpu(images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor, noises: list[Generator]) -> tuple[Tensor, Tensor]:
     """What `Augmentation` promises, on a CPU: one image per thread, from its bytes to the batch."""
     new_images, new_masks = _empty_batch(images)
 
+    @torch.no_grad()  # every thread has a switch of its own
     def augment(row: int) -> None:
         image, new_image = (one[row].permute(1, 2, 0).numpy() for one in (images, new_images))  # [H, W, C]
         _move_on_cpu(image, masks[row].numpy(), compose(steps[row]), fill.numpy(), new_image, new_masks[row].numpy())
@@ -521,7 +525,7 @@ class Augmentation:
         fill = _fill_for(self.fill, images.shape[1])
         steps = self.draw(len(images), tuple(images.shape[1:]), seed)
         noises = [seeded(seed, f"noise {row}", images.device) for row in range(len(steps))]
-        if images.device.type == "cpu" and OPENCV_IS_EXACT and images.shape[1] in (1, 3, 4):
+        if images.device.type == "cpu" and OPENCV_IS_EXACT and images.shape[1] in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1:
             return _augment_on_cpu(images, masks, steps, fill, noises)
         moved = _moved(images, masks, [compose(one) for one in steps], fill)
         coloured = ((_recoloured(image, *rest).clamp_(-1, 1), mask) for (image, mask), *rest in zip(moved, steps, noises))

@@ -430,14 +430,18 @@ def test_the_number_of_threads_changes_nothing():
         assert torch.equal(images, results[0][0]) and torch.equal(masks, results[0][1])
 
 
-def test_an_operation_of_ones_own_is_applied_and_its_error_is_seen(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_operation_of_ones_own_is_applied_and_its_error_is_seen(monkeypatch, threads):
+    half = torch.nn.Parameter(torch.tensor(0.5))  # a gradient is nobody's wish here, in no thread
+
     def darken(image, numbers, noise):
-        return image.mul(0.5).sub(0.5)
+        return (image * half).double().sub(0.5)
 
     def fail(image, numbers, noise):
         raise RuntimeError("the operation's own error")
 
     images, masks = batch(6, 3, 20, 24)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setitem(OPERATIONS, "darken", Operation("photometric", lambda *_: None, darken))
     changed, _ = Augmentation(operations=("darken",), most=1)(images, masks, 1)
     rows = [row for row, steps in enumerate(Augmentation(operations=("darken",), most=1).draw(6, (3, 20, 24), 1)) if steps]
