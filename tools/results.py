@@ -67,12 +67,15 @@ def study_table(root: Path = ROOT) -> str:
 
 
 def speed_table(root: Path = ROOT) -> str:
-    """Every benchmark in results/benchmarks as a Markdown table: milliseconds, and how many times as fast as the naive network."""
+    """Every benchmark in results/benchmarks as a Markdown table: milliseconds, and how many times as fast as the naive network there."""
     rows = ["| network | " + " | ".join(f"{section} {batch} × {size}²" for section, size, batch in CASES) + " | memory of a step 4 × 512² |",
             "|---" * (len(CASES) + 2) + "|"]
     for path in sorted((root / "results/benchmarks").glob("*/benchmark.json")):
         measured: dict[str, dict] = {}
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        machine = report["hardware"]
+        rows.append(f"| **{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores** " + "| " * (len(CASES) + 1) + "|")
+        for row in report["rows"]:
             if row["section"] in ("inference", "training") and "ms" in row:
                 measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
         for name, cases in measured.items():
