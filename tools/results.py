@@ -26,6 +26,8 @@ TITLES = {"demo": "phantoms, all four families", "isic2018_cpu": "ISIC 2018, 160
 def keep(folder: Path, root: Path = ROOT) -> Path:
     """Copy a finished run's, report's or benchmark's numbers and figures to results/; SystemExit names what is missing."""
     place, kept = next((kind for name, kind in KINDS.items() if (folder / name).is_file()), KINDS["metrics.json"])
+    if (folder / "benchmark.json").is_file():  # a benchmark of some sections draws some of the figures
+        kept = [name for name in kept if (folder / name).is_file()]
     missing = [name for name in kept if not (folder / name).is_file()]
     if missing:
         sys.exit(f"{folder} is no finished folder of train.ipynb, report.ipynb or benchmark.ipynb: {', '.join(missing)} missing")
@@ -74,10 +76,11 @@ def speed_table(root: Path = ROOT) -> str:
         measured: dict[str, dict] = {}
         report = json.loads(path.read_text(encoding="utf-8"))
         machine = report["hardware"]
-        rows.append(f"| **{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores** " + "| " * (len(CASES) + 1) + "|")
         for row in report["rows"]:
             if row["section"] in ("inference", "training") and "ms" in row:
                 measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
+        if measured:
+            rows.append(f"| **{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores** " + "| " * (len(CASES) + 1) + "|")
         for name, cases in measured.items():
             cells = [f"{cases[case]['ms']:.0f} ms, {cases[case]['times_as_fast']:.2f}×" if case in cases else "" for case in CASES]
             memory = cases.get(("training", 512, 4), {}).get("memory_mb")
