@@ -42,8 +42,10 @@ $(READY): pyproject.toml
 	  $(BIN)/python -m pip install --quiet torch torchvision --index-url "$(TORCH_INDEX)"
 	fi
 	echo "==> Installing qtseg and its development requirements"
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	$(BIN)/python -m pip check
+	# pip would compile one file after the other; here all cores do. Some packages bring files that are no Python 3, which is no matter.
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $(READY)
 	echo "==> .venv is ready"
 
@@ -62,10 +64,8 @@ test: $(READY)
 	  $$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends chromium >/dev/null || echo "==> chromium could not be installed: the browser's tests will be skipped"
 	fi
 	echo "==> Running everything that must pass: repository, chapters, network, data, training, evaluation, prediction, export, widgets"
-	# One thread for each process: twice as fast as two for one. One process more than there are cores, at most four: some tests wait.
-	# Bytecode is kept, for a hundred processes import the package.
-	processes=$$($(BIN)/python -c 'import os; print(min(4, os.cpu_count() + 1))')
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n "$$processes" --dist worksteal
+	# One thread for each process: twice as fast as two for one. Bytecode is kept, for a hundred processes import the package.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lab: $(READY)
 	@echo "==> Opening the chapters in JupyterLab; stop with Ctrl-C"

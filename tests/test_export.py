@@ -125,7 +125,7 @@ def test_export_returns_what_it_measured(exported):
 
 
 def test_one_class_and_one_channel_to_another_place(tmp_path):
-    folder = save_checkpoint(tmp_path / "a", small_network(1, 1, bridge="identity", decoder="mqm_single"))
+    folder = save_checkpoint(tmp_path / "a", small_network(1, 1, bridge="identity", decoder="conv"))
     assert export_onnx(folder, tmp_path / "other.onnx") < 1e-4
     assert not (folder / "model.onnx").exists()
     network, engine = QTSeg.from_pretrained(folder), OnnxNetwork(tmp_path / "other.onnx", 1)
