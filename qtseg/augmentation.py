@@ -21,11 +21,12 @@ from torch import Generator, Tensor
 from .data import normalise
 
 # %% auto #0
-__all__ = ['Shape', 'OPERATIONS', 'Steps', 'OPENCV_IS_EXACT', 'seeded', 'uniform', 'draw_vertical_flip', 'draw_horizontal_flip',
-           'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine', 'draw_gaussian_noise',
-           'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_blur', 'draw_contrast', 'change_contrast', 'Operation',
-           'Geometry', 'compose', 'centres', 'affine_positions', 'displace', 'bent_positions', 'sampling_grid', 'warp',
-           'apply_geometry', 'apply_photometry', 'Augmentation']
+__all__ = ['Shape', 'OPERATIONS', 'Steps', 'OPENCV_IS_EXACT', 'seeded', 'noise_of', 'uniform', 'draw_vertical_flip',
+           'draw_horizontal_flip', 'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine',
+           'draw_gaussian_noise', 'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_blur', 'draw_contrast',
+           'change_contrast', 'Operation', 'Geometry', 'compose', 'centres', 'affine_positions', 'displace',
+           'BentPositions', 'bent_positions', 'sampling_grid', 'warp', 'apply_geometry', 'apply_photometry',
+           'Augmentation']
 
 # %% ../nbs/02_augmentation.ipynb #augmentation019
 def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "cpu") -> Generator:
@@ -36,6 +37,11 @@ def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise ValueError(f"seed must be an integer, got {seed!r}")
     return Generator(device).manual_seed(zlib.crc32(f"{purpose} {int(seed)}".encode()))
+
+
+def noise_of(seed: int, row: int, device: torch.device | str = "cpu") -> Generator:
+    """The generator of one image's noise: its batch's seed, its row in the batch. Whichever thread comes first, it is the same."""
+    return seeded(seed, f"noise {row}", device)
 
 # %% ../nbs/02_augmentation.ipynb #augmentation021
 def uniform(random: Generator, low: float, high: float) -> float:
@@ -107,10 +113,16 @@ def draw_gaussian_blur(random: Generator, strength: float, shape: Shape) -> floa
     return 1.0 * strength
 
 
+def _gaussian_weights(sigma: float) -> list[float]:
+    """The weights of neighbours from 2 sigma before to 2 sigma after, not yet summing to one: 5 for sigma 1, as in imgaug."""
+    radius = math.ceil(2 * sigma)
+    return [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+
+
 def gaussian_blur(image: Tensor, sigma: float, noise: Generator) -> Tensor:
     """Blur along y, then along x, edge pixels repeated: [C, H, W] -> the same. 5 weights for sigma 1, as in imgaug."""
-    radius = math.ceil(2 * sigma)
-    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    weights = _gaussian_weights(sigma)
+    radius = len(weights) // 2
     image = F.pad(image[None], (radius,) * 4, mode="replicate")[0]  # [C, H + 2 radius, W + 2 radius]
     for axis in (1, 2):
         size = image.shape[axis] - 2 * radius
@@ -129,11 +141,13 @@ def draw_contrast(random: Generator, strength: float, shape: Shape) -> list[floa
     return [uniform(random, low, high)] * shape[0]
 
 
+_GREY = 127 / 127.5 - 1  # the level that contrast leaves alone
+
+
 def change_contrast(image: Tensor, factors: list[float], noise: Generator) -> Tensor:
     """Multiply each channel's distance to the grey level 127 by its factor: [C, H, W], in place; may leave [-1, 1]."""
-    grey = 127 / 127.5 - 1
     for plane, factor in zip(image, factors):
-        plane.mul_(factor).add_(grey * (1 - factor))
+        plane.mul_(factor).add_(_GREY * (1 - factor))
     return image
 
 # %% ../nbs/02_augmentation.ipynb #augmentation044
@@ -215,28 +229,36 @@ def affine_positions(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     theta = theta[..., None, None]  # [n, 2, 3, 1, 1]
     return theta[:, :, 0] * x + (theta[:, :, 1] * y[:, None] + theta[:, :, 2])  # a row + a column, so one pass over the places
 
-
 # %% ../nbs/02_augmentation.ipynb #augmentation055
 def displace(positions: Tensor, field: Tensor) -> Tensor:
     """Add to each position the displacement there: [2 (x, y), h, w], field [2, 4, 4] in shares of the image -> [2, h, w]."""
     there = positions.permute(1, 2, 0)[None]  # [2, h, w] -> [1, h, w, 2]
     return positions + F.grid_sample(2 * field[None], there, mode="bicubic", padding_mode="border", align_corners=True)[0]  # 2 units wide
 
-
 # %% ../nbs/02_augmentation.ipynb #augmentation058
-def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int]:
-    """Places along one axis from its first pixel to its last or beyond: [n] in grid_sample's units; and how many pixels apart."""
+def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int, slice]:
+    """Places along one axis from its first pixel to its last or beyond: [n] in grid_sample's units; how many pixels apart; and
+    which of all the pixels that they span are the image's."""
     step = max(size // 32, 1)
-    number = torch.arange((size - 1) // step + 2, device=device)
-    return (step * (2 * number + 1) - 2 * (step // 2)) / size - 1, step  # k: the middle of step pixels from k * step - step // 2 on
+    first, number = step // 2, torch.arange((size - 1) // step + 2, device=device)
+    return (step * (2 * number + 1) - 2 * first) / size - 1, step, slice(first, first + size)  # place k: amid the pixels from k * step on
 
 
-def bent_positions(geometry: Geometry, height: int, width: int, device: torch.device | str = "cpu") -> tuple[Tensor, tuple[int, int]]:
-    """Where every few pixels read, a bend included: [2 (x, y), h, w] in grid_sample's units; and how many rows and columns apart."""
-    (y, down), (x, right) = _every_few(height, device), _every_few(width, device)
+class BentPositions(NamedTuple):
+    """Where every few pixels read in the source, a bend included. Enlarged by `steps` and cut to `window`, it is where every pixel does."""
+
+    places: Tensor  # [2 (x, y), h, w], in grid_sample's units
+    steps: tuple[int, int]  # rows and columns apart
+    window: tuple[slice, slice]  # rows and columns of the image among the h * steps[0] by w * steps[1] pixels
+
+
+def bent_positions(geometry: Geometry, height: int, width: int, device: torch.device | str = "cpu") -> BentPositions:
+    """Follow a map with a bend, at every few pixels."""
+    (y, down, rows), (x, right, columns) = _every_few(height, device), _every_few(width, device)
     after, before = (_on(device, _normalised(matrix, height, width)) for matrix in (geometry.after, geometry.before))  # [2, 3]
     there = displace(affine_positions(after[None], x, y)[0], _on(device, geometry.field))
-    return torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None], (down, right)  # before · there
+    places = torch.einsum("ij,jhw->ihw", before[:, :2], there) + before[:, 2, None, None]  # before · there
+    return BentPositions(places, (down, right), (rows, columns))
 
 
 def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -245,12 +267,10 @@ def sampling_grid(geometries: list[Geometry], height: int, width: int, device: t
     positions = affine_positions(_on(device, matrices), centres(width, device), centres(height, device))  # [n, 2, H, W]
     for row, one in enumerate(geometries):
         if one.field is not None:  # so far filled as if there were none
-            few, steps = bent_positions(one, height, width, device)
-            fine = F.interpolate(few[None], size=[step * count for step, count in zip(steps, few.shape[1:])], mode="bilinear")[0]
-            top, left = (step // 2 for step in steps)  # where the image begins
-            positions[row] = fine[:, top : top + height, left : left + width]
+            places, steps, (rows, columns) = bent_positions(one, height, width, device)
+            large = [step * count for step, count in zip(steps, places.shape[1:])]
+            positions[row] = F.interpolate(places[None], size=large, mode="bilinear")[0, :, rows, columns]
     return positions.permute(0, 2, 3, 1)  # [n, 2, H, W] -> [n, H, W, 2]
-
 
 # %% ../nbs/02_augmentation.ipynb #augmentation060
 def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,8 +375,6 @@ def _reads_exactly() -> bool:
 OPENCV_IS_EXACT = _reads_exactly()
 _NORMALISED = normalise(torch.arange(256, dtype=torch.uint8)).numpy()  # what `normalise` makes of each byte
 
-
-
 # %% ../nbs/02_augmentation.ipynb #augmentation067b00
 def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray, int, list[float]], np.ndarray]:
     """How OpenCV reads where a map says: a function of the source [H, W] or [H, W, C], the interpolation and what is outside."""
@@ -364,8 +382,7 @@ def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray
         corner = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])  # OpenCV counts from the first pixel
         matrix = (corner @ geometry.matrix @ np.linalg.inv(corner))[:2]
         return lambda source, how, outside: cv2.warpAffine(source, matrix, (width, height), flags=how | cv2.WARP_INVERSE_MAP, borderValue=outside)
-    few, (down, right) = bent_positions(geometry, height, width)
-    window = slice(down // 2, down // 2 + height), slice(right // 2, right // 2 + width)
+    few, (down, right), window = bent_positions(geometry, height, width)
     x, y = (cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[window]  # in pixels
             for places, size in zip(few.numpy(), (width, height)))
     return lambda source, how, outside: cv2.remap(source, x, y, how, borderValue=outside)
@@ -373,10 +390,11 @@ def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray
 
 def _move_on_cpu(image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray, new_mask: np.ndarray) -> None:
     """`_moved` for one image: uint8 [H, W, C], C 1, 3 or 4, mask [H, W], fill uint8 [C] -> float32 new_image, int64 new_mask."""
-    if geometry.flipped_axes is not None:
-        code = {(1,): 0, (2,): 1, (1, 2): -1}.get(geometry.flipped_axes)  # OpenCV's names for these flips
+    axes = geometry.flipped_axes
+    if axes is not None:
+        code = {(1,): 0, (2,): 1, (1, 2): -1}.get(axes)  # OpenCV's names for these flips
         cv2.LUT(image if code is None else cv2.flip(image, code), _NORMALISED, new_image)
-        new_mask[...] = np.flip(mask, [axis - 1 for axis in geometry.flipped_axes])  # axes of [H, W], not of [C, H, W]
+        new_mask[...] = np.flip(mask, [axis - 1 for axis in axes])  # axes of [H, W], not of [C, H, W]
         return
     read = _reader(geometry, *mask.shape)
     outside = np.resize(_NORMALISED[fill], 4).tolist()  # OpenCV wants four numbers and ignores those beyond C
@@ -387,7 +405,6 @@ def _move_on_cpu(image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: 
         new_image[...] = read(cv2.LUT(image, _NORMALISED), cv2.INTER_LINEAR, outside).reshape(image.shape)
     new_mask[...] = read(mask if mask.dtype == np.uint8 else mask.astype(np.float32), cv2.INTER_NEAREST, [0.0])
 
-
 # %% ../nbs/02_augmentation.ipynb #augmentation067c
 def _noise_on_cpu(image: np.ndarray, sigma: float, noise: Generator) -> np.ndarray:
     """`add_gaussian_noise` for float32 [H, W, C]."""
@@ -397,15 +414,14 @@ def _noise_on_cpu(image: np.ndarray, sigma: float, noise: Generator) -> np.ndarr
 
 def _blur_on_cpu(image: np.ndarray, sigma: float, noise: Generator) -> np.ndarray:
     """`gaussian_blur` for float32 [H, W, C]."""
-    radius = math.ceil(2 * sigma)
-    column = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return cv2.sepFilter2D(image, -1, column / column.sum(), column / column.sum(), borderType=cv2.BORDER_REPLICATE)
+    weights = np.array(_gaussian_weights(sigma))
+    weights /= weights.sum()
+    return cv2.sepFilter2D(image, -1, weights, weights, borderType=cv2.BORDER_REPLICATE)
 
 
 def _contrast_on_cpu(image: np.ndarray, factors: list[float], noise: Generator) -> np.ndarray:
     """`change_contrast` for float32 [H, W, C]."""
-    grey = 127 / 127.5 - 1
-    return cv2.transform(image, np.column_stack([np.diag(factors), grey * (1 - np.array(factors))]))
+    return cv2.transform(image, np.column_stack([np.diag(factors), _GREY * (1 - np.array(factors))]))
 
 
 _ON_CPU = {add_gaussian_noise: _noise_on_cpu, gaussian_blur: _blur_on_cpu, change_contrast: _contrast_on_cpu}
@@ -422,7 +438,6 @@ def _recolour_on_cpu(image: np.ndarray, steps: Steps, noise: Generator) -> None:
             changed = apply(torch.from_numpy(changed).permute(2, 0, 1), numbers, noise).float().permute(1, 2, 0).numpy()
     if any(OPERATIONS[name].apply for name, _ in steps):
         np.clip(changed, -1, 1, out=image)
-
 
 # %% ../nbs/02_augmentation.ipynb #augmentation067f
 def _augment_on_cpu(images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor, noises: list[Generator]) -> tuple[Tensor, Tensor]:
@@ -443,7 +458,6 @@ def _augment_on_cpu(images: Tensor, masks: Tensor, steps: list[Steps], fill: Ten
         for row in range(len(steps)):
             augment(row)
     return new_images, new_masks
-
 
 # %% ../nbs/02_augmentation.ipynb #augmentation069
 def _check_settings(operations: tuple[str, ...], most: int, strength: float, fill: tuple[int, ...]) -> None:
@@ -524,7 +538,7 @@ class Augmentation:
         _check_batch(images, masks)
         fill = _fill_for(self.fill, images.shape[1])
         steps = self.draw(len(images), tuple(images.shape[1:]), seed)
-        noises = [seeded(seed, f"noise {row}", images.device) for row in range(len(steps))]
+        noises = [noise_of(seed, row, images.device) for row in range(len(steps))]
         if images.device.type == "cpu" and OPENCV_IS_EXACT and images.shape[1] in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1:
             return _augment_on_cpu(images, masks, steps, fill, noises)
         moved = _moved(images, masks, [compose(one) for one in steps], fill)

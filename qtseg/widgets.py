@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .augmentation import OPERATIONS, Augmentation, Steps, apply_geometry, apply_photometry, compose, seeded
+from .augmentation import OPERATIONS, Augmentation, Steps, apply_geometry, apply_photometry, compose, noise_of, seeded
 from .data import Split, list_pictures, normalise, read_image, read_mask, resample, resize_image, to_colour
 from .decoder import MQMDecoder, StageOutput
 from .evaluation import THRESHOLDS, class_probabilities, decide, mask_scores, threshold_counts
@@ -1053,7 +1053,7 @@ class _PlaygroundSteps(_PlaygroundState):
         image = torch.from_numpy(self.source()).permute(2, 0, 1)[None]  # [1, 3, H, W]
         fill = torch.zeros(3, dtype=torch.uint8)
         images, masks = apply_geometry(image, torch.from_numpy(self.mask)[None], [compose(steps)], fill)
-        images = apply_photometry(images, [steps], seeded(self.seed, "noise 0")).clamp_(-1, 1)
+        images = apply_photometry(images, [steps], noise_of(self.seed, 0)).clamp_(-1, 1)
         pixels = ((images[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)  # [H, W, 3]
         return np.ascontiguousarray(pixels.numpy()), masks[0].numpy().astype(np.uint8)
 
