@@ -27,7 +27,7 @@ REMEDY: Color = (0, 158, 115)  #: green
 FAILURE = FALSE_POSITIVE
 
 _PURPLE: Color = (204, 121, 167)
-_FOREGROUND = (PREDICTION, TOKENS, REMEDY, _PURPLE, FALSE_NEGATIVE, FALSE_POSITIVE, FEATURES)  # of classes 1 to 7
+_FOREGROUND = (PREDICTION, TOKENS, REMEDY, FALSE_NEGATIVE, FALSE_POSITIVE, _PURPLE, FEATURES)  # of classes 1 to 7
 
 # %% ../nbs/reference/colors.ipynb #colors008
 def class_colors(classes: int) -> np.ndarray:

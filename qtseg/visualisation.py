@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from .colors import FALSE_NEGATIVE, FALSE_POSITIVE, PREDICTION, TARGET, WRONG_CLASS, Color, class_colors
 from .data import outline, resample
-from .training import COLOURS as OUTLINES
 from .training import draw_curves
 
 if TYPE_CHECKING:
@@ -26,18 +26,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Colour', 'CLASS_COLOURS', 'ERROR_COLOURS', 'HEAT', 'GROUND', 'class_colour', 'overlay', 'contours', 'error_kinds',
-           'error_map', 'heat', 'rescale', 'fit_to', 'tile', 'colour_key', 'show_overlay', 'show_errors', 'gallery',
-           'show_features', 'show_attention', 'read_history', 'training_curves', 'group_boxes']
+__all__ = ['CLASS_COLOURS', 'ERROR_COLOURS', 'HEAT', 'GROUND', 'class_colour', 'overlay', 'contours', 'error_kinds', 'error_map',
+           'heat', 'rescale', 'fit_to', 'tile', 'colour_key', 'show_overlay', 'show_errors', 'gallery', 'show_features',
+           'show_attention', 'read_history', 'training_curves', 'stratum_boxes']
 
 # %% ../nbs/14_visualisation.ipynb #visualisation009
-Colour = tuple[int, int, int]  # red, green, blue, each 0 to 255
-
-CLASS_COLOURS: tuple[Colour | None, ...] = (  # by class index; the background stays as it is
-    None, (86, 180, 233), (230, 159, 0), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167), (0, 114, 178))
+CLASS_COLOURS: tuple[Color | None, ...] = (  # by class index; the background stays as it is
+    None, *map(tuple, class_colors(8)[1:].tolist()))
 
 
-def class_colour(label: int, colours: Sequence[Colour | None] | None = None) -> Colour | None:
+def class_colour(label: int, colours: Sequence[Color | None] | None = None) -> Color | None:
     """The colour of a class index, or None for one that is not painted; classes beyond the last begin again at class 1.
 
     colours: background first (default CLASS_COLOURS); ValueError for fewer than two.
@@ -74,14 +72,14 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
 
 # %% ../nbs/14_visualisation.ipynb #visualisation015
-def _tables(colours: Sequence[Colour | None] | None, classes: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+def _tables(colours: Sequence[Color | None] | None, classes: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     """For each of 256 class indices its colour, uint8 [256, 1, 3], and 255 where it is painted, uint8 [256]."""
     chosen = [class_colour(label, colours) if classes is None or label in classes else None for label in range(256)]
     colour = np.array([[pick or (0, 0, 0)] for pick in chosen], dtype=np.uint8)  # [256, 1, 3]
     return colour, np.array([255 * (pick is not None) for pick in chosen], dtype=np.uint8)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5, colours: Sequence[Colour | None] | None = None,
+def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5, colours: Sequence[Color | None] | None = None,
             classes: Sequence[int] | None = None) -> np.ndarray:
     """Blend each class's colour into the image: uint8 [H, W, 3] and class indices [H, W] -> uint8 [H, W, 3].
 
@@ -97,7 +95,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5, colours: 
     return cv2.copyTo(blend, cv2.LUT(mask, painted), image.copy())
 
 # %% ../nbs/14_visualisation.ipynb #visualisation018
-def contours(image: np.ndarray, mask: np.ndarray, colour: Colour | None = None, width: int = 1,
+def contours(image: np.ndarray, mask: np.ndarray, colour: Color | None = None, width: int = 1,
              classes: Sequence[int] | None = None) -> np.ndarray:
     """Outline each region of each class: uint8 [H, W, 3] and class indices [H, W] -> uint8 [H, W, 3].
 
@@ -115,9 +113,9 @@ def contours(image: np.ndarray, mask: np.ndarray, colour: Colour | None = None, 
     return picture
 
 # %% ../nbs/14_visualisation.ipynb #visualisation021
-ERROR_COLOURS: dict[str, Colour] = {  # each kind also has a grey of its own: 158, 119, 213, 70
-    "true positive": (86, 180, 233), "false positive": (213, 94, 0), "false negative": (240, 228, 66),
-    "wrong class": (136, 34, 85)}
+ERROR_COLOURS: dict[str, Color] = {  # each kind also has a grey of its own: 158, 119, 213, 70
+    "true positive": PREDICTION, "false positive": FALSE_POSITIVE, "false negative": FALSE_NEGATIVE,
+    "wrong class": WRONG_CLASS}
 
 
 def error_kinds(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -181,7 +179,7 @@ def rescale(values: np.ndarray) -> np.ndarray:
     return (values - least) / (most - least) if most > least else np.zeros_like(values)
 
 # %% ../nbs/14_visualisation.ipynb #visualisation039
-GROUND: Colour = (40, 40, 40)  # round and between pictures: seen as "no picture" on a white page and on a black one
+GROUND: Color = (40, 40, 40)  # round and between pictures: seen as "no picture" on a white page and on a black one
 
 
 def fit_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -261,12 +259,18 @@ def _panel(axes: Axes, picture: np.ndarray, title: str = "") -> None:
     axes.spines[:].set_visible(False)
 
 # %% ../nbs/14_visualisation.ipynb #visualisation051
-def _legend(figure: Figure, colours: Mapping[str, Colour], where: str = "outside lower center") -> None:
+def _plain(name: object) -> str:
+    """A name as a figure shows it, letter by letter: matplotlib takes $…$ for mathematics and hides labels that begin with _."""
+    text = str(name).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text  # a space without width
+
+
+def _legend(figure: Figure, colours: Mapping[str, Color], where: str = "outside lower center") -> None:
     """Name the colours below the panels, in as many rows as their names need."""
     from matplotlib.patches import Patch
 
     rows = -(-sum(len(name) + 7 for name in colours) // 115)  # of this type, 115 letters are as wide as a figure
-    patches = [Patch(facecolor=np.array(colour) / 255, edgecolor="black", linewidth=0.5, label=name)
+    patches = [Patch(facecolor=np.array(colour) / 255, edgecolor="black", linewidth=0.5, label=_plain(name))
                for name, colour in colours.items()]
     figure.legend(handles=patches, loc=where, ncols=-(-len(patches) // rows), fontsize=8, handlelength=1.5, frameon=False)
 
@@ -279,7 +283,7 @@ def _array(values: np.ndarray | Tensor) -> np.ndarray:
     return np.asarray(values)
 
 # %% ../nbs/14_visualisation.ipynb #visualisation055
-def _named_colours(class_names: Sequence[str] | None, labels: Sequence[int]) -> dict[str, Colour]:
+def _named_colours(class_names: Sequence[str] | None, labels: Sequence[int]) -> dict[str, Color]:
     """The names and colours of these class indices, those that are not painted left out."""
     names = {label: class_names[label] if class_names and label < len(class_names) else f"class {label}" for label in labels}
     return {name: class_colour(label) for label, name in names.items() if class_colour(label)}
@@ -318,8 +322,8 @@ def show_errors(image: np.ndarray, target: np.ndarray | Tensor, prediction: np.n
     """Image, both outlines, and the error map with every kind of pixel counted: [H, W, 3] and two masks [H, W] -> a figure."""
     target, prediction = _array(target), _array(prediction)
     counts = np.bincount(error_kinds(target, prediction).ravel(), minlength=5)
-    outlined = contours(image, target, OUTLINES["target"], _line(image))
-    outlined = contours(outlined, prediction, OUTLINES["prediction"], _line(image))
+    outlined = contours(image, target, TARGET, _line(image))
+    outlined = contours(outlined, prediction, PREDICTION, _line(image))
     figure = _figure(7.5, 2.4 * image.shape[0] / image.shape[1] + 0.8)
     errors = error_map(target, prediction, image, opacity)
     pictures = {"image": image, "target orange, prediction blue": outlined, "errors": errors}
@@ -375,9 +379,9 @@ def gallery(images: Sequence[np.ndarray], targets: Sequence[np.ndarray],
         masks = [_array(model[place]) for model in models.values()]
         column = grid[place // columns * len(names):, place % columns]
         for axes, name, picture in zip(column, names, _strip(image, _array(target), masks, errors)):
-            _panel(axes, picture, title if name == "image" else "")
+            _panel(axes, picture, _plain(title) if name == "image" else "")
             if place % columns == 0:
-                axes.set_ylabel(name, fontsize=9)
+                axes.set_ylabel(_plain(name), fontsize=9)
             if name in marks:
                 axes.set_xlabel(f"Dice {marks[name][place]:.1f}", fontsize=8, labelpad=1)
     if errors:
@@ -442,7 +446,7 @@ def read_history(run: str | os.PathLike) -> list[dict[str, float]]:
             rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
         if not rows or any("epoch" not in row for row in rows):
             raise ValueError("no epoch")
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:  # a word for a number, a cell too many, a zero byte
         raise ValueError(f"{path} is no training history ({error}): copy the run folder again") from None
     return rows
 
@@ -468,35 +472,43 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
             for part, dashes in (("valid", "-"), ("train", ":")):
                 points = [(row["epoch"], row[f"{part}_{measure}"]) for row in history if f"{part}_{measure}" in row]
                 epochs, values = np.array(points).reshape(-1, 2).T  # without points, both are empty
-                axes.plot(epochs, values, dashes, color=_ink(label), label=name if part == "valid" else None)
+                axes.plot(epochs, values, dashes, color=_ink(label), label=_plain(name) if part == "valid" else None)
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8, title="solid: validation, dotted: training", title_fontsize=8)
     return figure
 
 # %% ../nbs/14_visualisation.ipynb #visualisation087
-def _grouped(rows: Sequence[Mapping], measure: str, group: str) -> dict[str, list[float]]:
-    """The finite values of each group; ValueError where a row lacks a column or no value is left."""
+def _values_by(rows: Sequence[Mapping], measure: str, by: str) -> dict[str, list[float]]:
+    """The finite values for each entry of the column `by`; ValueError where a row lacks a column or no value is left."""
     values: dict[str, list[float]] = {}
     for row in rows:
-        if measure not in row or group not in row:
-            raise ValueError(f"every row needs {group!r} and {measure!r}, got {', '.join(map(str, row))}")
+        if measure not in row or by not in row:
+            raise ValueError(f"every row needs {by!r} and {measure!r}, got {', '.join(map(str, row))}")
         number = float(row[measure]) if row[measure] not in ("", None) else np.nan
         if np.isfinite(number):
-            values.setdefault(str(row[group]), []).append(number)
+            values.setdefault(str(row[by]), []).append(number)
     if not values:
         raise ValueError(f"no row has a value of {measure!r}")
     return values
 
 # %% ../nbs/14_visualisation.ipynb #visualisation088
 @_drawn
-def group_boxes(rows: Sequence[Mapping], measure: str = "dice", group: str = "group") -> Figure:
-    """A box with all its points for each group: rows that name `group` and `measure` (as in images.csv) -> a figure.
+def stratum_boxes(rows: Sequence[Mapping], measure: str = "dice", by: str = "stratum") -> Figure:
+    """A box with all its points for each stratum: rows that name `by` and `measure` (as in images.csv) -> a figure.
 
-    Groups stand in the order of their medians. Box: quartiles and median; whiskers: the last point within 1.5 box heights. Rows
-    whose value is empty or not a number are left out and counted. ValueError where nothing is left.
+    Strata stand in the order of their medians. Box: quartiles and median; whiskers: the last point within 1.5 box heights. Rows
+    whose value is empty or not a number are left out and counted.
+
+    Args:
+        rows: one mapping per image.
+        measure: the column with the values.
+        by: the column that the boxes are for: "stratum", "patient", "class", …
+
+    Raises:
+        ValueError: a row lacks a column, or no value is left.
     """
-    values = _grouped(rows, measure, group)
+    values = _values_by(rows, measure, by)
     order = sorted(values, key=lambda name: np.median(values[name]))
     figure = _figure(7.5, 3.2)
     axes, rng = figure.subplots(), np.random.default_rng(0)  # jitter: the same points at the same place every time
@@ -506,7 +518,7 @@ def group_boxes(rows: Sequence[Mapping], measure: str = "dice", group: str = "gr
         across = place + rng.uniform(-0.18, 0.18, len(values[name]))
         axes.scatter(across, values[name], s=9, alpha=0.6, color=_ink(1), linewidths=0, zorder=3)
     left_out = len(rows) - sum(map(len, values.values()))
-    axes.set_xticks(range(len(order)), [f"{name or 'no group'}\nn = {len(values[name])}" for name in order])
+    axes.set_xticks(range(len(order)), [f"{_plain(name) or f'no {by}'}\nn = {len(values[name])}" for name in order])
     axes.set(ylabel=measure, title=f"left out, without a value: {left_out}" if left_out else "")
     axes.grid(axis="y", alpha=0.3)
     return figure

@@ -15,10 +15,11 @@ from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
 from qtseg import visualisation as v
+from qtseg.colors import PREDICTION, TARGET, class_colors, hex_color
 from qtseg.data import Batch
 from qtseg.metrics import confusion_counts
 from qtseg.phantoms import CLASS_NAMES, phantom
-from qtseg.training import COLOURS, _write_history, mask_pictures
+from qtseg.training import _write_history, mask_pictures
 
 PIXELS = np.random.default_rng(0)
 
@@ -119,9 +120,9 @@ BAD = [
     (lambda: v.show_attention(np.ones((2, 3))), r"\[heads, h, w\]"),
     (lambda: v.training_curves({}), "at least one run"),
     (lambda: v.training_curves({"a": []}), "a row of history"),
-    (lambda: v.group_boxes([{"group": "a"}]), "every row needs 'group' and 'dice', got group"),
-    (lambda: v.group_boxes([{"group": "a", "dice": ""}]), "no row has a value"),
-    (lambda: v.group_boxes([]), "no row has a value"),
+    (lambda: v.stratum_boxes([{"stratum": "a"}]), "every row needs 'stratum' and 'dice', got stratum"),
+    (lambda: v.stratum_boxes([{"stratum": "a", "dice": ""}]), "no row has a value"),
+    (lambda: v.stratum_boxes([]), "no row has a value"),
 ]
 
 
@@ -168,7 +169,7 @@ def test_contours_draw_what_training_draws():
     batch = Batch(torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in pairs]),
                   torch.stack([torch.from_numpy(mask) for _, mask in pairs]), ["a", "b", "c"])
     predictions = batch.masks.roll(5, dims=2).long()
-    ours = [v.contours(v.contours(image, mask, COLOURS["target"]), other.numpy(), COLOURS["prediction"])
+    ours = [v.contours(v.contours(image, mask, TARGET), other.numpy(), PREDICTION)
             for (image, mask), other in zip(pairs, predictions)]
     assert (v.tile(ours, 3, gap=0) == mask_pictures(batch, predictions)).all()
 
@@ -240,7 +241,20 @@ def test_error_colours_stay_apart(eyes):
 @pytest.mark.parametrize("eyes", EYES)
 def test_the_first_three_classes_stay_apart(eyes):
     assert nearest(v.CLASS_COLOURS[1:4], eyes) > 15
-    assert nearest(list(COLOURS.values()), eyes) > 40, "target and prediction"
+    assert nearest([TARGET, PREDICTION], eyes) > 40, "target and prediction"
+
+
+def test_the_palette_is_one():
+    table = class_colors(10)
+    assert table.dtype == np.uint8 and table.shape == (10, 3) and not table[0].any()
+    assert [tuple(color) for color in table[1:8].tolist()] == list(v.CLASS_COLOURS[1:]) and (table[8:] == table[1:3]).all()
+    assert tuple(table[1].tolist()) == PREDICTION == v.ERROR_COLOURS["true positive"] and hex_color(PREDICTION) == "#56B4E9"
+    assert len({tuple(color) for color in class_colors(8).tolist()}) == 8 and class_colors(1).tolist() == [[0, 0, 0]]
+    with pytest.raises(ValueError, match="at least one class"):
+        class_colors(0)
+    for wrong in ((1, 2), (0, 0, 256), (-1, 0, 0)):
+        with pytest.raises(ValueError, match="a color is red, green and blue"):
+            hex_color(wrong)
 
 
 def test_red_and_green_would_fail_this_test():
@@ -318,7 +332,7 @@ def test_tile_puts_each_picture_in_its_place(number, columns, shape):
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed: no figures")
 HISTORY = [{"epoch": e, "train_loss": 1 / e, "train_dice": 50.0 + e, **({"valid_loss": 2 / e, "valid_dice": 40.0 + e} if e % 2 else {})}
            for e in range(1, 8)]
-ROWS = [{"group": group, "dice": str(value)} for group in ("north", "south", "") for value in (80, 90, 85.5, "nan")]
+ROWS = [{"stratum": stratum, "dice": str(value)} for stratum in ("north", "south", "") for value in (80, 90, 85.5, "nan")]
 IMAGE, MASK = phantom("endoscopy", 3, 96)
 OTHER = np.roll(MASK, 7, axis=0)
 FIGURES = {
@@ -337,7 +351,7 @@ FIGURES = {
     "show_attention, one even head": lambda: v.show_attention(np.full((1, 4, 4), 1 / 16)),
     "training_curves of one run": lambda: v.training_curves({"one": HISTORY}),
     "training_curves": lambda: v.training_curves({"one": HISTORY, "two": HISTORY[:4]}),
-    "group_boxes": lambda: v.group_boxes(ROWS),
+    "stratum_boxes": lambda: v.stratum_boxes(ROWS),
 }
 
 
@@ -406,13 +420,27 @@ def test_training_curves_draw_the_history():
     assert len(v.training_curves({"one": never, "two": HISTORY}).axes) == 2, "a run that was not validated yet"
 
 
-def test_group_boxes_order_by_median_and_count_what_is_left_out():
+def test_stratum_boxes_order_by_median_and_count_what_is_left_out():
     rows = [{"site": "low", "iou": 10}, {"site": "low", "iou": "30"}, {"site": "high", "iou": 90.0}, {"site": "low", "iou": ""},
             {"site": "none", "iou": float("nan")}]
-    axes, = v.group_boxes(rows, "iou", group="site").axes
+    axes, = v.stratum_boxes(rows, "iou", by="site").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["low\nn = 2", "high\nn = 1"]
     assert sorted(axes.collections[0].get_offsets()[:, 1].tolist()) == [10, 30]
     assert axes.get_title() == "left out, without a value: 2" and axes.get_ylabel() == "iou"
+
+
+def test_names_stand_in_figures_letter_by_letter():
+    name = r"_a$\frac{$b"  # broken mathematics for matplotlib, and hidden from legends by its first letter
+    seen = "\u200b" + name
+    curves = v.training_curves({name: HISTORY, "two": HISTORY})
+    boxes = v.stratum_boxes([{"stratum": name, "dice": 1.0}])
+    key = v.colour_key(["background", name])
+    many = v.gallery([noise()], [labels()], {name: [labels()]}, titles=[name])
+    for figure in (curves, boxes, key, many):
+        assert figure._repr_png_().startswith(b"\x89PNG")
+    as_text = [text.get_text().replace(r"\$", "$") for text in
+               (*curves.axes[1].get_legend().get_texts()[:1], *key.legends[0].get_texts(), many.axes[0].title)]
+    assert as_text == [seen, seen, seen]
 
 
 # ---- histories
@@ -422,7 +450,8 @@ def test_read_history_reads_what_training_wrote(tmp_path):
     assert v.read_history(tmp_path) == HISTORY and "valid_dice" not in v.read_history(tmp_path)[1]
 
 
-@pytest.mark.parametrize("text", ["", "epoch\n", "a,b\n1,2\n", "epoch,loss\n1,many\n", "epoch,loss\n1,2,3\n"])
+@pytest.mark.parametrize("text", ["", "epoch\n", "a,b\n1,2\n", "epoch,loss\n1,many\n", "epoch,loss\n1,2,3\n",
+                                  "epoch,loss\n1,\0\n", "epoch,loss\n1," + "9" * 200_000], ids=range(7))
 def test_read_history_names_the_file_and_the_remedy(tmp_path, text):
     with pytest.raises(FileNotFoundError, match="history.csv is missing: name a folder"):
         v.read_history(tmp_path)
