@@ -38,13 +38,13 @@ from tqdm import tqdm
 from .phantoms import write_prepared
 
 # %% auto #0
-__all__ = ['MASKS', 'RESIZES', 'COLOURS', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS',
-           'SPLITS', 'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resample',
+__all__ = ['MASKS', 'IGNORE', 'RESIZES', 'COLOURS', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS',
+           'COLUMNS', 'SPLITS', 'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resample',
            'fitted_size', 'resize_image', 'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing',
            'read_preprocessing', 'Record', 'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out',
            'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
            'require_space', 'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'in_order',
-           'DataProblems', 'Batch', 'normalise', 'Split', 'OpenedData', 'SegmentationData']
+           'DataProblems', 'Batch', 'normalise', 'Split', 'Census', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data012
 def _decode(data: bytes) -> Image.Image:
@@ -71,25 +71,30 @@ def _wide(picture: Image.Image) -> np.ndarray | None:
     return values
 
 # %% ../nbs/01_data.ipynb #data016
-def _image_from(data: bytes) -> np.ndarray:
-    """The bytes of an image file -> uint8 RGB [H, W, 3]."""
+def _image_from(data: bytes, white: int = 65535) -> np.ndarray:
+    """The bytes of an image file -> uint8 RGB [H, W, 3]; `white`: the stored value that becomes 255, for 16-bit files."""
     picture = _decode(data)
     values = _wide(picture)
-    if values is not None:  # the full range 0..65535 becomes 0..255, because 65535 = 257 * 255
-        return np.repeat(((values + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
+    if values is not None:
+        levels = np.minimum((values * 255 + white // 2) // white, 255).astype(np.uint8)
+        return np.repeat(levels[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
     if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")  # keeps the colours of transparent palette entries
     return np.array(picture.convert("RGB"))  # alpha is dropped, not blended
 
 # %% ../nbs/01_data.ipynb #data019
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read any image file -> uint8 RGB [H, W, 3], upright.
+def read_image(path: str | os.PathLike, white: int = 65535) -> np.ndarray:
+    """Read any image file -> uint8 RGB [H, W, 3], upright; alpha is dropped; the first frame of several.
 
-    1-bit, grey, RGB, palette, CMYK; alpha is dropped; 16-bit grey is divided by 257 (of 16-bit colour Pillow keeps the high
-    byte). The first frame of several. Raises ValueError, naming the file, if it is damaged or holds float or 32-bit pixels.
+    Args:
+        path: the file: 1-bit, grey, RGB, palette, CMYK.
+        white: the stored value that becomes 255, for files with more than 8 bits (4095 for 12 bits in 16).
+
+    Raises:
+        ValueError: naming the file: damaged, or float or 32-bit pixels.
     """
     try:
-        return _image_from(Path(path).read_bytes())
+        return _image_from(Path(path).read_bytes(), white)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -111,6 +116,7 @@ def _values(data: bytes, colours: bool) -> np.ndarray:
 
 # %% ../nbs/01_data.ipynb #data029
 MASKS = ("auto", "index", "binary", "any")
+IGNORE = 255  # the label of pixels that count nowhere
 
 
 def _check_index(values: np.ndarray, classes: int) -> None:
@@ -134,9 +140,20 @@ def _check_binary(values: np.ndarray) -> None:
                          f'masks="index" with classes={found.max() + 1}')
 
 # %% ../nbs/01_data.ipynb #data032
-def _mask_from(data: bytes, masks: str, classes: int) -> np.ndarray:
+def _mask_from(data: bytes, masks: str, classes: int, mask_values: Sequence = (), ignore_value: int | None = None) -> np.ndarray:
     """The bytes of a mask file -> class index, uint8 [H, W]; ValueError with reason and remedy."""
-    values = _values(data, colours=masks == "binary")
+    values = _values(data, colours=masks == "binary" and not mask_values)
+    if ignore_value is not None and (ignored := values == ignore_value).any():
+        return np.where(ignored, IGNORE, _classes_of(np.where(ignored, 0, values), data, masks, classes, mask_values)).astype(np.uint8)
+    return _classes_of(values, data, masks, classes, mask_values)
+
+
+def _classes_of(values: np.ndarray, data: bytes, masks: str, classes: int, mask_values: Sequence) -> np.ndarray:
+    """Stored values [H, W] -> class index, uint8 [H, W]."""
+    if mask_values:
+        if strays := sorted(set(np.unique(values).tolist()) - set(mask_values)):
+            raise ValueError(f"holds the values {strays[:4]}, which mask_values={list(mask_values)} does not name")
+        return np.select([values == value for value in mask_values], range(len(mask_values))).astype(np.uint8)
     is_jpeg = data[:3] == b"\xff\xd8\xff"
     if masks == "binary":
         if is_jpeg and 0 < values.max() < 32:
@@ -151,7 +168,8 @@ def _mask_from(data: bytes, masks: str, classes: int) -> np.ndarray:
     return values.astype(np.uint8)
 
 # %% ../nbs/01_data.ipynb #data033
-def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2) -> np.ndarray:
+def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, mask_values: Sequence[int | str] = (),
+              ignore_value: int | str | None = None) -> np.ndarray:
     """Read a mask file -> class index, uint8 [H, W], upright.
 
     masks: "index" (the stored value; a palette's index), "binary" (1 where the value, the brightest channel, is above half of the
@@ -161,7 +179,7 @@ def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2) -
     if masks not in MASKS[1:]:
         raise ValueError(f"masks must be one of {MASKS[1:]}, got {masks!r}")
     try:
-        return _mask_from(Path(path).read_bytes(), masks, classes)
+        return _mask_from(Path(path).read_bytes(), masks, classes, mask_values, ignore_value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -236,13 +254,15 @@ def outline(picture: np.ndarray, mask: np.ndarray, colour: Sequence[int], width:
 class Preprocessing:
     """How an image becomes a network's input, and what its classes are called (background first).
 
-    size: side of the square, in pixels; resize: one of RESIZES; colour: a key of COLOURS. ValueError for anything else.
+    size: side of the square, in pixels; resize: one of RESIZES; colour: a key of COLOURS; white: see `read_image`.
+    ValueError for anything else.
     """
 
     size: int = 512
     resize: str = "squash"
     colour: str = "rgb"
     class_names: tuple[str, ...] = ("background", "foreground")
+    white: int = 65535
 
     def __post_init__(self):
         if not isinstance(self.size, int) or self.size < 32 or self.resize not in RESIZES or self.colour not in COLOURS:
@@ -273,12 +293,20 @@ def read_preprocessing(checkpoint: str | os.PathLike) -> Preprocessing:
 # %% ../nbs/01_data.ipynb #data051
 @dataclass
 class Record:
-    """One pair as the folder describes it. `size`: (height, width) if a manifest states it; `split`: train, valid, test or ""."""
+    """One pair as the folder describes it.
+
+    Args:
+        patient: images with the same patient belong together and are never split; empty: the image stands alone.
+        stratum: kind of case; kinds are spread evenly over folds.
+        split: train, valid, test or "".
+        size: (height, width) if a manifest states it.
+    """
 
     id: str
     image: Path
     mask: Path | None
-    group: str = ""
+    patient: str = ""
+    stratum: str = ""
     fold: int | None = None
     split: str = ""
     size: tuple[int, int] | None = None
@@ -351,7 +379,7 @@ def _layout(folder: Path) -> list[tuple[str, Path, tuple[Path, Path] | None]]:
     return parts if any(pair for _, _, pair in parts) else []
 
 # %% ../nbs/01_data.ipynb #data061
-COLUMNS = ("id", "image", "mask", "group", "fold", "split", "width", "height")
+COLUMNS = ("id", "image", "mask", "patient", "stratum", "fold", "split", "width", "height")
 SPLITS = ("train", "valid", "test")
 
 
@@ -391,7 +419,8 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
     if row.get(None):
         problems.append("has more cells than there are columns")
     size = (height, width) if height and width else None
-    return (Record(name, image, mask, (row.get("group") or "").strip(), fold, split, size) if image else None), problems
+    patient, stratum = ((row.get(column) or "").strip() for column in ("patient", "stratum"))
+    return (Record(name, image, mask, patient, stratum, fold, split, size) if image else None), problems
 
 # %% ../nbs/01_data.ipynb #data065
 def _read_manifest(survey: Survey) -> None:
@@ -403,6 +432,10 @@ def _read_manifest(survey: Survey) -> None:
     except (UnicodeDecodeError, csv.Error) as error:
         survey.problems.append(f"manifest.csv is not a CSV file in UTF-8 ({error})")
         return
+    if "group" in columns and "stratum" not in columns:  # what this column was called before patient and stratum were told apart
+        columns, rows = ["stratum" if name == "group" else name for name in columns], [row | {"stratum": row.pop("group")} for row in rows]
+        survey.notes.append("manifest.csv: the column group is read as stratum (kind of case, spread evenly over folds); "
+                            "if it names patients, rename it to patient: their images then stay together")
     missing = [column for column in ("id", "image", "mask") if column not in columns]
     unknown = [repr(column) for column in columns if column not in COLUMNS]
     if missing:
@@ -484,10 +517,10 @@ def _duplicates(survey: Survey) -> list[str]:
 
 # %% ../nbs/01_data.ipynb #data076
 def _slices(records: list[Record], folds: int) -> list[int | None]:
-    """Deterministic folds: equal slices by name within each group; None (always train) for what is left over at the end."""
+    """Deterministic folds: equal slices by name within each stratum; None (always train) for what is left over at the end."""
     fold_of: list[int | None] = [None] * len(records)
-    for group in sorted({record.group for record in records}):
-        members = [i for i, record in enumerate(records) if record.group == group and record.split != "test"]
+    for stratum in sorted({record.stratum for record in records}):
+        members = [i for i, record in enumerate(records) if record.stratum == stratum and record.split != "test"]
         slice_size = len(members) // folds
         for position, i in enumerate(members[:slice_size * folds]):
             fold_of[i] = position // slice_size
@@ -507,8 +540,8 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
     fold_of = _slices(survey.records, folds)
     sizes, left = Counter(value for value in fold_of if value is not None), pool - sum(value is not None for value in fold_of)
     if not sizes:
-        raise ValueError(f"every group has fewer images than folds={folds}: choose fewer folds")
-    grouped = ", within each group" if any(record.group for record in survey.records) else ""
+        raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
+    grouped = ", within each stratum" if any(record.stratum for record in survey.records) else ""
     notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name{grouped}"
                  + (f"; the last {left} always train" if left else ""))
     if any(record.split == "valid" for record in survey.records):
@@ -516,7 +549,7 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
     return fold_of
 
 # %% ../nbs/01_data.ipynb #data082
-def hold_out(rows: list[int], share: float, seed: int, notes: list[str]) -> list[int]:
+def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records: Sequence = ()) -> list[int]:
     """The rows that validate where nobody said which: a seeded share of the training rows."""
     count = max(1, round(share * len(rows)))
     if count >= len(rows):
@@ -550,7 +583,7 @@ def assign_splits(survey: Survey, fold: int | None, folds: int | None, valid_sha
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in parts.items())
         raise ValueError(f"{survey.folder} has no training images: {counts}")
     if not parts["valid"]:
-        parts["valid"] = hold_out(parts["train"], valid_share, seed, notes)
+        parts["valid"] = hold_out(parts["train"], valid_share, seed, notes, survey.records)
         parts["train"] = sorted(set(parts["train"]) - set(parts["valid"]))
     if not parts["test"]:
         notes.append("no test part")
@@ -597,6 +630,8 @@ class Settings:
     colour: str
     masks: str
     classes: int
+    mask_values: tuple = ()
+    ignore_value: int | str | None = None
 
 
 def cache_key(survey: Survey, settings: Settings) -> str:
@@ -770,7 +805,8 @@ def _prepare(survey: Survey, settings: Settings, record: Record) -> Prepared:
     data = _attempt(survey.short(record.image), problems, record.image.read_bytes)
     image = None if data is None else _attempt(survey.short(record.image), problems, _image_from, data)
     mask = record.mask and _attempt(survey.short(record.mask), problems,
-                                    lambda: _mask_from(record.mask.read_bytes(), settings.masks, settings.classes))
+                                    lambda: _mask_from(record.mask.read_bytes(), settings.masks, settings.classes,
+                                                       settings.mask_values, settings.ignore_value))
     if image is None:
         return Prepared(None, None, {}, problems)
     height, width = image.shape[:2]
@@ -940,16 +976,17 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 
 # %% ../nbs/01_data.ipynb #data142
 class Split:
-    """One part of a data set, on disk: len(), ids, groups, original_sizes, paths, batch(), batches(), original_mask().
+    """One part of a data set, on disk: len(), ids, patients, strata, original_sizes, paths, batch(), batches(), original_mask().
 
-    ids, groups: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path); by order of id.
+    ids, patients, strata: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path); by order of id.
     """
 
     def __init__(self, records: list[Record], entries: list[dict], rows: Sequence[int], images: np.ndarray, masks: np.ndarray,
                  settings: Settings):
         self._rows, self._images, self._masks, self._settings = np.asarray(rows, dtype=np.int64), images, masks, settings
         self.ids = [records[row].id for row in rows]
-        self.groups = [records[row].group for row in rows]
+        self.patients = [records[row].patient for row in rows]
+        self.strata = [records[row].stratum for row in rows]
         self.original_sizes = [(entries[row]["height"], entries[row]["width"]) for row in rows]
         self.paths = [(records[row].image, records[row].mask) for row in rows]
 
@@ -968,7 +1005,8 @@ class Split:
 
     def original_mask(self, position: int) -> np.ndarray:
         """The target at the image's own size, read from its file anew: class index, uint8 [H, W]."""
-        return read_mask(self.paths[position][1], self._settings.masks, self._settings.classes)
+        return read_mask(self.paths[position][1], self._settings.masks, self._settings.classes, self._settings.mask_values,
+                         self._settings.ignore_value)
 
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
                 device: str | torch.device = "cpu") -> Iterator[Batch]:
@@ -1035,6 +1073,22 @@ def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: floa
         survey.problems.append(str(error))
         return {}, []
 
+# %% ../nbs/01_data.ipynb #data148c
+@dataclass
+class Census:
+    """What a data set holds, as counted while reading it: a table and what is alarming in it."""
+
+    table: list[list[str]]
+    warnings: list[str]
+
+    def rows(self) -> list[list[str]]:
+        """The table, its head first."""
+        return self.table
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {"table": self.table, "warnings": self.warnings}
+
 # %% ../nbs/01_data.ipynb #data149
 @dataclass(repr=False)
 class OpenedData:
@@ -1057,6 +1111,8 @@ class OpenedData:
     train: Split
     valid: Split
     test: Split | None
+    ignore_index: int | None
+    census: Census
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -1074,7 +1130,8 @@ class SegmentationData(OpenedData):
 
     @classmethod
     def open(cls, source: str | os.PathLike, *, classes: int = 2, size: int = 512, fold: int | None = None,
-             folds: int | None = None, resize: str = "squash", colour: str = "rgb", masks: str = "auto", valid_share: float = 0.1,
+             folds: int | None = None, resize: str = "squash", colour: str = "rgb", masks: str = "auto",
+             mask_values: Sequence[int | str] | None = None, ignore_value: int | str | None = None, valid_share: float = 0.1,
              seed: int = 1996, cache: str | os.PathLike | None = None, workers: int | None = None,
              progress: bool = True) -> SegmentationData:
         """Find, check, split and cache a data set.
@@ -1084,7 +1141,7 @@ class SegmentationData(OpenedData):
         for classes > 2, else "binary"; fold, folds, valid_share, seed: see assign_splits; workers: threads (None: one per core).
         Raises DataProblems (all of them at once), ValueError, FileNotFoundError, OSError (no space).
         """
-        settings = Settings(size, resize, colour, masks, classes)
+        settings = Settings(size, resize, colour, masks, classes, tuple(mask_values or ()), ignore_value)
         _check_wishes(settings, fold, folds, valid_share, workers)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
@@ -1096,7 +1153,7 @@ class SegmentationData(OpenedData):
         parts = _leave_out_twins(survey, entries, parts, notes)
         train, valid, test = (Split(survey.records, entries, parts[part], images, packed, settings) for part in SPLITS)
         return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes, survey.folder, folder,
-                   train, valid, test or None)
+                   train, valid, test or None, None, Census([["", *SPLITS], ["images", *(str(len(parts[part])) for part in SPLITS)]], []))
 
     @classmethod
     def from_prepared(cls, folder: str | os.PathLike, fold: int | None = 0, size: int = 512, **options) -> SegmentationData:

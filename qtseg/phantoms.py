@@ -384,13 +384,13 @@ def phantom(family: str, seed: int, size: int = 128) -> tuple[np.ndarray, np.nda
     return cv2.merge(list(planes)), mask.astype(np.uint8)  # [size, size, 3]
 
 # %% ../nbs/00_phantoms.ipynb #phantoms092
-COLUMNS = ("id", "image", "mask", "group", "fold", "split", "width", "height")
+COLUMNS = ("id", "image", "mask", "patient", "stratum", "fold", "split", "width", "height")
 
 # %% ../nbs/00_phantoms.ipynb #phantoms093
 def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names: tuple[str, ...] | list[str], **extra) -> None:
     """Make a folder a prepared one: write dataset.json (name, classes, extra entries), then manifest.csv, one line per row.
 
-    Rows are dictionaries of COLUMNS; group, fold and split may be missing or None: left empty. The manifest comes last, at one
+    Rows are dictionaries of COLUMNS; patient, stratum, fold and split may be missing or None: left empty. The manifest comes last, at one
     stroke: a folder that has one is complete. Raises ValueError for a row that lacks a column or has an unknown one.
     """
     folder = Path(folder)
@@ -416,7 +416,7 @@ RECIPE = 1  # raised whenever the same arguments give other pictures, so that a 
 def _write_pair(folder: Path, family: str, seed: int, size: int, merge: bool) -> dict:
     """Write one image and its mask as PNG; return its row of the manifest, split left out."""
     image, mask = phantom(family, seed, size)
-    row = {"id": f"{family}-{seed:07d}", "group": family, "width": size, "height": size}
+    row = {"id": f"{family}-{seed:07d}", "stratum": family, "width": size, "height": size}
     row |= {kind: f"{kind}s/{row['id']}.png" for kind in ("image", "mask")}
     for kind, pixels in (("image", cv2.cvtColor(image, cv2.COLOR_RGB2BGR)), ("mask", np.minimum(mask, 1) if merge else mask)):
         (folder / row[kind]).write_bytes(cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
@@ -425,8 +425,8 @@ def _write_pair(folder: Path, family: str, seed: int, size: int, merge: bool) ->
 # %% ../nbs/00_phantoms.ipynb #phantoms098
 def _split(rows: list[dict]) -> None:
     """Give each row its split, in every family the first 70 % to train, the next 15 % to valid, the rest to test."""
-    for family in {row["group"] for row in rows}:
-        members = [row for row in rows if row["group"] == family]
+    for family in {row["stratum"] for row in rows}:
+        members = [row for row in rows if row["stratum"] == family]
         train, valid = max(1, len(members) * 70 // 100), len(members) * 85 // 100
         for place, row in enumerate(members):
             row["split"] = "train" if place < train else "valid" if place < valid else "test"

@@ -73,12 +73,12 @@ def manifest(folder: Path, rows: list[dict], classes=("background", "lesion"), c
     return folder
 
 
-def prepared(folder: Path, count: int = 12, groups=("a", "b"), **columns) -> tuple[Path, list[dict]]:
+def prepared(folder: Path, count: int = 12, strata=("a", "b"), **columns) -> tuple[Path, list[dict]]:
     rows = []
     for i in range(count):
         save(folder / "images" / f"p{i:02d}.png", picture(i))
         save(folder / "masks" / f"p{i:02d}.png", blob(i).astype(np.uint8))
-        rows.append({"id": f"p{i:02d}", "image": f"images/p{i:02d}.png", "mask": f"masks/p{i:02d}.png", "group": groups[i % len(groups)],
+        rows.append({"id": f"p{i:02d}", "image": f"images/p{i:02d}.png", "mask": f"masks/p{i:02d}.png", "stratum": strata[i % len(strata)],
                      "width": 48, "height": 40} | {name: value(i) for name, value in columns.items()})
     return manifest(folder, rows), rows
 
@@ -398,7 +398,7 @@ def test_prepared_folder_and_split_column(opened, tmp_path):
     data = opened(source)
     assert data.name == "by hand" and data.class_names == ("background", "lesion") and data.notes == []
     assert [len(part) for part in (data.train, data.valid, data.test)] == [6, 3, 3]
-    assert data.train.groups == ["a", "b"] * 3 and data.folder == source
+    assert data.train.strata == ["a", "b"] * 3 and data.folder == source
     assert SegmentationData.from_prepared(source, size=32, cache=tmp_path / "cache", progress=False).valid.ids == data.valid.ids
     with pytest.raises(ValueError, match="not a prepared folder"):
         SegmentationData.from_prepared(tmp_path)
@@ -443,7 +443,7 @@ def test_folds_are_equal_slices_by_name_and_leftovers_train(opened, tmp_path):
 def test_the_reference_rule_for_busi():
     """437 benign in 5 folds of 87 and 210 malignant in folds of 42; benign 436 and 437, sorted by name, always train."""
     names = sorted(f"benign ({i})" for i in range(1, 438)) + sorted(f"malignant ({i})" for i in range(1, 211))
-    records = [module.Record(name, Path(name), None, group=name.split()[0]) for name in names]
+    records = [module.Record(name, Path(name), None, stratum=name.split()[0]) for name in names]
     survey = module.Survey(Path("."), "busi", records)
     for fold in range(5):
         parts, _ = module.assign_splits(survey, fold, 5, 0.1, 0)
@@ -451,10 +451,10 @@ def test_the_reference_rule_for_busi():
         assert {435, 436} <= set(parts["train"]) and len(parts["train"]) == 647 - 129
 
 
-def test_slices_within_groups_of_a_manifest(opened, tmp_path):
-    source, _ = prepared(tmp_path / "d", 14, groups=("a", "a", "b"), split=lambda i: "test" if i == 13 else "")
+def test_slices_within_strata_of_a_manifest(opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", 14, strata=("a", "a", "b"), split=lambda i: "test" if i == 13 else "")
     data = opened(source, fold=1, folds=4)  # 9 of a, 4 of b, without the test image
-    assert data.valid.groups.count("a") == 2 and data.valid.groups.count("b") == 1 and data.test.ids == ["p13"]
+    assert data.valid.strata.count("a") == 2 and data.valid.strata.count("b") == 1 and data.test.ids == ["p13"]
     assert data.valid.ids == ["p03", "p04", "p05"]
 
 

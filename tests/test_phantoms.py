@@ -252,7 +252,7 @@ def test_folder_is_prepared(prepared):
     assert description["classes"] == ["background", "foreground"] and description["name"]
     assert not list(prepared.parent.glob(".*")), "no temporary folder is left"
     for row in rows:
-        assert (row["width"], row["height"], row["fold"]) == ("32", "32", "") and row["group"] in FAMILIES
+        assert (row["width"], row["height"], row["fold"]) == ("32", "32", "") and row["stratum"] in FAMILIES
 
 
 def test_files_hold_the_phantoms_that_their_ids_name(prepared):
@@ -267,7 +267,7 @@ def test_files_hold_the_phantoms_that_their_ids_name(prepared):
 def test_splits_are_70_15_15_in_every_family_and_share_nothing(prepared):
     rows = manifest(prepared)
     for family in FAMILIES:
-        counts = [sum(row["group"] == family and row["split"] == split for row in rows) for split in ("train", "valid", "test")]
+        counts = [sum(row["stratum"] == family and row["split"] == split for row in rows) for split in ("train", "valid", "test")]
         assert counts == [14, 3, 3]
     pictures = {split: {(prepared / row["image"]).read_bytes() for row in rows if row["split"] == split} for split in ("train", "valid", "test")}
     assert sum(map(len, pictures.values())) == 80 == len(set.union(*pictures.values()))
@@ -275,7 +275,7 @@ def test_splits_are_70_15_15_in_every_family_and_share_nothing(prepared):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 20, 100])
 def test_small_folders_train_at_least(n):
-    rows = [{"group": "nuclei"} for _ in range(n)]
+    rows = [{"stratum": "nuclei"} for _ in range(n)]
     phantoms._split(rows)
     splits = [row["split"] for row in rows]
     assert splits[0] == "train" and (n < 4 or {"train", "valid", "test"} == set(splits))
@@ -363,7 +363,7 @@ def test_manifest_of_other_data(tmp_path):
     write_manifest(tmp_path, [row, row | {"id": "b", "fold": 1, "split": None}], "two", ("background", "x"), licence="CC0")
     assert [(line["id"], line["fold"], line["split"]) for line in manifest(tmp_path)] == [("a", "", ""), ("b", "1", "")]
     assert json.loads((tmp_path / "dataset.json").read_text())["licence"] == "CC0"
-    for wrong, word in (({"id": "c"}, "height, image, mask, width"), (row | {"patient": 3}, "patient")):
+    for wrong, word in (({"id": "c"}, "height, image, mask, width"), (row | {"group": 3}, "group")):
         with pytest.raises(ValueError, match=word):
             write_manifest(tmp_path, [wrong], "x", ("background", "x"))
     assert len(manifest(tmp_path)) == 2 and not list(tmp_path.glob("*.tmp"))
