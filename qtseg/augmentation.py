@@ -232,8 +232,11 @@ def affine_positions(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
 # %% ../nbs/02_augmentation.ipynb #augmentation055
 def displace(positions: Tensor, field: Tensor) -> Tensor:
     """Add to each position the displacement there: [2 (x, y), h, w], field [2, 4, 4] in shares of the image -> [2, h, w]."""
-    there = positions.permute(1, 2, 0)[None]  # [2, h, w] -> [1, h, w, 2]
-    return positions + F.grid_sample(2 * field[None], there, mode="bicubic", padding_mode="border", align_corners=True)[0]  # 2 units wide
+    there, field = positions.permute(1, 2, 0)[None], 2 * field[None]  # [1, h, w, 2], [1, 2, 4, 4]; images are 2 units wide
+    if positions.device.type == "mps":  # Apple's GPUs have no bicubic grid_sample; the positions are few
+        there, field = there.cpu(), field.cpu()
+    bend = F.grid_sample(field, there, mode="bicubic", padding_mode="border", align_corners=True)[0]  # [2, h, w]
+    return positions + bend.to(positions)
 
 # %% ../nbs/02_augmentation.ipynb #augmentation058
 def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int, slice]:
@@ -530,15 +533,28 @@ class Augmentation:
         return [(name, OPERATIONS[name].draw(random, self.strength, shape)) for name in names]
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, masks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """uint8 [B, C, H, W] and [B, H, W] on one device -> float32 [B, C, H, W] in [-1, 1] and int64 [B, H, W] there.
+    def __call__(self, images: Tensor, masks: Tensor, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Change images and masks, each pair in its own way; the arguments are left as they are.
 
-        Raises ValueError for other types or sizes. The arguments are left as they are.
+        Args:
+            images: uint8 [B, C, H, W].
+            masks: uint8 or int64 [B, H, W], on the same device. A label that means "ignore" stays what it is.
+            seed: decides everything, for the whole batch.
+            first: the row of `images[0]` in the whole batch, where these are a share of it: each image gets what it would
+                have got there.
+
+        Returns:
+            float32 [B, C, H, W] in [-1, 1], and int64 [B, H, W], class 0 where nothing was seen.
+
+        Raises:
+            ValueError: other types or sizes.
         """
         _check_batch(images, masks)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ValueError(f"first must be a row of the whole batch, an integer >= 0, got {first!r}")
         fill = _fill_for(self.fill, images.shape[1])
-        steps = self.draw(len(images), tuple(images.shape[1:]), seed)
-        noises = [noise_of(seed, row, images.device) for row in range(len(steps))]
+        steps = self.draw(first + len(images), tuple(images.shape[1:]), seed)[first:]
+        noises = [noise_of(seed, first + row, images.device) for row in range(len(steps))]
         if images.device.type == "cpu" and OPENCV_IS_EXACT and images.shape[1] in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1:
             return _augment_on_cpu(images, masks, steps, fill, noises)
         moved = _moved(images, masks, [compose(one) for one in steps], fill)
