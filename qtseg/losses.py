@@ -12,12 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOSSES', 'cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss', 'focal_loss', 'ce_dice_loss',
-           'weighted_loss']
+__all__ = ['LOSSES', 'check_labels', 'cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss', 'focal_loss',
+           'ce_dice_loss', 'weighted_loss']
 
 # %% ../nbs/09_losses.ipynb #c019
-def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None = None) -> Tensor:
-    """The logits in float32 or wider, [B, C, H, W]; ValueError for wrong types, shapes or channel counts. Reads no values."""
+def check_labels(target: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """Raise ValueError if a target on the CPU holds a value that is no class index. On other devices nothing is read.
+
+    Args:
+        target: class indices of any integer type, any shape.
+        classes: labels are 0 to classes - 1; 1 counts as 2, because one channel separates two classes.
+        ignore_index: one more label that is allowed, for pixels that count nowhere.
+    """
+    if not target.is_cpu or target.numel() == 0 or torch.compiler.is_compiling():
+        return
+    last = max(classes, 2) - 1
+    low, high = (bound.item() for bound in target.aminmax())
+    if low >= 0 and high <= last:  # the usual case, in one pass over the pixels
+        return
+    wrong = (target < 0) | (target > last)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
+    if wrong.any():
+        found = target[wrong].unique().tolist()
+        values = ", ".join(map(str, found[:5])) + (", …" if found[5:] else "")
+        raise ValueError(f"the target holds {values} in {int(wrong.sum())} pixels, but the classes are 0 to {last}: pass ignore_index="
+                         f"{found[-1]} if these pixels count nowhere, or use (target > 0).long() for a black-and-white mask")
+
+
+def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None = None,
+             ignore_index: int | None = None) -> Tensor:
+    """The logits in float32 or wider, [B, C, H, W]; ValueError for wrong types, shapes, channel counts or labels."""
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, not {logits.dtype}")
     if target.dtype != torch.int64:
@@ -30,36 +55,54 @@ def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None =
     if logits.shape[1] < fewest or (most is not None and logits.shape[1] > most):
         wanted = f"at least {fewest} channels" if most is None else f"{fewest} to {most} channels"
         raise ValueError(f"this loss needs logits with {wanted}, {shapes}")
+    check_labels(target, logits.shape[1], ignore_index)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums over 512 x 512 pixels overflow float16
 
 # %% ../nbs/09_losses.ipynb #c024
-def cross_entropy_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy, mean over all pixels: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar.
+def cross_entropy_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    """Cross-entropy, mean over all pixels that count: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar.
 
-    Raises ValueError for wrong types or shapes, and for one channel, whose softmax is always 1.
-    Source: the training recipe of the official repository (release v0.1.0).
+    `ignore_index`: the label of pixels that count nowhere; 0 if no pixel counts. Raises ValueError for wrong types, shapes or
+    labels, and for one channel, whose softmax is always 1. Source: the training recipe of the official repository (release v0.1.0).
     """
-    return F.cross_entropy(_checked(logits, target, fewest=2), target)
+    logits = _checked(logits, target, fewest=2, ignore_index=ignore_index)
+    if ignore_index is None:
+        return F.cross_entropy(logits, target)
+    total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+    return total / (target != ignore_index).sum().clamp(min=1)
 
 # %% ../nbs/09_losses.ipynb #c029
-def _lesion_logit(logits: Tensor, target: Tensor) -> Tensor:
+def _lesion_logit(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
     """The logit whose sigmoid is the probability of class 1: [B, 1 or 2, H, W] -> [B, H, W], float32 or wider."""
-    logits = _checked(logits, target, fewest=1, most=2)
+    logits = _checked(logits, target, fewest=1, most=2, ignore_index=ignore_index)
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]  # softmax of two = sigmoid of the difference
 
 # %% ../nbs/09_losses.ipynb #c032
-def bce_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over all pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
+def _pixel_mean(losses: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+    """Mean over the pixels that count, 0 if none does: losses [B, H, W], target [B, H, W] -> scalar."""
+    if ignore_index is None:
+        return losses.mean()
+    counted = target != ignore_index
+    return (losses * counted).sum() / counted.sum().clamp(min=1)
 
-    Two channels count by their difference, which equals cross-entropy. Raises ValueError for wrong types or shapes.
+
+def bce_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
+    """Binary cross-entropy, mean over the pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
+
+    Two channels count by their difference, which equals cross-entropy. `ignore_index`: the label of pixels that count nowhere.
+    Raises ValueError for wrong types, shapes or labels.
     Source: official repository (release v0.1.0) at one channel; two channels are an addition of this project.
     """
-    logit = _lesion_logit(logits, target)
-    return F.binary_cross_entropy_with_logits(logit, target.to(logit.dtype))
+    logit = _lesion_logit(logits, target, ignore_index)
+    losses = F.binary_cross_entropy_with_logits(logit, (target == 1).to(logit.dtype), reduction="none")
+    return _pixel_mean(losses, target, ignore_index)
 
 # %% ../nbs/09_losses.ipynb #c037
 def _soft_dice_loss(probability: Tensor, truth: Tensor, smooth: float) -> Tensor:
-    """Dice loss of each map by itself: probability and 0/1 truth [..., H, W] -> [...]; ValueError unless smooth > 0."""
+    """Dice loss of each map by itself: probability and 0/1 truth [..., H, W] -> [...]; ValueError unless smooth > 0.
+
+    A pixel that counts nowhere has probability 0 and truth 0.
+    """
     if not smooth > 0:
         raise ValueError(f"smooth must be positive, or two empty masks give 0 / 0: got {smooth}")
     truth = truth.to(probability.dtype)
@@ -68,57 +111,71 @@ def _soft_dice_loss(probability: Tensor, truth: Tensor, smooth: float) -> Tensor
     return 1 - (2 * overlap + smooth) / (total + smooth)
 
 # %% ../nbs/09_losses.ipynb #c040
-def binary_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6) -> Tensor:
+def _dice_mean(probability: Tensor, truth: Tensor, smooth: float, target: Tensor, ignore_index: int | None) -> Tensor:
+    """Dice losses summed over classes, mean over the images that have a pixel that counts: maps [B, C, H, W] -> scalar."""
+    if ignore_index is None:
+        return _soft_dice_loss(probability, truth, smooth).sum(dim=1).mean()  # [B, C] -> [B] -> scalar
+    counted = target != ignore_index  # [B, H, W]
+    losses = _soft_dice_loss(probability * counted[:, None], truth & counted[:, None], smooth)  # 0 for an image without pixels
+    return losses.sum() / counted.flatten(1).any(dim=1).sum().clamp(min=1)
+
+
+def binary_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
     """Soft Dice loss of class 1, mean over images: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
 
-    Probability: sigmoid at one channel, softmax at two. Raises ValueError for wrong types or shapes, and unless smooth > 0.
+    Probability: sigmoid at one channel, softmax at two. `ignore_index`: the label of pixels that count nowhere.
+    Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
     Source: official repository (release v0.1.0); Milletari et al. 2016 (V-Net), without the squares of its denominator.
     """
-    probability = _lesion_logit(logits, target).sigmoid()  # [B, H, W]
-    return _soft_dice_loss(probability, target, smooth).mean()
+    probability = _lesion_logit(logits, target, ignore_index).sigmoid()  # [B, H, W]
+    return _dice_mean(probability[:, None], (target == 1)[:, None], smooth, target, ignore_index)
 
 # %% ../nbs/09_losses.ipynb #c045
-def categorical_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6) -> Tensor:
+def categorical_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
     """Soft Dice loss summed over classes, mean over images: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar, 0 to C.
 
-    Background, class 0, is one of the classes. Raises ValueError for wrong types or shapes, and unless smooth > 0.
+    Background, class 0, is one of the classes. `ignore_index`: the label of pixels that count nowhere.
+    Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
     Source: official repository (release v0.1.0), the sum over classes included.
     """
-    probability = _checked(logits, target, fewest=2).softmax(dim=1)  # [B, C, H, W]
+    probability = _checked(logits, target, fewest=2, ignore_index=ignore_index).softmax(dim=1)  # [B, C, H, W]
     classes = torch.arange(logits.shape[1], device=target.device)
     truth = target[:, None] == classes[:, None, None]  # one-hot: [B, 1, H, W] against [C, 1, 1] -> [B, C, H, W]
-    return _soft_dice_loss(probability, truth, smooth).sum(dim=1).mean()  # [B, C] -> [B] -> scalar
+    return _dice_mean(probability, truth, smooth, target, ignore_index)
 
 # %% ../nbs/09_losses.ipynb #c060
-def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss, mean over all pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
+def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0,
+               ignore_index: int | None = None) -> Tensor:
+    """Focal loss, mean over the pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
 
-    Weight alpha where the label is 1, 1 - alpha where it is 0. Raises ValueError for wrong types or shapes, alpha outside
-    [0, 1] or negative gamma. Source: Lin et al. 2017; official repository (release v0.1.0) at one channel, two are an addition.
+    Weight alpha where the label is 1, 1 - alpha where it is 0. `ignore_index`: the label of pixels that count nowhere.
+    Raises ValueError for wrong types, shapes or labels, alpha outside [0, 1] or negative gamma.
+    Source: Lin et al. 2017; official repository (release v0.1.0) at one channel, two are an addition.
     """
     if not (0 <= alpha <= 1 and gamma >= 0):
         raise ValueError(f"alpha must lie in [0, 1] and gamma must not be negative: got {alpha} and {gamma}")
-    logit = _lesion_logit(logits, target)
-    truth = target.to(logit.dtype)
+    logit = _lesion_logit(logits, target, ignore_index)
+    truth = (target == 1).to(logit.dtype)
     signed = (2 * truth - 1) * logit  # positive where the answer is right
     focus = torch.exp(gamma * F.logsigmoid(-signed))  # (1 - p_t)^gamma, with a finite slope for every gamma
     weight = alpha * truth + (1 - alpha) * (1 - truth)
-    return -(weight * focus * F.logsigmoid(signed)).mean()
+    return -_pixel_mean(weight * focus * F.logsigmoid(signed), target, ignore_index)
 
 # %% ../nbs/09_losses.ipynb #c069
-def ce_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+def ce_dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
     """The recipe of QTSeg, cross-entropy plus Dice: logits [B, C, H, W], target [B, H, W] int64 -> scalar.
 
     C = 2: binary Dice; C > 2: categorical Dice, summed over classes; C = 1: BCE and binary Dice, an addition of this project.
-    Raises ValueError for wrong types or shapes. Source: official repository (release v0.1.0).
+    `ignore_index`: the label of pixels that count nowhere. Raises ValueError for wrong types, shapes or labels.
+    Source: official repository (release v0.1.0).
     """
-    logits = _checked(logits, target)
+    logits = _checked(logits, target, ignore_index=ignore_index)
     pixelwise = bce_loss if logits.shape[1] == 1 else cross_entropy_loss
     overlap = categorical_dice_loss if logits.shape[1] > 2 else binary_dice_loss
-    return pixelwise(logits, target) + overlap(logits, target)
+    return pixelwise(logits, target, ignore_index=ignore_index) + overlap(logits, target, ignore_index=ignore_index)
 
 # %% ../nbs/09_losses.ipynb #c074
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "ce": cross_entropy_loss,
     "bce": bce_loss,
     "binary_dice": binary_dice_loss,
@@ -128,17 +185,19 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 # %% ../nbs/09_losses.ipynb #c076
-def weighted_loss(weights: dict[str, float]) -> Callable[[Tensor, Tensor], Tensor]:
+def weighted_loss(weights: dict[str, float], ignore_index: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """A weighted sum of losses by name: {name in LOSSES: weight} -> a function (logits, target) -> scalar.
 
+    `ignore_index`: the label of pixels that count in none of them.
     Raises ValueError for unknown names, which lists the known ones, and for no name at all.
     """
     unknown = [name for name in weights if name not in LOSSES]
     if unknown or not weights:
         raise ValueError(f"{f'unknown losses {unknown}' if unknown else 'no loss named'}; known: {', '.join(LOSSES)}")
     terms = [(weight, LOSSES[name]) for name, weight in weights.items()]
+    options = {} if ignore_index is None else {"ignore_index": ignore_index}  # a loss added to LOSSES may do without
 
     def weighted_sum(logits: Tensor, target: Tensor) -> Tensor:
-        return sum(weight * loss(logits, target) for weight, loss in terms)
+        return sum(weight * loss(logits, target, **options) for weight, loss in terms)
 
     return weighted_sum

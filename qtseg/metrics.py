@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .losses import check_labels
+
 # %% auto #0
 __all__ = ['MEASURES', 'hard_masks', 'confusion_counts', 'scores_in_percent', 'SegmentationMetrics']
 
@@ -46,19 +48,25 @@ def _check_classes(classes: int) -> None:
         raise ValueError(f"classes must be an integer >= 1, got {classes!r}")
 
 # %% ../nbs/10_metrics.ipynb #metrics028
-def confusion_counts(masks: Tensor, target: Tensor, classes: int) -> Tensor:
+def confusion_counts(masks: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
     """Count TP, FP, FN and TN of each foreground class in each image: two [B, H, W] -> [B, foreground classes, 4], int64.
 
-    `classes` as the model's: 1 and 2 mean one foreground class. Stays on the device, without synchronisation.
-    Raises ValueError for wrong ranks, shapes, dtypes, devices or a class count below 1.
-    Source: the standard definitions, one class against the rest.
+    Args:
+        masks, target: class indices; labels are checked on the CPU alone, on other devices nothing waits for them.
+        classes: as the model's; 1 and 2 mean one foreground class.
+        ignore_index: the label of target pixels that count nowhere: they are none of the four kinds.
+
+    Raises:
+        ValueError: wrong ranks, shapes, dtypes, devices, labels, or a class count below 1.
     """
     _check_classes(classes)
     _check_pair(masks, target)
-    pixels = target.shape[1] * target.shape[2]
+    check_labels(target, classes, ignore_index)
+    counted = True if ignore_index is None else target != ignore_index  # [B, H, W]
+    pixels = target.shape[1] * target.shape[2] if ignore_index is None else counted.sum(dim=(1, 2))
     counts = []
     for label in range(1, max(classes, 2)):
-        predicted, true = masks == label, target == label  # [B, H, W]
+        predicted, true = (masks == label) & counted, (target == label) & counted  # [B, H, W]
         tp = (predicted & true).sum(dim=(1, 2))  # [B]; sums of booleans are int64, hence exact
         fp = predicted.sum(dim=(1, 2)) - tp
         fn = true.sum(dim=(1, 2)) - tp
@@ -72,10 +80,12 @@ MEASURES = ("mae", "acc", "dice", "iou")
 def scores_in_percent(counts: Tensor, legacy: bool = False) -> Tensor:
     """Turn counts [..., 4] (TP, FP, FN, TN) into scores [..., 4] (mae, acc, dice, iou): percent, float64, on the CPU.
 
-    Both masks empty: Dice and IoU are 100. No overlap otherwise: 0. `legacy=True` counts one true positive where there is
-    none, as the official code (release v0.1.0) does: a missed lesion then scores above 0. Source: the paper's evaluation metrics.
+    Both masks empty: Dice and IoU are 100. No overlap otherwise: 0. All NaN where no pixel was counted. `legacy=True` counts
+    one true positive where there is none, as the official code (release v0.1.0) does: a missed lesion then scores above 0.
+    Source: the paper's evaluation metrics.
     """
-    tp, fp, fn, tn = counts.cpu().double().unbind(dim=-1)  # each [...]
+    counts = counts.cpu().double()
+    tp, fp, fn, tn = counts.where(counts.sum(dim=-1, keepdim=True) > 0, torch.nan).unbind(dim=-1)  # each [...]
     mae = (fp + fn) / (tp + fp + fn + tn)
     if legacy:
         tp = tp.clamp(min=1)  # the quirk: enters accuracy, Dice and IoU, denominators included, but not MAE
@@ -86,22 +96,28 @@ def scores_in_percent(counts: Tensor, legacy: bool = False) -> Tensor:
     return 100 * torch.stack([mae, acc, dice, iou], dim=-1)
 
 # %% ../nbs/10_metrics.ipynb #metrics051
-def _stray_pixels(masks: Tensor, target: Tensor, classes: int) -> Tensor:
+def _stray_pixels(masks: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
     """Count pixels whose label is no class index: two [B, H, W] -> [2] (prediction, target), int64, on the same device."""
-    return torch.stack([((labels < 0) | (labels >= max(classes, 2))).sum() for labels in (masks, target)])
+    stray, wrong = ((labels < 0) | (labels >= max(classes, 2)) for labels in (masks, target))
+    return torch.stack([stray.sum(), (wrong if ignore_index is None else wrong & (target != ignore_index)).sum()])
 
 # %% ../nbs/10_metrics.ipynb #metrics053
 def _refuse_strays(strays: list[Tensor], classes: int) -> None:
     """Raise ValueError if any update saw a stray label; reads the device, so it belongs where the scores are read."""
     for name, pixels in zip(("prediction", "target"), torch.stack(strays).sum(dim=0).tolist()):
         if pixels:
-            raise ValueError(f"{pixels} pixels of the {name} hold a label outside 0..{max(classes, 2) - 1} "
-                             "(a mask saved as 0 and 255?); mend it, reset() and start again")
+            raise ValueError(f"{pixels} pixels of the {name} hold a label outside 0..{max(classes, 2) - 1} (a mask saved as 0 and "
+                             "255?): use (target > 0).long(), or ignore_index if they count nowhere; reset() and start again")
 
 # %% ../nbs/10_metrics.ipynb #metrics056
 def _named_means(per_image: Tensor, classes: int) -> dict[str, float]:
-    """Average scores [images, foreground classes, 4] over images, then over classes, and name the results."""
-    per_class = per_image.mean(dim=0)  # [foreground classes, 4]
+    """Average scores [images, foreground classes, 4] over images, then over classes, and name the results.
+
+    An image in which no pixel counts has no score and is left out; ValueError if that is every image.
+    """
+    per_class = per_image.nanmean(dim=0)  # [foreground classes, 4]
+    if per_class.isnan().any():
+        raise ValueError("every pixel of every image is ignored: there is nothing to score")
     scores = dict(zip(MEASURES, per_class.mean(dim=0).tolist()))
     if classes > 2:
         for label, row in enumerate(per_class.tolist(), start=1):
@@ -112,13 +128,17 @@ def _named_means(per_image: Tensor, classes: int) -> dict[str, float]:
 class SegmentationMetrics:
     """Collect masks over updates; score each image and foreground class, then average over images, then over classes.
 
-    `classes` as the model's: 1 or 2 = one foreground class. `legacy=True` adds the official code's quirk (`scores_in_percent`).
-    Nothing is copied from the device before `compute()` or `per_image()`. Raises ValueError for what cannot be scored.
+    Nothing is copied from a GPU before `compute()` or `per_image()`. Raises ValueError for what cannot be scored.
+
+    Args:
+        classes: as the model's; 1 or 2 mean one foreground class.
+        legacy: adds the official code's quirk, see `scores_in_percent`.
+        ignore_index: the label of target pixels that count nowhere.
     """
 
-    def __init__(self, classes: int, legacy: bool = False):
+    def __init__(self, classes: int, legacy: bool = False, ignore_index: int | None = None):
         _check_classes(classes)
-        self.classes, self.legacy = classes, legacy
+        self.classes, self.legacy, self.ignore_index = classes, legacy, ignore_index
         self.reset()
 
     def reset(self) -> None:
@@ -139,8 +159,8 @@ class SegmentationMetrics:
 
     def update_masks(self, masks: Tensor, target: Tensor) -> None:
         """Add a batch of hard masks: masks [B, H, W] integer or bool, target [B, H, W] int64."""
-        self._counts.append(confusion_counts(masks, target, self.classes))
-        self._strays.append(_stray_pixels(masks, target, self.classes))
+        self._counts.append(confusion_counts(masks, target, self.classes, self.ignore_index))
+        self._strays.append(_stray_pixels(masks, target, self.classes, self.ignore_index))
 
     def per_image(self) -> Tensor:
         """Scores [images, foreground classes, 4] in percent, in the order mae, acc, dice, iou; float64 on the CPU."""

@@ -328,15 +328,52 @@ def test_update_masks_refuses_logits_and_other_shapes():
 
 
 @pytest.mark.parametrize("classes, stray", [(1, 2), (2, 255), (3, 3), (3, -1)])
-def test_stray_labels_are_refused_when_scored(classes, stray):
-    for name in ("target", "prediction"):
-        metrics = SegmentationMetrics(classes)
-        wrong = TARGET.clone()
-        wrong[1, 2, 3] = stray
-        pair = (wrong, TARGET) if name == "prediction" else (TARGET, wrong)
-        metrics.update_masks(*pair)
-        with pytest.raises(ValueError, match=f"1 pixels of the {name}"):
-            metrics.compute()
-        metrics.reset()
-        metrics.update_masks(TARGET, TARGET)
-        assert metrics.compute()["dice"] == 100
+def test_stray_labels_are_refused(classes, stray):
+    wrong = TARGET.clone()
+    wrong[1, 2, 3] = stray
+    metrics = SegmentationMetrics(classes)
+    for function in (metrics.update_masks, lambda masks, target: confusion_counts(masks, target, classes)):
+        with pytest.raises(ValueError, match=f"the target holds {stray} in 1 pixels.*ignore_index={stray}"):  # at once, on the CPU
+            function(TARGET, wrong)
+    assert len(metrics) == 0
+    metrics.update_masks(wrong, TARGET)
+    with pytest.raises(ValueError, match="1 pixels of the prediction"):
+        metrics.compute()
+    metrics.reset()
+    metrics.update_masks(TARGET, TARGET)
+    assert metrics.compute()["dice"] == 100
+
+
+def test_stray_labels_that_could_not_be_read_are_refused_when_scored(monkeypatch):
+    monkeypatch.setattr("qtseg.metrics.check_labels", lambda *given: None)  # as on a GPU, where nothing is read
+    metrics = SegmentationMetrics(2, ignore_index=255)
+    metrics.update_masks(TARGET, TARGET + 255)  # ignored, hence no strays
+    metrics.update_masks(TARGET, TARGET + 3)
+    with pytest.raises(ValueError, match="84 pixels of the target.*ignore_index"):
+        metrics.compute()
+
+
+# ---- pixels that count nowhere
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_ignored_pixels_count_nowhere(classes, legacy):
+    masks, target = random_pair(8, 4, 9, 12, classes)
+    part = target.clone()
+    part[..., 7:] = 255
+    assert torch.equal(confusion_counts(masks, part, classes, ignore_index=255), confusion_counts(masks[..., :7], target[..., :7], classes))
+    metrics, expected = SegmentationMetrics(classes, legacy, ignore_index=255), SegmentationMetrics(classes, legacy)
+    metrics.update(as_logits(masks, classes), part)
+    expected.update_masks(masks[..., :7], target[..., :7])
+    assert torch.equal(metrics.per_image(), expected.per_image()) and metrics.compute() == expected.compute()
+
+
+def test_an_image_without_a_pixel_that_counts_has_no_score():
+    metrics = SegmentationMetrics(2, ignore_index=255)
+    nothing = torch.full_like(LARGE, 255)
+    metrics.update_masks(torch.stack([LARGE, LARGE]), torch.stack([nothing, nothing]))
+    assert metrics.per_image().isnan().all()
+    with pytest.raises(ValueError, match="every pixel of every image is ignored"):
+        metrics.compute()
+    metrics.update_masks(EMPTY[None], LARGE[None])
+    assert metrics.compute()["dice"] == 0  # of the one image that has a score, not 50 or 100
