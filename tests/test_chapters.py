@@ -1,7 +1,8 @@
-"""Every chapter runs top to bottom on a fresh kernel, and so does every exercise's folded solution, in its place."""
+"""Every chapter and reference notebook runs top to bottom on a fresh kernel, and so does every exercise's folded solution, in its place."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import nbformat
 import notebooks as tool
@@ -25,11 +26,20 @@ def with_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Run a notebook in a fresh kernel, started in `folder`."""
+    NotebookClient(notebook, timeout=300, startup_timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+
+
 @pytest.mark.parametrize("chapter", tool.chapters(), ids=lambda path: path.stem)
 def test_chapter_and_its_solutions_run(chapter):
     notebook = nbformat.read(chapter, as_version=4)
     before = len(notebook.cells)
     notebook = with_solutions(notebook)
     assert len(notebook.cells) >= before + 3, "at least three exercises with solutions that run"
-    client = NotebookClient(notebook, timeout=300, startup_timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}})
-    client.execute()
+    execute(notebook, ROOT / "nbs")
+
+
+@pytest.mark.parametrize("notebook", tool.references(), ids=lambda path: path.stem)
+def test_reference_runs(notebook):
+    execute(nbformat.read(notebook, as_version=4), notebook.parent)

@@ -22,6 +22,7 @@ else:
     import tomli as tomllib
 
 CHAPTERS = tool.chapters()
+REFERENCES = tool.references()
 NOTEBOOKS = tool.notebooks()
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 MODULES = sorted(path for path in (ROOT / "qtseg").glob("*.py") if not path.name.startswith("_"))
@@ -64,7 +65,7 @@ def test_notebook_is_clean_small_and_addressed(derived_anew, notebook):
 
 
 def test_every_module_has_a_notebook_and_every_chapter_a_module():
-    assert sorted(module_of(chapter) for chapter in CHAPTERS) == [path.stem for path in MODULES]
+    assert sorted(module_of(notebook) for notebook in [*CHAPTERS, *REFERENCES]) == [path.stem for path in MODULES]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
@@ -74,7 +75,7 @@ def test_notebook_needs_no_development_tool(notebook):
         assert not re.search(forbidden, code, re.M), f"{notebook.name} contains {forbidden}"
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=by_name)
+@pytest.mark.parametrize("chapter", [*CHAPTERS, *REFERENCES], ids=by_name)
 def test_first_code_cell_makes_the_chapter_run_in_colab(chapter):
     first = next(cell for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code")
     assert first.source == tool.FIRST_CELL.format(user=INI["user"], repo=INI["repo"], branch=INI["branch"])
@@ -87,6 +88,16 @@ def test_chapter_has_the_parts_of_a_lesson(chapter):
     exported = [cell.source for cell in cells if cell.cell_type == "code" and re.search(r"^#\|\s*export", cell.source, re.M)]
     assert prose.count("<summary>") >= 3, "at least three exercises with folded solutions"
     assert any("image/png" in str(output.get("data", {}).keys()) for cell in cells for output in cell.get("outputs", []))
+    assert max(sum(bool(line.strip()) for line in source.splitlines()) for source in exported) <= 40, "an exported cell over 40 lines"
+
+
+@pytest.mark.parametrize("notebook", REFERENCES, ids=by_name)
+def test_reference_is_a_page_with_examples(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    prose = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    exported = [cell.source for cell in cells if cell.cell_type == "code" and re.search(r"^#\|\s*export", cell.source, re.M)]
+    assert len(prose.split()) <= 800, "a reference is a page of prose"
+    assert any(cell.get("outputs") for cell in cells), "its examples keep their outputs"
     assert max(sum(bool(line.strip()) for line in source.splitlines()) for source in exported) <= 40, "an exported cell over 40 lines"
 
 
@@ -142,6 +153,7 @@ def test_pyproject_and_settings_agree():
 
 def test_modules_import_only_lower_numbered_ones():
     number = {module_of(chapter): int(chapter.name[:2]) for chapter in CHAPTERS}
+    number |= dict.fromkeys(map(module_of, REFERENCES), -1)  # below the first chapter, and apart from each other
     number["speed"] = number["decoder"] + 0.5  # read last, for it measures everything; needs blocks only, and serves the model
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -39,6 +39,11 @@ def chapters(root: Path = ROOT) -> list[Path]:
     return [path for path in notebooks(root) if path.parent == root / "nbs" and re.match(r"\d\d_", path.name)]
 
 
+def references(root: Path = ROOT) -> list[Path]:
+    """The notebooks of modules that every chapter may use: each is exported, and explains on a page what it does."""
+    return [path for path in notebooks(root) if path.parent == root / "nbs" / "reference"]
+
+
 def colab_link(path: Path, root: Path = ROOT) -> str:
     """Where Colab opens a notebook of this repository."""
     ini = settings(root)
@@ -46,7 +51,7 @@ def colab_link(path: Path, root: Path = ROOT) -> str:
 
 
 def write_address(root: Path = ROOT) -> None:
-    """Put the address of settings.ini into Colab links and into the chapters' first code cells."""
+    """Put the address of settings.ini into Colab links and into the notebooks' first code cells."""
     ini = settings(root)
     for path in notebooks(root):
         notebook = nbformat.read(path, as_version=4)
@@ -108,7 +113,7 @@ def main() -> None:
     run("nbdev_export", ROOT)
     run("nbdev_clean", ROOT)
     (ROOT / "README.md").write_text(render_readme(), encoding="utf-8")
-    print(f"Exported {len(chapters())} chapters, cleaned {len(notebooks())} notebooks, rendered README.md")
+    print(f"Exported {len(chapters()) + len(references())} modules, cleaned {len(notebooks())} notebooks, rendered README.md")
 
 
 if __name__ == "__main__":
