@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
+import errno
 import hashlib
 import http.client
+import io
 import json
-import lzma
 import os
 import re
 import shutil
@@ -24,18 +24,18 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from tqdm import tqdm
 
-from .data import NO_SPACE, check_members, new_folder
+from .data import cache_root, check_members
+from .files import NO_SPACE, new_folder, printable, read_json, write_then_rename
 
 try:
     import fcntl
@@ -43,9 +43,10 @@ except ImportError:  # Windows
     fcntl = None
 
 # %% auto #0
-__all__ = ['MOST_PAUSE', 'CLIENT', 'RAR_TOOLS', 'DAMAGE', 'DownloadError', 'way_out', 'Version', 'Part', 'Interruption', 'Source',
-           'require_room', 'room_explained', 'sha256', 'one_at_a_time', 'recorded', 'record', 'accept', 'fetch',
-           'fetch_kaggle', 'Member', 'unpack']
+__all__ = ['MAX_DOWNLOAD', 'MOST_PAUSE', 'CLIENT', 'MAX_MEMBERS', 'MAX_DEPTH', 'RAR_TOOLS', 'BAD_NAMES', 'DownloadError',
+           'way_out', 'Version', 'Received', 'Part', 'Interruption', 'most_bytes', 'Source', 'require_room',
+           'room_explained', 'sha256', 'one_at_a_time', 'recorded', 'record', 'accept', 'fetch', 'fetch_kaggle',
+           'Damaged', 'Member', 'unpack']
 
 # %% ../nbs/16_download.ipynb #download014
 class DownloadError(OSError):
@@ -54,7 +55,8 @@ class DownloadError(OSError):
 
 def way_out(problem: str, page: str, name: str) -> DownloadError:
     """The sentence for something that trying again will not cure: what happened, and how to get the file by hand."""
-    return DownloadError(f"{problem}; the way round: open {page} in a browser, get {name} there and pass it with --from")
+    return DownloadError(printable(f"{problem}; the way round: open {page} in a browser, get {name} there and pass it with "
+                                   "--from"))  # the problem may quote what a server said
 
 # %% ../nbs/16_download.ipynb #download021
 @dataclass
@@ -77,36 +79,100 @@ def _whole_size(response: http.client.HTTPResponse) -> int | None:
     """Size of the whole file by Content-Range ("bytes 500-999/1000") or Content-Length; None if neither says."""
     text = response.headers.get("Content-Range" if response.status == 206 else "Content-Length") or ""
     size = text.rpartition("/")[2]
-    return int(size) if size.isdecimal() else None
+    return int(size) if re.fullmatch("[0-9]{1,18}", size) else None
+
+# %% ../nbs/16_download.ipynb #download023a
+class Received(NamedTuple):
+    """What we know about a part because we received it: the version, the number of bytes, and their SHA-256 so far."""
+
+    version: Version
+    count: int
+    digest: hashlib._Hash
+
+    def write(self, note: Path) -> None:
+        """Keep it as JSON, in a folder of this user alone."""
+        note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        text = json.dumps({"version": asdict(self.version), "count": self.count, "sha256": self.digest.hexdigest()})
+        write_then_rename(note, lambda path: path.write_text(text))
+
+    @classmethod
+    def read(cls, note: Path, part: Path) -> Received | None:
+        """What a note says about a part, or None if the part does not begin with these bytes. The rest is cut off."""
+        try:
+            said = read_json(note)
+            version, count, digest = Version(**said["version"]), said["count"], hashlib.sha256()
+            with open(part, "r+b", opener=_no_link) as stream:
+                if not 0 < count <= os.fstat(stream.fileno()).st_size:
+                    return None
+                for first in range(0, count, 1 << 20):
+                    digest.update(stream.read(min(1 << 20, count - first)))
+                if digest.hexdigest() == said["sha256"]:
+                    stream.truncate(count)
+                    return cls(version, count, digest)
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # no note, no part, or a note that something else has written
+        return None
+
+
+def _note_of(target: Path) -> Path:
+    """Where we note, for this user alone, what we have received of a file."""
+    return cache_root() / "downloads" / f"{hashlib.blake2b(os.fsencode(target), digest_size=12).hexdigest()}.json"
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, but no link to one, and without waiting for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 # %% ../nbs/16_download.ipynb #download024
 class Part:
-    """The bytes that have arrived, in `<target>.part`, and beside it, in `.part.json`, the version they belong to."""
+    """The bytes that have arrived, in `<target>.part`, and a note of what they are in the cache, where only this user writes.
+
+    A part that does not agree with its note was not received by us: it is deleted.
+    """
 
     def __init__(self, target: Path):
         self.path = target.with_name(target.name + ".part")
-        self.note = target.with_name(target.name + ".part.json")
+        self.note = _note_of(target)
+        self.received = Received.read(self.note, self.path)
+        if self.received is None:
+            self.discard()
 
     def size(self) -> int:
         """How many bytes have arrived."""
-        return self.path.stat().st_size if self.path.exists() else 0
+        return self.received.count if self.received else 0
 
     def version(self, url: str) -> Version | None:
         """What the bytes belong to, or None if there are none, or none that can be continued from this address."""
-        try:
-            version = Version(**json.loads(self.note.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return version if version.url == url and self.size() and (version.validator or version.size) else None
+        version = self.received.version if self.size() else None
+        return version if version and version.url == url and (version.validator or version.size) else None
 
     def begin(self, version: Version) -> None:
         """Start from nothing, for this version. The note comes second: bytes are never taken for another version's."""
         self.discard()
-        self.path.touch()
-        self.note.write_text(json.dumps(asdict(version)))
+        open(self.path, "xb").close()
+        self.received = Received(version, 0, hashlib.sha256())
+        self.received.write(self.note)
+
+    def append(self, pieces: Iterator[bytes]) -> None:
+        """Add bytes as they come; the note follows after the first piece, after each MiB, and at the end, however it ends."""
+        noted = 0
+        with open(self.path, "ab", opener=_no_link) as stream:
+            try:
+                for piece in pieces:
+                    stream.write(piece)
+                    self.received.digest.update(piece)
+                    self.received = self.received._replace(count=self.received.count + len(piece))
+                    if not noted or self.received.count - noted >= 1 << 20:
+                        stream.flush()
+                        noted = self.received.count
+                        self.received.write(self.note)
+            finally:
+                stream.flush()
+                self.received.write(self.note)
 
     def discard(self) -> None:
         """Forget everything."""
+        self.received = None
         self.note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
@@ -130,14 +196,30 @@ def _pause(headers: http.client.HTTPMessage) -> float:
         return 0.0
 
 # %% ../nbs/16_download.ipynb #download031
+MAX_DOWNLOAD = 50_000_000_000  # bytes of one file, unless its source says otherwise
+
+
+def most_bytes(wish: int | None = None) -> int:
+    """The limit of one download in bytes: QTSEG_MAX_DOWNLOAD if it is set, else `wish`, else MAX_DOWNLOAD."""
+    text = os.environ.get("QTSEG_MAX_DOWNLOAD", "").strip()
+    if text and not re.fullmatch("[0-9]{1,18}", text):
+        raise ValueError(f"QTSEG_MAX_DOWNLOAD must be a number of bytes, got {text!r}")
+    return int(text or wish or MAX_DOWNLOAD)
+
+
 @dataclass(frozen=True)
 class Source:
-    """What is to be downloaded: address, file name, the page for people, seconds of silence that are borne."""
+    """What is to be downloaded: address, file name, the page for people, and the limits.
+
+    timeout: seconds without a byte; least: bytes that must arrive in such a time; most: bytes of the whole file.
+    """
 
     url: str
     name: str
     page: str
     timeout: float
+    least: int = 1
+    most: int = MAX_DOWNLOAD
 
     @property
     def host(self) -> str:
@@ -147,6 +229,12 @@ class Source:
     def refusal(self, problem: str) -> DownloadError:
         """The sentence for a problem that stays."""
         return way_out(problem, self.page, self.name)
+
+    def check_size(self, size: int) -> None:
+        """Raise DownloadError for a file that is larger than the limit; size: bytes announced, or arrived so far."""
+        if size > self.most:
+            raise self.refusal(f"{self.name} has {size:,} bytes or more, and the limit is {self.most:,}: if that is right, set "
+                               f"the environment variable QTSEG_MAX_DOWNLOAD={size} and run it again")
 
 
 def _check_url(url: str) -> None:
@@ -175,12 +263,77 @@ def _unreachable(error: Exception, source: Source) -> Exception:
     said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return Interruption(f"no connection to {source.host} ({said})")
 
+# %% ../nbs/16_download.ipynb #download036a
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Redirects, each checked before it is followed: to https only, or on this machine from http to http."""
+
+    def http_error_302(self, request, response, code, message, headers):
+        hop = urljoin(request.full_url, headers.get("Location") or headers.get("URI") or "")
+        if request.full_url.startswith("https:") and not hop.startswith("https:"):
+            raise ValueError(f"leads to {hop.partition('?')[0]}, which is not https://")
+        _check_url(hop)
+        return super().http_error_302(request, response, code, message, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+class _Watched(io.RawIOBase):
+    """The bytes of a connection; TimeoutError if fewer than `least` arrive in `seconds`, counted from the first byte on."""
+
+    def __init__(self, raw: io.RawIOBase, least: int, seconds: float):
+        self.raw, self.least, self.seconds, self.since, self.arrived = raw, least, seconds, None, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count, now = self.raw.readinto(buffer), time.monotonic()
+        self.since, self.arrived = self.since or now, self.arrived + count
+        if count and now - self.since >= self.seconds:
+            if self.arrived < self.least:
+                raise TimeoutError(f"only {self.arrived:,} bytes in {now - self.since:.0f} s")
+            self.since, self.arrived = now, 0
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+# %% ../nbs/16_download.ipynb #download036b
+def _opener(source: Source) -> urllib.request.OpenerDirector:
+    """urllib's opener for http and https alone, with checked redirects and watched connections."""
+    def watched_response(line, **options) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(line, **options)
+        response.fp = io.BufferedReader(_Watched(response.fp.detach(), source.least, source.timeout))
+        return response
+
+    def connecting(kind: type) -> Callable:
+        def connect(*arguments, **options):
+            connection = kind(*arguments, **options)
+            connection.response_class = watched_response
+            return connection
+        return connect
+
+    class Plain(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(connecting(http.client.HTTPConnection), request)
+
+    class Secure(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(connecting(http.client.HTTPSConnection), request, context=self._context)
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler, Plain, Secure, _Redirects, urllib.request.HTTPDefaultErrorHandler,
+                    urllib.request.HTTPErrorProcessor, urllib.request.UnknownHandler):
+        opener.add_handler(handler())
+    return opener
+
 # %% ../nbs/16_download.ipynb #download037
 def _ask(source: Source, headers: dict[str, str]) -> http.client.HTTPResponse:
     """Send a request. Raises Interruption for what may pass, DownloadError for what will not; HTTPError only for 416."""
     try:
         request = urllib.request.Request(source.url, headers={"User-Agent": "qtseg", **headers})
-        response = urllib.request.urlopen(request, timeout=source.timeout)
+        response = _opener(source).open(request, timeout=source.timeout)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:
@@ -188,8 +341,8 @@ def _ask(source: Source, headers: dict[str, str]) -> http.client.HTTPResponse:
             raise _refused(error, source) from error
     except (OSError, http.client.HTTPException) as error:
         raise _unreachable(error, source) from error
-    if response.url.startswith("http:") and source.url.startswith("https:"):
-        raise source.refusal(f"{source.url} leads to {response.url}, which is not encrypted")
+    except ValueError as error:  # an address that is not followed, a header that cannot be sent
+        raise source.refusal(f"{source.url}: {error}") from error
     if response.headers.get_content_type() == "text/html" and not source.name.endswith((".html", ".htm")):
         raise source.refusal(f"{source.url} answers with a web page instead of the file (a login, perhaps)")
     return response
@@ -244,17 +397,18 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(1 << 18)  # read() would wait for all 256 KiB, and lose them if the line breaks before
     except TimeoutError as error:
-        raise Interruption("the server has fallen silent") from error
+        raise Interruption(f"the server has fallen silent or is too slow ({error})") from error
     except (OSError, http.client.HTTPException) as error:
         raise Interruption(f"the connection broke ({error or type(error).__name__})") from error
 
 
-def _receive(response: http.client.HTTPResponse, part: Part, bar: tqdm) -> None:
-    """Append the body to the part as it comes; whatever happens, what has arrived stays."""
-    with open(part.path, "ab") as stream:
-        while piece := _read(response):
-            stream.write(piece)
-            bar.update(len(piece))
+def _pieces(response: http.client.HTTPResponse, source: Source, held: int, bar: tqdm) -> Iterator[bytes]:
+    """The body as it comes; held: bytes from before. DownloadError as soon as the whole is larger than the limit."""
+    while piece := _read(response):
+        held += len(piece)
+        source.check_size(held)
+        bar.update(len(piece))
+        yield piece
 
 # %% ../nbs/16_download.ipynb #download050
 def _attempt(source: Source, part: Part, bar: tqdm) -> None:
@@ -263,9 +417,14 @@ def _attempt(source: Source, part: Part, bar: tqdm) -> None:
         return  # all there: we were stopped just before the end
     with _continue(source, part) as response:
         whole, offset = _whole_size(response), part.size()
-        require_room(part.path.parent, (whole or offset) - offset)
         bar.total, bar.n = whole, offset
-        _receive(response, part, bar)
+        try:
+            source.check_size(whole or 0)
+            require_room(part.path.parent, (whole or offset) - offset)
+            part.append(_pieces(response, source, offset, bar))
+        except DownloadError:  # too large, or no room: not to be continued
+            part.discard()
+            raise
     if whole is not None and part.size() != whole:
         raise Interruption(f"the connection ended after {part.size():,} of {whole:,} bytes")
 
@@ -273,14 +432,15 @@ def _attempt(source: Source, part: Part, bar: tqdm) -> None:
 MOST_PAUSE = 300.0  # seconds: who is asked to wait longer should be told, rather than wait
 
 
-def _persist(attempt: Callable[[], None], part: Part, attempts: int, wait: float, say: Callable[[str], None]) -> None:
-    """Attempt until it works, with growing waits; Interruption after `attempts` in a row that brought nothing new."""
+def _persist(attempt: Callable[[], None], part: Part, attempts: int, wait: float, say: Callable[[str], None],
+             least: int = 1) -> None:
+    """Attempt until it works, with growing waits; Interruption after `attempts` in a row that brought no `least` new bytes."""
     most, failed = part.size(), 0
     while True:
         try:
             return attempt()
         except Interruption as error:
-            failed = 1 if part.size() > most else failed + 1
+            failed = 1 if part.size() >= most + least else failed + 1
             most, pause = max(most, part.size()), max(wait * 2 ** (failed - 1), error.pause)
             if failed >= attempts or pause > MOST_PAUSE:
                 raise
@@ -322,6 +482,16 @@ def _is(stream: IO, path: Path) -> bool:
         return False
 
 
+def _lock_file(path: Path) -> IO:
+    """Open a lock file, or make it; DownloadError if something else has its name."""
+    try:
+        return open(path, "a", opener=_no_link)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise DownloadError(f"{path} is a link or a pipe, where a lock is wanted: remove it") from error
+
+
 @contextlib.contextmanager
 def one_at_a_time(target: Path) -> Iterator[None]:
     """Hold `<target>.lock`: a second process that comes here waits until the first has left, or has died.
@@ -333,7 +503,7 @@ def one_at_a_time(target: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     told = False
     while True:
-        with open(path, "a") as stream:
+        with _lock_file(path) as stream:
             if not _lock(stream, wait=False):
                 if not told:
                     print(f"waiting for another process that is busy with {target}")
@@ -351,9 +521,12 @@ def one_at_a_time(target: Path) -> Iterator[None]:
 def _entries(checksums: Path) -> dict[str, str]:
     """What the JSON file `checksums` holds, {} if there is none. Raises DownloadError if it cannot be understood."""
     try:
-        return dict(json.loads(checksums.read_text(encoding="utf-8"))) if checksums.exists() else {}
-    except (ValueError, TypeError) as error:
+        entries = read_json(checksums) if os.path.lexists(checksums) else {}
+        if strange := [value for value in entries.values() if not isinstance(value, str)]:
+            raise ValueError(f"{strange[0]!r} is no SHA-256")
+    except ValueError as error:
         raise DownloadError(f"{checksums} holds no checksums ({error}): repair it, or delete it to record anew") from error
+    return entries
 
 
 def recorded(checksums: Path | None, name: str) -> str | None:
@@ -367,9 +540,7 @@ def record(checksums: Path | None, name: str, digest: str) -> None:
         return
     with one_at_a_time(checksums):
         text = json.dumps({**_entries(checksums), name: digest}, indent=2, sort_keys=True)
-        private = checksums.with_name(f"{checksums.name}.{os.getpid()}")
-        private.write_text(text + "\n", encoding="utf-8")
-        os.replace(private, checksums)
+        write_then_rename(checksums, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 # %% ../nbs/16_download.ipynb #download072
 def _put_aside(path: Path, name: str) -> Path:
@@ -411,25 +582,28 @@ def _finished(target: Path, checksums: Path | None) -> bool:
 
 # %% ../nbs/16_download.ipynb #download078
 def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike | None = None, attempts: int = 5,
-          wait: float = 1.0, timeout: float = 30.0, progress: bool = True, page: str | None = None) -> Path:
+          wait: float = 1.0, timeout: float = 30.0, least_speed: float = 1000.0, most: int | None = None, progress: bool = True,
+          page: str | None = None) -> Path:
     """Download one file over HTTPS; returns its path. A file that is there already, and unchanged, is not downloaded again.
 
     What has arrived waits in `<target>.part` and is continued, in this run or the next, if the server still has the same version.
     checksums: JSON file {file name: SHA-256}, written at the first download, compared later; attempts: connections before we give
     up, counted anew after each that brought something; wait: seconds before the second one, doubled each time; timeout: seconds
-    without a single byte; progress: a bar, and a line per interruption; page: where people find the file (default: the address).
+    without a single byte; least_speed: bytes a second, over such a time; most: bytes of the whole file (see most_bytes);
+    progress: a bar, and a line per interruption; page: where people find the file (default: the address).
     Raises DownloadError (one sentence; nothing unfinished ever bears the name `target`), ValueError for an address without https.
     """
     _check_url(url)
     target, checksums = _path(target), _path(checksums)
-    source, part = Source(url, target.name, page or url, timeout), Part(target)
+    source = Source(url, target.name, page or url, timeout, max(1, round(least_speed * timeout)), most_bytes(most))
     with room_explained(target.parent), one_at_a_time(target):
         if _finished(target, checksums):
             return target
+        part = Part(target)
         with tqdm(desc=target.name, unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar:
-            say = partial(bar.write, file=sys.stdout) if progress else lambda text: None
+            say = (lambda text: bar.write(printable(text), file=sys.stdout)) if progress else lambda text: None
             try:
-                _persist(lambda: _attempt(source, part, bar), part, attempts, wait, say)
+                _persist(lambda: _attempt(source, part, bar), part, attempts, wait, say, source.least)
             except Interruption as error:
                 kept = f"; {part.size():,} bytes are kept, and running it again goes on from there" if part.size() else ""
                 raise source.refusal(f"{url} could not be downloaded: {error}{kept}") from error
@@ -473,30 +647,37 @@ print("\\n" + json.dumps(outcome()))
 """
 
 # %% ../nbs/16_download.ipynb #download088
-def _watch(process: subprocess.Popen, arriving: Path, timeout: float, progress: bool) -> bool:
-    """Wait for the client, showing how its file grows; False if that has not grown for `timeout` seconds."""
+def _watch(process: subprocess.Popen, arriving: Path, timeout: float, progress: bool, most: int = MAX_DOWNLOAD) -> str:
+    """Wait for the client, showing how its file grows; why we give up ("silence", "size"), "" if the client has ended.
+
+    timeout: seconds in which a kB for each must arrive; most: bytes of the whole file.
+    """
     size, since = 0, time.monotonic()
     with tqdm(desc=arriving.name, unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar:
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
             now = arriving.stat().st_size if arriving.exists() else 0
-            if now != size:
-                bar.update(now - size)
+            bar.update(now - bar.n)
+            if now > most:
+                return "size"
+            if time.monotonic() - since > timeout:
+                if now - size < 1000 * timeout:
+                    return "silence"
                 size, since = now, time.monotonic()
-            elif time.monotonic() - since > timeout:
-                return False
-    return True
+    return ""
 
 # %% ../nbs/16_download.ipynb #download091
-def _run_client(kind: str, name: str, arriving: Path, timeout: float, progress: bool) -> dict:
+def _run_client(kind: str, name: str, arriving: Path, timeout: float, progress: bool, most: int = MAX_DOWNLOAD) -> dict:
     """Let the kaggle package download in a process of its own; returns what CLIENT reports."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen([sys.executable, "-c", CLIENT, kind, name, str(arriving.parent)], cwd=arriving.parent,
                                    stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
         try:
-            if not _watch(process, arriving, timeout, progress):
-                return {"problem": "network", "said": f"nothing came for {timeout:.0f} s"}
+            reason = _watch(process, arriving, timeout, progress, most)
+            if reason:
+                said = f"{most:,} bytes" if reason == "size" else f"next to nothing came for {timeout:.0f} s"
+                return {"problem": "size" if reason == "size" else "network", "said": said}
         finally:
             process.kill()
             process.wait()
@@ -531,18 +712,37 @@ def _kaggle_refusal(found: dict, kind: str, name: str) -> DownloadError:
         401: f"Kaggle does not accept the API token, or wants one: {token}",
         403: refusal,
         404: f"Kaggle has no {kind} named {name}, or not for you",
+        "size": f"{name} is larger than {said}: if that is right, set the environment variable QTSEG_MAX_DOWNLOAD to a larger "
+                "number of bytes and run this again",
         429: "Kaggle has had too many requests from here: wait an hour and run this again",
         "network": f"no connection to Kaggle ({said}): check the network and run this again, it continues",
     }.get(found["problem"], f"the kaggle client failed ({said})"), page, f"{name} as a zip")
 
+# %% ../nbs/16_download.ipynb #download096a
+def _client_folder(target: Path) -> Path:
+    """The folder beside `target` in which the client works: made by us, for us alone, found again by a note in the cache."""
+    note = _note_of(target)
+    try:
+        folder = target.with_name(read_json(note)["folder"])
+        state = folder.lstat()
+        if stat.S_ISDIR(state.st_mode) and state.st_uid == getattr(os, "geteuid", lambda: state.st_uid)():
+            return folder
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or not ours
+    folder = target.with_name(f"{target.name}.{os.urandom(6).hex()}.part")
+    folder.mkdir(mode=0o700)
+    note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_then_rename(note, lambda path: path.write_text(json.dumps({"folder": folder.name})))
+    return folder
+
 # %% ../nbs/16_download.ipynb #download097
 def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: str | os.PathLike | None = None,
-                 timeout: float = 300.0, progress: bool = True) -> Path:
+                 timeout: float = 300.0, most: int | None = None, progress: bool = True) -> Path:
     """Download a Kaggle "dataset" ("owner/name") or "competition" as a .zip into `folder`; returns the file's path.
 
-    Through the kaggle package, with the API token from its usual places. checksums: as in `fetch`; timeout: seconds without a
-    byte. Raises DownloadError, one sentence for each: no package, no token, token refused, rules not accepted, no such name,
-    no network, no space. ValueError for another kind or a malformed name.
+    Through the kaggle package, with the API token from its usual places. checksums, most: as in `fetch`; timeout: seconds in
+    which next to nothing comes. Raises DownloadError, one sentence for each: no package, no token, token refused, rules not
+    accepted, no such name, no network, too large, no space. ValueError for another kind or a malformed name.
     """
     if not re.fullmatch({"dataset": r"[\w-]+/[\w-]+", "competition": r"[\w-]+"}.get(kind, "(?!)"), name):
         raise ValueError(f'kind must be "dataset" (named "owner/name") or "competition" (a bare name), got {kind!r}, {name!r}')
@@ -550,19 +750,79 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
     with room_explained(target.parent), one_at_a_time(target):
         if _finished(target, checksums):
             return target
-        private = target.with_name(target.name + ".part")
-        private.mkdir(exist_ok=True)
+        private = _client_folder(target)
         arriving = private / target.name
         if not arriving.with_name(arriving.name + ".kaggle-partial").exists():
             arriving.unlink(missing_ok=True)  # a leftover whose version nobody noted is not continued
-        found = _run_client(kind, name, arriving, timeout, progress)
+        found = _run_client(kind, name, arriving, timeout, progress, most_bytes(most))
         if found["problem"] is not None:
             with contextlib.suppress(OSError):
                 private.rmdir()  # only if nothing has arrived
             raise _kaggle_refusal(found, kind, name)
         accept(arriving, target, checksums, _kaggle_page(kind, name))
         shutil.rmtree(private)
+        _note_of(target).unlink(missing_ok=True)
     return target
+
+# %% ../nbs/16_download.ipynb #download104a
+MAX_MEMBERS, MAX_DEPTH = 1_000_000, 64  # files in an archive, folders within one another
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a .tar, refused where Python would read gigabytes or go round in circles."""
+
+    def _proc_member(self, archive):  # where subclasses look at a member, says the documentation in tarfile.py
+        names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if self.size < 0 or (self.type in names and self.size > 1 << 20):
+            raise tarfile.ReadError(f"a header says {self.size:,} bytes")
+        return super()._proc_member(archive)
+
+
+def _swollen(path: Path) -> int:
+    """How many bytes an archive may hold: as check_members has it, 256 MB or a hundred times its own size."""
+    return max(256_000_000, 100 * path.stat().st_size)
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Raise ValueError for an archive of absurdly many files or of absurdly many folders within one another."""
+    if len(names) > MAX_MEMBERS:
+        raise ValueError(f"{path} is refused: it holds more than {MAX_MEMBERS:,} files")
+    deepest = max(names, key=lambda name: name.count("/"), default="")
+    if deepest.count("/") > MAX_DEPTH:
+        raise ValueError(f"{path} is refused: {deepest[:60]}… lies in more than {MAX_DEPTH} folders within one another")
+
+# %% ../nbs/16_download.ipynb #download104c
+class Damaged(Exception):
+    """An archive that cannot be read; never leaves this module."""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """The border to Python's readers of archives: damaged ones make them raise almost anything; here it becomes Damaged."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        raise Damaged(error or type(error).__name__) from error
+
+
+def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Member after member of a .tar."""
+    with _reading():
+        for member in archive:
+            if member.size < 0:  # a comment can say so, past _Header
+                raise Damaged(f"{member.name} has {member.size} bytes")
+            yield member
+
+
+def _read_to_the_end(path: Path, archive: tarfile.TarFile, most: int) -> None:
+    """Read what follows the last member of a .tar: compressed files carry a checksum there, which tarfile does not reach."""
+    with _reading():
+        while (piece := archive.fileobj.read(1 << 20)) and most >= 0:
+            most -= len(piece)
+    if most < 0:
+        raise ValueError(f"{path} is refused: {path.stat().st_size / 1e6:.1f} MB would swell to more than {_swollen(path) / 1e6:.0f} MB")
 
 # %% ../nbs/16_download.ipynb #download104
 class Member(NamedTuple):
@@ -576,21 +836,27 @@ class Member(NamedTuple):
 def _zip_members(path: Path, archive: zipfile.ZipFile) -> list[Member]:
     """The files of a .zip, checked: ValueError for one that reaches out, is a link, is encrypted, or swells absurdly."""
     check_members(path, archive.infolist())
+    _check_names(path, archive.namelist())
     return [Member(info.filename.replace("\\", "/"), info.file_size, partial(archive.open, info)) for info in archive.infolist()
             if not info.is_dir()]
 
 
 def _tar_members(path: Path, archive: tarfile.TarFile) -> list[Member]:
-    """The files of a .tar, checked as those of a .zip: each is described in a zip's terms first."""
-    described = []
-    for member in archive.getmembers():
-        kind = stat.S_IFREG if member.isreg() else stat.S_IFDIR if member.isdir() else stat.S_IFLNK  # hard links, devices too
+    """The files of a .tar, checked as those of a .zip, each before it is read: ValueError, or Damaged for a broken header."""
+    described, whole, most = [], 0, _swollen(path)
+    for member in _headers(archive):
+        plain = member.isreg() and not member.issparse()
+        kind = stat.S_IFREG if plain else stat.S_IFDIR if member.isdir() else stat.S_IFLNK  # hard links, devices, sparse files too
         info = zipfile.ZipInfo(member.name)
         info.file_size, info.external_attr = member.size, kind << 16
         described.append(info)
+        check_members(path, [info])
+        whole += member.size
+        if whole > most or len(described) > MAX_MEMBERS:
+            break
     check_members(path, described)
-    while archive.fileobj.read(1 << 20):
-        pass  # compressed files carry a checksum at their very end, which tarfile by itself does not reach
+    _check_names(path, [info.filename for info in described])
+    _read_to_the_end(path, archive, most)
     return [Member(member.name, member.size, partial(archive.extractfile, member)) for member in archive.getmembers()
             if member.isreg()]
 
@@ -603,21 +869,32 @@ def _write(members: list[Member], folder: Path, progress: bool) -> None:
         for member in members:
             path = folder / member.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with member.open() as source, open(path, "xb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
+            with open(path, "xb") as copy:
+                copy.writelines(_bytes_of(member))
             bar.update(member.size)
+
+
+def _bytes_of(member: Member) -> Iterator[bytes]:
+    """The content of a member in pieces of 1 MiB; Damaged if it cannot be read to its end."""
+    with _reading(), member.open() as source:
+        while piece := source.read(1 << 20):
+            yield piece
 
 # %% ../nbs/16_download.ipynb #download110
 def _unpack_zip(path: Path, folder: Path, wanted: Callable[[str], bool], progress: bool) -> None:
     """Unpack a .zip into an empty folder, without the remarks of a Mac's Finder."""
-    with zipfile.ZipFile(path) as archive:
+    with _reading():
+        archive = zipfile.ZipFile(path)
+    with archive:
         members = _zip_members(path, archive)
         _write([one for one in members if wanted(one.name) and not one.name.startswith("__MACOSX/")], folder, progress)
 
 
 def _unpack_tar(path: Path, folder: Path, wanted: Callable[[str], bool], progress: bool) -> None:
     """Unpack a .tar, .tar.gz, .tar.bz2 or .tar.xz into an empty folder."""
-    with tarfile.open(path) as archive:
+    with _reading():
+        archive = tarfile.open(path, tarinfo=_Header)
+    with archive:
         _write([member for member in _tar_members(path, archive) if wanted(member.name)], folder, progress)
 
 # %% ../nbs/16_download.ipynb #download113
@@ -636,11 +913,9 @@ def _unpack_rar(path: Path, folder: Path, wanted: Callable[[str], bool], progres
         raise DownloadError(f"{path.name} is a .rar, which needs one of {', '.join(RAR_TOOLS)}, and none is installed: {by_hand}")
     inner = folder / "inner"  # one level down: what climbs out of it is seen
     inner.mkdir()
-    done = subprocess.run([tool, *RAR_TOOLS[tool](str(path.absolute()), str(inner))], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())[-200:]
-        raise DownloadError(f"{tool} could not unpack {path.name} ({said}): {by_hand}")
+    code, said = _run_tool([tool, *RAR_TOOLS[tool](str(path.absolute()), str(inner))], path, inner)
+    if code:
+        raise DownloadError(printable(f"{tool} could not unpack {path.name} ({said}): {by_hand}"))
     _look_over(path, folder, inner)
     for entry in list(inner.rglob("*")):
         if entry.is_file() and not wanted(entry.relative_to(inner).as_posix()):
@@ -648,6 +923,29 @@ def _unpack_rar(path: Path, folder: Path, wanted: Callable[[str], bool], progres
     for entry in list(inner.iterdir()):
         entry.rename(folder / entry.name)
     inner.rmdir()
+
+
+def _size_below(folder: Path) -> int:
+    """Bytes of all files below a folder that something else is writing into."""
+    whole = 0
+    for entry in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            whole += entry.lstat().st_size
+    return whole
+
+
+def _run_tool(command: list[str], path: Path, inner: Path) -> tuple[int, str]:
+    """Run an unpacker and watch how `inner` grows: (exit status, the end of what it said). ValueError if it swells absurdly."""
+    with tempfile.TemporaryFile() as output, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                                              stderr=subprocess.STDOUT) as process:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+            if _size_below(inner) > _swollen(path):
+                process.kill()
+                raise ValueError(f"{path} is refused: it would swell to more than {_swollen(path) / 1e6:.0f} MB")
+        output.seek(0)
+        return process.returncode, " ".join(output.read().decode(errors="replace").split())[-200:]
 
 
 def _look_over(path: Path, folder: Path, inner: Path) -> None:
@@ -667,13 +965,13 @@ def _unpacker(path: Path) -> Callable:
         return _unpack_zip
     if start.startswith(b"Rar!"):
         return _unpack_rar
-    if tarfile.is_tarfile(path):
+    with contextlib.suppress(Damaged), _reading(), tarfile.open(path, tarinfo=_Header):
         return _unpack_tar
     what = "a web page" if start.lstrip().lower().startswith((b"<!doctype", b"<html")) else "no complete archive"
     raise DownloadError(f"{path} is {what}: delete it and download it again")
 
 # %% ../nbs/16_download.ipynb #download119
-DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError, NotImplementedError)
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ)  # what a disk says to names it cannot take
 
 
 def unpack(archive: str | os.PathLike, folder: str | os.PathLike, *, wanted: Callable[[str], bool] | None = None,
@@ -693,6 +991,10 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike, *, wanted: Cal
                 _unpacker(archive)(archive, private, wanted or (lambda name: True), progress)
         except FileExistsError as error:
             raise ValueError(f"{archive} is refused: it holds {Path(error.filename).name} twice") from error
-        except DAMAGE as error:
-            raise DownloadError(f"{archive} is damaged ({error}): delete it and download it again") from error
+        except Damaged as error:
+            raise DownloadError(printable(f"{archive} is damaged ({error}): delete it and download it again")) from error
+        except OSError as error:
+            if error.errno not in BAD_NAMES:
+                raise
+            raise ValueError(printable(f"{archive} is refused: this disk cannot take one of its names ({error})")) from error
     return folder

@@ -1,6 +1,7 @@
 """Bad networks, wrong files and hostile archives: each ends right, or in one clear sentence. No test leaves this machine."""
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -127,6 +128,14 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
+@pytest.fixture(autouse=True)
+def notes(monkeypatch, tmp_path_factory):
+    """The private folder in which fetch notes what it has received."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("QTSEG_CACHE", str(cache))
+    return cache / "downloads"
+
+
 @pytest.fixture
 def archive():
     one = Archive()
@@ -202,11 +211,46 @@ def test_a_later_run_continues(archive, get):
     assert archive.ranges_asked() == [None, "bytes=123456-"]
 
 
-def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, tmp_path):
+def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, monkeypatch, notes):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(download, "accept", killed)
+        get()
+    assert get().read_bytes() == CONTENT and len(archive.requests) == 1 and list(notes.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["bytes", "with our old note", "the same beginning", "our note, other bytes", "link", "pipe", "note of nonsense"])
+def test_a_part_that_we_did_not_receive_is_no_first_use(archive, get, tmp_path, notes, kind):
+    """Whoever writes in the data folder can put a .part there; it must neither become the file nor be recorded."""
+    part, evil = tmp_path / f"{NAME}.part", zipped(evil=bytes(len(CONTENT)))[:len(CONTENT)]
+    if kind in ("our note, other bytes", "note of nonsense"):
+        archive.script.append({"cut": 123_456})
+        refusal(DownloadError, get, attempts=1)
+        if kind == "note of nonsense":
+            next(notes.iterdir()).write_text('{"version": {"url": 1}, "count": 1e99}')
+    if kind == "link":
+        (tmp_path / "precious").write_bytes(evil)
+        part.symlink_to(tmp_path / "precious")
+    elif kind == "pipe":
+        os.mkfifo(part)
+    elif kind != "note of nonsense":
+        part.write_bytes(CONTENT[:100] if kind == "the same beginning" else evil)
+    if kind == "with our old note":
+        (tmp_path / f"{NAME}.part.json").write_text(json.dumps({"url": archive.url, "validator": archive.etag, "size": len(evil)}))
+    archive.requests.clear()
+    assert get().read_bytes() == CONTENT and archive.ranges_asked() == [None]
+    assert json.loads((tmp_path / "checksums.json").read_text()) == {NAME: hashlib.sha256(CONTENT).hexdigest()}
+    assert not os.path.lexists(part) and (kind != "link" or (tmp_path / "precious").read_bytes() == evil)
+
+
+def test_what_was_written_after_the_last_note_is_fetched_again(archive, get, tmp_path):
     archive.script.append({"cut": 123_456})
     refusal(DownloadError, get, attempts=1)
-    (tmp_path / f"{NAME}.part").write_bytes(CONTENT)
-    assert get().read_bytes() == CONTENT and len(archive.requests) == 1
+    with open(tmp_path / f"{NAME}.part", "ab") as stream:
+        stream.write(b"unnoted")
+    assert get().read_bytes() == CONTENT and archive.ranges_asked() == [None, "bytes=123456-"]
 
 
 def test_a_server_without_ranges_starts_from_nothing(archive, get):
@@ -265,7 +309,7 @@ def test_a_cut_body_without_length_is_no_complete_zip(archive, get, tmp_path):
     archive.lengths = False
     archive.script.append({"cut": 100_000})
     assert "no complete .zip" in refusal(DownloadError, get)
-    assert leftovers(tmp_path) == [f"{NAME}.part.json"] and not (tmp_path / "checksums.json").exists()
+    assert leftovers(tmp_path) == [] and not (tmp_path / "checksums.json").exists()
     assert get().read_bytes() == CONTENT
 
 
@@ -281,25 +325,60 @@ def test_silence_is_an_error_and_is_continued(archive, get):
     assert archive.ranges_asked() == [None, "bytes=50000-"]
 
 
+def test_a_trickle_is_given_up_and_can_be_continued(archive, get):
+    """Each connection brings something, and still it must end."""
+    archive.script.extend([{"drops": 500, "pause": 0.02}] * 3)
+    text = refusal(DownloadError, get, timeout=0.2, least_speed=1e6, attempts=3)
+    assert "too slow (only " in text and "bytes are kept" in text and len(archive.requests) == 3
+    assert get().read_bytes() == CONTENT and archive.ranges_asked()[-1] is not None
+
+
+def test_drops_that_end_each_connection_are_counted(archive, get):
+    archive.script.extend([{"cut": 1000}] * 9)
+    assert "bytes are kept" in refusal(DownloadError, get, attempts=3) and len(archive.requests) == 3
+
+
+@pytest.mark.parametrize("lines", ["status", "header", "chunk"])
+def test_an_answer_that_drips_in_ends(get, monkeypatch, tmp_path, lines):
+    """Headers and the lengths of pieces are watched like the rest."""
+    before = {"status": b"", "header": b"HTTP/1.1 200 OK\r\n", "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"}[lines]
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        with contextlib.suppress(OSError):
+            while True:
+                line, _ = server.accept()
+                line.sendall(before)
+                with contextlib.suppress(OSError):
+                    while True:
+                        line.sendall(b"1")
+                        time.sleep(0.01)
+
+    threading.Thread(target=drip, daemon=True).start()
+    text = refusal(DownloadError, fetch, f"http://127.0.0.1:{server.getsockname()[1]}/a.zip", tmp_path / "a.zip", attempts=1, timeout=0.1,
+                   progress=False)
+    server.close()
+    assert "only " in text
+
+
 def test_silence_that_stays(archive, get):
     archive.script.extend([{"silence": 0}] * 2)
     assert "fallen silent" in refusal(DownloadError, get, timeout=0.1, attempts=2)
 
 
-@pytest.mark.parametrize(("status", "words"), [(404, "not, or no longer, at this address"), (403, "refuses access"), (401, "wants a login"),
-                                               (410, "withdrawn"), (400, "would not help")])
-def test_what_will_not_pass_is_said_at_once(archive, get, tmp_path, status, words):
-    archive.script.append({"status": status})
-    text = refusal(DownloadError, get, page="https://challenge.isic-archive.com/data/")
-    assert words in text and str(status) in text and "https://challenge.isic-archive.com/data/" in text and "--from" in text
-    assert len(archive.requests) == 1 and leftovers(tmp_path) == []
+def test_what_will_not_pass_is_said_at_once(archive, get, tmp_path):
+    answers = {404: "not, or no longer, at this address", 403: "refuses access", 401: "wants a login", 410: "withdrawn", 400: "would not help"}
+    for count, (status, words) in enumerate(answers.items(), 1):
+        archive.script.append({"status": status})
+        text = refusal(DownloadError, get, page="https://challenge.isic-archive.com/data/")
+        assert words in text and str(status) in text and "https://challenge.isic-archive.com/data/" in text and "--from" in text
+        assert len(archive.requests) == count and leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 408])
-def test_what_may_pass_is_tried_again(archive, get, status):
-    archive.script.extend([{"cut": 100_000}, {"status": status}])
-    assert get().read_bytes() == CONTENT
-    assert archive.ranges_asked() == [None, "bytes=100000-", "bytes=100000-"]
+def test_what_may_pass_is_tried_again(archive, get):
+    archive.script.extend([{"cut": 100_000}, *({"status": status} for status in (429, 500, 502, 503, 504, 408))])
+    assert get(attempts=8).read_bytes() == CONTENT
+    assert archive.ranges_asked() == [None] + ["bytes=100000-"] * 7
 
 
 @pytest.fixture
@@ -324,11 +403,11 @@ def test_retry_after_is_honoured(archive, get, naps, date):
     assert len(naps) == 1 and 6 <= naps[0] <= 8
 
 
-@pytest.mark.parametrize("text", ["soon", "-5", formatdate(0, usegmt=True)])
-def test_a_strange_retry_after_is_passed_over(archive, get, naps, text):
-    archive.script.append({"status": 429, "headers": {"Retry-After": text}})
-    get(wait=1.0)
-    assert naps == [1]
+def test_a_strange_retry_after_is_passed_over(archive, get, naps):
+    texts = ("soon", "-5", formatdate(0, usegmt=True), "Mon, 01 Jan 0001 00:00:00 -0000", "Sun, 99 Jan 2026 99:00:00 GMT")
+    archive.script.extend({"status": 429, "headers": {"Retry-After": text}} for text in texts)
+    get(wait=1.0, attempts=9)
+    assert naps == [1, 2, 4, 8, 16]
 
 
 def test_nobody_waits_for_hours(archive, get, naps):
@@ -348,7 +427,7 @@ def test_an_unknown_name(tmp_path, monkeypatch):
     def nowhere(*arguments, **options):
         raise download.urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 
-    monkeypatch.setattr(download.urllib.request, "urlopen", nowhere)
+    monkeypatch.setattr(download.urllib.request.OpenerDirector, "open", nowhere)
     text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", attempts=2, wait=0, progress=False)
     assert "no connection to isic.example (Name or service not known)" in text
 
@@ -362,7 +441,7 @@ def test_a_certificate_that_is_not_accepted_is_not_tried_again(tmp_path, monkeyp
         error.verify_message = "certificate has expired"
         raise download.urllib.error.URLError(error)
 
-    monkeypatch.setattr(download.urllib.request, "urlopen", impostor)
+    monkeypatch.setattr(download.urllib.request.OpenerDirector, "open", impostor)
     text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", wait=0, progress=False)
     assert "certificate has expired" in text and "clock" in text and len(calls) == 1
 
@@ -385,10 +464,44 @@ def test_an_answer_of_another_kind_is_not_the_file(archive, get):
     assert get().read_bytes() == CONTENT and len(archive.requests) == 2
 
 
-@pytest.mark.parametrize("url", ["http://example.org/a.zip", "ftp://example.org/a.zip", "file:///etc/passwd", "a.zip"])
-def test_only_https(tmp_path, url):
-    assert "only https://" in refusal(ValueError, fetch, url, tmp_path / "a.zip")
+def test_only_https(tmp_path):
+    for url in ("http://example.org/a.zip", "ftp://example.org/a.zip", "file:///etc/passwd", "a.zip"):
+        assert "only https://" in refusal(ValueError, fetch, url, tmp_path / "a.zip")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_hop_leads_astray(archive, get, tmp_path, monkeypatch):
+    for place in ("ftp://127.0.0.1/a.zip", "file:///etc/passwd", "http://example.org/a.zip", "data:text/plain,x", "//example.org/a.zip"):
+        archive.script.append({"status": 307, "headers": {"Location": place}})
+        text = refusal(DownloadError, get)
+        assert "only https:// addresses are downloaded, got" in text and not archive.script
+    redirects, request = download._Redirects(), download.urllib.request.Request("https://isic.example/a.zip")
+    for place in ("http://127.0.0.1/admin", "http://isic.example/a.zip?token=SECRET", "ftp://isic.example/a.zip"):  # a hop in the middle
+        text = refusal(ValueError, redirects.http_error_302, request, None, 302, "Found", {"Location": place})
+        assert "which is not https://" in text and "SECRET" not in text
+    assert leftovers(tmp_path) == []
+
+
+def test_a_file_larger_than_the_limit(archive, get, tmp_path, monkeypatch):
+    text = refusal(DownloadError, get, most=len(CONTENT) - 1)
+    assert f"{len(CONTENT):,} bytes" in text and f"QTSEG_MAX_DOWNLOAD={len(CONTENT)} " in text and leftovers(tmp_path) == []
+    archive.lengths = False  # not announced
+    assert "QTSEG_MAX_DOWNLOAD=" in refusal(DownloadError, get, most=100_000) and leftovers(tmp_path) == []
+    monkeypatch.setenv("QTSEG_MAX_DOWNLOAD", str(len(CONTENT)))
+    assert get(most=100_000).read_bytes() == CONTENT
+    monkeypatch.setenv("QTSEG_MAX_DOWNLOAD", "1 GB")
+    assert "QTSEG_MAX_DOWNLOAD must be a number of bytes, got '1 GB'" in refusal(ValueError, get)
+    monkeypatch.delenv("QTSEG_MAX_DOWNLOAD")
+    assert download.most_bytes() == 50_000_000_000
+
+
+def test_lengths_and_reasons_that_are_no_use(archive, get, capsys):
+    """A length of 5000 digits is none; what a server says is shown, not obeyed, on the terminal."""
+    archive.script.append({"status": 503, "headers": {"Content-Range": "bytes */" + "9" * 5000}})
+    assert get().read_bytes() == CONTENT
+    assert "\x1b" not in str(download.way_out("the server says \x1b[2J", "page", "name"))
+    for length in ("9" * 5000, "-1", "1_000", "٣"):
+        assert download._whole_size(type("", (), {"status": 200, "headers": {"Content-Length": length}})) is None
 
 
 def test_a_redirect_is_followed_with_its_range(archive, get):
@@ -428,11 +541,23 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(archive, get, tmp_path):
     assert archive.requests == [] and json.loads((tmp_path / "checksums.json").read_text())[NAME] == hashlib.sha256(CONTENT).hexdigest()
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "7"])
-def test_a_broken_record_is_said(archive, get, tmp_path, text):
-    (tmp_path / "checksums.json").write_text(text)
-    assert "holds no checksums" in refusal(DownloadError, get)
-    assert (tmp_path / "checksums.json").read_text() == text
+def test_a_broken_record_is_said(archive, get, tmp_path):
+    for text in ("{", "[1]", "7", '{"a.zip": 5}', '{"a":' * 100_000, '{"a.zip": ' + "9" * 5000 + "}"):
+        (tmp_path / "checksums.json").write_text(text)
+        assert "holds no checksums" in refusal(DownloadError, get)
+        assert (tmp_path / "checksums.json").read_text() == text
+
+
+def test_planted_names_beside_the_file_overwrite_nothing(archive, get, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for name in (f"{NAME}.lock", f"checksums.json.{os.getpid()}", "checksums.json.lock"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    for place, plant in ((f"{NAME}.lock", None), (f"{NAME}.lock", os.mkfifo), ("checksums.json.lock", None)):
+        if plant:
+            plant(tmp_path / place)
+        assert f"{place} is a link or a pipe" in refusal(DownloadError, get)
+        (tmp_path / place).unlink()
+    assert get().read_bytes() == CONTENT and (tmp_path / "precious").read_text() == "mine"
 
 
 def test_no_room_is_said_before_anything_is_written(archive, get, tmp_path, monkeypatch):
@@ -445,7 +570,10 @@ def test_no_room_is_said_before_anything_is_written(archive, get, tmp_path, monk
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the device that is always full")
 def test_a_disk_that_fills_up_on_the_way(archive, get, tmp_path, monkeypatch):
     usual = open
-    monkeypatch.setattr("builtins.open", lambda path, mode="r", **options: usual("/dev/full", "ab") if mode == "ab" else usual(path, mode, **options))
+    def full(path, mode="r", *more, **options):
+        return usual("/dev/full", "ab") if mode == "ab" else usual(path, mode, *more, **options)
+
+    monkeypatch.setattr("builtins.open", full)
     text = refusal(DownloadError, get)
     assert "no space left" in text and str(tmp_path) in text and len(archive.requests) == 1
 
@@ -548,7 +676,8 @@ class Api:
         if BEHAVIOUR == "crash":
             os._exit(3)
         if BEHAVIOUR == "stall":
-            target.write_bytes(b"PK"), target.with_name("pid").write_text(str(os.getpid())), __import__("time").sleep(30)
+            target.write_bytes(b"PK"), target.with_name(".pid").write_text(str(os.getpid()))
+            target.with_name(".pid").rename(target.with_name("pid")), __import__("time").sleep(30)
         if BEHAVIOUR == "part":
             target.write_bytes(b"PK"), pathlib.Path(f"{target}.kaggle-partial").write_text("{}")
             raise ConnectionError("reset")
@@ -616,11 +745,8 @@ def test_kaggle_is_not_asked_twice(kaggle):
 @pytest.mark.parametrize(("behaviour", "words"), [
     ("no token", "wants an API token, and there is none"),
     ("exit at import", "wants an API token, and there is none"),  # as kaggle 2.0 in Colab does
-    ("401", "does not accept the API token"),
     ("403", "wants the rules of data-science-bowl-2018 to be accepted first: log in, accept them at "
             "https://www.kaggle.com/competitions/data-science-bowl-2018/rules,"),
-    ("404", "no competition named data-science-bowl-2018"),
-    ("429", "too many requests"),
     ("no network", "no connection to Kaggle (ConnectionError)"),
     ("bug", "the kaggle client failed (TypeError"),
     ("crash", "ended with code 3"),
@@ -632,9 +758,31 @@ def test_kaggle_refusals(kaggle, tmp_path, behaviour, words, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_kaggle_refusal_of_a_data_set(kaggle):
-    text = refusal(DownloadError, kaggle, "403")
-    assert "rules" not in text and f"https://www.kaggle.com/datasets/{BUSI} in a browser" in text
+def test_kaggle_refusals_by_their_status():
+    for status, words in ((401, "does not accept the API token"), (404, f"no dataset named {BUSI}"), (429, "too many requests"),
+                          (403, f"Kaggle refuses {BUSI}: it is private")):
+        text = str(download._kaggle_refusal({"problem": status}, "dataset", BUSI))
+        assert words in text and "rules" not in text and f"https://www.kaggle.com/datasets/{BUSI} in a browser" in text
+
+
+def test_kaggle_sends_more_than_the_limit(kaggle, tmp_path):
+    text = refusal(DownloadError, kaggle, "stall", most=1)
+    assert "larger than 1 bytes" in text and "QTSEG_MAX_DOWNLOAD" in text
+
+
+def test_kaggle_continues_no_folder_of_somebody_else(kaggle, tmp_path):
+    """A planted folder has another name than ours, or another owner, or is a link."""
+    name = f"{BUSI.split('/')[1]}.zip"
+    planted = tmp_path / "out" / f"{name}.part"
+    planted.mkdir(parents=True)
+    (planted / name).write_bytes(b"PK")
+    (planted / f"{name}.kaggle-partial").write_text("{}")
+    assert "ended with code" not in str(kaggle("no leftover")) and zipfile.is_zipfile(tmp_path / "out" / name)
+    ours = download._client_folder(tmp_path / "out" / "b.zip")
+    assert download._client_folder(tmp_path / "out" / "b.zip") == ours and stat.S_IMODE(ours.stat().st_mode) == 0o700
+    ours.rmdir()
+    ours.symlink_to(planted)
+    assert download._client_folder(tmp_path / "out" / "b.zip") != ours
 
 
 def test_kaggle_package_missing(kaggle, tmp_path, monkeypatch):
@@ -649,7 +797,7 @@ def test_kaggle_full_disk(kaggle):
 
 def test_kaggle_silence(kaggle):
     started = time.monotonic()
-    assert "nothing came for 0 s" in refusal(DownloadError, kaggle, "stall", timeout=0.4)
+    assert "next to nothing came for 0 s" in refusal(DownloadError, kaggle, "stall", timeout=0.4)
     assert time.monotonic() - started < 20, "the child was ended, not waited for"
 
 
@@ -662,10 +810,10 @@ def test_kaggle_client_does_not_outlive_its_parent(kaggle, tmp_path):
             kaggle("stall")
         finally:
             os._exit(1)
-    note, deadline = tmp_path / "out" / f"{BUSI.split('/')[1]}.zip.part" / "pid", time.monotonic() + 20
-    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20
+    while not (found := [path.read_text() for path in tmp_path.glob("out/*.part/pid")]) and time.monotonic() < deadline:
         time.sleep(0.01)
-    client = int(note.read_text())
+    client = int(found[0])
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     while Path(f"/proc/{client}").exists() and "Z" not in Path(f"/proc/{client}/stat").read_text().split()[2] and time.monotonic() < deadline:
@@ -686,9 +834,9 @@ def test_kaggle_continues_what_the_client_has_noted(kaggle, tmp_path):
 
 
 def test_kaggle_continues_nothing_else(kaggle, tmp_path):
-    leftover = tmp_path / "out" / f"{BUSI.split('/')[1]}.zip.part" / f"{BUSI.split('/')[1]}.zip"
-    leftover.parent.mkdir(parents=True)
-    leftover.write_bytes(b"of an unknown version")
+    (tmp_path / "out").mkdir()
+    folder = download._client_folder(tmp_path / "out" / f"{BUSI.split('/')[1]}.zip")
+    (folder / f"{BUSI.split('/')[1]}.zip").write_bytes(b"of an unknown version")
     assert zipfile.is_zipfile(kaggle("no leftover"))
 
 
@@ -698,10 +846,9 @@ def test_kaggle_wrong_checksum(kaggle, tmp_path):
     assert "was recorded at the first download" in refusal(DownloadError, kaggle, "well")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("model", "a"), ("dataset", "bkai-igh-neopolyp"), ("competition", "a/b"), ("dataset", "../../a"),
-                                            ("competition", "--help me")])
-def test_kaggle_names(kaggle, tmp_path, kind, name):
-    refusal(ValueError, kaggle, "well", kind, name)
+def test_kaggle_names(kaggle, tmp_path):
+    for kind, name in (("model", "a"), ("dataset", "bkai-igh-neopolyp"), ("competition", "a/b"), ("dataset", "../../a"), ("competition", "--help me")):
+        refusal(ValueError, kaggle, "well", kind, name)
     assert not (tmp_path / "out").exists()
 
 
@@ -772,21 +919,66 @@ def test_folders_and_backslashes(tmp_path):
     assert tree(unpack(path, tmp_path / "out", progress=False)) == {"set/images/a.jpg": b"1"}
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "set/../../evil.txt", "C:\\evil.txt", "..\\evil.txt"])
 @pytest.mark.parametrize("make", [make_zip, make_tar])
-def test_names_that_lead_out_are_refused(tmp_path, make, name):
+def test_names_that_lead_out_are_refused(tmp_path, make):
     (tmp_path / "in").mkdir()
-    path = make(tmp_path / "in" / "archive", {**FILES, name: b"evil"})
-    assert "would be written outside" in refusal(ValueError, unpack, path, tmp_path / "in" / "out", progress=False)
-    assert [entry.name for entry in tmp_path.rglob("*")] == ["in", "archive"], "nothing was written at all"
+    for name in ("../evil.txt", "/tmp/evil.txt", "set/../../evil.txt", "C:\\evil.txt", "..\\evil.txt"):
+        path = make(tmp_path / "in" / "archive", {**FILES, name: b"evil"})
+        assert "would be written outside" in refusal(ValueError, unpack, path, tmp_path / "in" / "out", progress=False)
+        assert [entry.name for entry in tmp_path.rglob("*")] == ["in", "archive"], "nothing was written at all"
 
 
-@pytest.mark.parametrize(("make", "kind"), [(make_zip, stat.S_IFLNK), (make_zip, stat.S_IFCHR), (make_zip, stat.S_IFIFO), (make_tar, tarfile.SYMTYPE),
-                                            (make_tar, tarfile.LNKTYPE), (make_tar, tarfile.CHRTYPE), (make_tar, tarfile.FIFOTYPE)])
-def test_links_and_devices_are_refused(tmp_path, make, kind):
-    path = make(tmp_path / "archive", {**FILES, "set/link": b"/etc/passwd"}, {"set/link": kind})
-    assert "link or a device" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
+def test_links_devices_and_sparse_files_are_refused(tmp_path):
+    for make, kind in ((make_zip, stat.S_IFLNK), (make_zip, stat.S_IFCHR), (make_zip, stat.S_IFIFO), (make_tar, tarfile.SYMTYPE),
+                       (make_tar, tarfile.LNKTYPE), (make_tar, tarfile.CHRTYPE), (make_tar, tarfile.FIFOTYPE), (make_tar, tarfile.GNUTYPE_SPARSE)):
+        path = make(tmp_path / "archive", {**FILES, "set/link": b"/etc/passwd"}, {"set/link": kind})
+        assert "link or a device" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False), kind
+        assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
+
+
+def header(name: str = "x", size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """One header of a .tar; a size below zero is written as GNU's tar writes large numbers."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, max(size, 0)
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if size < 0:
+        block[124:136] = size.to_bytes(12, "big", signed=True)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(text: bytes) -> bytes:
+    """A comment of a .tar, which can say another size than the header does."""
+    return header(size=len(text), kind=tarfile.XHDTYPE) + text.ljust(-(-len(text) // 512) * 512, b"\0")
+
+
+HOSTILE = {  # name -> (how a .tar begins, MiB of zeros that follow, words of the refusal)
+    "a long name": (header(size=300 << 20, kind=tarfile.GNUTYPE_LONGNAME), 300, "no complete archive"),
+    "a long comment": (header("a") + header(size=300 << 20, kind=tarfile.XHDTYPE), 300, "says 314,572,800 bytes"),
+    "a size below zero": (header("a") + header("b", -512), 1, "is damaged"),
+    "a comment that says so": (header("a") + pax(b"13 size=-512\n") + header("b"), 1, "is damaged"),
+    "a comment of another size": (header("a") + pax(b"35 size=" + b"9" * 26 + b"\n") + header("b"), 1, "would swell"),
+    "names of names": (header("a") + (header(size=512, kind=tarfile.GNUTYPE_LONGNAME) + b"n" * 512) * 5000, 1, "is damaged"),
+    "a sparse map of nothing": (header("a") + pax(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n") + header("b", 512), 1, "is damaged"),
+    "zeros after the end": (header("a"), 300, "would swell to more than 256 MB"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_tars_end_soon_and_in_one_sentence(tmp_path, kind):
+    start, zeros, words = HOSTILE[kind]
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(start) + gzip.compress(bytes(1 << 20)) * zeros)
+    assert words in refusal((DownloadError, ValueError), unpack, tmp_path / "a.tar.gz", tmp_path / "out", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_names_that_no_disk_takes_are_refused(tmp_path):
+    for number, (make, names) in enumerate([(make_zip, ["a/" * 1200 + "x"]), (make_tar, ["a/" * 1200 + "x"]), (make_zip, ["n" * 300]),
+                                            (make_tar, ["a", "a/b"]), (make_zip, ["a/b", "a"])]):
+        path = make(tmp_path / f"{number}", dict.fromkeys(names, b""))
+        text = refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
+        assert "is refused" in text and not (tmp_path / "out").exists(), text
 
 
 def test_an_encrypted_archive_is_refused(tmp_path):
@@ -827,22 +1019,47 @@ def test_a_name_twice_is_refused(tmp_path):
     assert "holds a.png twice" in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("make", [make_zip, lambda path, files: make_tar(path, files, mode="w:gz"),
-                                  lambda path, files: make_tar(path, files, mode="w:xz")], ids=["zip", "gz", "xz"])
-@pytest.mark.parametrize("damage", ["bit", "end"])
-def test_damage_is_said(tmp_path, make, damage):
+def packed_by(method: int):
+    """A function that makes a .zip by another method of compression."""
+    def make(path: Path, files: dict[str, bytes]) -> Path:
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return path
+    return make
+
+
+@pytest.mark.parametrize("make", [make_zip, packed_by(zipfile.ZIP_LZMA), packed_by(zipfile.ZIP_BZIP2), *(
+    lambda path, files, mode=mode: make_tar(path, files, mode=f"w:{mode}") for mode in ("gz", "bz2", "xz"))],
+    ids=["zip", "zip lzma", "zip bz2", "gz", "bz2", "xz"])
+def test_damage_is_said(tmp_path, make):
     path = make(tmp_path / "archive", {f"{n}.bin": random.Random(n).randbytes(20_000) for n in range(4)})
     content = bytearray(path.read_bytes())
     content[30_000] ^= 0x10
-    path.write_bytes(content[:50_000] if damage == "end" else content)
-    assert "download it again" in refusal(DownloadError, unpack, path, tmp_path / "out", progress=False)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
+    for damaged in (content[:50_000], content):
+        path.write_bytes(damaged)
+        assert "download it again" in refusal(DownloadError, unpack, path, tmp_path / "out", progress=False)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"<!DOCTYPE html><html>", "a web page"), (b"", "no complete archive"), (b"picture", "no complete")])
-def test_no_archive(tmp_path, content, words):
-    (tmp_path / "a.zip").write_bytes(content)
-    assert words in refusal(DownloadError, unpack, tmp_path / "a.zip", tmp_path / "out")
+def test_a_zip_turned_bit_by_bit_never_ends_in_another_error(tmp_path):
+    """Every byte of the headers and of the table of contents, in all its bits."""
+    path = make_zip(tmp_path / "a.zip", {"a.png": b"picture", "b.png": b"mask"})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xff]) + whole[place + 1:])
+        try:
+            out = unpack(path, tmp_path / f"out{place}", progress=False)
+        except (DownloadError, ValueError) as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            shutil.rmtree(out)
+
+
+def test_no_archive(tmp_path):
+    for content, words in ((b"<!DOCTYPE html><html>", "a web page"), (b"", "no complete archive"), (b"picture", "no complete")):
+        (tmp_path / "a.zip").write_bytes(content)
+        assert words in refusal(DownloadError, unpack, tmp_path / "a.zip", tmp_path / "out")
 
 
 def test_unpack_nothing(tmp_path):
@@ -860,7 +1077,7 @@ def test_a_disk_that_fills_up_while_unpacking(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(download.shutil, "copyfileobj", full)
+    monkeypatch.setattr(download, "_bytes_of", full)
     text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
     assert "no space left" in text and "cache" not in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
@@ -872,7 +1089,7 @@ def test_an_interrupted_unpacking_leaves_nothing_and_is_done_again(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download.shutil, "copyfileobj", interrupted)
+        patch.setattr(download, "_bytes_of", interrupted)
         unpack(path, tmp_path / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
     assert tree(unpack(path, tmp_path / "out", progress=False)) == FILES
@@ -923,6 +1140,7 @@ def test_a_rar_without_a_tool(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("script", "error", "words"), [
     ('echo "wrong password?" >&2; exit 2', DownloadError, "bsdtar could not unpack FIVES.rar (wrong password?)"),
     ('touch "FOLDER/../evil"', ValueError, "wrote outside"),
+    ('truncate -s 300M "FOLDER/zeros"; sleep 20', ValueError, "would swell to more than 256 MB"),
     ('ln -s /etc/passwd "FOLDER/evil"', ValueError, "evil is a link or a device"),
     ('mkdir "FOLDER/a"; mkfifo "FOLDER/a/evil"', ValueError, "evil is a link or a device"),
 ])
