@@ -31,9 +31,9 @@ from PIL import Image
 
 # %% auto #0
 __all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_JSON_BYTES', 'MAX_DEPTH', 'WHOLE',
-           'SIGNATURES', 'FORMATS', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'DICOM_TAGS', 'OTHERS', 'BIDI',
-           'NO_SPACE', 'limit', 'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_json', 'printable',
-           'escape', 'csv_cell', 'write_then_rename', 'require_space', 'private_name', 'new_folder']
+           'SIGNATURES', 'FORMATS', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS', 'BIDI', 'NO_SPACE', 'limit',
+           'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_json', 'printable', 'escape', 'csv_cell',
+           'write_then_rename', 'require_space', 'private_name', 'new_folder']
 
 # %% ../nbs/reference/files.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression
@@ -137,20 +137,25 @@ def _digest(source: BinaryIO) -> str:
     return digest.hexdigest()
 
 # %% ../nbs/reference/files.ipynb #files-014
-def _require_memory(width: int, height: int, bytes_each: float, size: int) -> None:
-    """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file of `size` bytes."""
+def _require_memory(width: int, height: int, plain: float, peak: float, size: int) -> None:
+    """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file of `size` bytes.
+
+    plain: bytes of a pixel in the result; peak: bytes of a pixel while it is decoded.
+    """
     pixels = width * height
     _require_within("MAX_PIXELS", pixels, f"has {width} x {height} = {pixels} pixels")
-    if pixels * bytes_each > limit("MAX_FREE_BYTES"):
-        swell = int(pixels * bytes_each / max(1, size))
-        _require_within("MAX_SWELL", swell, f"would swell from {size / 1e6:.1f} MB to {pixels * bytes_each / 1e6:.0f} MB, by a factor of {swell}")
+    if pixels * peak > limit("MAX_FREE_BYTES"):
+        swell = int(pixels * plain / max(1, size))
+        _require_within("MAX_SWELL", swell, f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
 
 
-def _memory(picture: Image.Image) -> float:
-    """How many bytes Pillow and the copy into an array take for each pixel."""
+def _memory(picture: Image.Image, deep: bool) -> tuple[int, int]:
+    """How many bytes a pixel has in the result, and in all copies while it is decoded; `deep`: colors of 16 bits."""
     bands = len(picture.getbands())
-    stored, copied = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I": 4, "F": 4}.get(picture.mode, 1 if bands == 1 else 4), min(bands, 3)
-    return stored + max(copied, stored if picture.mode.startswith("I") else 0) + (2 * bands if picture.info.get("progressive") else 0)
+    grey = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I": 4, "F": 4}.get(picture.mode, 1)
+    plain = min(bands, 3) * grey * (1 + deep)
+    extra = {"WEBP": 16, "AVIF": 12, "JPEG2000": 8 * bands}.get(picture.format, 2 * bands if picture.info.get("progressive") else 0)
+    return plain, plain + (8 + plain if deep else grey if bands == 1 else 4) + extra
 
 # %% ../nbs/reference/files.ipynb #files-015
 def _open_header(source: BinaryIO, name: str) -> Image.Image:
@@ -162,34 +167,105 @@ def _open_header(source: BinaryIO, name: str) -> Image.Image:
     source.seek(0)
     return Image.OPEN[name][0](source, "")  # as Image.open does, without its guard, which is one for all threads
 
-# %% ../nbs/reference/files.ipynb #files-017
+# %% ../nbs/reference/files.ipynb #files-0161
+def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, bytes]:
+    """Where the part after the one at `at` begins (0: parts end here) and, of a JPEG, its first bytes if they hold a directory."""
+    source.seek(at)
+    head = source.read(8)
+    if name == "PNG":
+        length, kind = struct.unpack(">I4s", head)
+        return (0 if kind == b"IEND" else at + 12 + length), b""
+    if name == "JPEG2000" and head[:1] != b"\xff":
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"jp2c":
+            return at + (16 if length == 1 else 8), b""  # the codestream, a list of markers
+        return (at + max(8, struct.unpack(">Q", source.read(8))[0] if length == 1 else length) if length else 0), b""
+    if head[0] != 0xFF or head[1] in (0, 0xFF):
+        return at + 1, b""  # padding, or what does not belong here
+    if head[1] in (0x01, 0x4F, *range(0xD0, 0xD9)):
+        return at + 2, b""
+    if head[1] in (0xDA, 0xD9, 0x90, 0x93):  # pixels begin
+        return 0, b""
+    length = struct.unpack(">H", head[2:4])[0]
+    source.seek(at + 4)
+    return at + 2 + max(2, length), source.read(length - 2) if head[1] in (0xE1, 0xE2) and length > 2 else b""
+
+
+def _require_few_parts(name: str, source: BinaryIO, size: int) -> None:
+    """Raise ValueError for a PNG, JPEG or JPEG 2000 of far too many parts before its pixels, or of an absurd directory in them."""
+    most, parts, exif = limit("MAX_PIECES") + size // 4096, 0, b""
+    at = {"PNG": 8, "JPEG": 2, "JPEG2000": 0}[name]
+    try:
+        while at:
+            at, held = _next_part(name, source, at)
+            exif += held[6:] if held[:6] == b"Exif\0\0" else b""
+            if held[:4] == b"MPF\0":
+                _first_directory(io.BytesIO(held[4:]), len(held))
+            parts += 1
+            if parts > most:
+                raise _Refusal(f"consists of more than {most} parts")
+    except (struct.error, IndexError):
+        pass  # the file ends here, which the decoder will say
+    if exif:
+        _first_directory(io.BytesIO(exif), len(exif))
+
+# %% ../nbs/reference/files.ipynb #files-0162
 TIFF_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # of an entry's type; 1 for all others
 
 
-def _tiff_pages(source: BinaryIO, size: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """The first directory of a TIFF, tag -> (count, value or position), and how many directories there are."""
-    source.seek(0)
-    head = source.read(16)
+class _Layout(NamedTuple):
+    """How the numbers of a TIFF are stored."""
+
+    count: struct.Struct
+    entry: struct.Struct
+    pointer: struct.Struct
+    shift: int  # a short value stands at the beginning of its field
+
+
+def _layout(head: bytes) -> tuple[_Layout, int]:
+    """The layout that the first 16 bytes of a TIFF state, and where its first directory is."""
     order, big = "<>"[head[:1] == b"M"], head[2:4] in (b"+\0", b"\0+")
-    count, entry, pointer = (struct.Struct(order + item) for item in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I")))
-    position, seen, first = pointer.unpack_from(head, 8 if big else 4)[0], set(), {}
-    while position and position not in seen and len(seen) < limit("MAX_PIECES"):
-        source.seek(position)
+    items = [struct.Struct(order + item) for item in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I"))]
+    return _Layout(*items, 0 if order == "<" else 8 * (items[2].size - 2)), items[2].unpack_from(head, 8 if big else 4)[0]
+
+
+def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[dict[int, tuple[int, int]], int]:
+    """A directory, tag -> (count, value or position), and where the next one is; ValueError if it describes far too much."""
+    source.seek(at)
+    count = layout.count.unpack(source.read(layout.count.size))[0]
+    _require_within("MAX_PIECES", count, f"has a directory of {count} entries")
+    table = list(layout.entry.iter_unpack(source.read(count * layout.entry.size)))
+    following = layout.pointer.unpack(source.read(layout.pointer.size).ljust(layout.pointer.size, b"\0"))[0]
+    described = sum(many * TIFF_BYTES.get(kind, 1) for _, kind, many, _ in table)
+    if described > min(2 * size + 2**20, WHOLE) or any(many > 3 * 2**16 for _, kind, many, _ in table if kind not in (1, 2, 6, 7)):
+        raise _Refusal(f"has a directory that describes {described} bytes, in a file of {size}: save it as PNG")
+    return {tag: (many, value >> layout.shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table}, following
+
+
+def _first_directory(source: BinaryIO, size: int) -> dict[int, tuple[int, int]]:
+    """The first directory of a TIFF or an EXIF block; empty if there is none."""
+    source.seek(0)
+    try:
+        return _directory(source, *_layout(source.read(16)), size)[0]
+    except struct.error:
+        return {}
+
+# %% ../nbs/reference/files.ipynb #files-017
+def _pages(source: BinaryIO, size: int) -> int:
+    """How many directories a TIFF holds; counting ends at MAX_PIECES."""
+    source.seek(0)
+    layout, at = _layout(source.read(16))
+    seen: set[int] = set()
+    while at and at not in seen and len(seen) < limit("MAX_PIECES"):
+        seen.add(at)
+        source.seek(at)
         try:
-            entries = count.unpack(source.read(count.size))[0]
-            _require_within("MAX_PIECES", entries, f"has a directory of {entries} entries")
-            table = list(entry.iter_unpack(source.read(entries * entry.size)))
-            following = pointer.unpack(source.read(pointer.size))[0]
-        except struct.error:  # the file ends here; a page that is whole can be read
+            count = layout.count.unpack(source.read(layout.count.size))[0]
+            source.seek(at + layout.count.size + count * layout.entry.size)
+            at = layout.pointer.unpack(source.read(layout.pointer.size))[0]
+        except (struct.error, OverflowError, OSError):  # the file ends here
             break
-        if not seen:
-            shift = 0 if order == "<" else 8 * (pointer.size - 2)  # short values stand at the beginning of their field
-            first = {tag: (many, value >> shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table}
-            if sum(many * TIFF_BYTES.get(kind, 1) for _, kind, many, _ in table) > 2 * size + 2**20:
-                raise _Refusal("is damaged: its directory describes more than the file holds")
-        seen.add(position)
-        position = following
-    return first, max(1, len(seen))
+    return max(1, len(seen))
 
 
 def _require_sane_tiff(tags: dict[int, tuple[int, int]]) -> None:
@@ -201,30 +277,26 @@ def _require_sane_tiff(tags: dict[int, tuple[int, int]]) -> None:
         raise _Refusal(f"has tiles of {across} x {down} pixels in a picture of {width} x {height}")
 
 # %% ../nbs/reference/files.ipynb #files-018
-def _gif_frames(source: BinaryIO) -> int:
-    """How many pictures a GIF holds, counted without decoding one; counting ends at MAX_PIECES blocks."""
+def _gif_frames(source: BinaryIO, size: int) -> int:
+    """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first of them."""
     source.seek(10)
     flags = source.read(3)[0]
     source.seek(13 + (3 << (flags & 7) + 1) * (flags >> 7))
-    frames = 0
-    for _ in range(limit("MAX_PIECES")):
-        block = source.read(1)
-        if block == b",":
-            frames += 1
+    frames, steps = 0, limit("MAX_PIECES") + size // 128
+    while steps > 0 and (block := source.read(1)) in (b",", b"!"):
+        frames += block == b","
+        if block == b",":  # a table of colors, and the size of a code
             flags = (source.read(9) or b"\0")[-1]
             source.seek((3 << (flags & 7) + 1) * (flags >> 7) + 1, os.SEEK_CUR)
-        elif block == b"!":
+        else:  # the kind of an extension
             source.seek(1, os.SEEK_CUR)
-        elif block != b"\0":  # the end, or what no GIF holds
-            break
-        while block != b"\0" and (length := (source.read(1) or b"\0")[0]):
+        while steps > 0 and (length := (source.read(1) or b"\0")[0]):
             source.seek(length, os.SEEK_CUR)
+            steps -= 1
+        steps -= 1
+        if not frames and (steps <= 0 or source.tell() > 2**20):
+            raise _Refusal("has no picture in its first megabyte")
     return max(1, frames)
-
-
-def _frames(picture: Image.Image, source: BinaryIO, pages: int) -> int:
-    """How many pages or frames a picture's file holds."""
-    return pages or (_gif_frames(source) if picture.format == "GIF" else getattr(picture, "n_frames", 1))
 
 # %% ../nbs/reference/files.ipynb #files-019
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -> what turns the array upright
@@ -248,7 +320,8 @@ def _array(picture: Image.Image) -> np.ndarray:
 
 
 def _values(picture: Image.Image) -> np.ndarray:
-    """`_array`; a large picture is copied in bands of rows, which needs less memory."""
+    """Decode a picture -> `_array`; a large one is copied in bands of rows, which needs less memory."""
+    picture.load()
     if picture.width * picture.height <= 2**24:
         return _array(picture)
     rows = max(1, 2**22 // picture.width)
@@ -280,50 +353,83 @@ def _depth(picture: Image.Image, source: BinaryIO) -> int:
         return most.bit_length() if 255 < most < 65535 else bits
     return 16 if picture.mode.startswith("I") else 8
 
-# %% ../nbs/reference/files.ipynb #files-021
+# %% ../nbs/reference/files.ipynb #files-0205
+def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
+    """The EXIF orientation of a picture, 1 to 8; read here, for Pillow would load all that an EXIF block claims to hold."""
+    exif = picture.info.get("exif", b"")
+    if not exif and "Raw profile type exif" in picture.info:  # of older PNG files, in hexadecimal
+        exif = bytes.fromhex("".join(picture.info["Raw profile type exif"].split("\n")[3:]))
+    exif = exif.removeprefix(b"Exif\0\0")
+    if exif and picture.format != "TIFF":
+        tags = _first_directory(io.BytesIO(exif), len(exif))
+    xmp = picture.info.get("xmp", picture.info.get("XML:com.adobe.xmp", b""))
+    stated = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp.encode() if isinstance(xmp, str) else xmp)
+    return tags[0x0112][1] if 0x0112 in tags else int(stated[1]) if stated else 1
+
+
 SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 
-def _judge(picture: Image.Image, source: BinaryIO, size: int) -> None:
+def _judge(picture: Image.Image, deep: bool, source: BinaryIO, size: int) -> None:
     """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
-    _require_memory(*picture.size, _memory(picture), size)
-    if picture.tile and picture.tile[0][0] in SLOW and picture.width * picture.height > 2**22:
-        raise _Refusal(f"has {picture.width} x {picture.height} pixels in a form that is read slowly: save it as PNG")
-    if picture.format in ("JPEG", "MPO") and isinstance(source, io.BytesIO):
-        scans = source.getvalue().count(b"\xff\xda")
-        if scans > 64 and scans * picture.width * picture.height > 2**32:
-            raise _Refusal(f"is decoded in {scans} scans of {picture.width} x {picture.height} pixels: save it as PNG")
+    width, height = picture.size
+    _require_memory(width, height, *_memory(picture, deep), size)
+    samples = width * height * len(picture.getbands())
+    if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
+        raise _Refusal(f"has {width} x {height} pixels in {size} bytes of a form that is read slowly: save it as PNG")
+    if picture.info.get("progressive"):
+        source.seek(0)
+        scans = sum(part.count(b"\xff\xda") for part in iter(lambda: source.read(2**20), b""))
+        if scans > 64 and scans * samples > 2**32:
+            raise _Refusal(f"is decoded in {scans} scans of {width} x {height} pixels: save it as PNG")
+
+# %% ../nbs/reference/files.ipynb #files-021
+def _structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tuple[int, int]], int]:
+    """What can be said without Pillow: a TIFF's first directory, and the frames of a TIFF or GIF (else 0); ValueError."""
+    if name in ("PNG", "JPEG", "JPEG2000"):
+        _require_few_parts(name, source, size)
+    if name == "TIFF":
+        tags = _first_directory(source, size)
+        _require_sane_tiff(tags)
+        return tags, _pages(source, size)
+    if name in ("WEBP", "AVIF"):
+        _require_within("WHOLE", size, f"has {size} bytes, which this format's decoder wants at once")
+    if name == "AVIF":  # Pillow reads its EXIF block while it opens the file
+        data = source.getvalue()
+        for found in re.finditer(rb"II\*\0|MM\0\*", data):
+            _first_directory(io.BytesIO(data[found.start():]), size)
+    if name == "PPM":
+        source.seek(0)
+        if not re.match(rb"P.(?:(?:\s|#[^\n\r]*[\n\r])+-?[\d.]+){2,3}\s", source.read(2**16)):
+            raise _Refusal("has no size in its first 64 kB")
+    return {}, _gif_frames(source, size) if name == "GIF" else 0
+
+
+def _indices(picture: Image.Image) -> np.ndarray | None:
+    """The colors of a palette, uint8 [256, 3]."""
+    if picture.mode not in ("P", "PA"):
+        return None
+    colors = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    return np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
 
 
 def _raster(source: BinaryIO, name: str, size: int) -> tuple:
     """Values, palette, format, bits, frames and whether it was turned, of a file of one of FORMATS."""
-    tags, pages = _tiff_pages(source, size) if name == "TIFF" else ({}, 0)
-    _require_sane_tiff(tags)
+    tags, frames = _structure(name, source, size)
     with _open_header(source, name) as picture:
-        _judge(picture, source, size)
-        bits, frames = _depth(picture, source), _frames(picture, source, pages)
-        orientation = picture.getexif().get(0x0112, 1)
-        if bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA"):
-            values = _deep_color(source)
-        else:
-            picture.load()
-            values = _values(picture)
-            bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
-        palette = None
-        if picture.mode in ("P", "PA"):
-            colors = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            palette = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
+        bits = _depth(picture, source)
+        deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
+        _judge(picture, deep, source, size)
+        values = _deep_color(source) if deep else _values(picture)
+        bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
         if values.dtype == np.uint16 and tags.get(262, (1, 1))[1] == 0:  # WhiteIsZero, which Pillow honors up to 8 bits
             values = np.uint16(2**bits - 1) - values
-        if turn := UPRIGHT.get(orientation):
+        if turn := UPRIGHT.get(_orientation(picture, tags)):
             values = np.ascontiguousarray(turn(values))
-        return values, palette, picture.format, bits, frames, turn is not None
+        return values, _indices(picture), picture.format, bits, frames or getattr(picture, "n_frames", 1), turn is not None
 
 # %% ../nbs/reference/files.ipynb #files-023
 DEFLATED = "1.2.840.10008.1.2.1.99"
-DICOM_TAGS = [0x00280000 + element for element in (
-    0x02, 0x03, 0x04, 0x06, 0x08, 0x10, 0x11, 0x100, 0x101, 0x102, 0x103, 0x1050, 0x1051, 0x1052, 0x1053, 0x1054, 0x3000,
-    0x1101, 0x1102, 0x1103, 0x1201, 0x1202, 0x1203, 0x1221, 0x1222, 0x1223)]  # what describes the pixels and how they are shown
 
 
 def _transfer_syntax(head: bytes) -> tuple[str, int]:
@@ -376,9 +482,9 @@ def _frame_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _require_honest_frame(source: BinaryIO, rows: int, columns: int) -> None:
-    """Raise ValueError if a compressed first frame states another size than the header; `source` stands at the pixel data."""
-    source.seek(12, os.SEEK_CUR)
+def _require_honest_frame(source: BinaryIO, at: int, rows: int, columns: int) -> None:
+    """Raise ValueError if a compressed first frame states more pixels than the header; the pixel data begin at `at`."""
+    source.seek(at + 12)
     offsets = source.read(8)
     if offsets[:4] == b"\xfe\xff\0\xe0":
         source.seek(struct.unpack("<I", offsets[4:])[0] + 8, os.SEEK_CUR)
@@ -422,28 +528,99 @@ def _on_screen(values: np.ndarray, header) -> np.ndarray:
         return shown
     return np.stack([shown[row.astype(np.int32) - low] for row in values])
 
+# %% ../nbs/reference/files.ipynb #files-0255
+class _Elements:
+    """Walks over the elements of a DICOM data set without keeping them, so that no header is too large or too deep.
+
+    pydicom would build every sequence that a header holds. It gets a copy without them.
+    """
+
+    LONG = (b"OB", b"OW", b"SQ", b"UN", b"UT", b"OD", b"OF", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV")
+    OPEN, ITEM, ITEM_END, SEQUENCE_END = 0xFFFFFFFF, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
+
+    def __init__(self, source: BinaryIO, syntax: str):
+        self.source, self.steps = source, 0
+        self.implicit, self.order = syntax == "1.2.840.10008.1.2", "<>"[syntax == "1.2.840.10008.1.2.2"]
+
+    def head(self) -> tuple[int, bytes, int] | None:
+        """Tag, kind of value and length of the element that begins here; None at the end of the file."""
+        self.steps += 1
+        _require_within("MAX_PIECES", self.steps, f"has {self.steps} elements before its pixels")
+        data = self.source.read(8)
+        if len(data) < 8:
+            return None
+        group, element, kind, length = struct.unpack(self.order + "HH2sH", data)
+        tag = group << 16 | element
+        if self.implicit or group == 0xFFFE or not re.fullmatch(rb"[A-Z]{2}", kind):
+            return tag, b"", struct.unpack(self.order + "I", data[4:])[0]
+        return tag, kind, struct.unpack(self.order + "I", self.source.read(4))[0] if kind in self.LONG else length
+
+    def skip(self) -> None:
+        """Pass over a sequence of unknown length, whatever is nested in it."""
+        depth = 1
+        while depth and (found := self.head()):
+            tag, _, length = found
+            if tag in (self.ITEM_END, self.SEQUENCE_END):
+                depth -= 1
+            elif length == self.OPEN:
+                depth += 1
+            else:
+                self.source.seek(length, os.SEEK_CUR)
+
+# %% ../nbs/reference/files.ipynb #files-0256
+class _Described(NamedTuple):
+    """A DICOM file's header without all that does not describe its pixels, and where its pixel data are."""
+
+    head: bytes  # a DICOM file without pixels
+    source: BinaryIO
+    start: int  # of the pixel data element
+    value: int  # of the pixel data
+    length: int  # in bytes
+    compressed: bool
+
+
+def _describe(source: BinaryIO, size: int) -> _Described:
+    """Walk over a DICOM file's elements up to its pixels; ValueError if there are too many, or no pixels."""
+    source = _inflated(source, size)
+    source.seek(0)
+    syntax, begin = _transfer_syntax(source.read(2**16))
+    source.seek(0)
+    head = source.read(begin)
+    walk = _Elements(source, syntax)
+    while (start := source.tell()) and (found := walk.head()):
+        tag, _, length = found
+        value = source.tell()
+        if tag >= 0x7FE00008:
+            there = source.seek(0, os.SEEK_END) - value
+            if length != walk.OPEN and there < length:
+                raise _Refusal(f"cannot be read as DICOM (its pixel data are cut off: {there} of {length} bytes)")
+            return _Described(head, source, start, value, min(length, there), length == walk.OPEN)
+        walk.skip() if length == walk.OPEN else source.seek(length, os.SEEK_CUR)
+        end = source.tell()
+        if tag >> 16 in (0x28, 0x7FE0) and end - value <= 2**18:
+            source.seek(start)
+            head += source.read(end - start)
+    raise _Refusal("cannot be read as DICOM (it holds no pixels)")
+
 # %% ../nbs/reference/files.ipynb #files-026
 def _dicom(source: BinaryIO, size: int) -> tuple:
     """Values, palette, format, bits, frames and whether it was turned, of a DICOM file; needs pydicom 3."""
-    from pydicom.filereader import read_partial
+    from pydicom import dcmread
     from pydicom.pixels import apply_color_lut, pixel_array
 
-    elements = 0
-
-    def at_pixels(tag, kind, length) -> bool:
-        nonlocal elements
-        elements += 1
-        _require_within("MAX_PIECES", elements, f"has {elements} elements before its pixels")
-        return tag >= 0x7FE00008
-
-    source = _inflated(source, size)
-    source.seek(0)
-    header = read_partial(source, at_pixels, specific_tags=DICOM_TAGS)
-    rows, columns, samples, stored = (int(header[key].value) for key in ("Rows", "Columns", "SamplesPerPixel", "BitsStored"))
-    deep = -(-int(header.BitsAllocated) // 8)
-    _require_memory(columns, rows, samples * deep * 2 + (24 if deep > 2 else 2), size)
-    _require_honest_frame(source, rows, columns)
-    values = pixel_array(source, index=0)  # YBR has become RGB
+    found = _describe(source, size)
+    header = dcmread(io.BytesIO(found.head))
+    rows, columns, samples, stored, allocated = (
+        int(header[key].value) for key in ("Rows", "Columns", "SamplesPerPixel", "BitsStored", "BitsAllocated"))
+    each = samples * -(-allocated // 8)  # bytes of a pixel
+    _require_memory(columns, rows, each, 2 * each + (24 if allocated > 16 else 2), size)
+    if found.compressed:
+        _require_within("MAX_FREE_BYTES", 2 * found.length, f"holds {found.length} bytes of compressed frames")
+    needed = found.length if found.compressed else min(found.length, rows * columns * each)  # the first frame is enough
+    found.source.seek(found.start)
+    whole = io.BytesIO(found.head + found.source.read(found.value - found.start + needed))
+    _require_honest_frame(whole, len(found.head), rows, columns)
+    values = pixel_array(whole, index=0)  # YBR has become RGB
     if header.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, header)
         values = values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
@@ -493,9 +670,12 @@ def read_picture(path: str | os.PathLike) -> Picture:
         OSError: It cannot be opened.
     """
     with _open_regular(path) as file:
-        source, size = _source(file)
-        values, palette, name, bits, frames, turned = _decode(source, size)
-        return Picture(values, palette, name, bits, frames, turned, _digest(source))
+        try:
+            source, size = _source(file)
+            decoded = _decode(source, size)
+        except _Refusal as error:
+            raise ValueError(str(error)) from error.__cause__
+        return Picture(*decoded, _digest(source))
 
 # %% ../nbs/reference/files.ipynb #files-030
 def _entries(folder: Path, seen: set, passed: list[tuple[Path, str]]) -> list[os.DirEntry]:
