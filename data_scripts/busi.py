@@ -14,12 +14,12 @@ MASK = re.compile(r"_mask(_\d+)?$")  # "benign (195)_mask", "…_mask_1", "…_m
 def find(roots: list[Path]) -> Found:
     """Benign and malignant pairs, each image with all its masks; normal images, which show no lesion, are not used."""
     found = Found()
-    for group in ("benign", "malignant"):
-        if folder := one_folder(found, roots, group):
+    for kind in ("benign", "malignant"):
+        if folder := one_folder(found, roots, kind):
             pictures = list_pictures(folder)
             pair_up(found, [path for path in pictures if not MASK.search(path.stem)],
                     [path for path in pictures if MASK.search(path.stem)], lambda stem: MASK.sub("", stem), several=True,
-                    group=group)
+                    stratum=kind)
     several = Counter(len(pair.masks) for pair in found.pairs if len(pair.masks) > 1)
     found.notes += [f"{count} image(s) with {masks} masks, united" for masks, count in sorted(several.items())]
     normal = [path for folder in find_folders(roots, "normal") for path in list_pictures(folder) if not MASK.search(path.stem)]
@@ -36,7 +36,7 @@ BUSI = DataSet(
     class_names=("background", "lesion"),
     download=lambda folder: [fetch_kaggle("dataset", KAGGLE, folder, checksums=folder / "checksums.json")],
     find=find,
-    folds=5,  # by name within each group: 87 benign and 42 malignant images per fold; the last two benign ones always train
+    folds=5,  # by name within each stratum: 87 benign and 42 malignant images per fold; the last two benign ones always train
 )
 
 if __name__ == "__main__":

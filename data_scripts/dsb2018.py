@@ -1,9 +1,9 @@
 """Data Science Bowl 2018, cell nuclei: 670 images, one mask file per nucleus. python data_scripts/dsb2018.py --root data"""
-import os
 from pathlib import Path
 
 from qtseg.data import list_pictures
 from qtseg.download import fetch_kaggle
+from qtseg.files import walk
 from qtseg.preparation import DataSet, Found, Pair, command_line, run
 
 KAGGLE = "data-science-bowl-2018"
@@ -11,7 +11,8 @@ KAGGLE = "data-science-bowl-2018"
 
 def cases(roots: list[Path]) -> list[Path]:
     """The folders, one per image, that hold images/ and masks/: those inside stage1_train where there is such a folder."""
-    found = [Path(path) for root in roots for path, folders, _ in os.walk(root) if "images" in folders and "__MACOSX" not in path]
+    found = {path.parent.parent for root in roots for path in walk(root)[0] if path.parent.name == "images"}
+    found = [path for path in found if "__MACOSX" not in path.parts]
     inside = [path for path in found if path.parent.name == "stage1_train"]
     return sorted(inside or [path for path in found if (path / "masks").is_dir()], key=lambda path: path.name)
 

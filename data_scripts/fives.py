@@ -18,11 +18,11 @@ DISEASES = {"A": "macular degeneration", "D": "diabetic retinopathy", "G": "glau
 
 def download(folder: Path) -> list[Path]:
     """Ask figshare for the article's files, and download the archive among them."""
-    listing = fetch(FILES, folder / "fives_files.json", page=PAGE)
+    listing = fetch(FILES, folder / "fives_files.json", page=PAGE, most=10**6)
     try:
         file = next(file for file in json.loads(listing.read_text(encoding="utf-8")) if ARCHIVE.search(file["name"]))
         return [fetch(file["download_url"], folder / Path(file["name"]).name, checksums=folder / "checksums.json", page=PAGE)]
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
         raise DownloadError(f"figshare's list of files has another form than expected ({error!r}): download the archive from "
                             f"{PAGE} and pass it with --from") from error
     finally:
@@ -38,7 +38,7 @@ def find(roots: list[Path]) -> Found:
             pair_up(found, list_pictures(images), list_pictures(masks), str, split=split)
     for pair in found.pairs:
         letter = re.search(r"_([ADGN])$", pair.id)
-        pair.id, pair.group = f"{pair.split}_{pair.id}", DISEASES[letter[1]] if letter else ""
+        pair.id, pair.stratum = f"{pair.split}_{pair.id}", DISEASES[letter[1]] if letter else ""
     return found
 
 

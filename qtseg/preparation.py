@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import filecmp
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,20 +25,22 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from .data import (NO_SPACE, DataProblems, Survey, fold_of_each, hold_out, list_pictures, new_folder, outline, private_name,
-                        read_image, read_mask)
+from .data import DataProblems, Survey, fold_of_each, hold_out, list_pictures, outline, read_image, read_mask
 from .download import unpack
+from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture, same_form,
+                         walk)
+from .masks import IGNORE, LOSSY, MaskReading, MaskValues, judge_masks, look_at, looks_up, stored_values
 from .phantoms import write_manifest
 
 # %% auto #0
-__all__ = ['POLYP_RANGES', 'Reader', 'OUTLINES', 'CELL', 'CAPTION', 'classes_of_colours', 'colours_of', 'laid_over', 'union_of',
-           'Pair', 'Found', 'find_folders', 'one_folder', 'pair_up', 'same_names', 'slices', 'held_out', 'grouped',
-           'Done', 'drop_twins', 'copyable', 'as_png', 'convert', 'convert_all', 'outlined', 'write_on',
-           'contact_sheet', 'table', 'summary', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect',
-           'fill', 'set_aside', 'prepare', 'report', 'command_line', 'steps', 'run']
+__all__ = ['POLYP_RANGES', 'Reader', 'ENDINGS', 'OUTLINES', 'CELL', 'CAPTION', 'MADE', 'NOBODYS', 'classes_of_colours', 'decoded',
+           'colours_of', 'laid_over', 'union_of', 'Pair', 'Found', 'find_folders', 'one_folder', 'name_of', 'pair_up',
+           'bad_names', 'pictures_below', 'judge', 'slices', 'held_out', 'label', 'Seen', 'Done', 'drop_twins',
+           'copyable', 'as_shown', 'as_png', 'convert', 'convert_all', 'outlined', 'write_on', 'contact_sheet', 'table',
+           'summary', 'white_of', 'alarms', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect',
+           'fill', 'keep_safe', 'set_aside', 'prepare', 'report', 'command_line', 'steps', 'run']
 
 # %% ../nbs/17_preparation.ipynb #preparation010
 POLYP_RANGES = (  # class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
@@ -57,6 +60,14 @@ def classes_of_colours(image: np.ndarray, ranges: Sequence = POLYP_RANGES) -> np
     for index, lowest, highest in ranges:
         mask[cv2.inRange(hsv, lowest, highest) > 0] = index
     return mask
+
+# %% ../nbs/17_preparation.ipynb #preparation018a
+def decoded(path: Path) -> Picture:
+    """files.read_picture; ValueError, naming the file, also where a reader is missing."""
+    try:
+        return read_picture(path)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 # %% ../nbs/17_preparation.ipynb #preparation019
 def colours_of(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
@@ -101,31 +112,47 @@ def union_of(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[s
 # %% ../nbs/17_preparation.ipynb #preparation029
 @dataclass
 class Pair:
-    """One image with the files that make its mask. `group`: a stratum; `split`: train, valid, test or ""; `fold`: or None."""
+    """One image with the files that make its mask.
+
+    Args:
+        patient: images of one patient stay together; empty: the image stands alone.
+        stratum: kind of case, such as benign; empty: none.
+        split: train, valid, test or "".
+        fold: its number, or None.
+    """
 
     id: str
     image: Path
     masks: tuple[Path, ...]
-    group: str = ""
+    patient: str = ""
+    stratum: str = ""
     split: str = ""
     fold: int | None = None
 
 # %% ../nbs/17_preparation.ipynb #preparation030
+Reader = Callable[[Sequence[Path], "tuple[int, int] | None", list[str]], np.ndarray]  # (mask files, image's size, notes) -> mask
+
+
 @dataclass
 class Found:
-    """What a source holds: pairs, problems (sentences that forbid to go on) and notes (sentences worth knowing)."""
+    """What a source holds: pairs, problems (sentences that forbid to go on) and notes (sentences worth knowing).
+
+    read: how these masks are read, where that is decided after a look at all of them; decided: what dataset.json says of it.
+    """
 
     pairs: list[Pair] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    read: Reader | None = None
+    decided: dict = field(default_factory=dict)
 
 # %% ../nbs/17_preparation.ipynb #preparation033
 def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
     """Folders that hold pictures and whose path ends in `names` (in any case), below the first of the roots that has any."""
     wanted = [name.lower() for name in names]
     for root in roots:
-        walk = (Path(path) for path, _, _ in os.walk(root) if "__MACOSX" not in path)
-        found = [path for path in walk if [part.lower() for part in path.parts[-len(wanted):]] == wanted and list_pictures(path)]
+        folders = {path.parent for path in walk(root)[0] if "__MACOSX" not in path.parts}
+        found = [path for path in folders if [part.lower() for part in path.parts[-len(wanted):]] == wanted and list_pictures(path)]
         if found:
             return sorted(found)
     return []
@@ -142,38 +169,97 @@ def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
     return None
 
 # %% ../nbs/17_preparation.ipynb #preparation037
+def name_of(path: Path, folder: Path | None = None) -> str:
+    """The name by which an image and its mask are compared: without extension, in one Unicode form, with the path below `folder`."""
+    if folder is None:
+        return same_form(path.stem)
+    return same_form(re.sub(r"\.[A-Za-z]\w{0,4}$", "", path.relative_to(folder).as_posix()))
+
+
 def pair_up(found: Found, images: Iterable[Path], masks: Iterable[Path], of: Callable[[str], str], *, several: bool = False,
-            **labels: str) -> None:
-    """Add a pair per image. `of`: from a mask's name to its image's (both without extension); several: an image may have more
-    than one mask. Images without a mask, masks without an image, and masks too many become problems.
+            folders: tuple[Path | None, Path | None] = (None, None), **labels: str) -> None:
+    """Add a pair per image. Images without a mask, masks without an image, and masks too many become problems.
+
+    Args:
+        of: from a mask's name to its image's, both as name_of gives them.
+        several: an image may have more than one mask.
+        folders: of images and of masks, where the path below them is part of the name.
+        labels: patient, stratum or split of all these pairs.
     """
     by_image: dict[str, list[Path]] = {}
     for mask in masks:
-        by_image.setdefault(of(mask.stem), []).append(mask)
-    stems = set()
+        by_image.setdefault(of(name_of(mask, folders[1])), []).append(mask)
+    names = set()
     for image in images:
-        own = by_image.get(image.stem, [])
-        stems.add(image.stem)
+        name = name_of(image, folders[0])
+        own = by_image.get(name, [])
+        names.add(name)
         if own and (several or len(own) == 1):
-            found.pairs.append(Pair(image.stem, image, tuple(own), **labels))
+            found.pairs.append(Pair(name, image, tuple(own), **labels))
         else:
             several_masks = f"several masks, {', '.join(mask.name for mask in own)}"
             found.problems.append(f"{image}: {several_masks if own else 'no mask'}")
-    found.problems += [f"{mask}: mask without an image" for stem in sorted(by_image.keys() - stems) for mask in by_image[stem]]
+    found.problems += [f"{mask}: mask without an image" for name in sorted(by_image.keys() - names) for mask in by_image[name]]
 
 # %% ../nbs/17_preparation.ipynb #preparation038
-def same_names(found: Found) -> list[str]:
-    """A problem for every id that more than one image has, or that differs from another by upper and lower case only."""
+def bad_names(found: Found) -> list[str]:
+    """A problem for every id that is not safe in a table, or that differs from another by upper and lower case at most."""
     by_id: dict[str, list[str]] = {}
     for pair in found.pairs:
-        by_id.setdefault(pair.id.lower(), []).append(str(pair.image))
-    return [f"the same name twice: {', '.join(images)}" for images in by_id.values() if len(images) > 1]
+        by_id.setdefault(pair.id.strip().casefold(), []).append(str(pair.image))
+    odd = [pair for pair in found.pairs if printable(pair.id) != pair.id or not pair.id.strip()]
+    return [f"{pair.image}: its name holds control characters, or is no Unicode: rename the file" for pair in odd] + [
+        f"the same name twice: {', '.join(images)}" for images in by_id.values() if len(images) > 1]
+
+# %% ../nbs/17_preparation.ipynb #preparation039b
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm", ".dicom", ".ima")  # files that call themselves pictures
+
+
+def pictures_below(found: Found, folder: Path) -> list[Path]:
+    """The pictures in a folder and in those inside it, by content; notes say which files were passed over, and why."""
+    files, passed = walk(folder)
+    pictures = [path for path in files if path.suffix.lower() in ENDINGS or is_picture(path)]
+    passed += [(path, "no picture") for path in sorted(set(files) - set(pictures))]
+    for reason in sorted({reason for _, reason in passed} - {"hidden"}):
+        names = [path.name for path, why in passed if why == reason]
+        found.notes.append(f"passed over in {folder.name}: {', '.join(names[:5])}{', …' * (len(names) > 5)} ({len(names)}; {reason})")
+    return pictures
+
+
+def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Sequence[int | str] = (),
+          ignore_value: int | str | None = None, workers: int | None = None) -> None:
+    """Decide from all masks how each is read (judge_masks has the arguments): sets found.read and found.decided, or adds problems."""
+    look_up = looks_up(masks, mask_values, ignore_value)
+
+    def look(path: Path) -> MaskValues | None:
+        with suppress(ValueError, OSError):  # those that cannot be read are named when they are converted
+            picture = decoded(path)
+            return look_at(str(path), stored_values(picture, look_up), picture.format in LOSSY)
+
+    paths = [path for pair in found.pairs for path in pair.masks]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        seen = tqdm(pool.map(look, paths), "looking at masks", len(paths), unit="mask", file=sys.stdout, disable=None)
+        reading, problems, notes = judge_masks([one for one in seen if one], masks, classes, mask_values, ignore_value)
+    found.problems += problems
+    found.notes += notes
+    found.read = partial(_read_as, reading)
+    found.decided = {"ignore": IGNORE if reading and reading.ignore is not None else None, "mask_values": list(mask_values)}
+
+
+def _read_as(reading: MaskReading | None, paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+    """A Reader of one mask per image; where the set's masks are refused, it only looks whether the file can be read."""
+    picture = decoded(paths[0])
+    try:
+        codes = stored_values(picture, reading is not None and reading.look_up)
+    except ValueError as error:
+        raise ValueError(f"{paths[0]}: {error}") from error
+    return np.zeros(codes.shape, np.uint8) if reading is None else reading.classes_of(codes, picture.format in LOSSY)
 
 # %% ../nbs/17_preparation.ipynb #preparation041
 def slices(pairs: list[Pair], folds: int | None) -> list[str]:
-    """Give each pair its fold: equal slices by name within each group, what is left over always trains; returns notes.
+    """Give each pair its fold (see fold_of_each): equal slices by name within each stratum, or whole patients; returns notes.
 
-    Names are sorted as plain strings: "a (10)" comes before "a (2)". ValueError if there are too few images.
+    Names are sorted as plain strings: "a (10)" comes before "a (2)". ValueError if there are too few images or patients.
     """
     notes: list[str] = []
     for pair, fold in zip(pairs, fold_of_each(Survey(Path(), "", pairs), None, folds, notes)):
@@ -192,52 +278,58 @@ def held_out(pairs: list[Pair], folds: int | None, share: float = 0.1, seed: int
     if any(pair.split == "valid" for pair in pairs):
         return []
     notes: list[str] = []
-    for row in hold_out([row for row, pair in enumerate(pairs) if pair.split == "train"], share, seed, notes):
+    for row in hold_out([row for row, pair in enumerate(pairs) if pair.split == "train"], share, seed, notes, pairs):
         pairs[row].split = "valid"
     return notes
 
 # %% ../nbs/17_preparation.ipynb #preparation049
-def grouped(pairs: list[Pair], folds: int | None, pattern: str) -> list[str]:
-    """Give folds such that images of one key stay together: the largest key first, each to the fold with the fewest images.
+def label(found: Found, column: str, pattern: str) -> None:
+    """Take the patient or the stratum (`column`) of each pair from its id; ids in which nothing is found become a problem.
 
-    A pair's key is what `pattern` finds in its id: its first group in brackets, or all that matched. ValueError (no match, fewer
-    keys than folds). Returns notes.
+    pattern: a regular expression; what its first pair of brackets matched counts, or all that matched where it has none.
     """
-    matches = {pair.id: re.search(pattern, pair.id) for pair in pairs}
-    if lost := [name for name, match in matches.items() if not match]:
-        raise ValueError(f"{pattern!r} finds nothing in {len(lost)} name(s): {', '.join(lost[:5])}{', …' * (len(lost) > 5)}")
-    key_of = {name: match[1 if match.re.groups else 0] or "" for name, match in matches.items()}
-    sizes = Counter(key_of.values())
-    if folds is None:
-        return [f"{len(sizes)} groups by {pattern!r}"]
-    if len(sizes) < folds:
-        raise ValueError(f"{pattern!r} finds {len(sizes)} group(s), too few for folds={folds}")
-    filled, fold_of = [0] * folds, {}
-    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
-        fold_of[key] = filled.index(min(filled))
-        filled[fold_of[key]] += sizes[key]
-    for pair in pairs:
-        pair.fold = fold_of[key_of[pair.id]]
-    return [f"folds: {len(sizes)} groups by {pattern!r}, each in one fold; {', '.join(map(str, filled))} images per fold"]
+    lost = []
+    for pair in found.pairs:
+        match = re.search(pattern, pair.id)
+        key = match and match[1 if match.re.groups else 0]
+        setattr(pair, column, key or "")
+        lost += [] if key else [pair.id]
+    if lost:
+        found.problems.append(f"--{column} {pattern!r} finds nothing in {len(lost)} name(s): {', '.join(lost[:5])}"
+                              f"{', …' * (len(lost) > 5)}")
+    kinds = Counter(getattr(pair, column) for pair in found.pairs)
+    found.notes.append(f"{column}: {len(kinds)} by {pattern!r}, with {min(kinds.values())} to {max(kinds.values())} images each"
+                       if kinds else f"{column}: none")
 
 # %% ../nbs/17_preparation.ipynb #preparation052
-Reader = Callable[[Sequence[Path], "tuple[int, int] | None", list[str]], np.ndarray]  # (mask files, image's size, notes) -> mask
+class Seen(NamedTuple):
+    """What one image file is like: format, bits of a channel, lowest and highest value, pages or frames, turned by EXIF."""
+
+    format: str
+    bits: int
+    low: int
+    high: int
+    frames: int
+    turned: bool
 
 
 class Done(NamedTuple):
-    """One pair, written: its row of the manifest, pixels per class, a fingerprint of the image file; or what is wrong with it."""
+    """One pair, written: its row of the manifest, pixels per class and ignored ones last, the image file's digest and what was
+    seen in it; or what is wrong with it.
+    """
 
     row: dict
     pixels: list[int]
     hash: str
     problems: list[str]
     notes: list[str]
+    seen: Seen | None = None
 
 # %% ../nbs/17_preparation.ipynb #preparation053
 def drop_twins(pairs: list[Pair], done: list[Done]) -> tuple[set[str], list[str]]:
     """Ids to leave out, because the same image file is in a part that judges (test before valid before train); notes.
 
-    Identical files in two folds stay, as the published folds have them: SegmentationData keeps them apart when a fold is chosen.
+    Identical files in two folds or of two patients stay: SegmentationData keeps them apart when a fold is chosen.
     """
     rank = {"test": 0, "valid": 1}
     twins: dict[str, list[Pair]] = {}
@@ -252,26 +344,51 @@ def drop_twins(pairs: list[Pair], done: list[Done]) -> tuple[set[str], list[str]
         notes.append(f"left out, because the same file validates or tests: {', '.join(sorted(dropped))}")
     if crossing := sum(len({pair.fold for pair in same if pair.id not in dropped}) > 1 for same in several):
         notes.append(f"{crossing} image file(s) occur in two folds; training leaves out the twin of one that validates")
+    for what, kind in (("patients", "patient"), ("strata", "stratum")):
+        torn = [same for same in several if len({getattr(pair, kind) for pair in same}) > 1]
+        if torn:
+            names = "; ".join(" = ".join(pair.id for pair in same) for same in torn[:5])
+            notes.append(f"WARNING: {len(torn)} image file(s) belong to two {what} ({names}{'; …' * (len(torn) > 5)}): is one of them wrong?")
     return dropped, notes
 
 # %% ../nbs/17_preparation.ipynb #preparation058
-def copyable(data: bytes) -> str | None:
-    """The extension under which an image file can be copied byte for byte (upright 8-bit RGB, JPEG or PNG); None for others."""
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.mode != "RGB" or picture.getexif().get(0x0112, 1) != 1:
-            return None
-        if picture.format == "PNG" and data[24] == 8:  # the header's bit depth; Pillow calls 16 bits RGB as well
-            return ".png"
-        return ".jpg" if picture.format == "JPEG" else None
+def _channels(jpeg: bytes) -> int:
+    """How many channels a JPEG has, by its frame header; 0 if there is none where it should be."""
+    place = 2
+    while jpeg[place:place + 1] == b"\xff" and place + 10 < len(jpeg):
+        kind, length = jpeg[place + 1], int.from_bytes(jpeg[place + 2:place + 4], "big")
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            return jpeg[place + 9]
+        place += 2 + length
+    return 0
+
+
+def copyable(picture: Picture, data: bytes) -> str | None:
+    """The extension under which an image file can be copied byte for byte; None where it must be written anew.
+
+    Copied are upright pictures without palette, alpha channel and further frames: PNG of 8 or 16 bits, RGB JPEG.
+    """
+    if picture.turned or picture.frames > 1:
+        return None
+    if picture.format == "PNG" and data[24] in (8, 16) and data[25] in (0, 2):  # bits of a channel; grey, RGB
+        return ".png"
+    return ".jpg" if picture.format == "JPEG" and _channels(data) == 3 else None
+
+
+def as_shown(picture: Picture) -> np.ndarray:
+    """A decoded picture as grey [H, W] or RGB [H, W, 3], uint8 or uint16: palettes looked up, bits made black and white."""
+    if picture.palette is not None:
+        return picture.palette[picture.values]
+    return picture.values * np.uint8(255) if picture.bits == 1 else picture.values
 
 # %% ../nbs/17_preparation.ipynb #preparation059
 def as_png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W] or RGB [H, W, 3] -> the bytes of a PNG file."""
+    """uint8 or uint16, [H, W] or RGB [H, W, 3] -> the bytes of a PNG file."""
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes()
 
 # %% ../nbs/17_preparation.ipynb #preparation062
-def _try(problems: list[str], function: Callable, *arguments) -> np.ndarray | None:
+def _try(problems: list[str], function: Callable, *arguments) -> np.ndarray | Picture | None:
     """Call a reader; its complaint, which names the file, becomes a problem."""
     try:
         return function(*arguments)
@@ -285,22 +402,41 @@ def _try(problems: list[str], function: Callable, *arguments) -> np.ndarray | No
 def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     """Check one pair and write it to images/ and masks/ of a folder; runs in several threads at once."""
     problems, notes = [], []
-    image = _try(problems, read_image, pair.image)  # decoded to its end, even if it is only copied
-    shape = None if image is None else image.shape[:2]
+    picture = _try(problems, decoded, pair.image)  # to its end, even if it is only copied
+    shape = None if picture is None else picture.values.shape[:2]
     mask = _try(problems, read, pair.masks, shape, notes)
-    if image is not None and mask is not None and mask.shape != shape:
+    if picture is not None and mask is not None and mask.shape != shape:
         problems.append(f"{pair.image}: {shape[1]}x{shape[0]} pixels, but its mask {pair.masks[0].name} has "
                         f"{mask.shape[1]}x{mask.shape[0]}")
+    problems += [f"{pair.image}: its mask {path.name} is the same file" for path in pair.masks if _same_file(path, pair.image)]
+    row = None if problems else _try(problems, _write_pair, pair, picture, mask, folder)
     if problems:
         return Done({}, [], "", problems, notes)
+    pixels = [int(np.count_nonzero(mask == index)) for index in (*range(classes), IGNORE)]
+    bits = picture.bits if picture.values.dtype == np.uint16 else min(picture.bits, 8)  # a DICOM of 12 bits is written with 8
+    seen = Seen(picture.format, bits, int(picture.values.min()), int(picture.values.max()), picture.frames, picture.turned)
+    return Done(row, pixels, picture.digest, [], notes, seen)
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    """Whether two files hold the same bytes; False where one cannot be read."""
+    try:
+        return first.stat().st_size == second.stat().st_size and filecmp.cmp(first, second, shallow=False)
+    except OSError:
+        return False
+
+
+def _write_pair(pair: Pair, picture: Picture, mask: np.ndarray, folder: Path) -> dict:
+    """Write image and mask below a folder, the mask with one class index per pixel; returns the row of the manifest."""
     data = pair.image.read_bytes()
-    extension = copyable(data)
+    extension = copyable(picture, data)
+    height, width = mask.shape
     row = {"id": pair.id, "image": f"images/{pair.id}{extension or '.png'}", "mask": f"masks/{pair.id}.png",
-           "height": shape[0], "width": shape[1]}
-    (folder / row["image"]).write_bytes(data if extension else as_png(image))
-    (folder / row["mask"]).write_bytes(as_png(mask))
-    pixels = [int(np.count_nonzero(mask == index)) for index in range(classes)]
-    return Done(row, pixels, hashlib.blake2b(data, digest_size=12).hexdigest(), [], notes)
+           "height": height, "width": width}
+    for name, content in ((row["image"], data if extension else as_png(as_shown(picture))), (row["mask"], as_png(mask))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)  # an id may hold the name of a sub-folder
+        (folder / name).write_bytes(content)
+    return row
 
 # %% ../nbs/17_preparation.ipynb #preparation066
 def convert_all(pairs: list[Pair], folder: Path, read: Reader, classes: int, workers: int, progress: bool) -> list[Done]:
@@ -324,7 +460,8 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     scale = min(CELL[0] / image.shape[1], CELL[1] / image.shape[0])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    for index in range(1, int(mask.max()) + 1):
+    small[cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT) == IGNORE] = 128
+    for index in sorted(set(np.unique(mask).tolist()) - {0, IGNORE}):
         shape = cv2.resize((mask == index).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127
         outline(small, shape, OUTLINES[(index - 1) % len(OUTLINES)])
     thumbnail = np.full((CELL[1], CELL[0], 3), 40, np.uint8)
@@ -339,12 +476,16 @@ def write_on(sheet: np.ndarray, text: str, x: int, y: int, colour: tuple[int, in
     return x + 14 + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.36, 1)[0][0]
 
 # %% ../nbs/17_preparation.ipynb #preparation072
-def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], workers: int = 1, most: int = 24) -> np.ndarray:
-    """A picture [H, W, 3] of up to `most` pairs as they stand in the folder, evenly chosen by group and name, masks outlined."""
-    def thumbnail(row: dict) -> np.ndarray:
-        return outlined(read_image(folder / row["image"]), read_mask(folder / row["mask"], classes=256))
+def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], workers: int = 1, most: int = 24,
+                  white: int = 65535) -> np.ndarray:
+    """A picture [H, W, 3] of up to `most` pairs as they stand in the folder, evenly chosen by stratum and name, masks outlined.
 
-    rows, columns = sorted(rows, key=lambda row: (row["group"], row["id"])), 6
+    white: the stored value that is shown white, for images of 16 bits.
+    """
+    def thumbnail(row: dict) -> np.ndarray:
+        return outlined(read_image(folder / row["image"], white), decoded(folder / row["mask"]).values)
+
+    rows, columns = sorted(rows, key=lambda row: (row["stratum"], row["id"])), 6
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))]
     sheet = np.full((CAPTION + (CELL[1] + CAPTION) * -(-len(chosen) // columns), CELL[0] * columns, 3), 40, np.uint8)
     x = 4
@@ -359,35 +500,81 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
 
 # %% ../nbs/17_preparation.ipynb #preparation075
 def table(rows: list[dict]) -> str:
-    """Counts per group (lines), and per fold or split (columns)."""
+    """Counts per stratum (lines), and per fold or split (columns)."""
     rest = "always train" if any(row["fold"] is not None for row in rows) else "not split"
 
     def part(row: dict) -> str:
         return f"fold {row['fold']}" if row["fold"] is not None else row["split"] or rest
 
-    counts = Counter((group, part(row)) for row in rows for group in {row["group"], "all"} if group)
-    groups, order = sorted({row["group"] for row in rows} - {""}), ["train", "valid", rest, "test"]
+    counts = Counter((stratum, part(row)) for row in rows for stratum in {row["stratum"], "all"} if stratum)
+    strata, order = sorted({row["stratum"] for row in rows} - {"", "all"}), ["train", "valid", rest, "test"]
     parts = sorted({part(row) for row in rows}, key=lambda name: (order.index(name) if name in order else -1, name))
     lines = [["images", *parts, "sum"]]
-    for group in [*groups, "all"]:
-        numbers = [counts[group, name] for name in parts]
-        lines.append([group, *map(str, numbers), str(sum(numbers))])
+    for stratum in [*strata, "all"]:
+        numbers = [counts[stratum, name] for name in parts]
+        lines.append([stratum, *map(str, numbers), str(sum(numbers))])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)
 
 # %% ../nbs/17_preparation.ipynb #preparation076
-def summary(rows: list[dict], pixels: list[list[int]], class_names: Sequence[str]) -> str:
-    """What a prepared set holds, in words: counts, sizes, share of each class (mean over images), empty masks."""
+def summary(rows: list[dict], done: list[Done], class_names: Sequence[str]) -> list[str]:
+    """What a prepared set holds, in lines: counts, sizes, values, share of each class (mean over images), empty and full masks."""
     sizes = Counter((row["width"], row["height"]) for row in rows)
     (width, height), count = max(sizes.items(), key=lambda item: (item[1], item[0]))
     low, high = min(sizes, key=lambda size: size[0] * size[1]), max(sizes, key=lambda size: size[0] * size[1])
-    shares = np.array([np.array(counts) / sum(counts) for counts in pixels])  # [images, classes]
-    seen = [f"{name} {100 * shares[:, i].mean():.2f} % (in {np.count_nonzero(shares[:, i])} images)"
+    pixels = np.array([one.pixels for one in done])  # [images, classes and ignored]
+    shares = pixels[:, :-1] / np.maximum(pixels[:, :-1].sum(axis=1, keepdims=True), 1)
+    held = [f"{name} {100 * shares[:, i].mean():.2f} % (in {np.count_nonzero(shares[:, i])} images)"
             for i, name in enumerate(class_names) if i]
-    return "\n".join([
-        table(rows),
+    ignored = np.count_nonzero(pixels[:, -1])
+    return [
+        *table(rows).splitlines(),
         f"sizes: {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels, most often {width}x{height} ({count} images)",
-        f"share of the pixels, mean over images: {', '.join(seen)}; {int((shares[:, 0] == 1).sum())} masks are empty"])
+        *_values(done),
+        f"share of the pixels, mean over images: {', '.join(held)}; {np.count_nonzero(shares[:, 1:].sum(axis=1) == 0)} masks are "
+        f"empty, {np.count_nonzero(pixels[:, 0] == 0)} without background, {ignored} with ignored pixels"]
+
+
+def _values(done: list[Done]) -> list[str]:
+    """A line for each kind of image file: format, bits, lowest and highest value; and one for files turned upright."""
+    kinds: dict[tuple, list[Seen]] = {}
+    for seen in (one.seen for one in done):
+        kinds.setdefault((seen.format, seen.bits), []).append(seen)
+    lines = [f"files: {len(members)} {kind} of {bits} bit(s), values {min(seen.low for seen in members)} to "
+             f"{max(seen.high for seen in members)}" for (kind, bits), members in sorted(kinds.items())]
+    turned = sum(one.seen.turned for one in done)
+    return lines + [f"files: {turned} turned upright, as their EXIF block says"] * bool(turned)
+
+# %% ../nbs/17_preparation.ipynb #preparation076a
+def white_of(done: list[Done]) -> int:
+    """The stored value that is white in the images of more than 8 bits, the same for the whole set; 65535 where there are none.
+
+    What the files state (12 bits: 4095), else the least of 1023, 4095, 16383 and 65535 that no stored value exceeds.
+    """
+    deep = [one.seen for one in done if one.seen.bits > 8]
+    highest = max((seen.high for seen in deep), default=65535)
+    stated = max((2 ** seen.bits - 1 for seen in deep if seen.bits < 16), default=0)
+    return stated if stated >= highest else next(white for white in (1023, 4095, 16383, 65535) if white >= highest)
+
+
+def alarms(pairs: list[Pair], done: list[Done], class_names: Sequence[str]) -> list[str]:
+    """Warnings: classes that no mask holds, masks without background, files with further pages, depths that differ."""
+    def named(rows: Iterable[int]) -> str:
+        rows = list(rows)
+        return f"{', '.join(pairs[row].id for row in rows[:5])}{', …' * (len(rows) > 5)}"
+
+    pixels = np.array([one.pixels for one in done])
+    found = [f"no mask holds {name}" for i, name in enumerate(class_names) if i and not pixels[:, i].any()]
+    if full := np.flatnonzero(pixels[:, 0] == 0).tolist():
+        found.append(f"{len(full)} masks are without background: {named(full)}")
+    if paged := [row for row, one in enumerate(done) if one.seen.frames > 1]:
+        found.append(f"{len(paged)} image files hold more pages or frames than the first, which alone was read: {named(paged)}")
+    depths = Counter(max(one.seen.bits, 8) for one in done)
+    if len(depths) > 1:
+        rare = min(depths, key=depths.get)
+        odd = [row for row, one in enumerate(done) if max(one.seen.bits, 8) == rare]
+        found.append(f"images of {' and '.join(map(str, sorted(depths)))} bits are mixed: {rare} bits in {named(odd)}")
+    return [f"WARNING: {text}" for text in found]
 
 # %% ../nbs/17_preparation.ipynb #preparation079
 @dataclass(frozen=True)
@@ -446,18 +633,17 @@ def fingerprint(source: Path) -> list:
         return [source.name, source.stat().st_size]
     if not source.is_dir():
         raise FileNotFoundError(f"{source} does not exist: give the archive as downloaded, or the folder it was unpacked to")
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    state = [(path.relative_to(source).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    files = [(path.relative_to(source).as_posix(), path.stat()) for path in walk(source)[0]]
+    state = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
     return [str(source), hashlib.blake2b(json.dumps(state).encode(), digest_size=8).hexdigest()]
 
 # %% ../nbs/17_preparation.ipynb #preparation087
 def made_from(folder: Path) -> dict | None:
-    """What a finished prepared folder says it was made with, or None where there is none."""
-    try:
-        description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        return description["prepared"] if (folder / "manifest.csv").is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
+    """What a finished prepared folder says it was made with, or None where there is none. ValueError if dataset.json is damaged."""
+    if not ((folder / "manifest.csv").is_file() and (folder / "dataset.json").is_file()):
         return None
+    made = read_json(folder / "dataset.json").get("prepared")
+    return made if isinstance(made, dict) else None
 
 # %% ../nbs/17_preparation.ipynb #preparation088
 def is_ready(folder: Path, wishes: dict) -> bool:
@@ -483,47 +669,72 @@ def _short(text: str, private: Path, sources: Iterable[Path]) -> str:
 
 # %% ../nbs/17_preparation.ipynb #preparation092
 def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | None, workers: int,
-            progress: bool) -> tuple[list[Pair], list[Done], list[str]]:
-    """Find the pairs, write them all, give each its fold or split: (pairs, what was written, notes). Raises DataProblems."""
+            progress: bool) -> tuple[Found, list[Done]]:
+    """Find the pairs, write them all, give each its fold or split: (what was found, what was written). Raises DataProblems."""
     try:
         found = dataset.find(gather(sources, private / "unpacked", dataset.archives, progress))
         found.pairs.sort(key=lambda pair: pair.id)  # plain string order: slices and held_out build on it
-        problems = found.problems + same_names(found)
+        problems = found.problems + bad_names(found)
         if not found.pairs and not problems:
             problems = ["no pairs of image and mask"]
-        done = convert_all(found.pairs, private, dataset.read, len(dataset.class_names), workers, progress)
+        done = convert_all(found.pairs, private, found.read or dataset.read, len(dataset.class_names), workers, progress)
         problems += [problem for result in done for problem in result.problems]
-        notes = found.notes + [note for result in done for note in result.notes]
-        notes += [] if problems else dataset.assign(found.pairs, folds)
+        found.notes += [note for result in done for note in result.notes]
+        found.notes += [] if problems else dataset.assign(found.pairs, folds)
     except ValueError as error:
         problems = [str(error)]
     if problems:
         raise DataProblems(dataset.title, [_short(problem, private, sources) for problem in problems])
-    return found.pairs, done, notes
+    return found, done
 
 # %% ../nbs/17_preparation.ipynb #preparation093
 def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, workers: int, progress: bool) -> None:
     """Write everything of a prepared folder into an empty one, the manifest last. Raises DataProblems (all problems at once)."""
-    pairs, done, notes = collect(dataset, sources, private, wishes["folds"], workers, progress)
-    dropped, more = drop_twins(pairs, done)
-    rows, pixels = [], []
-    for pair, result in zip(pairs, done):
-        if pair.id in dropped:
-            (private / result.row["image"]).unlink()
-            (private / result.row["mask"]).unlink()
-        else:
-            rows.append(result.row | {"group": pair.group, "fold": pair.fold, "split": pair.split})
-            pixels.append(result.pixels)
+    found, done = collect(dataset, sources, private, wishes["folds"], workers, progress)
+    dropped, twins = drop_twins(found.pairs, done)
+    for result in (result for pair, result in zip(found.pairs, done) if pair.id in dropped):
+        (private / result.row["image"]).unlink()
+        (private / result.row["mask"]).unlink()
+    done = [result for pair, result in zip(found.pairs, done) if pair.id not in dropped]
+    pairs = [pair for pair in found.pairs if pair.id not in dropped]
+    rows = [result.row | {"patient": pair.patient, "stratum": pair.stratum, "fold": pair.fold, "split": pair.split}
+            for pair, result in zip(pairs, done)]
+    white, names = white_of(done), dataset.class_names
     (private / "LICENCE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
-    (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, dataset.class_names, workers)))
+    (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, names, workers, white=white)))
     shutil.rmtree(private / "unpacked", ignore_errors=True)
-    write_manifest(private, rows, dataset.name, dataset.class_names, title=dataset.title, licence=dataset.licence,
-                   citation=dataset.citation, page=dataset.page, notes=notes + more,
-                   summary=summary(rows, pixels, dataset.class_names).splitlines(), prepared=wishes)
+    write_manifest(private, rows, dataset.name, names,  # ids stay exact, even "=1+1": they are names of files, not formulas
+                   title=dataset.title, licence=dataset.licence, citation=dataset.citation, page=dataset.page,
+                   notes=found.notes + twins + alarms(pairs, done, names), summary=summary(rows, done, names),
+                   white=white, **found.decided, prepared=wishes)
 
 # %% ../nbs/17_preparation.ipynb #preparation095
+MADE = {"manifest.csv", "dataset.json", "LICENCE.txt", "contact_sheet.png"}
+NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave behind
+
+
+def keep_safe(folder: Path) -> None:
+    """Raise ValueError if a prepared folder holds files that were not made with it, or that were changed since."""
+    manifest = folder / "manifest.csv"
+    try:
+        rows = list(csv.DictReader(manifest.read_text(encoding="utf-8").splitlines(keepends=True)))
+        ours = MADE | {row[part] for row in rows for part in ("image", "mask")}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError):
+        ours = MADE
+    made = manifest.stat().st_mtime_ns
+    paths = [Path(place) / name for place, _, names in os.walk(folder) for name in names if name not in NOBODYS]
+    others = [name for path in paths if (name := same_form(path.relative_to(folder).as_posix())) not in ours
+              or path.lstat().st_mtime_ns > made]
+    if others:
+        raise ValueError(f"{folder} holds {len(others)} file(s) that are not as a data script made them ({', '.join(sorted(others)[:5])}"
+                         f"{', …' * (len(others) > 5)}): move them elsewhere, or remove the folder yourself, then run this again")
+
+
 def set_aside(folder: Path) -> None:
     """Remove a folder at one stroke: renamed first, to a name that is swept away should this process die before the next line."""
+    if not folder.exists():
+        return
+    keep_safe(folder)
     aside = private_name(folder.parent)
     with suppress(FileNotFoundError):
         folder.rename(aside)
@@ -544,8 +755,10 @@ def prepare(dataset: DataSet, sources: Iterable[str | os.PathLike] | None, root:
     if sources is not None:
         sources = [Path(source).expanduser().absolute() for source in sources]
         wishes["sources"] = [fingerprint(source) for source in sources]
-    if is_ready(folder, {} if force else wishes) and not force:
-        return folder
+    if is_ready(folder, {} if force else wishes):
+        if not force:
+            return folder
+        keep_safe(folder)  # before the work starts
     if sources is None:
         sources = dataset.download(root / "downloads")
         wishes["sources"] = [fingerprint(source) for source in sources]
@@ -558,12 +771,14 @@ def prepare(dataset: DataSet, sources: Iterable[str | os.PathLike] | None, root:
 
 # %% ../nbs/17_preparation.ipynb #preparation103
 def report(folder: Path) -> str:
-    """What a prepared folder says about itself: counts, sizes, shares, notes."""
-    description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    notes = [f"note: {note}" for note in description["notes"]]
-    return "\n".join([f"{folder}: {description['title']}", *description["summary"], *notes,
-                      f"look at {folder / 'contact_sheet.png'}",
-                      f'use it: SegmentationData.from_prepared("{folder}", classes={len(description["classes"])})'])
+    """What a prepared folder says about itself: counts, sizes, values, shares, notes, and warnings last."""
+    said = read_json(folder / "dataset.json")
+    lists = {key: said[key] if isinstance(said.get(key), list) else [] for key in ("summary", "notes", "classes")}
+    notes = [str(note) if str(note).startswith("WARNING") else f"note: {note}" for note in lists["notes"]]
+    lines = [f"{folder}: {said.get('title', folder.name)}", *lists["summary"], *sorted(notes, key=lambda note: note.startswith("WARNING")),
+             f"look at {folder / 'contact_sheet.png'}",
+             f'use it: SegmentationData.from_prepared("{folder}", classes={len(lists["classes"])})']
+    return "\n".join(map(printable, lines))
 
 # %% ../nbs/17_preparation.ipynb #preparation104
 def command_line(title: str, download: bool = True) -> argparse.ArgumentParser:
@@ -602,11 +817,9 @@ def run(parser: argparse.ArgumentParser, describe: Callable[[argparse.Namespace]
     chosen = parser.parse_args(arguments)
     try:
         steps(describe(chosen), chosen)
-    except OSError as error:
-        full = error.errno in NO_SPACE
-        raise SystemExit(f"no space left in {chosen.root}: free some, or name another --root; nothing is left half-made" if full
-                         else str(error)) from None
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in NO_SPACE:
+            error = f"no space left in {chosen.root}: free some, or name another --root; nothing is left half-made"
+        raise SystemExit("\n".join(map(printable, str(error).split("\n")))) from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted: the same command goes on from here") from None

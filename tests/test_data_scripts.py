@@ -105,12 +105,12 @@ def test_bkai_sample(sample):
 def test_busi_sample(sample):
     raw, folder = sample("busi")
     table = rows(folder)
-    assert Counter((row["group"], row["fold"]) for row in table.values()) == {
-        (group, str(fold)): 4 for group in ("benign", "malignant") for fold in range(5)}
+    assert Counter((row["stratum"], row["fold"]) for row in table.values()) == {
+        (kind, str(fold)): 4 for kind in ("benign", "malignant") for fold in range(5)}
     notes = json.loads((folder / "dataset.json").read_text())["notes"]
     assert "10 normal images, without a lesion, are not used" in notes and "2 image(s) with 2 masks, united" in notes
     for name, row in table.items():
-        source = raw / "BUSI" / row["group"]
+        source = raw / "BUSI" / row["stratum"]
         image = Image.open(source / f"{name}.png")
         wanted = np.zeros(image.size[::-1], bool)
         for path in sorted(source.glob(f"{name}_mask*.png")):
@@ -259,7 +259,7 @@ def test_fives(tmp_path):
     folder = prepare(fives.FIVES, [fives_archive(tmp_path / "zips", 20, 4)], tmp_path / "data", progress=False)
     table = rows(folder)
     assert Counter(row["split"] for row in table.values()) == {"train": 18, "valid": 2, "test": 4}
-    assert {"train_1_A", "test_1_A"} <= set(table) and Counter(row["group"] for row in table.values()) == dict.fromkeys(
+    assert {"train_1_A", "test_1_A"} <= set(table) and Counter(row["stratum"] for row in table.values()) == dict.fromkeys(
         fives.DISEASES.values(), 6)
     assert np.array_equal(stored(folder, table["test_3_G"]), box(2, 2))
 
@@ -392,11 +392,11 @@ def test_own_data_from_the_command_line(tmp_path):
         save(tmp_path / "A" / f"patient{i // 3}_{i}.png", picture(i))
         save(tmp_path / "B" / f"patient{i // 3}_{i}_mask.png", box(3, 3) + 2 * box(20, 20))
     arguments = ("--images", tmp_path / "A", "--masks", tmp_path / "B", "--classes", 3, "--root", tmp_path / "data")
-    done = script("own", *arguments, "--folds", 4, "--group-by", r"patient(\d+)", "--class-names", "background,cyst,node")
+    done = script("own", *arguments, "--folds", 4, "--patient", r"patient(\d+)", "--class-names", "background,cyst,node")
     assert done.returncode == 0, done.stderr
     table = rows(tmp_path / "data" / "own")
     folds = {name: {row["fold"] for key, row in table.items() if key.startswith(name)} for name in (f"patient{i}_" for i in range(4))}
-    assert sorted(folds.values(), key=str) == [{"0"}, {"1"}, {"2"}, {"3"}] and {row["group"] for row in table.values()} == {""}
+    assert sorted(folds.values(), key=str) == [{"0"}, {"1"}, {"2"}, {"3"}] and {row["patient"] for row in table.values()} == set("0123")
     assert json.loads((tmp_path / "data" / "own" / "dataset.json").read_text())["classes"] == ["background", "cyst", "node"]
     metrics = one_epoch(tmp_path / "data" / "own", tmp_path, classes=3, fold=2)
     assert metrics["images"]["valid"] == 3
@@ -410,10 +410,10 @@ def own_run(tmp_path: Path, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--classes", "1"], "--classes must be 2 to 256"), (["--class-names", "a,b,c"], "and --class-names as many; got 2 and a, b, c"),
-    (["--group-by", "("], "--group-by is no regular expression"), (["--name", "a/b"], "--name must be the name of one folder"),
+    (["--classes", "1"], "--classes must be 2 to 255"), (["--class-names", "a,b,c"], "and --class-names as many; got 2 and a, b, c"),
+    (["--patient", "("], "--patient is no regular expression"), (["--name", "a/b"], "--name must be the name of one folder"),
     (["--folds", "1"], "--folds must be 0 or at least 2, got 1"), (["--workers", "0"], "--workers must be at least 1, got 0"),
-    (["--group-by", "dog"], "'dog' finds nothing in 3 name(s): a0, a1, a2"), (["--folds", "7"], "3 images cannot make folds=7"),
+    (["--stratum", "dog"], "--stratum 'dog' finds nothing in 3 name(s): a0, a1, a2"), (["--folds", "7"], "3 images cannot make folds=7"),
     (["--masks-are", "index"], "holds class index 255, but classes=2 allows 0 to 1")])
 def test_own_wishes_that_cannot_be_met(tmp_path, capsys, arguments, sentence):
     for i in range(3):

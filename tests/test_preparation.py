@@ -19,9 +19,10 @@ from PIL import Image
 
 from qtseg import preparation as module
 from qtseg.data import DataProblems, SegmentationData, list_pictures, read_image, read_mask
-from qtseg.preparation import (POLYP_RANGES, DataSet, Done, Found, Pair, as_png, classes_of_colours, contact_sheet, copyable,
-                               drop_twins, find_folders, gather, grouped, held_out, laid_over, one_folder, pair_up, prepare,
-                               report, same_names, slices, summary, union_of)
+from qtseg.files import read_picture
+from qtseg.preparation import (POLYP_RANGES, DataSet, Done, Found, Pair, as_png, bad_names, classes_of_colours, contact_sheet,
+                               copyable, drop_twins, find_folders, gather, held_out, label, laid_over, one_folder, pair_up,
+                               prepare, report, slices, summary, union_of)
 
 
 def picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
@@ -75,7 +76,8 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def pairs(*specifications: tuple) -> list[Pair]:
-    return [Pair(name, Path(f"{name}.png"), (Path(f"{name}_mask.png"),), *rest) for name, *rest in specifications]
+    """Each: id, stratum, split, fold."""
+    return [Pair(name, Path(f"{name}.png"), (Path(f"{name}_mask.png"),), "", *rest) for name, *rest in specifications]
 
 
 # masks
@@ -163,7 +165,8 @@ def test_no_colour_is_both_red_and_green():
     ("plain.png", {}, ".png"), ("plain.jpg", {"quality": 90}, ".jpg"), ("plain.jpeg", {"quality": 90}, ".jpg"),
     ("plain.bmp", {}, None), ("plain.tif", {}, None)])
 def test_what_can_be_copied(tmp_path, name, options, extension):
-    assert copyable(save(tmp_path / name, picture(0), **options).read_bytes()) == extension
+    path = save(tmp_path / name, picture(0), **options)
+    assert copyable(read_picture(path), path.read_bytes()) == extension
 
 
 def test_what_must_be_rewritten(tmp_path):
@@ -172,14 +175,17 @@ def test_what_must_be_rewritten(tmp_path):
     upright = Image.Exif()
     upright[0x0112] = 1
     grey = picture(0)[..., 0]
-    others = {"grey.png": (grey, {}), "alpha.png": (np.dstack([picture(0), grey]), {}), "turned.jpg": (picture(0), {"exif": turned}),
-              "deep.png": (grey.astype(np.uint16) * 257, {}), "palette.png": (Image.fromarray(picture(0)).quantize(16), {}),
-              "cmyk.jpg": (Image.fromarray(picture(0)).convert("CMYK"), {})}
-    for name, (array, options) in others.items():
-        assert copyable(save(tmp_path / name, array, **options).read_bytes()) is None, name
-    cv2.imwrite(str(tmp_path / "deep_rgb.png"), picture(0).astype(np.uint16) * 257)
-    assert copyable((tmp_path / "deep_rgb.png").read_bytes()) is None
-    assert copyable(save(tmp_path / "upright.jpg", picture(0), exif=upright).read_bytes()) == ".jpg"
+    files = {"alpha.png": (np.dstack([picture(0), grey]), {}, None), "turned.jpg": (picture(0), {"exif": turned}, None),
+             "palette.png": (Image.fromarray(picture(0)).quantize(16), {}, None), "bits.png": (Image.fromarray(grey > 99), {}, None),
+             "cmyk.jpg": (Image.fromarray(picture(0)).convert("CMYK"), {}, None), "grey.jpg": (grey, {}, None),
+             "greys.png": (np.dstack([grey, grey])[..., 0], {}, ".png"), "deep.png": (grey.astype(np.uint16) * 257, {}, ".png"),
+             "moving.png": (Image.fromarray(grey), {"save_all": True, "append_images": [Image.fromarray(grey + 1)]}, None),
+             "upright.jpg": (picture(0), {"exif": upright}, ".jpg")}
+    for name, (array, options, extension) in files.items():
+        path = save(tmp_path / name, array, **options)
+        assert copyable(read_picture(path), path.read_bytes()) == extension, name
+    cv2.imwrite(str(path := tmp_path / "deep_rgb.png"), picture(0).astype(np.uint16) * 257)
+    assert copyable(read_picture(path), path.read_bytes()) == ".png"
 
 
 def test_images_arrive_as_they_were_or_as_png(tmp_path):
@@ -219,8 +225,8 @@ def test_pairs_and_what_does_not_pair_up(tmp_path):
     images = [Path(f"{name}.png") for name in "abc"]
     masks = [Path(name) for name in ("a_m.png", "b_m.png", "b_m.bmp", "d_m.png")]
     found = Found()
-    pair_up(found, images, masks, lambda stem: stem[:-2], group="g")
-    assert [(pair.id, pair.group, len(pair.masks)) for pair in found.pairs] == [("a", "g", 1)]
+    pair_up(found, images, masks, lambda stem: stem[:-2], stratum="g")
+    assert [(pair.id, pair.stratum, len(pair.masks)) for pair in found.pairs] == [("a", "g", 1)]
     assert found.problems == ["b.png: several masks, b_m.png, b_m.bmp", "c.png: no mask", "d_m.png: mask without an image"]
     pair_up(found := Found(), images, masks, lambda stem: stem[:-2], several=True)
     assert [len(pair.masks) for pair in found.pairs] == [1, 2]
@@ -228,7 +234,7 @@ def test_pairs_and_what_does_not_pair_up(tmp_path):
 
 def test_names_that_differ_by_case_only_are_a_problem():
     found = Found(pairs(("a",), ("A",), ("b",)))
-    assert same_names(found) == ["the same name twice: a.png, A.png"]
+    assert bad_names(found) == ["the same name twice: a.png, A.png"]
 
 
 # folds
@@ -236,13 +242,13 @@ def test_names_that_differ_by_case_only_are_a_problem():
 def test_busi_folds_as_published():
     """437 benign and 210 malignant, sorted by name: 87 and 42 per fold; the last two benign ones always train."""
     names = [("benign", i) for i in range(1, 438)] + [("malignant", i) for i in range(1, 211)]
-    made = sorted(pairs(*((f"{group} ({i})", group) for group, i in names)), key=lambda pair: pair.id)
+    made = sorted(pairs(*((f"{kind} ({i})", kind) for kind, i in names)), key=lambda pair: pair.id)
     notes = slices(made, 5)
-    for group, size in (("benign", 87), ("malignant", 42)):
-        members = [pair for pair in made if pair.group == group]
+    for kind, size in (("benign", 87), ("malignant", 42)):
+        members = [pair for pair in made if pair.stratum == kind]
         assert [pair.fold for pair in members] == [i // size for i in range(5 * size)] + [None] * (len(members) - 5 * size)
     assert [pair.id for pair in made if pair.fold is None] == ["benign (98)", "benign (99)"]  # plain string order
-    assert notes == ["folds: 5 equal slices of 129 images, sorted by name, within each group; the last 2 always train"]
+    assert notes == ["folds: 5 equal slices of 129 images, sorted by name, within each stratum; the last 2 always train"]
 
 
 def test_slices_leave_the_test_part_alone_and_say_when_it_cannot_be_done():
@@ -271,28 +277,6 @@ def test_held_out_keeps_a_validation_part_and_makes_folds_if_asked():
     assert held_out(made, None) == [] and [pair.split for pair in made] == ["train", "valid", "test", "train"]
     held_out(made, 3)
     assert [pair.fold for pair in made] == [0, 1, None, 2]
-
-
-def test_grouped_folds_keep_patients_together_and_even():
-    rng = np.random.default_rng(3)
-    sizes = rng.integers(1, 9, 40)
-    made = pairs(*((f"p{patient:02d}_{i}",) for patient, size in enumerate(sizes) for i in range(size)))
-    notes = grouped(made, 5, r"^p(\d+)_")
-    fold_of = {}
-    for pair in made:
-        assert fold_of.setdefault(pair.id[:3], pair.fold) == pair.fold
-    filled = np.bincount([pair.fold for pair in made])
-    assert len(filled) == 5 and np.ptp(filled) <= 1 and "40 groups" in notes[0]
-    again = pairs(*((pair.id,) for pair in made))
-    grouped(again, 5, r"p\d+")  # the whole match, where there are no brackets
-    assert [pair.fold for pair in again] == [pair.fold for pair in made]
-
-
-def test_grouping_that_cannot_be_done_is_refused():
-    with pytest.raises(ValueError, match=r"finds nothing in 1 name\(s\): stray"):
-        grouped(pairs(("p1_a",), ("stray",)), 2, r"p\d")
-    with pytest.raises(ValueError, match=r"finds 1 group\(s\), too few for folds=2"):
-        grouped(pairs(("p1_a",), ("p1_b",)), 2, r"p\d")
 
 
 def test_twins_stay_with_the_part_that_judges():
@@ -334,20 +318,21 @@ def test_the_summary_counts_rightly(tmp_path):
     assert f"box {100 * 100 / (40 * 48):.2f} % (in 7 images); 0 masks are empty" in text
 
 
-def test_the_table_names_groups_and_splits():
-    made = [{"id": str(i), "group": group, "fold": None, "split": split, "width": 4, "height": 2 + i % 2}
-            for i, (group, split) in enumerate([("b", "train"), ("a", "test"), ("a", "valid"), ("b", "train"), ("a", "train")])]
-    lines = summary(made, [[8, 0]] * 5, ("background", "x")).splitlines()
+def test_the_table_names_strata_and_splits():
+    made = [{"id": str(i), "stratum": kind, "fold": None, "split": split, "width": 4, "height": 2 + i % 2}
+            for i, (kind, split) in enumerate([("b", "train"), ("a", "test"), ("a", "valid"), ("b", "train"), ("a", "train")])]
+    lines = summary(made, [Done({}, [8, 0, 0], "", [], [], module.Seen("PNG", 8, 0, 255, 1, False))] * 5, ("background", "x"))
     assert [line.split() for line in lines[:4]] == [["images", "train", "valid", "test", "sum"], ["a", "1", "1", "1", "3"],
                                                     ["b", "2", "0", "0", "2"], ["all", "3", "1", "1", "5"]]
-    assert "4x2 to 4x3 pixels, most often 4x2 (3 images)" in lines[4] and "5 masks are empty" in lines[5]
+    assert "4x2 to 4x3 pixels, most often 4x2 (3 images)" in lines[4] and lines[5] == "files: 5 PNG of 8 bit(s), values 0 to 255"
+    assert "5 masks are empty, 0 without background, 0 with ignored pixels" in lines[6]
 
 
 def test_the_contact_sheet_shows_every_class(tmp_path):
     mask = box(2, 2) + 2 * box(20, 20)
     for name, array in (("images/a.png", picture(0)), ("masks/a.png", mask)):
         save(tmp_path / name, array)
-    sheet = contact_sheet(tmp_path, [{"id": "a", "group": "", "image": "images/a.png", "mask": "masks/a.png"}], ("bg", "one", "two"))
+    sheet = contact_sheet(tmp_path, [{"id": "a", "stratum": "", "image": "images/a.png", "mask": "masks/a.png"}], ("bg", "one", "two"))
     assert sheet.shape == (16 + 144, 960, 3)
     for colour in module.OUTLINES[:2]:
         assert (sheet[16:] == colour).all(axis=2).sum() > 40
