@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__
-from .data import PREPROCESSING_FILE, Preprocessing, new_folder, normalise
+from .data import PREPROCESSING_FILE, Preprocessing, normalise
 from .evaluation import read_checkpoint, weights_sha256
-from .inference import OnnxNetwork, _open_onnx
-from .model import write_then_rename
+from .files import escape, new_folder, printable, read_json, write_then_rename
+from .inference import OnnxNetwork, open_onnx
+from .model import find_checkpoint
 from .phantoms import FAMILIES, phantom
 from .training import TrainConfig, hardware
 
@@ -148,12 +149,14 @@ def _translate(program: torch.export.ExportedProgram, opset: int, metadata: dict
 def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset: int = OPSET) -> float:
     """Write a checkpoint as one ONNX file, by default <checkpoint>/model.onnx; returns how far its logits are off PyTorch's.
 
+    checkpoint: its folder, or the folder of a run (see `find_checkpoint`).
+
     Input "images" float32 [B, C, H, W] in [-1, 1], output "logits" [B, classes, H, W]; any B >= 1, any H, W >= 32. The file is
     compared with PyTorch through ONNX Runtime before it gets its name. Raises FileNotFoundError, ValueError (checkpoint, more
     than PARITY apart), ModuleNotFoundError (onnx, onnxscript, onnxruntime).
     """
     _need("exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
-    checkpoint = Path(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
     network, in_channels, difference = model.fuse(), model.config["in_channels"], 0.0
     program = _translate(record_graph(network, in_channels), opset, _metadata(checkpoint, preprocessing))
@@ -173,7 +176,7 @@ def export_torch(checkpoint: str | Path, path: str | Path | None = None) -> floa
     Takes float32 [B, C, H, W] in [-1, 1], any B >= 1, any H, W >= 33. `torch.export.load` unpickles: load only files that you
     wrote yourself. Raises FileNotFoundError, ValueError (checkpoint, more than PARITY apart), RuntimeError (PyTorch too old).
     """
-    checkpoint, difference = Path(checkpoint), 0.0
+    checkpoint, difference = find_checkpoint(checkpoint), 0.0
     model, _ = read_checkpoint(checkpoint)
     network, in_channels = model.fuse(), model.config["in_channels"]
     program = record_graph(network, in_channels)
@@ -194,13 +197,13 @@ def checkpoint_engines(checkpoint: str | Path, compiled: bool = True) -> dict[st
 
     compiled: also through torch.compile, which needs a C++ compiler and about a minute for each size.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
     model, _ = read_checkpoint(checkpoint)
     engines = {"PyTorch, as loaded": model, "PyTorch, fused": model.fuse()}
     if compiled:
         engines["PyTorch, fused and compiled"] = torch.compile(model.fuse(), dynamic=False)
     if (checkpoint / ONNX_FILE).is_file():
-        _open_onnx(checkpoint)  # refuses a file that belongs to other weights
+        open_onnx(checkpoint)  # refuses a file that belongs to other weights
         engines["ONNX Runtime"] = OnnxNetwork(checkpoint / ONNX_FILE, torch.get_num_threads())
     return engines
 
@@ -244,33 +247,23 @@ def engine_table(rows: Sequence[dict]) -> str:
 
 # %% ../nbs/18_export.ipynb #export073
 def _read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no file or another value; ValueError for a damaged one."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy the run's folder again") from None
-    return value if isinstance(value, dict) else {}
+    """The object in a JSON file; {} where there is no file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
     """Configuration and metrics of the run that a checkpoint lies in; None: no run, {}: scores of other weights."""
     run = checkpoint.absolute().parent
     stored, metrics = _read_json(run / "config.json"), _read_json(run / "metrics.json")
-    if stored.keys() != {entry.name for entry in fields(TrainConfig)}:
-        return None, {}  # another program's config.json; defaults for what it lacks would be invented
+    known = {entry.name: entry.default for entry in fields(TrainConfig)}
+    if stored.keys() - known.keys() or any(known[name] is not None for name in known.keys() - stored.keys()):
+        return None, {}  # another program's config.json; defaults for what it lacks would be invented (None says: not asked for)
     scored = run / f"best_{metrics.get('selected_by')}"
     same = (scored / "model.safetensors").is_file() and weights_sha256(scored) == weights_sha256(checkpoint)
     return TrainConfig.from_dict(stored), metrics if same else {}
 
 # %% ../nbs/18_export.ipynb #export075
 UNKNOWN = "Unknown: the files of a training run that would say it were not found beside this checkpoint."
-
-
-def _one_line(text: object) -> str:
-    """A text from a file as part of a Markdown line or table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def data_name(source: str) -> str:
@@ -303,7 +296,7 @@ def _front_matter(name: str, recipe: TrainConfig | None, metrics: dict) -> str:
 def _about(checkpoint: Path, model: nn.Module, preprocessing: Preprocessing) -> str:
     """What the network does, and how to load it."""
     c, p, weights = model.config, preprocessing, sum(tensor.numel() for tensor in model.parameters())
-    names = ", ".join(f"{index} {_one_line(name)}" for index, name in enumerate(p.class_names))
+    names = ", ".join(f"{index} {escape(name)}" for index, name in enumerate(p.class_names))
     return f"""This is QTSeg, a query-token network for 2D medical image segmentation (arXiv 2412.17241). It turns an image of
 {c["in_channels"]} channels into a mask of class indices: {names}. It has {weights:,} parameters (width {c["width"]},
 bridge {c["bridge"]}, decoder {c["decoder"]}). Images are brought to {p.size}×{p.size} pixels ("{p.resize}") in the colour space
@@ -322,11 +315,11 @@ def _data(recipe: TrainConfig | None, metrics: dict) -> str:
     """What it was trained on, and how that was split."""
     if recipe is None:
         return UNKNOWN
-    images = ", ".join(f"{count} {part}" for part, count in metrics.get("images", {}).items()) or "unknown"
+    images = ", ".join(escape(f"{count} {part}") for part, count in metrics.get("images", {}).items()) or "unknown"
     fold = "none was named" if recipe.fold is None else f"{recipe.fold} of {recipe.folds or 'those of the data set'}"
     terms = ("the pictures are drawn by a program and show no patient" if recipe.data.startswith("phantoms") else
              "those of the data set, which the weights were made from and whose terms they follow")
-    return f"""* data set: {_one_line(data_name(recipe.data))}
+    return f"""* data set: {escape(data_name(recipe.data))}
 * images: {images}
 * fold: {fold}; where the data names no images for validation, a share of {recipe.valid_share:g} of those for training
 * licence and consent: {terms}"""
@@ -338,9 +331,9 @@ def _scores(recipe: TrainConfig | None, metrics: dict) -> str:
         return UNKNOWN
     part, split = _scored_part(metrics)
     values = " | ".join(f"{metrics['test'][measure]:.2f}" for measure in SCORES)
-    chosen = f"The weights are those of the epoch with the best {metrics['selected_by']} on the validation split"
+    chosen = f"The weights are those of the epoch with the best {escape(metrics['selected_by'])} on the validation split"
     return "\n".join([
-        f"Mean over the {metrics['images'][part]} images of the {split} split, at {recipe.size}×{recipe.size} pixels:", "",
+        f"Mean over the {escape(metrics['images'][part])} images of the {split} split, at {recipe.size}×{recipe.size} pixels:", "",
         f"| {' | '.join(SCORES.values())} |", "|" + "---:|" * len(SCORES), f"| {values} |", "",
         chosen + (": the very images scored here, so the figures flatter it." if part == "valid" else ".")])
 
@@ -357,8 +350,8 @@ def _evaluation(checkpoint: Path) -> str:
         found = _read_json(path)
         mean, missed = found["scores"]["own"]["mean"], found["missed"]["own"]
         scores = ", ".join(f"{name} {_interval(mean[measure])}" for measure, name in (("dice", "Dice"), ("iou", "IoU")))
-        counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in missed.items())
-        paragraphs.append(f"{found['split'].capitalize()} split, {found['images']} images, each at its own size, in percent "
+        counts = ", ".join(escape(f"{name.replace('_', ' ')} {count}") for name, count in missed.items())
+        paragraphs.append(f"{escape(found['split'].capitalize())} split, {escape(found['images'])} images, each at its own size, in percent "
                           f"(95 % bootstrap interval): {scores}; {counts}.")
     return "\n\n".join(paragraphs) or "None was found beside this checkpoint; `qtseg-evaluate` writes one."
 
@@ -368,21 +361,21 @@ def _recipe(recipe: TrainConfig | None, metrics: dict) -> str:
     if recipe is None:
         return UNKNOWN
     r, machine = recipe, metrics.get("hardware", {})
-    losses = " + ".join(f"{weight:g} · {name}" for name, weight in r.losses.items())
-    encoder = _one_line(data_name(r.encoder_weights)) if r.encoder_weights else "random"
+    losses = " + ".join(f"{weight:g} · {escape(name)}" for name, weight in r.losses.items())
+    encoder = escape(data_name(r.encoder_weights)) if r.encoder_weights else "random"
     time_ = f"{metrics['train']['seconds'] / 60:.1f} minutes" if metrics else "unknown"
-    versions = ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()) or "unknown"
+    versions = ", ".join(escape(f"{name} {version}") for name, version in metrics.get("versions", {}).items()) or "unknown"
     return f"""* {r.epochs} epochs, batch {r.batch}
 * optimiser {r.optimiser}, learning rate {r.lr:g}, schedule "{r.scheduler}", weight decay {r.weight_decay:g}
 * loss {losses}; the encoder's first weights: {encoder}; mixed precision: {r.amp}; seed {r.seed}
-* augmentation: {", ".join(r.operations) if r.augment else "none"}
-* time: {time_}; device: {_one_line(machine.get("device", "unknown"))}, {_one_line(machine.get("processor", "unknown"))}
+* augmentation: {", ".join(map(escape, r.operations)) if r.augment else "none"}
+* time: {time_}; device: {escape(machine.get("device", "unknown"))}, {escape(machine.get("processor", "unknown"))}
 * versions: {versions}"""
 
 # %% ../nbs/18_export.ipynb #export091
 def _limits(recipe: TrainConfig | None) -> str:
     """What it must not be used for, and why that is so."""
-    data = f"pictures like those of {_one_line(data_name(recipe.data))}" if recipe else "data that nobody named"
+    data = f"pictures like those of {escape(data_name(recipe.data))}" if recipe else "data that nobody named"
     return f"""**Not for clinical use.** No clinical study and no regulator has examined it, and nobody watches what it does once
 it is handed out. It learnt from {data}. On other devices, other patients and other findings its errors are unknown, and it cannot
 say "this is no picture of my kind": it answers every image with a mask. A mean score hides the images on which it fails."""
@@ -397,7 +390,7 @@ def model_card(checkpoint: str | Path) -> str:
 
     Markdown with the YAML block of the Hugging Face hub. Raises FileNotFoundError, ValueError: checkpoint or JSON files damaged.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
     recipe, metrics = _run_of(checkpoint)
     name = f"QTSeg, {data_name(recipe.data)}" if recipe else "QTSeg"
@@ -405,17 +398,26 @@ def model_card(checkpoint: str | Path) -> str:
         parts = {"Training data": _data(recipe, metrics), "Scores": _scores(recipe, metrics),
                  "Evaluation": _evaluation(checkpoint), "Recipe": _recipe(recipe, metrics), "Limits": _limits(recipe)}
         front = _front_matter(name, recipe, metrics)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"the metrics.json or evaluation.json of {checkpoint} is not what QTSeg writes ({error!r}): "
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"the metrics.json or evaluation.json of {checkpoint} is not what QTSeg writes ({printable(repr(error))}): "
                          "take it away") from None
     sections = [f"## {title}\n\n{text}" for title, text in parts.items()]
-    return "\n\n".join([front, CARD_MARK, f"# {_one_line(name)}", _about(checkpoint, model, preprocessing), *sections]) + "\n"
+    return "\n\n".join([front, CARD_MARK, f"# {escape(name)}", _about(checkpoint, model, preprocessing), *sections]) + "\n"
 
 # %% ../nbs/18_export.ipynb #export093
+def _own_card(checkpoint: Path) -> bool:
+    """Does the folder hold a README.md that somebody wrote? ValueError for a link, which could lead to any file of this computer."""
+    path = checkpoint / CARD_FILE
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link: put the file itself there, or delete it")
+    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+
+
 def write_card(checkpoint: str | Path) -> Path:
     """Write `model_card` as <checkpoint>/README.md; a README.md that somebody wrote stays. Returns its path."""
-    path, card = Path(checkpoint) / CARD_FILE, model_card(checkpoint)
-    if not path.is_file() or CARD_MARK in path.read_text(encoding="utf-8"):
+    checkpoint = find_checkpoint(checkpoint)
+    path, card = checkpoint / CARD_FILE, model_card(checkpoint)
+    if not _own_card(checkpoint):
         write_then_rename(path, lambda temporary: temporary.write_text(card, encoding="utf-8"))
     return path
 
@@ -428,14 +430,13 @@ def pack(checkpoint: str | Path, folder: str | Path) -> Path:
 
     Raises FileExistsError (folder), FileNotFoundError or ValueError (no sound checkpoint, a model.onnx of other weights).
     """
-    checkpoint, folder = Path(checkpoint), Path(folder)
+    checkpoint, folder = find_checkpoint(checkpoint), Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: name a new folder")
     card = model_card(checkpoint)  # reads the checkpoint, and so refuses what nobody could load
-    own = checkpoint / CARD_FILE
-    names = [*SHARED, CARD_FILE] if own.is_file() and CARD_MARK not in own.read_text(encoding="utf-8") else list(SHARED)
+    names = [*SHARED, CARD_FILE] if _own_card(checkpoint) else list(SHARED)
     if (checkpoint / ONNX_FILE).is_file():
-        _open_onnx(checkpoint)
+        open_onnx(checkpoint)
         names.append(ONNX_FILE)
     with new_folder(folder) as private:
         for name in names:
@@ -505,7 +506,7 @@ def _parser() -> argparse.ArgumentParser:
     """What `qtseg-export` understands."""
     parser = argparse.ArgumentParser(prog="qtseg-export", description="Export a checkpoint, describe it, share it. "
                                      "Without options: --onnx --card.")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder that training wrote (runs/NAME/best_dice)")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder that training wrote: runs/NAME, or a checkpoint in it (runs/NAME/best_dice)")
     parser.add_argument("--onnx", action="store_true", help=f"write {ONNX_FILE}, checked against PyTorch")
     parser.add_argument("--opset", type=int, default=OPSET, help=f"version of ONNX's operations ({OPSET})")
     parser.add_argument("--torch", action="store_true", help=f"write {TORCH_FILE}, checked against PyTorch")
@@ -522,7 +523,7 @@ def _written(path: Path, difference: float) -> str:
 
 def _steps(chosen: argparse.Namespace) -> None:
     """Do what the command line asks for, in an order in which later steps find what earlier ones wrote."""
-    checkpoint, nothing = chosen.checkpoint, not (chosen.onnx or chosen.torch or chosen.card or chosen.pack or chosen.push)
+    checkpoint, nothing = find_checkpoint(chosen.checkpoint), not (chosen.onnx or chosen.torch or chosen.card or chosen.pack or chosen.push)
     read_checkpoint(checkpoint)  # refuses now what would be refused in a minute
     if chosen.onnx or nothing:
         print("recording, translating and checking the graph takes about a minute", flush=True)
@@ -542,6 +543,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _steps(_parser().parse_args(arguments))
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"qtseg-export: {error}", file=sys.stderr)
+        print(printable(f"qtseg-export: {error}"), file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fnmatch
 import glob
 import io
 import json
@@ -14,14 +15,14 @@ import os
 import re
 import sys
 import time
-import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import cycle, islice, takewhile
+from functools import lru_cache, partial
+from hashlib import blake2b
+from itertools import islice, takewhile
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -29,104 +30,91 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_image, read_preprocessing, to_colour
+from .colors import class_colors
+from .data import Preprocessing, in_order, normalise, outline, read_preprocessing, to_colour
 from .evaluation import class_probabilities, decide, undo_resize, weights_sha256
-from .model import load_network, write_then_rename
+from .files import (FORMATS, NO_SPACE, Picture, csv_cell, is_picture, limit, printable, read_json, read_picture, same_form,
+                         walk, write_then_rename)
+from .model import find_checkpoint, load_network
 from .training import choose_device, keep_freed_memory, stop_signals
 
 # %% auto #0
-__all__ = ['FLIPS', 'WORKERS', 'AMP', 'LARGEST', 'ENGINES', 'SETTINGS_FILE', 'MAGIC', 'ENDINGS', 'OUTPUTS', 'MOST_BOXES',
-           'LARGEST_OVERLAY', 'is_dicom', 'read_dicom', 'as_rgb', 'flip_average', 'keep_largest_components',
-           'with_background', 'OnnxNetwork', 'window_starts', 'check_window', 'read_large', 'Predictor', 'find_images',
-           'name_outputs', 'class_columns', 'describe_mask', 'class_colours', 'mask_png', 'overlay_jpg',
-           'probability_png', 'probability_npz', 'Job', 'FileOptions', 'Summary', 'predict_files', 'main']
+__all__ = ['FREE_PIXELS', 'FLIPS', 'WORKERS', 'AMP', 'LARGEST_ONNX', 'LARGEST_WINDOW', 'ENGINES', 'SETTINGS_FILE', 'MAGIC',
+           'OUTPUTS', 'MOST_BOXES', 'LARGEST_OVERLAY', 'TROUBLE', 'LOCK_FILE', 'picture_rgb', 'as_rgb', 'flip_average',
+           'keep_largest_components', 'with_background', 'OnnxNetwork', 'open_onnx', 'window_starts', 'check_window',
+           'fit_window', 'Predictor', 'Found', 'find_images', 'name_outputs', 'class_columns', 'describe_mask',
+           'mask_png', 'overlay_jpg', 'probability_png', 'probability_npz', 'Job', 'Ready', 'FileOptions', 'Done',
+           'Summary', 'predict_files', 'main']
 
 # %% ../nbs/13_inference.ipynb #inference011
-def _rgb(values: np.ndarray) -> np.ndarray:
-    """An array of pixels -> uint8 RGB [H, W, 3]; ValueError for shapes and types whose meaning nobody knows."""
+def _rgb(values: np.ndarray, white: int = 65535) -> np.ndarray:
+    """An array of pixels -> uint8 RGB [H, W, 3]; ValueError for shapes and types whose meaning nobody knows.
+
+    white: the value of uint16 arrays that becomes 255; larger ones do, too.
+    """
     values = np.asarray(values)
     grey = values.ndim == 2
     if values.size == 0 or not (grey or (values.ndim == 3 and values.shape[2] in (3, 4))):
         raise ValueError(f"an image is an array [H, W], [H, W, 3] or [H, W, 4] with pixels in it, got {values.shape}")
-    if values.dtype == np.uint16 and grey:
-        values = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255, as `read_image` does
+    if values.dtype == np.uint16:
+        table = (np.minimum(np.arange(65536), white) * 255 + white // 2) // white  # rounded
+        values = table.astype(np.uint8)[values]
     if values.dtype != np.uint8:
-        raise ValueError(f"pixels are uint8 from 0 to 255, or uint16 in grey images, not {values.dtype}: convert them first")
+        raise ValueError(f"pixels are uint8 from 0 to 255, or uint16, not {values.dtype}: convert them first")
     return np.repeat(values[:, :, None], 3, axis=2) if grey else np.ascontiguousarray(values[:, :, :3])  # alpha is dropped
 
-# %% ../nbs/13_inference.ipynb #inference014
-def _display_range(header, values: np.ndarray) -> tuple[float, float]:
-    """Which of a grey DICOM's values are black and white: its (first) window if it states one, else the extremes present."""
-    centre, width = header.get("WindowCenter"), header.get("WindowWidth")
-    if centre is None or width is None:
-        return values.min(), values.max()
-    centre, width = (float(np.atleast_1d(item)[0]) for item in (centre, width))
-    return centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2  # DICOM part 3, C.11.2.1.2
-
-# %% ../nbs/13_inference.ipynb #inference017
-def _dicom_pixels(path: Path) -> np.ndarray:
-    """The first frame of a DICOM file as a screen would show it: uint8 [H, W] or [H, W, 3]."""
-    from pydicom import dcmread
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
-
-    header = dcmread(path)
-    values = pixel_array(header, index=0)  # YBR has become RGB
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        values = apply_color_lut(values, header)
-    if values.ndim == 3:
-        return values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
-    values = apply_modality_lut(values, header).astype(np.float64)  # rescale slope and intercept
-    black, white = _display_range(header, values)
-    shown = np.clip((values - black) / max(white - black, 1e-9), 0, 1) * 255
-    return np.rint(255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown).astype(np.uint8)
-
-# %% ../nbs/13_inference.ipynb #inference018
-def is_dicom(path: Path) -> bool:
-    """Does the name end in .dcm, or has it no ending and the file DICOM's mark behind its first 128 bytes?"""
-    if path.suffix or not path.is_file():
-        return path.suffix.lower() == ".dcm"
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def read_dicom(path: str | os.PathLike) -> np.ndarray:
-    """Read a DICOM file -> uint8 RGB [H, W, 3]: first frame; rescaled; its window, else its extremes, become 0 and 255.
-
-    MONOCHROME1, where low values are bright, is inverted. Needs pydicom 3. Raises ValueError, naming the file, if it is damaged
-    or its compression needs a plug-in; ModuleNotFoundError without pydicom; OSError.
-    """
-    try:
-        return _rgb(_dicom_pixels(Path(path)))
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: DICOM files need pydicom: pip install \"pydicom>=3\"") from error
-    except OSError:
-        raise
-    except Exception as error:  # damaged files raise almost anything
-        raise ValueError(f"{path}: cannot be read as DICOM ({error or type(error).__name__})") from error
-
 # %% ../nbs/13_inference.ipynb #inference021
-def as_rgb(image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
-    """A path, an array or a PIL image -> uint8 RGB [H, W, 3], upright.
+FREE_PIXELS = 30_000_000  # with its maps at the image's own size, a prediction takes some 16 bytes for each
 
-    Arrays: uint8 [H, W], [H, W, 3] (RGB), [H, W, 4] (alpha is dropped), or uint16 [H, W]. Files: see `read_image` and
-    `read_dicom`. An EXIF rotation is carried out: a mask is upright, too. Raises ValueError for anything else, OSError for a
-    file that cannot be opened.
+
+def _read(path: str | os.PathLike) -> Picture:
+    """`read_picture`; ValueError also for a tiny file of very many pixels, which are cheap to decode but not to predict."""
+    picture = read_picture(path)
+    pixels, size = picture.values.shape[0] * picture.values.shape[1], os.path.getsize(path)
+    if pixels > FREE_PIXELS and 3 * pixels > limit("MAX_SWELL") * size:
+        raise ValueError(f"has {pixels} pixels in a file of {size} bytes: set the environment variable "
+                         f"QTSEG_MAX_SWELL={3 * pixels // size + 1} if you trust this file")
+    return picture
+
+
+def picture_rgb(picture: Picture, white: int = 65535) -> np.ndarray:
+    """A decoded file -> uint8 RGB [H, W, 3]; white: the stored value of more than 8 bits that becomes 255."""
+    if picture.palette is not None:
+        return picture.palette[picture.values]
+    return _rgb(picture.values * np.uint8(255) if picture.bits == 1 else picture.values, white)
+
+
+def as_rgb(image: str | os.PathLike | np.ndarray | Image.Image, white: int = 65535) -> np.ndarray:
+    """A path, an array or a PIL image -> uint8 RGB [H, W, 3], upright (an EXIF rotation is carried out).
+
+    Args:
+        image: a file (see `read_picture`), a PIL image, or an array [H, W], [H, W, 3] (RGB) or [H, W, 4] (alpha is dropped),
+            uint8 or uint16.
+        white: the value of more than 8 bits that becomes 255; larger ones do, too.
+
+    Raises:
+        ValueError: what cannot be read, naming the file, or whose meaning is unknown.
+        OSError: a file that cannot be opened.
     """
     if isinstance(image, (str, os.PathLike)):
-        return (read_dicom if is_dicom(Path(image)) else read_image)(image)
+        try:
+            return picture_rgb(_read(image), white)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise type(error)(f"{image}: {error}") from error
     if isinstance(image, Image.Image):
         picture = ImageOps.exif_transpose(image)
         if picture.mode.startswith("I"):  # 16 bits, or 32 of which older versions of Pillow use 16
             values = np.asarray(picture)
-            return _rgb(values.astype(np.uint16) if values.min() >= 0 and values.max() <= 65535 else values)
+            return _rgb(values.astype(np.uint16) if values.min() >= 0 and values.max() <= 65535 else values, white)
         if picture.mode == "F":
             return _rgb(np.asarray(picture))  # refuses it
         return np.array((picture.convert("RGBA") if picture.mode in ("P", "PA") else picture).convert("RGB"))
-    return _rgb(image)
+    return _rgb(image, white)
 
 # %% ../nbs/13_inference.ipynb #inference026
 FLIPS = ((), (-1,), (-2,), (-2, -1))  # the dimensions to flip: none, left and right, up and down, both
@@ -159,6 +147,21 @@ WORKERS = min(8, os.cpu_count() or 1)  # threads that read, and as many that fin
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _check_channels(network: object) -> None:
+    """Refuse a network that takes another number of channels than the three of RGB."""
+    config = getattr(network, "config", None)
+    channels = config.get("in_channels", 3) if isinstance(config, dict) else 3
+    if channels != 3:
+        raise ValueError(f"the network takes images of {channels} channel(s), and prediction reads files as RGB, which are 3: "
+                         "train a network with in_channels=3 (grey images become three equal channels)")
+
+
+def _check_finite(maps: np.ndarray) -> None:
+    """Refuse probabilities that `forward` marked because the network's answer was not finite."""
+    if not np.isfinite(maps.sum()):
+        raise ValueError("the network answered NaN or infinity: its weights are damaged, or mixed precision (amp) overflows")
+
+
 class _Core:
     """The part of a `Predictor` between a batch of bytes and its probabilities."""
 
@@ -169,6 +172,7 @@ class _Core:
                              f"{len(preprocessing.class_names)} ({', '.join(preprocessing.class_names)})")
         if amp not in AMP:
             raise ValueError(f"amp is one of {', '.join(AMP)}, not {amp!r}")
+        _check_channels(network)
         self.device = choose_device(device)
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
         self.preprocessing, self.classes, self.class_names = preprocessing, classes, preprocessing.class_names
@@ -189,15 +193,25 @@ class _Core:
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Prepared images, uint8 [B, 3, h, w] in the stored colour space -> probabilities float32 [B, K, h, w] on the CPU."""
-        start = time.perf_counter()
+        """Prepared images, uint8 [B, 3, h, w] in the stored colour space -> probabilities float32 [B, K, h, w] on the CPU.
+
+        All are NaN for an image whose logits were not finite.
+        """
+        start, sums = time.perf_counter(), []
+
+        def network(batch: Tensor) -> Tensor:
+            logits = self.network(batch)
+            sums.append(logits.float().sum(dim=tuple(range(1, logits.ndim))))  # [B]; not finite if one logit is not
+            return logits
+
         images = normalise(images.to(self.device))
         with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "none"):
-            probabilities = flip_average(self.network, images) if self.tta else class_probabilities(self.network(images))
+            probabilities = flip_average(network, images) if self.tta else class_probabilities(network(images))
         if probabilities.shape != (len(images), max(self.classes, 2), *images.shape[2:]):
             raise ValueError(f"the network answered {list(images.shape)} with probabilities {list(probabilities.shape)}, "
                              f"which is not {self.classes} class(es) for every pixel")
         probabilities = probabilities.cpu()  # waits for a GPU, so that the clock below tells the truth
+        probabilities[~torch.stack(sums).isfinite().all(dim=0).cpu()] = torch.nan
         self.network_seconds += time.perf_counter() - start
         return probabilities
 
@@ -207,7 +221,7 @@ class _Steps(_Core):
 
     def prepare(self, image: str | os.PathLike | np.ndarray | Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Before the network: anything `as_rgb` takes -> uint8 [size, size, 3] and the image's own (height, width)."""
-        pixels = as_rgb(image)
+        pixels = as_rgb(image, self.preprocessing.white)
         return self.preprocessing.prepare(pixels), pixels.shape[:2]
 
     def through_network(self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple[np.ndarray, tuple]]:
@@ -221,7 +235,11 @@ class _Steps(_Core):
             yield from zip(probabilities, (size for _, size in part))
 
     def undo(self, maps: np.ndarray, height: int, width: int) -> np.ndarray:
-        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map remains."""
+        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map remains.
+
+        ValueError if they are not finite.
+        """
+        _check_finite(maps)
         return undo_resize(maps[..., self.first_map:], height, width, self.preprocessing.resize)
 
     def decide(self, maps: np.ndarray) -> np.ndarray:
@@ -260,6 +278,9 @@ class _Images(_Steps):
             yield from in_order(finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
 
 # %% ../nbs/13_inference.ipynb #inference050
+LARGEST_ONNX = 2**31 - 1  # bytes; the format's own limit
+
+
 class OnnxNetwork:
     """A network in ONNX Runtime on the CPU: float32 [B, 3, H, W] in [-1, 1] -> logits [B, classes, H, W], torch tensors both.
 
@@ -274,10 +295,13 @@ class OnnxNetwork:
             raise ModuleNotFoundError("ONNX models need ONNX Runtime: pip install onnxruntime") from None
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is missing: run `qtseg-export {Path(path).parent}` first")
+        if Path(path).stat().st_size > LARGEST_ONNX:
+            raise ValueError(f"{path} has more than {LARGEST_ONNX} bytes, which no ONNX file of one piece has: "
+                             "run qtseg-export again")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:  # the bytes, not the path: weights in other files, anywhere on the disk, are not found
+            self.session = onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # damaged files raise almost anything
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is no ONNX model that can be run ({reason}): run qtseg-export again") from None
@@ -290,7 +314,7 @@ class OnnxNetwork:
         return torch.from_numpy(self.session.run(["logits"], {"images": images.cpu().contiguous().numpy()})[0])
 
 # %% ../nbs/13_inference.ipynb #inference051
-def _open_onnx(folder: Path) -> OnnxNetwork:
+def open_onnx(folder: Path) -> OnnxNetwork:
     """A checkpoint's model.onnx; ValueError if it was exported from other weights than those that lie beside it now."""
     network = OnnxNetwork(folder / "model.onnx")
     if network.metadata.get("weights_sha256") != weights_sha256(folder):
@@ -305,10 +329,24 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     return [min(start, length - window) for start in range(0, length - window + step, step)]
 
 # %% ../nbs/13_inference.ipynb #inference059
-def check_window(window: int, overlap: float) -> None:
-    """Raise ValueError for windows that cannot be slid."""
-    if window < 32 or not 0 <= overlap < 1:
+LARGEST_WINDOW = 8192  # pixels per side: a network of width 16 needs some 5 GB for one such window
+
+
+def check_window(window: int | None, overlap: float) -> None:
+    """Raise ValueError for windows that cannot be slid; None stands for the size of training."""
+    if (window is not None and window < 32) or not 0 <= overlap < 1:
         raise ValueError(f"a window has 32 pixels or more, and an overlap from 0 to below 1, not {window} and {overlap}")
+
+
+def fit_window(window: int, height: int, width: int, size: int) -> int:
+    """The window's side for one image: no larger than the image's longest side or, where that is smaller, the size of training.
+
+    ValueError above LARGEST_WINDOW.
+    """
+    fitted = min(window, max(height, width, size))
+    if fitted > LARGEST_WINDOW:
+        raise ValueError(f"a window of {fitted} pixels needs too much memory: choose {LARGEST_WINDOW} or less")
+    return fitted
 
 # %% ../nbs/13_inference.ipynb #inference062
 def _monai():
@@ -318,23 +356,6 @@ def _monai():
     except ModuleNotFoundError:
         raise ModuleNotFoundError("sliding windows need MONAI: pip install monai") from None
     return utils
-
-# %% ../nbs/13_inference.ipynb #inference063
-LARGEST = 2**30  # pixels, 32768 x 32768: 3 GiB as RGB, and as much again while it is decoded
-
-
-def read_large(image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
-    """`as_rgb` for pictures of up to LARGEST pixels: Pillow takes more than 179 million for an attack and refuses them.
-
-    The limit is Pillow's for the whole process, so no other thread should be reading files that nobody trusts meanwhile.
-    """
-    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, LARGEST // 2  # Pillow refuses above twice this number
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return as_rgb(image)
-    finally:
-        Image.MAX_IMAGE_PIXELS = usual
 
 # %% ../nbs/13_inference.ipynb #inference064
 class _Windows(_Images):
@@ -347,21 +368,31 @@ class _Windows(_Images):
         blended = _monai().sliding_window_inference(  # MONAI computes in its input's type, so the bytes travel as floats
             images.float(), (window, window), batch, lambda part: self.forward(part.byte())[:, self.first_map:], overlap,
             roi_weight_map=weight.expand(window, window))
+        _check_finite(blended.numpy())
         return blended[0].numpy()
 
     def rows(self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
              batch: int = 4) -> Iterator[np.ndarray]:
         """Slide a window over an image: maps float32 [rows, W, K] as `undo` has them, again and again, from top to bottom.
 
-        window: its side in pixels (None: the size of training); overlap: the share of it that neighbours have in common, from 0
-        to below 1; batch: windows at a time. Gaussian weights blend windows, MONAI's within a row, then rows with rows. In memory
-        are the image and a few rows of windows. Raises ValueError as `as_rgb` and for impossible windows; ModuleNotFoundError.
+        Gaussian weights blend windows, MONAI's within a row, then rows with rows. In memory are the image and a few rows.
+
+        Args:
+            image: see `as_rgb`.
+            window: its side in pixels (None: the size of training); see `fit_window`.
+            overlap: the share of a window that neighbours have in common, from 0 to below 1.
+            batch: windows at a time, fewer if together they have more than 2^25 pixels.
+
+        Raises:
+            ValueError: as `as_rgb`, for impossible windows and for answers that are not finite.
+            ModuleNotFoundError: without MONAI.
         """
-        window = window or self.preprocessing.size
         check_window(window, overlap)
-        weight = _monai().compute_importance_map((window,), mode="gaussian")  # [window]; a bell, 1 in the middle, 0.001 outside
-        pixels = read_large(image)
+        pixels = as_rgb(image, self.preprocessing.white)
         height, width = pixels.shape[:2]
+        window = fit_window(window or self.preprocessing.size, height, width, self.preprocessing.size)
+        batch = max(1, min(batch, 2**25 // window**2))
+        weight = _monai().compute_importance_map((window,), mode="gaussian")  # [window]; a bell, 1 in the middle, 0.001 outside
         starts = window_starts(max(height, window), window, overlap)
         sums, weights = np.zeros((1, window, 1), np.float32), np.zeros((window, 1), np.float32)
         for start, following in zip(starts, [*starts[1:], max(height, window)]):
@@ -407,16 +438,20 @@ class Predictor(_Large):
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike, *, engine: str = "torch", **options) -> Predictor:
-        """From a folder that training wrote; engine: "torch", or "onnx" for its model.onnx on the CPU; options: as above.
+        """From a checkpoint or a run's folder (see `find_checkpoint`); engine: "torch", or "onnx" for its model.onnx on the CPU.
+
+        options: as above.
 
         Raises FileNotFoundError or ValueError, one sentence, for a folder that is incomplete, damaged or at odds with itself.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
+        folder = find_checkpoint(folder)
         model, preprocessing = load_network(folder), read_preprocessing(folder)
+        _check_channels(model)
         if engine == "onnx" and (options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu")):
             raise ValueError("ONNX Runtime computes on the CPU, in the precision of its file: leave device and amp as they are")
-        network = model.fuse() if engine == "torch" else _open_onnx(Path(folder))
+        network = model.fuse() if engine == "torch" else open_onnx(folder)
         options |= {"device": "cpu"} if engine == "onnx" else {}
         predictor = cls(network, preprocessing, model.config["classes"], **options)
         predictor.identity = f"{engine} {weights_sha256(folder)}"
@@ -427,62 +462,118 @@ SETTINGS_FILE = "predictions.json"
 MAGIC = re.compile(r"[*?\[]")
 
 
-def _look_up(text: str, output: Path) -> tuple[Path, list[Path]]:
-    """One thing that somebody named -> (the folder that outputs' paths are relative to, files). FileNotFoundError."""
-    path = Path(text).expanduser().absolute()
-    if path.is_file() or path.is_symlink():
-        return path.parent, [path]  # a file that is named is read, whatever its ending
-    if path.is_dir():
-        folder, found = path, path.rglob("*")
-    elif MAGIC.search(text):
-        fixed = [part for part in takewhile(lambda part: not MAGIC.search(part), path.parts)]
-        folder, found = Path(*fixed), map(Path, glob.glob(str(path), recursive=True))
-    else:
-        raise FileNotFoundError(f"{text}: there is no such file or folder")
-    mine = output != folder and output.is_relative_to(folder) and (output / SETTINGS_FILE).exists()
-    return folder, sorted(file for file in found if file.suffix.lower() in ENDINGS
-                          and not (mine and file.is_relative_to(output))  # what an earlier run wrote is no input
-                          and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+@lru_cache(maxsize=1)
+def _endings() -> frozenset[str]:
+    """Endings of the formats that we read: who names a file like that means a picture."""
+    known = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in known if kind in FORMATS) | {".dcm", ".dicom", ".ima"}
+
+
+def _is_input(path: Path) -> bool:
+    """Is a file that was found, not named, to be segmented? If its content or its name is that of a picture."""
+    return path.suffix.lower() in _endings() or is_picture(path)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Does a path, in parts, match a pattern in which "**" stands for any number of folders?"""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 # %% ../nbs/13_inference.ipynb #inference073
-ENDINGS = (*EXTENSIONS, ".dcm")
+class Found(NamedTuple):
+    """What `find_images` found: the folder that all inputs share, images, and what was passed over, each with the reason."""
+
+    root: Path
+    files: list[Path]
+    passed: list[tuple[Path, str]]
 
 
-def find_images(inputs: Iterable[str | os.PathLike], output: str | os.PathLike) -> tuple[Path, list[Path]]:
-    """Files, folders (searched to the bottom) and patterns like "scans/*.png" -> (the folder they share, all files, each once).
+def _is_loss(path: Path, reason: str) -> bool:
+    """Could what was passed over have been an image? Not if it is a result, was listed before, or is a pipe by another name."""
+    if reason in ("results of an earlier prediction", "a folder that was listed already"):
+        return False
+    return path.suffix.lower() in _endings() or not reason.startswith("not a file")
 
-    Folders and patterns yield files that end in one of ENDINGS; hidden ones and what an earlier run wrote to `output` are left
-    out. Raises FileNotFoundError for what is not there, or if there is no image at all; ValueError if `output` holds images.
+
+def _expand(pattern: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
+    """A pattern -> (the folder before its first magic character, files that match, what was passed over)."""
+    folder = Path(*takewhile(lambda part: not MAGIC.search(part), pattern.parts))
+    rest = pattern.parts[len(folder.parts):]
+    if "**" in rest:  # glob would follow a link to a parent without end
+        rest = [part for part, following in zip(rest, [*rest[1:], None]) if part != "**" or following != "**"]
+        files, passed = walk(folder) if folder.is_dir() else ([], [])
+        return folder, [file for file in files if _matches(file.relative_to(folder).parts, rest)], passed
+    found = (Path(name) for name in sorted(glob.glob(str(pattern))))
+    earlier = lru_cache(maxsize=None)(lambda parent: (parent / SETTINGS_FILE).exists())
+    return folder, [file for file in found if file.is_file() and not any(
+        part.startswith(".") for part in file.relative_to(folder).parts) and not any(
+        earlier(parent) for parent in file.parents if parent != folder and parent.is_relative_to(folder))], []
+
+
+def _look_up(text: str) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
+    """One thing that somebody named -> (the folder that outputs' paths are relative to, files, passed). FileNotFoundError."""
+    path = Path(text).expanduser().absolute()
+    if os.path.isdir(path):
+        files, passed = walk(path)
+        return path, [file for file in files if _is_input(file)], passed
+    if os.path.lexists(path):
+        return path.parent, [path], []  # what is named is read, whatever it is called
+    if MAGIC.search(text):
+        folder, files, passed = _expand(path)
+        return folder, [file for file in files if _is_input(file)], passed
+    raise FileNotFoundError(f"{text}: there is no such file or folder")
+
+
+def find_images(inputs: Iterable[str | os.PathLike], output: str | os.PathLike) -> Found:
+    """Files, folders (searched to the bottom) and patterns like "scans/*.png" -> what is to be segmented, each file once.
+
+    Folders and patterns yield files that are pictures by content or by ending; hidden files and folders that hold earlier
+    results (predictions.json) are left out, links to folders are followed once. A file that is named is taken as it is.
+
+    Raises:
+        FileNotFoundError: what is not there, or if there is no image at all.
+        ValueError: `output` holds images.
     """
     output = Path(output).expanduser().absolute()
-    found = [_look_up(os.fspath(item), output) for item in inputs]
-    files = list(dict.fromkeys(file for _, some in found for file in some))
+    found = [_look_up(os.fspath(item)) for item in inputs]
+    files = list(dict.fromkeys(file for _, some, _ in found for file in some))
     if not files:
-        raise FileNotFoundError(f"no images in {', '.join(map(str, inputs))}: files end in one of {', '.join(ENDINGS)}")
-    if any(output.resolve() == file.parent.resolve() for file in files):
+        why = "".join(f"; {path}: {reason}" for _, _, some in found for path, reason in some[:3] if reason != "hidden")
+        raise FileNotFoundError(f"no images in {', '.join(map(str, inputs))}, neither by content nor by ending{why}")
+    if os.path.realpath(output) in {os.path.realpath(folder) for folder in {file.parent for file in files}}:
         raise ValueError(f"{output} holds images that are to be segmented: choose another output folder")
-    return Path(os.path.commonpath([folder for folder, _ in found])), files
+    passed = dict.fromkeys(one for *_, some in found for one in some if one[1] != "hidden")
+    return Found(Path(os.path.commonpath([folder for folder, *_ in found])), files, list(passed))
 
 # %% ../nbs/13_inference.ipynb #inference076
 OUTPUTS = (".png", "_overlay.jpg", "_probability.png", "_probability.npz")
 
 
+def _digest(text: str) -> str:
+    return blake2b(os.fsencode(text), digest_size=4).hexdigest()
+
+
 def name_outputs(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """The name of each file's outputs, without ending, relative to the output folder: root/a/b.jpg -> "a/b".
 
-    Where outputs would share a name (b.jpg and b.png lie in one folder), they keep the whole one: "a/b.jpg" and "a/b.png".
+    Where outputs would share a name (b.jpg and b.png lie in one folder), they keep the whole one: "a/b.jpg" and "a/b.png". Where
+    those are equal, too, for some file systems (A.png and a.png, or one letter in two Unicode forms), a checksum is added.
     """
     whole = {file: file.relative_to(root).as_posix() for file in files}
     names = {file: name.removesuffix(file.suffix) for file, name in whole.items()}
+    longer = {file: [whole[file], f"{whole[file]}~{_digest(whole[file])}"] for file in whole}
     while True:
         owners = defaultdict(set)
         for file, name in names.items():
             for ending in OUTPUTS:
-                owners[(name + ending).casefold()].add(file)  # some file systems do not tell a.png from A.png
-        shared = {file for group in owners.values() if len(group) > 1 for file in group if names[file] != whole[file]}
+                owners[same_form(name + ending).casefold()].add(file)
+        shared = {file for group in owners.values() if len(group) > 1 for file in group if longer[file]}
         if not shared:
             return names
-        names |= {file: whole[file] for file in shared}
+        names |= {file: longer[file].pop(0) for file in shared}
 
 # %% ../nbs/13_inference.ipynb #inference079
 MOST_BOXES = 1000  # keeps a cell below the 32,767 characters that spreadsheets take
@@ -490,7 +581,7 @@ MOST_BOXES = 1000  # keeps a cell below the 32,767 characters that spreadsheets 
 
 def class_columns(class_names: Sequence[str]) -> list[str]:
     """The columns of `describe_mask`: four per foreground class."""
-    return [f"{name}_{what}" for name in class_names[1:] for what in ("pixels", "percent", "components", "boxes")]
+    return [csv_cell(f"{name}_{what}") for name in class_names[1:] for what in ("pixels", "percent", "components", "boxes")]
 
 
 def describe_mask(mask: np.ndarray, classes: int) -> list:
@@ -508,20 +599,14 @@ def describe_mask(mask: np.ndarray, classes: int) -> list:
         values += [area, f"{100 * area / mask.size:.4f}", len(pieces), boxes]
     return values
 
-# %% ../nbs/13_inference.ipynb #inference082
-def class_colours(classes: int) -> np.ndarray:
-    """One RGB colour per class, uint8 [classes, 3]: background black, then seven that colour-blind eyes tell apart, repeated."""
-    colours = [(86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178)]
-    return np.array([(0, 0, 0), *islice(cycle(colours), classes - 1)], np.uint8)
-
 # %% ../nbs/13_inference.ipynb #inference083
-def mask_png(mask: np.ndarray, classes: int) -> bytes:
-    """A mask, uint8 [H, W], as a PNG whose values are class indices and whose palette makes them visible."""
-    picture = Image.fromarray(mask)
-    picture.putpalette(class_colours(256).tobytes())
-    bits = next(bits for bits in (1, 2, 4, 8) if max(classes, 2) <= 2**bits)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", bits=bits, compress_level=1)  # level 6 takes several times as long for little
+def mask_png(mask: np.ndarray, palette: bool = False) -> bytes:
+    """A mask, uint8 [H, W], as a grey PNG whose values are class indices; palette: with `class_colors`, which Pillow looks up."""
+    if not palette:
+        return cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+    picture, stream = Image.fromarray(mask), io.BytesIO()
+    picture.putpalette(class_colors(256).tobytes())
+    picture.save(stream, "PNG", compress_level=1)  # level 6 takes several times as long for little
     return stream.getvalue()
 
 # %% ../nbs/13_inference.ipynb #inference084
@@ -534,7 +619,7 @@ def overlay_jpg(pixels: np.ndarray, mask: np.ndarray, opacity: float = 0.3) -> b
         size = [max(1, round(side * scale)) for side in mask.shape[::-1]]
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
-    colours = class_colours(256)
+    colours = class_colors(256)
     tinted = cv2.addWeighted(pixels, 1 - opacity, colours[mask], opacity, 0)
     picture = np.where((mask > 0)[:, :, None], tinted, pixels)
     for label in np.unique(mask[mask > 0]):
@@ -559,21 +644,34 @@ def probability_npz(maps: np.ndarray, class_names: Sequence[str]) -> bytes:
     return stream.getvalue()
 
 # %% ../nbs/13_inference.ipynb #inference088
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"{path} could not be written ({error.strerror or error})"
+
+
 @contextmanager
 def _clear_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, no permission) into one sentence."""
+    """Turn a failed write that ends the run (disk full, no permission) into one sentence."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error}); what was written before is whole: mend "
-                      "this and run again") from None
+        raise OSError(f"{_cannot_write(path, error)}; earlier files are intact: fix the cause and run again") from None
 
 
-def _write(path: Path, data: bytes) -> None:
-    """A file, whole or not at all, and the folders above it."""
-    with _clear_write_errors(path):
+def _write(folder: Path, name: str, data: bytes) -> str | None:
+    """Write one file below a folder, whole or not at all -> None, or in one sentence why it cannot be written.
+
+    OSError if the disk is full: then nothing else can be written, either.
+    """
+    path = folder / name
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_then_rename(path, lambda temporary: temporary.write_bytes(data))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            with _clear_write_errors(path):
+                raise
+        return _cannot_write(Path(name), error)
+    return None
 
 # %% ../nbs/13_inference.ipynb #inference089
 class _Table:
@@ -596,11 +694,14 @@ class _Table:
 
 # %% ../nbs/13_inference.ipynb #inference090
 def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """The complete rows of an earlier table, by their first cell; none if there is no such table."""
+    """The complete rows of an earlier table, by their first cell; none if there is no such table. ValueError: damaged."""
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
-    rows = list(csv.reader(io.StringIO(text[:text.rfind("\n") + 1])))  # a line without its end was never finished
+    try:  # a line without its end was never finished
+        rows = list(csv.reader(io.StringIO(text[:text.rfind("\n") + 1])))
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and its images will be predicted again") from None
     return {row[0]: row for row in rows[1:] if len(row) == len(columns)} if rows[:1] == [list(columns)] else {}
 
 # %% ../nbs/13_inference.ipynb #inference093
@@ -612,25 +713,49 @@ class Job(NamedTuple):
     name: str
 
 
+class Ready(NamedTuple):
+    """An image that was read: the network's input, the image's own height and width, and what the table says about it."""
+
+    image: np.ndarray
+    size: tuple[int, int]
+    note: str
+
+
+def _cell(path: str) -> str:
+    """A relative path as a table's cell: no formula, no control characters, and, where possible, still the path of that file."""
+    text = csv_cell(path)
+    text = text if text == path else csv_cell(f"./{path}")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _cells(paths: Sequence[str]) -> list[str]:
+    """`_cell` for each path; where two would read alike, those that had to be changed get a checksum."""
+    cells = [_cell(path) for path in paths]
+    count = Counter(cells)
+    return [cell if count[cell] == 1 or cell == path else f"{cell} ~{_digest(path)}" for cell, path in zip(cells, paths)]
+
+
 def _reason(error: Exception, path: Path) -> str:
     """Why a file cannot be used, in one line that does not repeat its name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):
         return "is too large for this computer's memory"
-    text = " ".join(str(error).split()).removeprefix(f"{path}: ")
-    return text + ("; a sliding window (--window) reads larger ones" if "decompression bomb" in text else "")
+    return " ".join(str(error).split()).removeprefix(f"{path}: ") or type(error).__name__
 
 # %% ../nbs/13_inference.ipynb #inference094
-def _read_job(predictor: Predictor, window: int | None, job: Job) -> tuple[Job, np.ndarray | None, object]:
-    """A reader thread's work: (job, input for the network, own size), or (job, None, what is wrong)."""
+TROUBLE = (OSError, ValueError, MemoryError, cv2.error)  # what one image's masks may raise without ending the run
+
+
+def _read_job(predictor: Predictor, window: int | None, job: Job) -> tuple[Job, Ready | None, str]:
+    """A reader thread's work: (job, what was read, ""), or (job, None, what is wrong)."""
     try:
-        if job.path.exists() and not job.path.is_file():
-            raise ValueError("is a folder or a device, not a file")
-        if window:
-            return job, read_large(job.path), None
-        return job, *predictor.prepare(job.path)
-    except (OSError, ValueError, MemoryError, ModuleNotFoundError) as error:
+        picture = _read(job.path)
+        pixels = picture_rgb(picture, predictor.preprocessing.white)
+        note = f"page 1 of {picture.frames} was predicted" if picture.frames > 1 else ""
+        image = pixels if window else predictor.preprocessing.prepare(pixels)
+        return job, Ready(image, pixels.shape[:2], note), ""
+    except Exception as error:  # a border: whatever a decoder raises is this file's failure, not the run's
         return job, None, _reason(error, job.path)
 
 # %% ../nbs/13_inference.ipynb #inference097
@@ -643,6 +768,7 @@ class FileOptions:
     batch: int = 8
     window: int | None = None
     overlap: float = 0.25
+    palette: bool = False
     overwrite: bool = False
     progress: bool = True
 
@@ -651,8 +777,7 @@ class FileOptions:
             raise ValueError(f"probability is png, npz or None, not {self.probability!r}")
         if self.batch < 1:
             raise ValueError(f"batch is at least 1, not {self.batch}")
-        if self.window is not None:
-            check_window(self.window, self.overlap)
+        check_window(self.window, self.overlap)
 
     def outputs(self, name: str) -> list[str]:
         """The files that one image gets, the mask first."""
@@ -660,74 +785,134 @@ class FileOptions:
                 *([f"{name}_probability.{self.probability}"] if self.probability else [])]
 
 # %% ../nbs/13_inference.ipynb #inference098
+LOCK_FILE = ".predictions.lock"
+
+
 def _settings(predictor: Predictor, options: FileOptions, root: Path) -> dict:
     """All that a mask depends on, as predictions.json says it."""
     return {"images": str(root), "network": predictor.identity, "classes": predictor.classes, "amp": predictor.amp,
             "threshold": predictor.threshold, "tta": predictor.tta, "keep_largest": predictor.keep_largest,
-            "window": options.window, "overlap": options.overlap if options.window else None,
+            "window": options.window, "overlap": options.overlap if options.window else None, "palette": options.palette,
             "preprocessing": json.loads(json.dumps(asdict(predictor.preprocessing)))}  # tuples become lists, as in the file
+
+
+def _short(value: object) -> str:
+    text = printable(repr(value))
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 def _check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
     """May earlier results in this folder stay? ValueError, in one sentence, if they are other work and not to be overwritten."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and all(path.name == LOCK_FILE for path in output.iterdir())):
         return False
     try:
-        earlier = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-        different = [f"{name}: {earlier.get(name)!r} there, {value!r} now" for name, value in settings.items()
+        earlier = read_json(output / SETTINGS_FILE)
+        different = [f"{name}: {_short(earlier.get(name))} there, {_short(value)} now" for name, value in settings.items()
                      if earlier.get(name) != value]
-    except (OSError, ValueError, AttributeError):
+    except OSError:
         different = [f"it holds files, but no {SETTINGS_FILE} that says where they come from"]
+    except ValueError as error:
+        different = [str(error)]
     if different and not overwrite:
         raise ValueError(f"{output} holds other work ({'; '.join(different)}): choose a new folder, or overwrite (--overwrite)")
     return not different
 
+
+@contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Make the folder and lock it, for as long as this process lives at most; ValueError if another run writes to it."""
+    lock = FileLock(output / LOCK_FILE, blocking=False)
+    with _clear_write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"another prediction is writing to {output}: wait until it has ended, or choose another folder") \
+                from None
+    try:
+        yield
+    finally:
+        lock.release()
+
 # %% ../nbs/13_inference.ipynb #inference099
 def _is_done(job: Job, row: list[str] | None, output: Path, options: FileOptions) -> bool:
     """Does an earlier row speak of all the files that are wanted, and are they no older than the image?"""
-    if row is None or row[1] != f"{job.name}.png" or not job.path.is_file():
+    if row is None or row[1] != _cell(f"{job.name}.png") or not os.path.isfile(job.path):
         return False
     files = [output / name for name in options.outputs(job.name)]
-    return all(file.is_file() for file in files) and job.path.stat().st_mtime <= files[0].stat().st_mtime
+    return all(map(os.path.isfile, files)) and os.path.getmtime(job.path) <= os.path.getmtime(files[0])
 
 
-def _jobs(inputs: Iterable[str | os.PathLike], output: Path) -> tuple[Path, list[Job]]:
-    """What is to be done: the folder that all share, and a job per image. ValueError if an output would replace an image."""
-    root, files = find_images(inputs, output)
-    jobs = [Job(file, file.relative_to(root).as_posix(), name) for file, name in name_outputs(root, files).items()]
-    images = {file.resolve() for file in files}
+def _jobs(found: Found, output: Path) -> list[Job]:
+    """What is to be done, a job per image. ValueError if an output would replace an image."""
+    names = name_outputs(found.root, found.files)
+    files = _cells([file.relative_to(found.root).as_posix() for file in names])
+    jobs = [Job(path, file, name) for (path, name), file in zip(names.items(), files)]
+    images, real = {os.path.realpath(file) for file in found.files}, lru_cache(maxsize=None)(os.path.realpath)
     for job in jobs:
         for ending in OUTPUTS:
-            if (output / (job.name + ending)).resolve() in images:
-                raise ValueError(f"{output / (job.name + ending)} is an image to be segmented: choose another output folder")
-    return root, jobs
+            written = output / (job.name + ending)
+            if os.path.join(real(written.parent), written.name) in images:
+                raise ValueError(f"{written} is an image to be segmented: choose another output folder")
+    return jobs
 
 # %% ../nbs/13_inference.ipynb #inference102
-def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Job, mask: np.ndarray,
-               maps: np.ndarray | None) -> list:
+class Done(NamedTuple):
+    """One image's end: its row for the table (None: no mask could be written) and what went wrong, a sentence each."""
+
+    job: Job
+    row: list | None
+    problems: list[str]
+
+
+def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Job, note: str, mask: np.ndarray,
+               maps: np.ndarray | None) -> Done:
     """A writer thread's work: the files of one image, the mask last, and its row for the table."""
+    problems = []
     if options.probability:
         data = probability_png(maps) if options.probability == "png" else probability_npz(maps, predictor.class_names)
-        _write(output / f"{job.name}_probability.{options.probability}", data)
+        problems.append(_write(output, f"{job.name}_probability.{options.probability}", data))
     if options.overlay:  # the picture is read again: keeping all of them until now would take far more memory
-        pixels = read_large(job.path) if options.window else as_rgb(job.path)
-        _write(output / f"{job.name}_overlay.jpg", overlay_jpg(pixels, mask))
-    _write(output / f"{job.name}.png", mask_png(mask, predictor.classes))
-    return [job.file, f"{job.name}.png", mask.shape[1], mask.shape[0], *describe_mask(mask, predictor.classes)]
+        try:
+            data = overlay_jpg(as_rgb(job.path, predictor.preprocessing.white), mask)
+        except TROUBLE as error:
+            problems.append(f"the overlay could not be drawn ({_reason(error, job.path)})")
+        else:
+            problems.append(_write(output, f"{job.name}_overlay.jpg", data))
+    failed = _write(output, f"{job.name}.png", mask_png(mask, options.palette))
+    row = [job.file, _cell(f"{job.name}.png"), mask.shape[1], mask.shape[0], *describe_mask(mask, predictor.classes), note]
+    return Done(job, None if failed else row, [problem for problem in (*problems, failed) if problem])
 
 # %% ../nbs/13_inference.ipynb #inference103
-def _finish_job(predictor: Predictor, options: FileOptions, output: Path, answer: tuple) -> list:
+def _finish_job(predictor: Predictor, options: FileOptions, output: Path, answer: tuple) -> Done:
     """The same for what `through_network` answers: back to the image's own size first."""
-    maps, (job, (height, width)) = answer
-    maps = predictor.undo(maps, height, width)
-    return _write_job(predictor, options, output, job, predictor.decide(maps), maps)
+    maps, (job, (height, width), note) = answer
+    try:
+        maps = predictor.undo(maps, height, width)
+        mask = predictor.decide(maps)
+    except TROUBLE as error:
+        return Done(job, None, [_reason(error, job.path)])
+    return _write_job(predictor, options, output, job, note, mask, maps)
+
+
+def _slide_job(predictor: Predictor, options: FileOptions, output: Path, ready: Ready, job: Job) -> Done:
+    """The same for an image that a window slides over."""
+    p, o = predictor, options
+    try:
+        used = fit_window(o.window, *ready.size, p.preprocessing.size)
+        mask, maps = p.join(p.rows(ready.image, o.window, o.overlap, o.batch), keep_maps=bool(o.probability))
+    except TROUBLE as error:
+        return Done(job, None, [_reason(error, job.path)])
+    smaller = "" if used == o.window else f"window of {used} pixels, as the image has no more"
+    return _write_job(p, o, output, job, "; ".join(filter(None, [ready.note, smaller])), mask, maps)
 
 # %% ../nbs/13_inference.ipynb #inference104
 @dataclass
 class Summary:
     """How a run over files went: images predicted, skipped (done before) and failed; seconds, and those of the network.
 
-    stopped: somebody pressed Ctrl-C, and the rest is left for the next run; output: the folder.
+    failed: images of which something could not be read or written; stopped: somebody pressed Ctrl-C, and the rest is left for
+    the next run; output: the folder.
     """
 
     output: Path
@@ -754,19 +939,24 @@ class _Opened:
 
     def __init__(self, predictor: Predictor, inputs: Iterable[str | os.PathLike], output: Path, options: FileOptions):
         self.predictor, self.options, self.output, self.summary = predictor, options, output, Summary(output)
-        root, jobs = _jobs(inputs, output)
-        settings = _settings(predictor, options, root)
-        columns = ["file", "mask", "width", "height", *class_columns(predictor.class_names)]
-        rows = _rows(output / "predictions.csv", columns) if _check_settings(output, settings, options.overwrite) else {}
-        self.todo = [job for job in jobs if options.overwrite or not _is_done(job, rows.get(job.file), output, options)]
-        self.summary.skipped = len(jobs) - len(self.todo)
+        self.found = find_images(inputs, output)
+        self.jobs = _jobs(self.found, output)
+        self.settings = _settings(predictor, options, self.found.root)
+        _check_settings(output, self.settings, options.overwrite)
+
+    def open(self) -> None:
+        """Find out what is left to do, and begin the tables; nobody else may be writing to the folder."""
+        output, options = self.output, self.options
+        columns = ["file", "mask", "width", "height", *class_columns(self.predictor.class_names), "note"]
+        rows = _rows(output / "predictions.csv", columns) if _check_settings(output, self.settings, options.overwrite) else {}
+        self.todo = [job for job in self.jobs if options.overwrite or not _is_done(job, rows.get(job.file), output, options)]
+        self.summary.skipped = len(self.jobs) - len(self.todo)
         again = {job.file for job in self.todo}
-        with _clear_write_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
         self.table = _Table(output / "predictions.csv", columns, [row for file, row in rows.items() if file not in again])
         self.errors = _Table(output / "errors.csv", ["file", "reason"])
         # the settings come last, so that rows never stand beside settings that are not theirs
-        _write(output / SETTINGS_FILE, (json.dumps(settings, indent=2) + "\n").encode())
+        if problem := _write(output, SETTINGS_FILE, (json.dumps(self.settings, indent=2) + "\n").encode()):
+            raise OSError(problem)
 
 # %% ../nbs/13_inference.ipynb #inference107
 class _Stream(_Opened):
@@ -780,42 +970,62 @@ class _Stream(_Opened):
                 return
             yield job
 
-    def readable(self, results: Iterable[tuple]) -> Iterator[tuple[np.ndarray, tuple]]:
-        """Results of `_read_job` -> (image, (job, size)); a file that cannot be read is reported here and goes no further."""
-        for job, image, other in results:
-            if image is not None:
-                yield image, (job, other)
-                continue
+    def say(self, path: Path, text: str) -> None:
+        tqdm.write(printable(f"{path}: {text}"), file=sys.stderr)
+
+    def report(self, done: Done) -> None:
+        """Enter one image's end in the tables, and say what went wrong."""
+        self.bar.update()
+        if done.row:
+            self.table.add(done.row)
+            self.summary.done += 1
+        for problem in done.problems:
+            self.errors.add([done.job.file, csv_cell(problem)])
+            self.say(done.job.path, problem)
+        self.summary.failed += bool(done.problems)
+
+    def pass_over(self, path: Path, reason: str) -> None:
+        """Say what is not predicted although it was found; it fails if it could have been an image."""
+        self.say(path, f"passed over: {reason}")
+        if _is_loss(path, reason):
+            self.errors.add([_cell(path.relative_to(self.found.root).as_posix()), csv_cell(f"passed over: {reason}")])
             self.summary.failed += 1
-            self.errors.add([job.file, other])
-            self.bar.update()
-            tqdm.write(f"{job.path}: {other}", file=sys.stderr)
+
+    def readable(self, results: Iterable[tuple]) -> Iterator[tuple[Ready, Job]]:
+        """Results of `_read_job` -> what was read, and its job; a file that cannot be read is reported and goes no further."""
+        for job, ready, problem in results:
+            if ready is None:
+                self.report(Done(job, None, [problem]))
+                continue
+            if ready.note:
+                self.say(job.path, ready.note)
+            yield ready, job
 
 # %% ../nbs/13_inference.ipynb #inference108
 class _Run(_Stream):
     """The run itself: readers, network and writers, tied together by generators that pull one another."""
 
-    def finished(self, stop: Event) -> Iterator[list]:
-        """Rows of the table, one per image that is done. Never more than some five batches of images are on their way."""
+    def finished(self, stop: Event) -> Iterator[Done]:
+        """The ends of all images that can be read. Never more than some five batches of images are on their way."""
         p, o, batch = self.predictor, self.options, self.options.batch
         read = partial(_read_job, p, o.window)
         if o.window:  # large images, one at a time: the network has work enough
-            for pixels, (job, _) in self.readable(map(read, self.feed(stop))):
-                mask, maps = p.join(p.rows(pixels, o.window, o.overlap, o.batch), keep_maps=bool(o.probability))
-                yield _write_job(p, o, self.output, job, mask, maps)
+            for ready, job in self.readable(map(read, self.feed(stop))):
+                yield _slide_job(p, o, self.output, ready, job)
             return
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
-            answers = p.through_network(self.readable(in_order(readers, read, self.feed(stop), 2 * batch)), batch)
+            read_ahead = self.readable(in_order(readers, read, self.feed(stop), 2 * batch))
+            answers = p.through_network(((ready.image, (job, ready.size, ready.note)) for ready, job in read_ahead), batch)
             yield from in_order(writers, partial(_finish_job, p, o, self.output), answers, 2 * batch)
 
     def run(self) -> Summary:
         start, before = time.perf_counter(), self.predictor.network_seconds
         self.bar = tqdm(total=len(self.todo), unit="image", disable=not self.options.progress, file=sys.stdout)
         with stop_signals() as stop, self.bar, self.table.file, self.errors.file:
-            for row in self.finished(stop):
-                self.table.add(row)
-                self.summary.done += 1
-                self.bar.update()
+            for path, reason in self.found.passed:
+                self.pass_over(path, reason)
+            for done in self.finished(stop):
+                self.report(done)
         self.summary.seconds = time.perf_counter() - start
         self.summary.network_seconds = self.predictor.network_seconds - before
         return self.summary
@@ -825,25 +1035,32 @@ def predict_files(predictor: Predictor, inputs: str | os.PathLike | Iterable[str
                   **options) -> Summary:
     """Segment files, folders and patterns (see `find_images`) into a folder, each image at its own size.
 
-    For a/b.jpg below the folder that all inputs share: a/b.png, the mask (class index, with a palette); if asked for (see
-    `FileOptions`) a/b_overlay.jpg and a/b_probability.png (16 bits) or .npz; `name_outputs` says what becomes of equal names.
-    predictions.csv has a row per image (`describe_mask`), errors.csv one per file that could not be used, predictions.json the
-    settings. What is done already is skipped, unless `overwrite`; other settings or a foreign folder are refused. Ctrl-C
-    finishes what is begun, and returns.
-    Raises FileNotFoundError, ValueError, OSError (cannot write), each in one sentence.
+    For a/b.jpg below the folder that all inputs share: a/b.png, the mask (class index, grey); if asked for (see `FileOptions`)
+    a/b_overlay.jpg and a/b_probability.png (16 bits) or .npz; `name_outputs` says what becomes of equal names. predictions.csv
+    has a row per image (`describe_mask`; note: what else is to be known), errors.csv one per file that could not be read or
+    written, predictions.json the settings. What is done already is skipped, unless `overwrite`; other settings or a foreign
+    folder are refused, and so is a folder to which another run is writing. Ctrl-C finishes what is begun, and returns.
+
+    Raises:
+        FileNotFoundError, ValueError: inputs, options or output folder cannot be used.
+        OSError: nothing can be written (disk full, no permission).
     """
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    return _Run(predictor, inputs, Path(output).expanduser().absolute(), FileOptions(**options)).run()
+    run = _Run(predictor, inputs, Path(output).expanduser().absolute(), FileOptions(**options))
+    with _only_writer(run.output):
+        run.open()
+        return run.run()
 
 # %% ../nbs/13_inference.ipynb #inference115
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("qtseg-predict", description="Segment images with a trained network, at their own size.")
     add = parser.add_argument
-    add("checkpoint", help="a folder that training wrote: RUN/best_dice")
+    add("checkpoint", help="a folder that training wrote: RUN, or a checkpoint in it such as RUN/best_dice")
     add("input", nargs="+", help="image files, folders (searched to the bottom) or patterns in quotes")
     add("--output", required=True, metavar="DIR", help="folder for masks, predictions.csv and errors.csv")
     add("--overlay", action="store_true", help="also write NAME_overlay.jpg")
     add("--probability", choices=("png", "npz"), help="also write NAME_probability: 16-bit PNG, or NumPy with all classes")
+    add("--palette", action="store_true", help="masks with a table of colors, for eyes: some programs read those as colors")
     add("--batch", type=int, default=8, metavar="N", help="images (or windows) at a time (%(default)s)")
     add("--tta", action="store_true", help="average over mirror images: four times the work")
     add("--threshold", type=float, metavar="T", help="foreground begins above this probability, between 0 and 1")
@@ -861,15 +1078,17 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command qtseg-predict. Returns 0; 1 if anything could not be used; 130 after Ctrl-C. Wrong usage exits with 2."""
     chosen = _parser().parse_args(arguments)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # up to Pillow's limit images are large, no attack
     try:
-        predictor = Predictor.from_checkpoint(chosen.checkpoint, engine=chosen.engine, device=chosen.device, amp=chosen.amp,
+        checkpoint = find_checkpoint(chosen.checkpoint)
+        if checkpoint != Path(chosen.checkpoint):
+            print(printable(f"checkpoint: {checkpoint}"))
+        predictor = Predictor.from_checkpoint(checkpoint, engine=chosen.engine, device=chosen.device, amp=chosen.amp,
                                               threshold=chosen.threshold, tta=chosen.tta, keep_largest=chosen.keep_largest)
         if predictor.device.type == "cpu":
             keep_freed_memory()
         summary = predict_files(predictor, chosen.input, chosen.output, overlay=chosen.overlay, probability=chosen.probability,
-                                batch=chosen.batch, window=chosen.window, overlap=chosen.overlap, overwrite=chosen.overwrite,
-                                progress=not chosen.no_progress)
+                                batch=chosen.batch, window=chosen.window, overlap=chosen.overlap, palette=chosen.palette,
+                                overwrite=chosen.overwrite, progress=not chosen.no_progress)
     except KeyboardInterrupt:
         print("qtseg-predict: stopped at once: run again to go on", file=sys.stderr)
         return 130
@@ -877,7 +1096,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"qtseg-predict: the device has too little memory for --batch {chosen.batch}: choose fewer", file=sys.stderr)
         return 1
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"qtseg-predict: {error}", file=sys.stderr)
+        print(printable(f"qtseg-predict: {error}"), file=sys.stderr)
         return 1
-    print(summary)
+    print(printable(str(summary)))
     return 130 if summary.stopped else int(summary.failed > 0)

@@ -6,13 +6,17 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from conftest import ROOT, shared_folder
 from PIL import Image
 
 from qtseg import inference
+from qtseg.colors import class_colors
 from qtseg.data import PREPROCESSING_FILE, Preprocessing, SegmentationData, normalise, read_mask
 from qtseg.evaluation import class_probabilities, decide, own_size_mask
 from qtseg.inference import (
@@ -67,7 +72,7 @@ def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """A checkpoint folder with random weights, as training writes one."""
-    folder = tmp_path_factory.mktemp("run") / "best_dice"
+    folder = tmp_path_factory.mktemp("run", numbered=False) / "best_dice"
     torch.manual_seed(0)
     QTSeg(width=4, depths=[1, 1, 1], mlp_width=64).save_pretrained(folder)
     (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64, "pad", "ycrcb"))))
@@ -217,7 +222,7 @@ def test_wrong_arguments_are_one_sentence():
         (Image.new("F", (5, 5)), "float32"),
         (Image.fromarray(np.full((5, 5), -1, np.int32)), "int32"),
         (np.zeros((5, 5, 3)), "float64"),
-        (np.zeros((5, 5, 3), np.uint16), "uint16"),
+        (np.zeros((5, 5, 3), np.uint32), "uint32"),
         (np.zeros((5, 5), bool), "bool"),
         (np.zeros((0, 5, 3), np.uint8), "with pixels in it"),
         (np.zeros((3, 5, 5), np.uint8), r"\[H, W, 3\]"),
@@ -227,6 +232,61 @@ def test_wrong_arguments_are_one_sentence():
 def test_arrays_of_unknown_meaning_are_refused(array, sentence):
     with pytest.raises(ValueError, match=sentence):
         as_rgb(array)
+
+
+def test_deep_values_are_read_with_the_checkpoints_white(tmp_path):
+    """Twelve bits in sixteen: with white=4095 they are seen as they were in training, as a file and as an array."""
+    deep = ((scene(40, 50)[:, :, 0].astype(int) * 4095 + 127) // 255).astype(np.uint16)  # [H, W], 642 and 3212
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    narrow = Predictor(brightness, Preprocessing(64, white=4095), 2, device="cpu")
+    for image in (tmp_path / "deep.png", deep, deep[:, :, None].repeat(3, axis=2), Image.fromarray(deep)):
+        np.testing.assert_array_equal(narrow.predict(image), simple().predict(scene(40, 50)))
+        assert not simple().predict(image).any()  # with white=65535 all is nearly black
+    np.testing.assert_array_equal(as_rgb(np.array([[0, 2048, 4095, 60000]], np.uint16), white=4095)[0, :, 0], [0, 128, 255, 255])
+    predict_files(narrow, tmp_path / "deep.png", tmp_path / "out", progress=False)
+    assert (read_mask(tmp_path / "out/deep.png") == narrow.predict(deep)).all()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_numbers_of_channels_are_refused_before_the_first_image(channels, tmp_path):
+    model = QTSeg(in_channels=channels, width=4, depths=[1, 1, 1], mlp_width=64)
+    model.save_pretrained(tmp_path)
+    (tmp_path / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64))))
+    for build in (
+        lambda: Predictor.from_checkpoint(tmp_path, device="cpu"),
+        lambda: Predictor(model, Preprocessing(64), 2, device="cpu"),
+    ):
+        with pytest.raises(ValueError, match=rf"takes images of {channels} channel\(s\).*in_channels=3"):
+            build()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_answers_that_are_not_finite_are_refused(value, classes, tmp_path):
+    """They would be empty masks: NaN is above no threshold. One image's bad answer leaves the others of its batch alone."""
+
+    def spoilt(images):
+        logits = brightness(images)[:, 2 - classes :]
+        logits[images.mean(dim=(1, 2, 3)) > 0.9, -1, 3, 4] = value  # one value of an image that is all white
+        return logits
+
+    predictor = Predictor(spoilt, Preprocessing(64), classes, device="cpu")
+    white = np.full((40, 40, 3), 255, np.uint8)
+    for call in (predictor.predict, predictor.probabilities, lambda image: list(predictor.predict_many([image]))):
+        with pytest.raises(ValueError, match="NaN or infinity: its weights are damaged"):
+            call(white)
+    assert predictor.predict(scene(40, 40)).any()
+    for name, image in (("a", scene(40, 40)), ("b", white), ("c", scene(40, 40))):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    summary = predict_files(predictor, [tmp_path / f"{name}.png" for name in "abc"], tmp_path / "out", progress=False)
+    assert (summary.done, summary.failed) == (2, 1) and sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["a.png", "c.png"]
+    assert [row["file"] for row in table(tmp_path / "out/errors.csv")] == ["b.png"]
+    if classes == 2:
+        pytest.importorskip("monai", reason="MONAI is not installed")
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            predictor.predict_large(np.full((80, 80, 3), 255, np.uint8), 64)
+        Image.fromarray(white.repeat(2, axis=0).repeat(2, axis=1)).save(tmp_path / "b.png")
+        assert predict_files(predictor, tmp_path / "b.png", tmp_path / "slid", window=64, progress=False).failed == 1
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------
@@ -350,14 +410,16 @@ def test_dicom(tmp_path):
 
 
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "scan.dcm").write_bytes(bytes(128) + b"DICM")
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ModuleNotFoundError, match=r"scan.dcm: DICOM files need pydicom: pip install"):
+    pytest.importorskip("pydicom", reason="pydicom is not installed")
+    write_dicom(tmp_path / "scan.dcm", GREY)
+    for module in [name for name in sys.modules if name.split(".")[0] == "pydicom"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=r"scan.dcm: .*needs pydicom: pip install"):
         as_rgb(tmp_path / "scan.dcm")
 
 
 def spoil(folder: Path) -> list[str]:
-    """Ten files that cannot be segmented, each in its own way."""
+    """Nine files that cannot be segmented, each in its own way."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     for ending, kind in (("png", "PNG"), ("jpg", "JPEG")):
         stream = io.BytesIO()
@@ -366,7 +428,6 @@ def spoil(folder: Path) -> list[str]:
     (folder / "text.png").write_text("not an image\n")
     (folder / "empty.jpg").write_bytes(b"")
     Image.fromarray(np.random.default_rng(0).random((20, 20), dtype=np.float32)).save(folder / "float.tif")
-    (folder / "folder.png").mkdir()
     (folder / "dangling.png").symlink_to("/nowhere/at/all.png")
     with zipfile.ZipFile(folder / "archive.jpg", "w") as archive:
         archive.writestr("a.txt", "text")
@@ -378,7 +439,6 @@ def spoil(folder: Path) -> list[str]:
         "dangling.png",
         "empty.jpg",
         "float.tif",
-        "folder.png",
         "text.png",
         "truncated.jpg",
         "truncated.png",
@@ -396,7 +456,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path, checkpoint, capfd
     printed = capfd.readouterr()
     lines = printed.err.strip().splitlines()
     assert sorted(Path(line.split(": ")[0]).name for line in lines) == bad and "Traceback" not in printed.err
-    assert "13 images" in printed.out and "10 failed" in printed.out
+    assert "13 images" in printed.out and "9 failed" in printed.out
     assert sorted(path.name for path in output.glob("*.png")) == [f"good{index:02d}.png" for index in range(13)]
     assert sorted(row["file"] for row in table(output / "errors.csv")) == bad
     assert all(row["reason"] and str(tmp_path) not in row["reason"] for row in table(output / "errors.csv"))
@@ -409,11 +469,130 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path, checkpoint, capfd
         assert (mask == predictor.predict(folder / row["file"])).all()
         assert int(row["foreground_pixels"]) == mask.sum()
     for path in [folder / name for name in bad]:
-        path.unlink() if not path.is_dir() or path.is_symlink() else path.rmdir()
+        path.unlink()
     assert main([str(checkpoint), str(folder), "--output", str(output), "--no-progress"]) == 0
     assert (
         "0 images" in capfd.readouterr().out and table(output / "errors.csv") == [] and table(output / "predictions.csv") == rows
     )
+
+
+def hostile(folder: Path) -> list[str]:
+    """Files of strangers that are refused, each with its own sentence: their names."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file closefile\n%%EOF\n"
+    (folder / "program.png").write_bytes(eps)
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(4000))), (b"IEND", b"")]
+    data = b"".join(struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
+    (folder / "sparse.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    with (folder / "huge.tif").open("wb") as file:
+        file.truncate(2**35)
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "itself").symlink_to("itself")
+    (folder / "nowhere.bmp").symlink_to("/nowhere/at/all")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "fax.png").write_bytes(b"")
+    Image.new("1", (20_000, 10_000)).save(folder / "fax.png")
+    return ["fax.png", "huge.tif", "itself", "nowhere.bmp", "pipe.png", "program.png", "sparse.png", "zero.jpg"]
+
+
+ODD_NAMES = [  # all are good images
+    "a\nb.png",
+    "\udcff.png",
+    "=1+1.png",
+    "'=1+1.png",
+    "<img src=x onerror=alert(1)>.png",
+    'quote",;.png',
+    "u\u0308.png",
+    "\u00fc.png",
+    "\u56fe" * 83 + ".tif",
+    "x" * 251 + ".png",
+]
+
+
+def test_hostile_files_among_good_ones(tmp_path, monkeypatch, capfd):
+    """Every good image gets its mask, every hostile one a sentence in errors.csv; no program is started, memory stays small."""
+    folder, output = tmp_path / "in", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    bad = hostile(folder)
+    (folder / "deep" / "loop").symlink_to(folder)
+    (folder / "deep" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    names = [*ODD_NAMES, *(f"{i:02d}.png" for i in range(28)), "deep/1.png", "deep/no ending", "../elsewhere/2.png"]
+    for name in names:
+        Image.fromarray(scene(40, 50)).save(folder / name, "TIFF" if name.endswith("tif") else "PNG")
+    (folder / "notes.txt").write_text("no image")
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail(f"a program was started: {arguments}"))
+    wanted, predictor = simple().predict(scene(40, 50)), simple()
+
+    def run(**options):
+        return predict_files(predictor, folder, output, progress=False, **options)
+
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    summary = run()
+    assert (summary.done, summary.failed) == (len(names), len(bad))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # KiB; fax.png takes 400 MB
+    assert time.monotonic() - start < 5 * len(bad)
+    errors = {row["file"]: row["reason"] for row in table(output / "errors.csv")}
+    assert sorted(errors) == bad and "PostScript" in errors["program.png"] and "QTSEG_MAX_PIXELS" in errors["sparse.png"]
+    assert "QTSEG_MAX_FILE_BYTES" in errors["huge.tif"] and "QTSEG_MAX_SWELL" in errors["fax.png"]
+    rows = table(output / "predictions.csv")
+    assert len(list(output.rglob("*.png"))) == len(rows) == len(names) == len({row["file"] for row in rows})
+    for row in rows:
+        assert not row["file"].startswith(("=", "+", "-", "@")) and row["file"].isprintable()
+        if "\\" not in row["mask"]:
+            assert (read_mask(output / row["mask"]) == wanted).all() and (folder / row["file"].split(" ~")[0]).exists()
+    assert "passed over: a folder that was listed already" in capfd.readouterr().err
+    again = run()  # the same command goes on: nothing is left to do, and no row is lost
+    assert (again.done, again.skipped, again.failed) == (0, len(names), len(bad)) and table(output / "predictions.csv") == rows
+    summary = run(overlay=True)  # "_overlay.jpg" makes two names too long: their masks stay, and so do their rows
+    assert (summary.done, summary.failed) == (len(names), len(bad) + 2) and len(table(output / "predictions.csv")) == len(names)
+    reasons = [row["reason"] for row in table(output / "errors.csv") if row["file"] not in bad]
+    assert len(reasons) == 2 and all("_overlay.jpg could not be written (File name too long)" in reason for reason in reasons)
+
+
+def test_an_output_that_cannot_be_written_is_one_row(three):
+    """A folder of the mask's name; a file where a folder should be. The rest is done, and the table of both outputs is right."""
+    folder, output = three
+    assert predict_files(simple(), folder / "a.png", output, progress=False, overwrite=True).done == 1
+    (output / "b.png").mkdir()
+    (output / "deep").write_bytes(b"")
+    (output / "a_overlay.jpg").mkdir()
+    summary = predict_files(simple(), folder, output, overlay=True, overwrite=True, progress=False)
+    assert (summary.done, summary.failed) == (1, 3) and [row["file"] for row in table(output / "predictions.csv")] == ["a.png"]
+    reasons = [(row["file"], row["reason"].split(" could")[0]) for row in table(output / "errors.csv")]
+    assert sorted(reasons) == [("a.png", "a_overlay.jpg"), ("b.png", "b.png"), ("deep/a.png", "deep/a.png"), ("deep/a.png", "deep/a_overlay.jpg")]
+    (output / "b.png").rmdir(), (output / "deep").unlink(), (output / "a_overlay.jpg").rmdir()
+    assert predict_files(simple(), folder, output, overlay=True, progress=False).done == 3 and len(table(output / "predictions.csv")) == 3
+
+
+def test_pages_and_links(tmp_path, capfd):
+    """Of a file of several pages the first is predicted, which is said; links to folders are searched, named or found."""
+    pages = [Image.fromarray(scene(40, 50, seed)) for seed in range(3)]
+    (tmp_path / "real").mkdir()
+    pages[0].save(tmp_path / "real/stack.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "real/film.gif", save_all=True, append_images=pages[1:])
+    pages[1].save(tmp_path / "real/one.png")
+    (tmp_path / "named").symlink_to("real")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/found").symlink_to("../real")
+    for index, inputs in enumerate((tmp_path / "named", tmp_path / "in")):
+        assert predict_files(simple(), inputs, tmp_path / f"out{index}", progress=False).done == 3
+        notes = {Path(row["file"]).name: row["note"] for row in table(tmp_path / f"out{index}/predictions.csv")}
+        assert notes == {"stack.tif": "page 1 of 3 was predicted", "film.gif": "page 1 of 3 was predicted", "one.png": ""}
+        assert capfd.readouterr().err.count("page 1 of 3") == 2
+    np.testing.assert_array_equal(read_mask(tmp_path / "out0/stack.png"), simple().predict(scene(40, 50, 0)))
+
+
+@pytest.mark.parametrize("where", ["real/images/masks", "real/masks/deep"])
+def test_earlier_results_are_no_inputs(where, tmp_path):
+    """Wherever below the input they lie, and through patterns, too; a folder of results that is named is searched."""
+    (tmp_path / "real/images").mkdir(parents=True)
+    for index in range(3):
+        Image.fromarray(scene(40, 50, index)).save(tmp_path / f"real/images/{index}.png")
+    assert predict_files(simple(), tmp_path / "real/images", tmp_path / where, overlay=True, progress=False).done == 3
+    for inputs in (tmp_path / "real", tmp_path / "real/**", tmp_path / "real/**/*.png", tmp_path / "real/*/*.png"):
+        assert [file.name for file in find_images([str(inputs)], tmp_path / "out").files] == ["0.png", "1.png", "2.png"]
+    assert len(find_images([tmp_path / where], tmp_path / "out").files) == 6
 
 
 # --- names and tables ------------------------------------------------------------------------------------------------------
@@ -429,15 +608,15 @@ def test_inputs_are_found(tmp_path):
     wanted = [touch(tmp_path / name) for name in ("a/1.png", "a/deep/er/2.TIF", "a/deep/scan.dcm", "b/1.png", "b/no ending")]
     for name in ("a/.hidden.png", "a/.cache/3.png", "a/notes.txt", "a/out/old.png", "a/out/predictions.json"):
         touch(tmp_path / name)
-    root, files = find_images([tmp_path / "a"], tmp_path / "a/out")
+    root, files, _ = find_images([tmp_path / "a"], tmp_path / "a/out")
     assert root == tmp_path / "a" and files == wanted[:3]
-    root, files = find_images([tmp_path / "a", tmp_path / "b", tmp_path / "a/1.png"], tmp_path / "a/out")
+    root, files, _ = find_images([tmp_path / "a", tmp_path / "b", tmp_path / "a/1.png"], tmp_path / "a/out")
     assert root == tmp_path and files == wanted[:4]
-    root, files = find_images([str(tmp_path / "*" / "1.*"), tmp_path / "b/no ending"], tmp_path / "out")
+    root, files, _ = find_images([str(tmp_path / "*" / "1.*"), tmp_path / "b/no ending"], tmp_path / "out")
     assert root == tmp_path and files == [wanted[0], wanted[3], wanted[4]]
-    root, files = find_images([str(tmp_path / "a/**/*.TIF")], tmp_path / "out")
-    assert root == tmp_path / "a" and files == [wanted[1]]
-    assert len(find_images([tmp_path / "a"], tmp_path)[1]) == 4  # the output folder around the images hides none of them
+    for pattern, expected in (("a/**/*.TIF", [wanted[1]]), ("a/**", wanted[:3]), ("a/**/er/*", [wanted[1]]), ("**/1.p?g", [wanted[0], wanted[3]])):
+        assert find_images([str(tmp_path / pattern)], tmp_path / "out").files == expected
+    assert len(find_images([tmp_path / "a"], tmp_path).files) == 3  # the output folder around the images hides none of them
     (tmp_path / "a/out/predictions.json").unlink()
     with pytest.raises(ValueError, match="choose another output folder"):  # somebody's images, as it is no folder of predictions
         find_images([tmp_path / "a"], tmp_path / "a/out")
@@ -456,8 +635,11 @@ def test_equal_names_do_not_collide(tmp_path):
     ]
     names = [name_outputs(tmp_path, files)[file] for file in files]
     assert names == ["a/1", "b/1.jpg", "b/1.PNG", "b/2", "c/x.png", "c/x_probability.png", "c/x.y", "d/1", "d/1.dcm"]
-    masks = {f"{name}{ending}".lower() for name in names for ending in inference.OUTPUTS}
-    assert len(masks) == len(files) * len(inference.OUTPUTS)
+    same = [tmp_path / name for name in ("e/A.png", "e/a.PNG", "f/\u00fc.png", "f/u\u0308.png", "f/v.png")]  # for some file systems
+    names += (others := [name_outputs(tmp_path, same)[file] for file in same])
+    assert others[4] == "f/v" and name_outputs(tmp_path, same[:1] + same[2:3]) == {same[0]: "e/A", same[2]: "f/\u00fc"}
+    masks = {unicodedata.normalize("NFC", f"{name}{ending}").lower() for name in names for ending in inference.OUTPUTS}
+    assert len(masks) == len(files + same) * len(inference.OUTPUTS)
 
 
 def test_measures_of_a_mask():
@@ -470,14 +652,19 @@ def test_measures_of_a_mask():
     assert describe_mask(speckled, 2)[2] == 2500 and describe_mask(speckled, 2)[3].count(";") == inference.MOST_BOXES - 1
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 5, 20, 256])
-def test_mask_files_hold_indices_and_show_colours(classes, tmp_path):
-    mask = np.random.default_rng(0).integers(0, max(classes, 2), (33, 47)).astype(np.uint8)
-    (tmp_path / "mask.png").write_bytes(inference.mask_png(mask, classes))
-    assert (read_mask(tmp_path / "mask.png", classes=classes) == mask).all()
-    with Image.open(tmp_path / "mask.png") as picture:
-        assert picture.mode == "P" and (np.asarray(picture) == mask).all()
-        assert len({tuple(colour) for colour in np.asarray(picture.convert("RGB")).reshape(-1, 3)}) == min(max(classes, 2), 8)
+@pytest.mark.parametrize("classes", [2, 5, 256])
+def test_every_program_reads_class_indices_from_masks(classes, tmp_path):
+    """OpenCV and scikit-image read a palette's colors, so by default there is none; with one, Pillow shows colors to people."""
+    skimage = pytest.importorskip("skimage.io", reason="scikit-image is not installed")
+    mask, path = np.random.default_rng(0).integers(0, classes, (33, 47)).astype(np.uint8), tmp_path / "mask.png"
+    path.write_bytes(inference.mask_png(mask))
+    for read in (lambda: cv2.imread(str(path), cv2.IMREAD_UNCHANGED), lambda: skimage.imread(path), lambda: np.asarray(Image.open(path)),
+                 lambda: read_mask(path, classes=classes)):
+        np.testing.assert_array_equal(read(), mask)
+    path.write_bytes(inference.mask_png(mask, palette=True))
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and (np.asarray(picture) == mask).all() and (read_mask(path, classes=classes) == mask).all()
+        assert (np.asarray(picture.convert("RGB")) == class_colors(256)[mask]).all()
 
 
 def test_all_outputs(tmp_path):
@@ -602,22 +789,70 @@ def test_a_killed_run_leaves_rows_that_count(three):
 
 def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(three, monkeypatch):
     folder, output = three
-    write = Path.write_bytes
+    write = inference.write_then_rename
 
-    def full(path, data):
-        if path.name.startswith(".b.png"):
-            write(path, data[:10])
-            raise OSError(28, "No space left on device")
-        return write(path, data)
+    def full(path, function):
+        def until_full(temporary):
+            function(temporary)
+            if path.name == "b.png":
+                os.truncate(temporary, 10)
+                raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+        return write(path, until_full)
+
+    monkeypatch.setattr(inference, "write_then_rename", full)
     with pytest.raises(OSError, match=r"b.png could not be written \(No space left on device\)"):
         predict_files(simple(), folder, output, batch=1, progress=False)
-    assert not [path for path in output.rglob("*") if path.name.startswith(".") or path.name == "b.png"]
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp") or path.name == "b.png"]
     monkeypatch.undo()
     rows = len(table(output / "predictions.csv"))
     assert predict_files(simple(), folder, output, progress=False).done == 3 - rows
     assert len(table(output / "predictions.csv")) == 3
+
+
+def test_two_runs_into_one_folder(three):
+    """The second is refused while the first runs, and not after a crash."""
+    folder, output = three
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(images):
+        inside.set()
+        go_on.wait(60)
+        return brightness(images)
+
+    first = threading.Thread(target=predict_files, args=(Predictor(slow, Preprocessing(64), 2, device="cpu"), folder, output), kwargs=dict(progress=False))
+    first.start()
+    assert inside.wait(60)
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=rf"another prediction is writing to {output}: wait"):
+            predict_files(simple(), folder, output, progress=False, **options)
+    go_on.set()
+    first.join()
+    assert len(table(output / "predictions.csv")) == 3 and predict_files(simple(), folder, output, progress=False).skipped == 3
+    code = "import os, sys; from pathlib import Path; from qtseg.inference import _only_writer; _only_writer(Path(sys.argv[1])).__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, str(output)], cwd=ROOT).returncode == 9
+    (output / "a.png").unlink()
+    assert predict_files(simple(), folder, output, progress=False).done == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{" * 100_000, '{"a":' * 100_000, '{"size": ' + "9" * 5000 + "}", b"\xff\xfe", '{"images": "' + "x" * 10**6 + '"}'])
+def test_damaged_settings_are_one_sentence(text, three):
+    folder, output = three
+    output.mkdir()
+    (output / "predictions.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match="holds other work .*predictions.json|holds other work .*images") as refused:
+        predict_files(simple(), folder, output, progress=False)
+    assert len(str(refused.value)) < 4000 and "\n" not in str(refused.value)
+    assert predict_files(simple(), folder, output, overwrite=True, progress=False).done == 3
+
+
+def test_a_damaged_table_is_one_sentence(three):
+    folder, output = three
+    predict_files(simple(), folder, output, progress=False)
+    with (output / "predictions.csv").open("a") as file:
+        file.write("x" * 200_000 + ",1\n")
+    with pytest.raises(ValueError, match="predictions.csv is damaged .*delete it"):
+        predict_files(simple(), folder, output, progress=False)
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
@@ -700,20 +935,37 @@ def test_windows_of_files(tmp_path, monkeypatch):
     pytest.importorskip("monai", reason="MONAI is not installed")
     image = np.random.default_rng(2).integers(0, 256, (150, 170, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # the picture is beyond Pillow's limit, which is twice this
+    monkeypatch.setenv("QTSEG_MAX_PIXELS", "20000")  # the picture has 25,500
     assert predict_files(tiny(), tmp_path / "large.png", tmp_path / "plain", progress=False).failed == 1
-    assert "a sliding window" in table(tmp_path / "plain/errors.csv")[0]["reason"]
+    assert "QTSEG_MAX_PIXELS=25500" in table(tmp_path / "plain/errors.csv")[0]["reason"]
+    monkeypatch.undo()
     summary = predict_files(
         tiny(), tmp_path / "large.png", tmp_path / "out", window=64, overlap=0.5, probability="npz", overlay=True, progress=False
     )
-    assert (summary.done, summary.failed) == (1, 0) and Image.MAX_IMAGE_PIXELS == 10_000
-    monkeypatch.undo()
+    assert (summary.done, summary.failed) == (1, 0)
     assert (read_mask(tmp_path / "out/large.png") == tiny().predict_large(image, 64, 0.5)).all()
     assert np.load(tmp_path / "out/large_probability.npz")["probabilities"].shape == (150, 170, 2)
     with pytest.raises(ValueError, match="32 pixels or more"):
         tiny().predict_large(image, 16)
     with pytest.raises(ValueError, match="from 0 to below 1"):
         predict_files(tiny(), tmp_path / "large.png", tmp_path / "x", window=64, overlap=1.0)
+
+
+def test_windows_are_bounded_by_the_image_and_by_memory(tmp_path):
+    pytest.importorskip("monai", reason="MONAI is not installed")
+    sizes = []
+    predictor = Predictor(lambda images: sizes.append(tuple(images.shape)) or brightness(images), Preprocessing(64), 2, device="cpu")
+    mask = predictor.predict_large(scene(40, 40), 20_000)
+    assert sizes == [(1, 3, 64, 64)] and mask.shape == (40, 40)  # black around it, as in training
+    predictor.predict_large(scene(70, 150), 20_000)
+    assert sizes[-1] == (1, 3, 150, 150)
+    predictor.predict_large(scene(70, 150), 100, batch=4)
+    assert {size[2:] for size in sizes[2:]} == {(100, 100)}
+    with pytest.raises(ValueError, match="window of 9000 pixels needs too much memory: choose 8192 or less"):
+        predictor.predict_large(np.zeros((10, 9000, 3), np.uint8), 20_000)
+    Image.fromarray(scene(40, 40)).save(tmp_path / "small.png")
+    predict_files(predictor, tmp_path / "small.png", tmp_path / "out", window=20_000, progress=False)
+    assert table(tmp_path / "out/predictions.csv")[0]["note"].startswith("window of 64 pixels")
 
 
 # --- checkpoints and the command -------------------------------------------------------------------------------------------
@@ -727,7 +979,7 @@ def test_from_checkpoint_refuses_what_does_not_fit(checkpoint, tmp_path):
             lambda f: (f / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64, class_names=("a", "b", "c"))))),
             "needs 2 class names, but its preprocessing names 3",
         ),
-        (lambda f: shutil.rmtree(f), "is missing"),
+        (lambda f: shutil.rmtree(f), "is no folder"),
     ):
         folder = tmp_path / "copy"
         shutil.copytree(checkpoint, folder)
@@ -760,7 +1012,7 @@ def small_onnx(checkpoint: Path, path: Path, sha: str) -> None:
 
 def test_onnx_engine(checkpoint, tmp_path):
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    pytest.importorskip("onnx", reason="onnx is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     with pytest.raises(FileNotFoundError, match="run `qtseg-export .*copy` first"):
@@ -776,6 +1028,23 @@ def test_onnx_engine(checkpoint, tmp_path):
     assert (Predictor.from_checkpoint(folder, engine="onnx").predict(image) == simple().predict(image)).all()
     with pytest.raises(ValueError, match="computes on the CPU"):
         Predictor.from_checkpoint(folder, engine="onnx", amp="bf16")
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(24))
+    model = onnx.load(folder / "model.onnx")
+    weight = model.graph.initializer[0]
+    for place in ("../secret", str(secret), "beside"):  # weights in other files: somebody's secrets, as logits
+        shutil.copy(secret, folder / "beside")
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        del weight.external_data[:]
+        weight.external_data.add(key="location", value=place)
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(ValueError, match="is no ONNX model that can be run"):
+            OnnxNetwork(folder / "model.onnx")
+    with (folder / "model.onnx").open("wb") as file:
+        file.truncate(2**32)
+    with pytest.raises(ValueError, match="more than 2147483647 bytes"):
+        OnnxNetwork(folder / "model.onnx")
     (folder / "model.onnx").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is no ONNX model that can be run"):
         OnnxNetwork(folder / "model.onnx")
@@ -797,6 +1066,10 @@ def test_the_command_in_a_shell(checkpoint, three, capfd):
     assert main(words) == 1
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and "--overwrite" in printed.err and not printed.out
+    for run in (checkpoint.parent, checkpoint.parent / "../run"):  # a run's folder stands for its best checkpoint
+        assert Predictor.from_checkpoint(run, device="cpu").identity == Predictor.from_checkpoint(checkpoint, device="cpu").identity
+    assert main([str(checkpoint.parent), *words[1:3], f"{output}2", "--no-progress"]) == 0
+    assert f"checkpoint: {checkpoint}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -808,7 +1081,10 @@ def test_the_command_in_a_shell(checkpoint, three, capfd):
         (["CKPT", "IMG", "--output", "IMG/a.png/x"], "could not be written"),
         (["CKPT", "IMG", "--output", "OUT", "--device", "cuda:77"], "cannot be used"),
         (["CKPT", "IMG", "--output", "OUT", "--threshold", "2"], "between 0 and 1"),
+        (["CKPT", "IMG", "--output", "OUT", "--device", "meta"], "cannot be used"),
         (["CKPT", "IMG", "--output", "OUT", "--batch", "0"], "batch is at least 1"),
+        (["CKPT", "IMG", "--output", "OUT", "--overlap", "nan"], "from 0 to below 1"),
+        (["CKPT", "IMG", "--output", "OUT", "--window", "-5"], "32 pixels or more"),
         (["CKPT", "IMG", "--output", "OUT", "--engine", "onnx"], "qtseg-export"),
     ],
 )
