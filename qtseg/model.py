@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
+import mmap
 import os
 import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +30,13 @@ from torch.overrides import TorchFunctionMode
 from .bridge import BRIDGES
 from .decoder import DECODERS, StageOutput
 from .encoder import ProjectedEncoder, build_encoder, check_encoder, fold_batchnorms, load_imagenet, segmentation_models
+from .files import limit, printable, read_json, write_then_rename
 from .speed import accelerate
 
 # %% auto #0
-__all__ = ['BASELINES', 'NETWORKS', 'pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'Network', 'Forms',
-           'write_then_rename', 'shapes_only', 'Checkpoints', 'EncoderWeights', 'QTSeg', 'official_names',
-           'to_official', 'load_official', 'Baseline', 'load_network']
+__all__ = ['BASELINES', 'NETWORKS', 'pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'Network', 'Forms', 'find_checkpoint',
+           'shapes_only', 'Checkpoints', 'EncoderWeights', 'QTSeg', 'official_names', 'to_official', 'load_official',
+           'Baseline', 'load_network']
 
 # %% ../nbs/08_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
@@ -87,6 +93,14 @@ class Segmenter(nn.Module):
         padded = pad_to_multiple(images)
         return padded if self.use_naive else padded.contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/08_model.ipynb #mdl-whole
+def _whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """A whole number of the constructor, NumPy's included, as int; ValueError for everything else and outside its bounds."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least or (most is not None and value > most):
+        bounds = f"from {least} to {most}" if most else f"from {least}"
+        raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
+    return int(value)
+
 # %% ../nbs/08_model.ipynb #db2b362e
 class Network(Segmenter):
     """The computation: images [B, in_channels, H, W] in [-1, 1] -> logits [B, classes, H, W]."""
@@ -97,12 +111,14 @@ class Network(Segmenter):
                  depths: Sequence[int] = (1, 2, 3), heads: int = 8, mlp_width: int = 2048, position: str = "fourier",
                  encoder: str = "fpn"):
         super().__init__()
-        if min(classes, in_channels, width) < 1:
-            raise ValueError(f"classes, in_channels and width are at least 1, not {classes}, {in_channels} and {width}")
-        if classes > 256 or sum(depths) > 100:
-            raise ValueError(f"at most 256 classes (a mask has one byte per pixel) and 100 blocks, not {classes} and {sum(depths)}")
+        classes = _whole("classes", classes, most=256)  # a mask has one byte per pixel
+        in_channels, width = _whole("in_channels", in_channels), _whole("width", width)
+        heads, mlp_width = _whole("heads", heads), _whole("mlp_width", mlp_width)
+        depths = [_whole("each of depths", depth, least=0, most=100) for depth in depths]
+        if len(depths) != 3 or sum(depths) > 100:
+            raise ValueError(f"depths are three numbers with a sum of at most 100, not {depths}")
         self.config = dict(classes=classes, in_channels=in_channels, width=width, bridge=bridge, decoder=decoder,
-                           depths=list(depths), heads=heads, mlp_width=mlp_width, position=position, encoder=encoder)
+                           depths=depths, heads=heads, mlp_width=mlp_width, position=position, encoder=encoder)
         self.encoder = build_encoder(encoder, in_channels, width)
         self.bridge = _choose("bridge", bridge, BRIDGES)(self.encoder.channels)
         self.decoder = _choose("decoder", decoder, DECODERS)(
@@ -167,24 +183,52 @@ def _some(names: Iterable[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 # %% ../nbs/08_model.ipynb #9f7195b5
-def _check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]], source: str | Path) -> None:
-    """Raise ValueError naming the missing, the unexpected and the mis-shaped entries of a state dict, all at once."""
-    shapes = [f"{name} {list(given[name].shape)} instead of {list(wanted[name])}"
-              for name in given.keys() & wanted.keys() if tuple(given[name].shape) != tuple(wanted[name])]
-    problems = {"missing": wanted.keys() - given.keys(), "unexpected": given.keys() - wanted.keys(), "mis-shaped": shapes}
+def _kind(tensor: Tensor) -> str:
+    """Which numbers a tensor holds: float of any width, whole, or another name of PyTorch."""
+    if tensor.is_floating_point():
+        return "float"
+    return str(tensor.dtype) if tensor.is_complex() or tensor.dtype == torch.bool else "whole"
+
+
+def _check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError naming the missing, unexpected, mis-shaped and mistyped entries of a state dict, all at once."""
+    both = given.keys() & wanted.keys()
+    shapes = [f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}" for name in both
+              if given[name].shape != wanted[name].shape]
+    kinds = [f"{name} {given[name].dtype} instead of {wanted[name].dtype}" for name in both
+             if _kind(given[name]) != _kind(wanted[name])]
+    problems = {"missing": wanted.keys() - given.keys(), "unexpected": given.keys() - wanted.keys(),
+                "mis-shaped": shapes, "of another type": kinds}
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"{source} does not fit this network: {'; '.join(found)}")
+        raise ValueError(printable(f"{source} does not fit this network: {'; '.join(found)}"))
 
-# %% ../nbs/08_model.ipynb #5b22e59f
-def write_then_rename(path: Path, write) -> None:
-    """`write(temporary path)`, then rename: whoever looks sees the old file or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# %% ../nbs/08_model.ipynb #mdl-wrappers
+_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel, DistributedDataParallel and torch.compile put before every name
+
+
+def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """A state dict without the prefixes of wrappers; ValueError where only some of the names have one."""
+    state = dict(state)
+    for prefix in 2 * _WRAPPERS:  # one inside the other, in either order
+        having = [name for name in state if name.startswith(prefix)]
+        if having and len(having) < len(state):
+            raise ValueError(printable(f"{source} is half wrapped: {len(having)} of {len(state)} names begin with {prefix} "
+                                       f"({_some(having)}); save the state dict of the network inside the wrapper"))
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError for weights that no network can compute with: NaN, infinite, a variance below zero."""
+    for name, tensor in state.items():
+        least, most = tensor.aminmax() if tensor.numel() else (torch.tensor(0.0), torch.tensor(0.0))  # NaN if there is one
+        wrong = "" if least.isfinite() and most.isfinite() else "are not finite (NaN or infinite)"
+        if name.endswith("running_var") and least < 0:
+            wrong = wrong or "are variances below zero"
+        if wrong:
+            raise ValueError(printable(f"{source} holds numbers in {name} that {wrong}: its training diverged or the file is "
+                                       "damaged; take another checkpoint or copy it again"))
 
 # %% ../nbs/08_model.ipynb #9a86644e
 def _read_config(folder: Path) -> tuple[str, dict]:
@@ -192,14 +236,46 @@ def _read_config(folder: Path) -> tuple[str, dict]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # nested without end is JSON that nobody can read
-        raise ValueError(f"{path} is not valid JSON ({error}): copy the checkpoint folder again") from None
-    kind = config.pop("model_type", None) if isinstance(config, dict) else None
+    config = read_json(path)
+    kind = config.pop("model_type", None)
     if kind not in ("qtseg", "baseline"):
         raise ValueError(f"{path} does not describe a network of this repository (model_type is neither qtseg nor baseline)")
     return kind, config
+
+# %% ../nbs/08_model.ipynb #mdl-find
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint folder that a path names: the folder itself, or in a run's folder the checkpoint that the run selected.
+
+    Args:
+        path: a folder that `save_pretrained` wrote, or the folder of a training run.
+
+    Returns:
+        The folder with config.json and model.safetensors. In a run: best_<select>, else best_dice, else last.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no checkpoint in it.
+        ValueError: the run's config.json cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: name a checkpoint that save_pretrained wrote (RUN/best_dice, RUN/last), "
+                                "or the folder of a run")
+    if (path / "model.safetensors").exists():
+        return path
+    inside = [name for name in ("best_dice", "last") if (path / name / "model.safetensors").is_file()]
+    if not (path / "config.json").is_file() and not inside:
+        raise FileNotFoundError(f"{path / 'config.json'} is missing: name a folder that save_pretrained wrote, "
+                                "or the folder of a run")
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "model_type" in config:  # a checkpoint whose weights are missing, which its reader will say
+        return path
+    selected = f"best_{config.get('select')}"
+    if selected.isidentifier() and (path / selected / "model.safetensors").is_file():
+        return path / selected
+    if not inside:
+        raise FileNotFoundError(printable(f"{path} is a run without a checkpoint (neither {selected} nor best_dice nor last): "
+                                          "name another run, or train it first"))
+    return path / inside[0]
 
 # %% ../nbs/08_model.ipynb #0a16d0a7
 def _build(network: type[Segmenter], folder: Path) -> Segmenter:
@@ -209,11 +285,11 @@ def _build(network: type[Segmenter], folder: Path) -> Segmenter:
         raise ValueError(f"{path} describes a {kind}, not a {network.model_type}: qtseg.model.load_network reads both")
     unknown = config.keys() - inspect.signature(network).parameters.keys()
     if unknown:
-        raise ValueError(f"{path} has entries that this version of QTSeg does not know: {_some(unknown)}")
+        raise ValueError(printable(f"{path} has entries that this version of QTSeg does not know: {_some(unknown)}"))
     try:
         return network(**config)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # a word for a number, 0 heads, …
-        raise ValueError(f"{path} describes no network that can be built ({error})") from None
+        raise ValueError(printable(f"{path} describes no network that can be built ({error})")) from None
 
 # %% ../nbs/08_model.ipynb #mdl-shapes
 class _RealLinspace(TorchFunctionMode):
@@ -230,19 +306,30 @@ def shapes_only() -> Iterator[None]:
         yield
 
 # %% ../nbs/08_model.ipynb #d1e5331e
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a file of weights that is larger than the limit of all files."""
+    size = path.stat().st_size
+    if size > limit("MAX_FILE_BYTES"):
+        raise ValueError(f"{path} has {size} bytes, more than {limit('MAX_FILE_BYTES')}: set the environment variable "
+                         f"QTSEG_MAX_FILE_BYTES={size} if you trust this file")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name; FileNotFoundError or ValueError in one sentence otherwise."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: copy the checkpoint folder again")
+    _check_size(path)
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): copy or download it again") from None
+        return _unwrapped(load_file(path), path)
+    except (SafetensorError, KeyError) as error:  # KeyError: a type of number that this version of PyTorch lacks
+        raise ValueError(printable(f"{path} is truncated or not a safetensors file ({error}): copy or download it again")) from None
 
 # %% ../nbs/08_model.ipynb #mdl-copy
 def _copy_into(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str | Path) -> None:
     """Copy the tensors of `source` into those of a network, all of them or, with a ValueError, none."""
-    _check_state(given, {name: tensor.shape for name, tensor in wanted.items()}, source)
+    _check_state(given, wanted, source)
+    given = {name: given[name].to(tensor.dtype) for name, tensor in wanted.items()}
+    _check_values(given, source)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(given[name])
@@ -265,14 +352,15 @@ class Checkpoints:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path):
-        """The model of a folder that `save_pretrained` wrote, in evaluation mode. FileNotFoundError, ValueError."""
-        folder = Path(folder)
+        """The model of a checkpoint or a run (see `find_checkpoint`), in evaluation mode. FileNotFoundError, ValueError."""
+        folder = find_checkpoint(folder)
+        path = folder / "model.safetensors"
         with shapes_only():  # a config that asks for a gigantic network is refused before it gets one
-            shapes = {name: tensor.shape for name, tensor in _build(cls, folder).state_dict().items()}
-        state = _read_safetensors(folder / "model.safetensors")
-        _check_state(state, shapes, folder / "model.safetensors")
+            wanted = _build(cls, folder).state_dict()
+        state = _read_safetensors(path)
+        _check_state(state, wanted, path)
         model = _build(cls, folder)
-        model.load_state_dict(state)
+        _copy_into(model.state_dict(), state, path)
         return model.eval()
 
 # %% ../nbs/08_model.ipynb #mdl-encoder-weights
@@ -282,7 +370,7 @@ class EncoderWeights:
     def load_encoder(self, path: str | Path, strict: bool = True):
         """Load weights that were trained elsewhere into `self.encoder`; returns the model. ValueError where they don't fit.
 
-        `path` is a folder that `save_pretrained` wrote, of a network of the same type and encoder; or "imagenet", for an
+        `path` is a checkpoint or a run (see `find_checkpoint`) of a network of the same type and encoder; or "imagenet", for an
         encoder of segmentation-models-pytorch (from the internet: ConnectionError without); or, for QTSeg's own encoder, an
         official encoder-only file (`fpn-nano.pth`). That file holds YOLOv8n's COCO weights, which are under AGPL-3.0; with
         `strict=False`, entries in it that are not the encoder's are passed over. Missing ones are always refused.
@@ -302,6 +390,7 @@ class EncoderWeights:
         load_imagenet(body, self.config["encoder"], self.config["in_channels"])
 
     def _load_encoder_of(self, folder: Path, strict: bool) -> None:
+        folder = find_checkpoint(folder)
         kind, config = _read_config(folder)
         theirs = config.get("encoder", "fpn")  # absent in checkpoints that are older than the choice
         if (kind, theirs) != (self.model_type, self.config["encoder"]):
@@ -398,13 +487,56 @@ def to_official(model: QTSeg) -> dict[str, Tensor]:
         state.update(zip(names, parts, strict=True))
     return state
 
+# %% ../nbs/08_model.ipynb #mdl-plain
+_STEPS = 200_000  # of a pickle; those of an official checkpoint are 20,000, and four times as many with an optimizer
+_PLAIN = re.compile(r"collections (OrderedDict|Counter)|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.nn\.parameter Parameter"
+                    r"|torch (\w+Storage|Size|device|bfloat16|u?int\d+|float\d+|bool|complex\d+)")  # what plain tensors need
+
+
+def _pickles(path: Path) -> list[BinaryIO]:
+    """The pickles in a PyTorch file: one in a zip archive, which must not be compressed, or five in a row."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return 5 * [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        names = {record.filename.lower() for record in records}
+        found = [record for record in records if record.filename.lower().endswith("/data.pkl")]
+        if (len(found) != 1 or len(names) < len(records) or any(record.compress_type for record in records)
+                or sum(record.file_size for record in records) > path.stat().st_size):
+            raise ValueError("not an archive that PyTorch wrote")
+        return [io.BytesIO(archive.read(found[0]))]
+
+
+def _check_pickles(path: Path) -> None:
+    """Raise UnpicklingError if a file names anything but what plain tensors need, ValueError if it has too many steps."""
+    steps = 0
+    for content in _pickles(path):
+        for step, argument, _ in pickletools.genops(content):
+            steps += 1
+            if steps > _STEPS:
+                raise ValueError("too many steps")
+            if step.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not _PLAIN.fullmatch(str(argument)):
+                raise pickle.UnpicklingError(f"names {argument}")
+
+
+def _check_storage(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError if tensors share numbers, so that they would need more memory than their file holds."""
+    stored = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in state.values()}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if needed > sum(stored.values()):
+        raise ValueError(f"{path} describes {needed} bytes of weights and holds {sum(stored.values())}: its tensors repeat numbers "
+                         "that are stored once; ask its author for a plain state dict")
+
 # %% ../nbs/08_model.ipynb #b358d2d5
 def _read_official(path: str | Path) -> dict[str, Tensor]:
     """The state dict in an official file, without running anything in it."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: download it from the official repository's releases first")
+    _check_size(path)
     try:
+        _check_pickles(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} was not loaded: it holds Python objects other than tensors, which could run code, or is "
@@ -415,7 +547,8 @@ def _read_official(path: str | Path) -> dict[str, Tensor]:
     entries = state.items() if isinstance(state, Mapping) else ()
     if not entries or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
         raise ValueError(f"{path} holds no state dict: neither tensors by name nor an entry \"state_dict_model\"")
-    return dict(entries)
+    _check_storage(state, path)
+    return _unwrapped(state, path)
 
 # %% ../nbs/08_model.ipynb #66b86abc
 def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
@@ -427,7 +560,7 @@ def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
         width, in_channels = state["image_encoder.conv_0.conv.weight"].shape[:2]
         mlp_width = state["mask_decoder.transformer_s0.layers.0.mlp.lin1.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing "
+        raise ValueError(f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing among {_some(state, 3)} "
                          "(an encoder-only file goes into QTSeg.load_encoder)") from None
     except (IndexError, ValueError):
         raise ValueError(f"{path} does not fit any QTSeg: a weight that tells the network's size has too few axes") from None
@@ -442,7 +575,14 @@ def load_official(path: str | Path) -> QTSeg:
     Read with `weights_only=True`. Raises FileNotFoundError, or ValueError naming what is missing, unexpected, mis-shaped.
     """
     state = _read_official(path)
-    model = QTSeg(**_official_config(state, path))
+    config = _official_config(state, path)
+    try:
+        with shapes_only():
+            wanted = to_official(QTSeg(**config))
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit any QTSeg ({error})") from None
+    _check_state(state, wanted, path)
+    model = QTSeg(**config)
     _copy_into(to_official(model), state, path)
     return model.eval()
 
@@ -468,9 +608,8 @@ class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
     def __init__(self, model: str = "unet", encoder: str = "resnet34", classes: int = 2, in_channels: int = 3):
         super().__init__()
         network = getattr(segmentation_models(), _choose("baseline", model, BASELINES))
+        classes, in_channels = _whole("classes", classes, most=256), _whole("in_channels", in_channels)
         check_encoder(encoder, in_channels)
-        if not 1 <= classes <= 256:
-            raise ValueError(f"1 to 256 classes (a mask has one byte per pixel), not {classes}")
         self.config = dict(model=model, encoder=encoder, classes=classes, in_channels=in_channels)
         try:
             self.net = network(encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=classes)
@@ -494,6 +633,7 @@ class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
 
 # %% ../nbs/08_model.ipynb #mdl-load
 def load_network(folder: str | Path) -> QTSeg | Baseline:
-    """Whatever network `save_pretrained` left in a folder, in evaluation mode. FileNotFoundError, ValueError."""
-    kind, _ = _read_config(Path(folder))
+    """Whatever network a checkpoint or a run holds (see `find_checkpoint`), in evaluation mode. FileNotFoundError, ValueError."""
+    folder = find_checkpoint(folder)
+    kind, _ = _read_config(folder)
     return {"qtseg": QTSeg, "baseline": Baseline}[kind].from_pretrained(folder)

@@ -1,8 +1,11 @@
 """Saving and loading: every form of checkpoint that is accepted, and one clear sentence for everything that is not."""
 from __future__ import annotations
 
+import codecs
 import json
 import pickle
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import qtseg.encoder
 import qtseg.model
-from qtseg.model import Baseline, QTSeg, load_network, load_official, to_official
+from qtseg.model import Baseline, QTSeg, find_checkpoint, load_network, load_official, shapes_only, to_official
+from qtseg.speed import memory_growth
 
 SMALL = dict(classes=3, in_channels=1, width=8, depths=(1, 1, 2), mlp_width=32)
 
@@ -142,10 +146,39 @@ def test_missing_files(folder, name):
     one_sentence(caught, name, "is missing")
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError) as caught:
-        QTSeg.from_pretrained(tmp_path / "nowhere")
-    one_sentence(caught, "nowhere", "save_pretrained")
+def test_the_folder_of_a_run_gives_the_checkpoint_it_selected(model, tmp_path):
+    """best_<select>, else best_dice, else last; every reader of a checkpoint takes the run itself."""
+    run = tmp_path / "run"
+    other = small_model(width=16)
+    other.save_pretrained(run / "last")
+    assert find_checkpoint(run) == run / "last", "no config.json yet"
+    other.save_pretrained(run / "best_dice")
+    (run / "config.json").write_text('{"select": "iou"}')
+    assert find_checkpoint(run) == run / "best_dice", "no best_iou"
+    model.save_pretrained(run / "best_iou")
+    assert find_checkpoint(str(run)) == run / "best_iou" and find_checkpoint(run / "last") == run / "last"
+    for load in (QTSeg.from_pretrained, load_network):
+        assert same_weights(load(run), model) and same_weights(load(run / "last"), other)
+    assert same_weights(QTSeg(**SMALL).load_encoder(run).encoder, model.encoder)
+    for select in ("../../elsewhere", 5, None, ["iou"]):
+        (run / "config.json").write_text(json.dumps({"select": select}))
+        assert find_checkpoint(run) == run / "best_dice"
+
+
+def test_folders_without_a_checkpoint(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"select": "loss"}')
+    cases = {"nowhere": "RUN/best_dice", "empty": "config.json is missing", "run": "best_loss", "checkpoint/config.json": "no folder"}
+    for name, words in cases.items():
+        for load in (find_checkpoint, load_network):
+            with pytest.raises(FileNotFoundError) as caught:
+                load(tmp_path / name)
+            one_sentence(caught, name, words)
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError) as caught:
+        find_checkpoint(tmp_path / "run")
+    one_sentence(caught, "run/config.json")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
@@ -175,7 +208,8 @@ def test_unknown_config_entries(folder, entry):
 
 @pytest.mark.parametrize("changes", [
     {"classes": "two"}, {"classes": 0}, {"classes": None}, {"in_channels": -1}, {"width": 1.5}, {"width": []}, {"heads": 0}, {"heads": 7},
-    {"depths": 3}, {"depths": [1]}, {"depths": ["a", "b", "c"]}, {"mlp_width": -5}, {"bridge": "rope"}, {"bridge": 3}, {"bridge": []},
+    {"heads": -1}, {"heads": True}, {"heads": 8.0}, {"classes": True}, {"in_channels": False}, {"width": True}, {"classes": 257}, {"mlp_width": 10**30},
+    {"depths": [-1, 1, 1]}, {"depths": [True, 1, 1]}, {"depths": [1, 1, 1, 1]}, {"depths": [50, 50, 50]}, {"depths": 3}, {"depths": [1]}, {"depths": ["a", "b", "c"]}, {"mlp_width": -5}, {"bridge": "rope"}, {"bridge": 3}, {"bridge": []},
     {"decoder": "dma2"}, {"position": "rope"}, {"position": []}, {"encoder": "resnet34x"}, {"encoder": ["fpn"]}, {"encoder": 5},
     {"encoder": "hf-hub:somebody/something"}, {"encoder": "tu-hf-hub:somebody/something"}, {"encoder": "tu-vit_tiny_patch16_224"},
     {"encoder": "resnet18", "in_channels": 10**9}, {"encoder": "tu-resnet18.nobody"},
@@ -226,7 +260,7 @@ def test_each_class_refuses_the_other_ones_folder(folder, baseline_folder):
 
 @pytest.mark.parametrize("changes", [
     {"model": "transunet"}, {"model": []}, {"encoder": "fpn"}, {"encoder": "hf-hub:somebody/something"}, {"encoder": None}, {"classes": 0},
-    {"classes": "two"}, {"in_channels": 10**9}, {"in_channels": 1.5}, {"model": "unetplusplus", "encoder": "mit_b0"}, {"width": 8},
+    {"classes": "two"}, {"classes": True}, {"in_channels": 10**9}, {"in_channels": 1.5}, {"model": "unetplusplus", "encoder": "mit_b0"}, {"width": 8},
 ], ids=str)
 def test_impossible_baseline(baseline_folder, tmp_path, changes):
     config = json.loads((baseline_folder / "config.json").read_text())
@@ -264,6 +298,77 @@ def test_missing_and_unexpected_weights(folder):
     with pytest.raises(ValueError) as caught:
         QTSeg.from_pretrained(folder)
     one_sentence(caught, "1 missing (encoder.down2.conv.weight)", "1 unexpected (extra.weight)")
+
+
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_wrapped_weights(model, folder, tmp_path, prefix):
+    """Weights saved from inside DataParallel or torch.compile load everywhere; half of them wrapped is refused by prefix."""
+    path = folder / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    torch.save({prefix + name: tensor for name, tensor in official(model).items()}, tmp_path / "model.pt")
+    encoder = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    torch.save({prefix + name: tensor for name, tensor in encoder.items()}, tmp_path / "fpn-nano.pth")
+    for loaded in (QTSeg.from_pretrained(folder), load_network(folder), load_official(tmp_path / "model.pt")):
+        assert same_weights(model, loaded)
+    for source in (folder, tmp_path / "fpn-nano.pth"):
+        assert same_weights(model.encoder, QTSeg(**SMALL).load_encoder(source).encoder)
+    some = sorted(encoder)[:3]
+    torch.save({prefix + name if name in some else name: tensor for name, tensor in encoder.items()}, tmp_path / "half.pth")
+    for load in (QTSeg(**SMALL).load_encoder, load_official):
+        with pytest.raises(ValueError) as caught:
+            load(tmp_path / "half.pth")
+        one_sentence(caught, "half.pth", f"3 of {len(encoder)} names begin with {prefix.split('.')[0]}.")
+
+
+def test_a_prefix_without_end_takes_no_time(tmp_path):
+    torch.save({"module." * 100_000 + "a": torch.zeros(1)}, tmp_path / "long.pt")
+    with pytest.raises(ValueError):
+        load_official(tmp_path / "long.pt")
+
+
+WRONG_NUMBERS = {  # what becomes of a weight -> what the refusal says
+    "nan": (lambda t: t.fill_(float("nan")), "not finite"), "infinite": (lambda t: t.flatten()[-1:].fill_(-float("inf")), "not finite"),
+    "bool": (lambda t: t.bool(), "torch.bool instead of torch.float32"), "int": (lambda t: t.int(), "torch.int32 instead of torch.float32"),
+    "complex": (lambda t: t.to(torch.complex64), "torch.complex64 instead of torch.float32"),
+    "too large": (lambda t: t.double() * 1e300, "not finite"),
+}
+
+
+@pytest.mark.parametrize("change, words", WRONG_NUMBERS.values(), ids=WRONG_NUMBERS)
+def test_numbers_that_are_no_weights(model, folder, tmp_path, change, words):
+    """NaN weights give empty masks and exit status 0: refused, by tensor and file, in every loader, and nothing is changed."""
+    def changed(state, name):
+        new = change(state[name])
+        return {**state, name: state[name] if words == "not finite" and new.dtype == torch.float32 else new}
+
+    path = folder / "model.safetensors"
+    save_file(changed(load_file(path), "encoder.down2.conv.weight"), path)
+    torch.save(changed(official(model), "image_encoder.conv_0.conv.weight"), tmp_path / "state.pt")
+    encoder = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
+    torch.save(changed(encoder, "image_encoder.conv_0.conv.weight"), tmp_path / "encoder.pth")
+    other = small_model()
+    loads = {"model.safetensors": lambda: load_network(folder), "state.pt": lambda: load_official(tmp_path / "state.pt"),
+             "checkpoint": lambda: other.load_encoder(folder), "encoder.pth": lambda: other.load_encoder(tmp_path / "encoder.pth")}
+    for name, load in loads.items():
+        with pytest.raises(ValueError) as caught:
+            load()
+        one_sentence(caught, name, words, "conv.weight")
+    assert same_weights(other, model)
+
+
+def test_halves_are_weights_and_variances_are_not_below_zero(model, folder):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, path)
+    assert load_network(folder).encoder.down2.conv.weight.dtype == torch.float32
+    state["encoder.down4.norm.running_var"][3] = -1e-3
+    save_file(state, path)
+    with pytest.raises(ValueError) as caught:
+        load_network(folder)
+    one_sentence(caught, "encoder.down4.norm.running_var", "below zero")
 
 
 # --- official files -------------------------------------------------------------------------------------------------
@@ -409,6 +514,89 @@ def test_release_v0_3_1_is_refused(model, tmp_path):
     state = official(model)
     state["mask_decoder.DMAB_s2.layers.0.token_layernorm.weight"] = torch.zeros(128)
     refused_state(tmp_path, state, "v0.3.1", "v0.1.0")
+
+
+def stride_zero(state: dict) -> dict:
+    """The weights of a network of more than a gigabyte, each of them one number that is repeated."""
+    with shapes_only():
+        wide = to_official(QTSeg(**{**SMALL, "width": 128, "mlp_width": 8192}))
+    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in wide.items()}
+
+
+def one_storage(state: dict) -> dict:
+    numbers = torch.zeros(2048 * 9 * 64)
+    return {name: numbers[:tensor.numel()].view(tensor.shape) for name, tensor in state.items()}
+
+
+class Calls:
+    """Asks, when it is unpickled, for a harmless function with arguments that are not."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+def doubled(times: int):
+    content = b"0" * 100_000
+    for _ in range(times):
+        content = Calls(codecs.encode, content, "hex_codec")
+    return content
+
+
+HOSTILE = {
+    "stride 0": (stride_zero, "stored once"), "one storage": (one_storage, "stored once"),
+    "sparse": (lambda state: {"a": torch.sparse_coo_tensor(size=(10**5, 10**5), check_invariants=True)}, "other than tensors"),
+    "bytes": (lambda state: {"note": Calls(bytearray, 3 * 10**9)}, "other than tensors"),
+    "codec": (lambda state: {"note": doubled(16)}, "other than tensors"),
+    "meta": (lambda state: {name: tensor.to("meta") for name, tensor in state.items()}, "other than tensors"),
+    "steps": (lambda state: {"note": list(range(250_000))}, "download it again"),
+}
+
+
+@pytest.mark.parametrize("change, words", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_official_files_take_no_memory(model, tmp_path, change, words):
+    torch.save(change(official(model)), tmp_path / "hostile.pt")
+    assert (tmp_path / "hostile.pt").stat().st_size < 5e6
+
+    def refused():
+        for load in (load_official, small_model().load_encoder):
+            with pytest.raises(ValueError) as caught:
+                load(tmp_path / "hostile.pt")
+            one_sentence(caught, "hostile.pt", words)
+
+    if sys.platform == "linux":
+        assert memory_growth(refused) < 300
+    else:
+        refused()
+
+
+@pytest.mark.parametrize("damage", ["compressed", "twice", "listed twice"])
+def test_archives_that_pytorch_did_not_write(model, tmp_path, damage):
+    """A compressed zero is small in the file and large in memory; of two records of one name two readers take different ones."""
+    torch.save({**official(model), "zeros": torch.zeros(10**7)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
+        for record in good.infolist():
+            bad.writestr(record.filename, good.read(record), zipfile.ZIP_DEFLATED if damage == "compressed" else zipfile.ZIP_STORED)
+        if damage == "twice":
+            bad.writestr("other/data.pkl", b".")
+        if damage == "listed twice":
+            bad.filelist += [record for record in bad.filelist if record.file_size > 10**6]
+    with pytest.raises(ValueError) as caught:
+        load_official(tmp_path / "bad.pt")
+    one_sentence(caught, "bad.pt", "not a PyTorch file")
+
+
+def test_weights_larger_than_the_limit(model, folder, tmp_path, monkeypatch):
+    torch.save(official(model), tmp_path / "model.pt")
+    monkeypatch.setenv("QTSEG_MAX_FILE_BYTES", "1000")
+    for load, name in ((lambda: load_network(folder), "model.safetensors"), (lambda: load_official(tmp_path / "model.pt"), "model.pt")):
+        with pytest.raises(ValueError) as caught:
+            load()
+        one_sentence(caught, name, "QTSEG_MAX_FILE_BYTES=")
+    monkeypatch.setenv("QTSEG_MAX_FILE_BYTES", str(10**9))
+    assert same_weights(load_network(folder), load_official(tmp_path / "model.pt"))
 
 
 # --- the encoder alone ----------------------------------------------------------------------------------------------
