@@ -6,24 +6,20 @@
 from __future__ import annotations
 
 import csv
-import errno
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import socket
 import stat
 import sys
-import time
-import uuid
+import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,157 +27,90 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture, require_space,
+                         same_form, walk)
+from .masks import IGNORE, LOSSY, MASKS, MaskReading, MaskValues, judge_masks, look_at, looks_up, stored_values, value_code
 from .phantoms import write_prepared
 
 # %% auto #0
-__all__ = ['MASKS', 'IGNORE', 'RESIZES', 'COLOURS', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS',
-           'COLUMNS', 'SPLITS', 'UNPACKING_TABLES', 'CACHE_VERSION', 'NO_SPACE', 'read_image', 'read_mask', 'resample',
-           'fitted_size', 'resize_image', 'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing',
-           'read_preprocessing', 'Record', 'Survey', 'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out',
-           'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
-           'require_space', 'private_name', 'new_folder', 'check_members', 'find_source', 'Prepared', 'in_order',
-           'DataProblems', 'Batch', 'normalise', 'Split', 'Census', 'OpenedData', 'SegmentationData']
-
-# %% ../nbs/01_data.ipynb #data012
-def _decode(data: bytes) -> Image.Image:
-    """Decode a whole image file and turn it upright (EXIF); ValueError with the reason if it cannot be read to its end."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except UnidentifiedImageError as error:
-        raise ValueError("cannot be read (no image, or damaged at its very beginning)") from error
-    except Exception as error:  # decoders of damaged files raise almost anything
-        raise ValueError(f"cannot be read to its end ({error or type(error).__name__})") from error
-
-# %% ../nbs/01_data.ipynb #data015
-def _wide(picture: Image.Image) -> np.ndarray | None:
-    """The values [H, W] of a 16-bit picture, or None for any other; ValueError for pixels of unknown range (float, 32 bits)."""
-    if picture.mode == "F":
-        raise ValueError("holds floating-point pixels, whose range nobody knows: save it with 8 or 16 bits")
-    if not picture.mode.startswith("I"):
-        return None
-    values = np.asarray(picture).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"holds values from {values.min()} to {values.max()}, outside 16 bits: save it with 8 or 16 bits")
-    return values
+__all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS',
+           'COLUMNS', 'SPLITS', 'LONGEST_MANIFEST', 'UNPACKING_TABLES', 'CACHE_VERSION', 'MOST_MEMBERS', 'ENTRY',
+           'rgb_of', 'read_image', 'read_mask', 'resample', 'fitted_size', 'resize_image', 'nearest_pixels',
+           'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing', 'read_preprocessing', 'Record', 'Survey',
+           'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits', 'pack_mask',
+           'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'check_members', 'find_source', 'Prepared',
+           'in_order', 'Read', 'Cache', 'DataProblems', 'Batch', 'normalise', 'Split', 'Census', 'take_census',
+           'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data016
-def _image_from(data: bytes, white: int = 65535) -> np.ndarray:
-    """The bytes of an image file -> uint8 RGB [H, W, 3]; `white`: the stored value that becomes 255, for 16-bit files."""
-    picture = _decode(data)
-    values = _wide(picture)
-    if values is not None:
-        levels = np.minimum((values * 255 + white // 2) // white, 255).astype(np.uint8)
-        return np.repeat(levels[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
-    if picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")  # keeps the colours of transparent palette entries
-    return np.array(picture.convert("RGB"))  # alpha is dropped, not blended
+WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
+
+
+def rgb_of(picture: Picture, white: int = 65535) -> np.ndarray:
+    """A decoded picture -> uint8 RGB [H, W, 3]; `white`: the stored value that becomes 255, for more than 8 bits."""
+    values = picture.values
+    if picture.palette is not None:
+        return picture.palette[values]
+    if values.dtype == np.uint16:
+        levels = np.arange(65536)  # one division for each possible value, not for each pixel
+        values = np.minimum((levels * 255 + white // 2) // white, 255).astype(np.uint8)[values]
+    elif picture.bits == 1 and picture.format != "DICOM":
+        values = values * np.uint8(255)
+    return values if values.ndim == 3 else np.repeat(values[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
 
 # %% ../nbs/01_data.ipynb #data019
+def _picture(path: str | os.PathLike) -> Picture:
+    """`read_picture`; ValueError names the file."""
+    try:
+        return read_picture(path)
+    except MemoryError:
+        raise ValueError(f"{path}: needs more memory than there is") from None
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_image(path: str | os.PathLike, white: int = 65535) -> np.ndarray:
     """Read any image file -> uint8 RGB [H, W, 3], upright; alpha is dropped; the first frame of several.
 
     Args:
-        path: the file: 1-bit, grey, RGB, palette, CMYK.
+        path: the file: 1-bit, grey, RGB, palette, CMYK, DICOM.
         white: the stored value that becomes 255, for files with more than 8 bits (4095 for 12 bits in 16).
 
     Raises:
-        ValueError: naming the file: damaged, or float or 32-bit pixels.
+        ValueError: naming the file: damaged, no picture, or float or 32-bit pixels.
+        OSError: it cannot be opened.
     """
-    try:
-        return _image_from(Path(path).read_bytes(), white)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-# %% ../nbs/01_data.ipynb #data026
-def _values(data: bytes, colours: bool) -> np.ndarray:
-    """The bytes of a mask file -> stored values [H, W]; `colours`: the brightest channel counts, and palettes are looked up."""
-    picture = _decode(data)
-    wide = _wide(picture)
-    if wide is not None:
-        return wide
-    if picture.mode in ("1", "L", "LA", "La") or (picture.mode == "P" and not colours):
-        return np.asarray(picture.getchannel(0)).astype(np.uint8)  # a palette's index, a bit, a grey value; alpha dropped
-    if picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")
-    values = np.asarray(picture.convert("RGB"))  # [H, W, 3]
-    if not colours and (values != values[:, :, :1]).any():
-        raise ValueError('is a coloured mask, which holds no class index: save the index as a grey PNG, or pass masks="binary"')
-    return values.max(axis=2)
-
-# %% ../nbs/01_data.ipynb #data029
-MASKS = ("auto", "index", "binary", "any")
-IGNORE = 255  # the label of pixels that count nowhere
-
-
-def _check_index(values: np.ndarray, classes: int) -> None:
-    """Raise ValueError, naming the index found and the remedy, if a value is no class index."""
-    largest = max(classes, 2) - 1
-    if values.max() <= largest:
-        return
-    found = np.unique(values)
-    strays = ", ".join(str(value) for value in found[found > largest][:4]) + (", …" if (found > largest).sum() > 4 else "")
-    remedy = 'pass masks="binary" if this is black background and white foreground'
-    if found.max() < 32:
-        remedy = f'pass classes={found.max() + 1} or, if every index but 0 is foreground, masks="any"'
-    raise ValueError(f"holds class index {strays}, but classes={classes} allows 0 to {largest}: {remedy}")
-
-# %% ../nbs/01_data.ipynb #data030
-def _check_binary(values: np.ndarray) -> None:
-    """Raise ValueError for a mask in which half of the maximum would cut through class indices."""
-    if 1 < values.max() < 32 and len(found := np.unique(values)) > 2:
-        shown = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
-        raise ValueError(f'is no binary mask: it holds the values {shown}; if these are class indices, pass masks="any" or '
-                         f'masks="index" with classes={found.max() + 1}')
-
-# %% ../nbs/01_data.ipynb #data032
-def _mask_from(data: bytes, masks: str, classes: int, mask_values: Sequence = (), ignore_value: int | None = None) -> np.ndarray:
-    """The bytes of a mask file -> class index, uint8 [H, W]; ValueError with reason and remedy."""
-    values = _values(data, colours=masks == "binary" and not mask_values)
-    if ignore_value is not None and (ignored := values == ignore_value).any():
-        return np.where(ignored, IGNORE, _classes_of(np.where(ignored, 0, values), data, masks, classes, mask_values)).astype(np.uint8)
-    return _classes_of(values, data, masks, classes, mask_values)
-
-
-def _classes_of(values: np.ndarray, data: bytes, masks: str, classes: int, mask_values: Sequence) -> np.ndarray:
-    """Stored values [H, W] -> class index, uint8 [H, W]."""
-    if mask_values:
-        if strays := sorted(set(np.unique(values).tolist()) - set(mask_values)):
-            raise ValueError(f"holds the values {strays[:4]}, which mask_values={list(mask_values)} does not name")
-        return np.select([values == value for value in mask_values], range(len(mask_values))).astype(np.uint8)
-    is_jpeg = data[:3] == b"\xff\xd8\xff"
-    if masks == "binary":
-        if is_jpeg and 0 < values.max() < 32:
-            raise ValueError(f"is a JPEG whose brightest value is {values.max()}, the noise of an empty mask: save it as PNG")
-        _check_binary(values)
-        return (values > values.max() // 2).astype(np.uint8)  # an all-zero file stays empty
-    if is_jpeg:
-        raise ValueError('is a JPEG, whose compression invents class indices: save it as PNG, or pass masks="binary"')
-    if masks == "any":
-        return (values > 0).astype(np.uint8)
-    _check_index(values, classes)
-    return values.astype(np.uint8)
+    return rgb_of(_picture(path), white)
 
 # %% ../nbs/01_data.ipynb #data033
 def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, mask_values: Sequence[int | str] = (),
               ignore_value: int | str | None = None) -> np.ndarray:
-    """Read a mask file -> class index, uint8 [H, W], upright.
+    """Read one mask file, judged alone -> class index, uint8 [H, W], upright; IGNORE where pixels count nowhere.
 
-    masks: "index" (the stored value; a palette's index), "binary" (1 where the value, the brightest channel, is above half of the
-    file's maximum) or "any" (1 where the stored index is not 0). Raises ValueError, naming file and remedy: damaged, index
-    outside 0..max(classes, 2) - 1, coloured or JPEG where an index is expected, neither binary nor index.
+    Args:
+        path: the file.
+        masks: "index" (the stored value; a palette's index), "binary" (1 above half of the maximum) or "any" (1 where not 0).
+        classes: how many, the background included.
+        mask_values: the stored value, or the color "#rrggbb", of class 0, 1, 2, …; overrides `masks`.
+        ignore_value: the stored value or color of pixels that count nowhere; None: 255 beside class indices, else none.
+
+    Raises:
+        ValueError: naming file, values and remedy: damaged, or values that cannot be meant.
     """
     if masks not in MASKS[1:]:
         raise ValueError(f"masks must be one of {MASKS[1:]}, got {masks!r}")
+    picture = _picture(path)
     try:
-        return _mask_from(Path(path).read_bytes(), masks, classes, mask_values, ignore_value)
+        codes = stored_values(picture, looks_up(masks, mask_values, ignore_value))
+        reading, problems, _ = judge_masks([look_at(Path(path).name, codes, picture.format in LOSSY)], masks, classes, mask_values, ignore_value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if reading is None:
+        raise ValueError(f"{path}: {problems[0].removeprefix(f'{Path(path).name}: ')}")
+    return reading.classes_of(codes, picture.format in LOSSY)
 
 # %% ../nbs/01_data.ipynb #data038
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -215,6 +144,13 @@ def resize_image(image: np.ndarray, size: int, resize: str = "squash") -> np.nda
     return np.pad(resample(image, rows, columns), ((0, size - rows), (0, size - columns), (0, 0)))
 
 
+def nearest_pixels(mask: np.ndarray, size: int, resize: str = "squash") -> np.ndarray:
+    """Shrink or enlarge a mask (uint8, uint16 or uint32 [H, W]) by the nearest pixel centre to what it fills of size x size, without padding."""
+    rows, columns = fitted_size(*mask.shape, size, resize)
+    planes = mask.view(np.uint8).reshape(*mask.shape, 4) if mask.dtype == np.uint32 else mask  # OpenCV knows no 32-bit masks
+    return np.ascontiguousarray(cv2.resize(planes, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)).view(mask.dtype).reshape(rows, columns)
+
+
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int, resize: str = "squash") -> tuple[np.ndarray, np.ndarray]:
     """Bring a pair to size x size pixels: uint8 [H, W, 3] and [H, W] -> [size, size, 3] and [size, size].
 
@@ -222,9 +158,12 @@ def resize_pair(image: np.ndarray, mask: np.ndarray, size: int, resize: str = "s
     """
     if image.shape != (*mask.shape, 3):
         raise ValueError(f"the image must be [H, W, 3] over the mask's [H, W], got {image.shape} and {mask.shape}")
-    rows, columns = fitted_size(*mask.shape, size, resize)
-    small = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
-    return resize_image(image, size, resize), np.pad(small, ((0, size - rows), (0, size - columns)))
+    return resize_image(image, size, resize), _padded(nearest_pixels(mask, size, resize), size)
+
+
+def _padded(mask: np.ndarray, size: int) -> np.ndarray:
+    """Fill a mask up to [size, size] with background, at the bottom or right."""
+    return np.pad(mask, ((0, size - mask.shape[0]), (0, size - mask.shape[1])))
 
 # %% ../nbs/01_data.ipynb #data048
 COLOURS = {"rgb": (0, 0, 0), "ycrcb": (0, 128, 128)}  # colour space -> its black, which padding has
@@ -250,12 +189,27 @@ def outline(picture: np.ndarray, mask: np.ndarray, colour: Sequence[int], width:
         cv2.drawContours(picture, lines, -1, colour, width)
 
 # %% ../nbs/01_data.ipynb #data049b
+LARGEST_SIZE = 8192  # pixels: an input of this side takes 800 MB as floats
+
+
+def _whole_number(value: object, least: int, most: float = float("inf")) -> bool:
+    """Whether a value is a whole number (no bool) between two others."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes a network's input, and what its classes are called (background first).
 
-    size: side of the square, in pixels; resize: one of RESIZES; colour: a key of COLOURS; white: see `read_image`.
-    ValueError for anything else.
+    Args:
+        size: side of the square, in pixels, from 32 to LARGEST_SIZE.
+        resize: one of RESIZES.
+        colour: a key of COLOURS.
+        class_names: two or more.
+        white: the stored value that becomes 255 in images with more than 8 bits; see `read_image`.
+
+    Raises:
+        ValueError: for anything else.
     """
 
     size: int = 512
@@ -265,9 +219,11 @@ class Preprocessing:
     white: int = 65535
 
     def __post_init__(self):
-        if not isinstance(self.size, int) or self.size < 32 or self.resize not in RESIZES or self.colour not in COLOURS:
-            raise ValueError(f"size is a whole number from 32, resize one of {RESIZES}, colour one of {tuple(COLOURS)}; "
+        if not _whole_number(self.size, 32, LARGEST_SIZE) or self.resize not in RESIZES or self.colour not in COLOURS:
+            raise ValueError(f"size is a whole number from 32 to {LARGEST_SIZE}, resize one of {RESIZES}, colour one of {tuple(COLOURS)}; "
                              f"got {self.size!r}, {self.resize!r}, {self.colour!r}")
+        if not _whole_number(self.white, 1, 65535):
+            raise ValueError(f"white is a whole number from 1 to 65535, got {self.white!r}")
         if len(self.class_names) < 2 or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"class_names are two texts or more, the background's first; got {self.class_names!r}")
 
@@ -285,9 +241,9 @@ def read_preprocessing(checkpoint: str | os.PathLike) -> Preprocessing:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a checkpoint folder that training wrote (best_dice, last, …)")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         return Preprocessing(**{**stored, "class_names": tuple(stored["class_names"])})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:  # not JSON, unknown or missing entries, impossible values
+    except (ValueError, TypeError, KeyError) as error:  # not JSON, unknown or missing entries, impossible values
         raise ValueError(f"{path} does not say how images are prepared ({error}): copy the checkpoint folder again") from None
 
 # %% ../nbs/01_data.ipynb #data051
@@ -321,6 +277,7 @@ class Survey:
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    passed: list[tuple[str, str]] = field(default_factory=list)  # files that were not taken, and why
     class_names: tuple[str, ...] = ()
     prepared: bool = False
 
@@ -333,29 +290,50 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 SUFFIX = re.compile(r"(_segmentation|_mask)$", re.IGNORECASE)
 
 
+def _is_meant(path: Path) -> bool:
+    """Whether a file is a picture, or is called one: a damaged picture is a problem, not a file to pass over."""
+    return path.suffix.lower() in EXTENSIONS or is_picture(path)
+
+
 def list_pictures(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name; hidden files and other kinds are passed over."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    """The image files of a folder, without those of sub-folders, sorted by name; hidden files and other kinds are passed over."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file() and _is_meant(path))
+
+
+def _pictures_below(survey: Survey, folder: Path) -> dict[str, list[Path]]:
+    """Name (path below the folder without extension, in one Unicode form) -> files; what is passed over goes to the survey."""
+    by_name: dict[str, list[Path]] = {}
+    files, passed = walk(folder)
+    for path, reason in passed:
+        if path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
+            survey.problems.append(f"{survey.short(path)}: {reason}")
+        else:
+            survey.passed.append((survey.short(path), reason))
+    for path in files:
+        if not _is_meant(path):
+            survey.passed.append((survey.short(path), "no picture"))
+            continue
+        stem = path.name if path.suffix[1:].isdigit() else path.stem  # IM.0001 is a whole name
+        by_name.setdefault(same_form((path.parent.relative_to(folder) / stem).as_posix()), []).append(path)
+    return by_name
 
 # %% ../nbs/01_data.ipynb #data055
 def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
     """Match the images of one folder with the masks of another by name, and add records and problems to the survey."""
-    by_name: dict[str, list[Path]] = {}
-    for path in list_pictures(masks):
-        by_name.setdefault(path.stem, []).append(path)
-    plain = {SUFFIX.sub("", stem): stem for stem in reversed(sorted(by_name))}  # "a" before "a_mask", if there are both
+    by_name = _pictures_below(survey, masks)
+    plain = {SUFFIX.sub("", name): name for name in reversed(sorted(by_name))}  # "a" before "a_mask", if there are both
     unused = set(by_name)
-    for path in list_pictures(images):
-        stem = path.stem if path.stem in by_name else plain.get(path.stem)
-        found = by_name.get(stem, [])
-        unused.discard(stem)
+    for name, path in ((name, path) for name, paths in sorted(_pictures_below(survey, images).items()) for path in paths):
+        of_mask = name if name in by_name else plain.get(name)
+        found = by_name.get(of_mask, [])
+        unused.discard(of_mask)
         if not found:
             survey.problems.append(f"{survey.short(path)}: no mask in {survey.short(masks)}/ "
                                    "(of the same name, perhaps with _segmentation or _mask)")
         elif len(found) > 1:
             survey.problems.append(f"{survey.short(path)}: several masks, {', '.join(survey.short(mask) for mask in found)}")
-        survey.records.append(Record(path.stem, path, found[0] if found else None, split=split))
-    for mask in (path for stem in sorted(unused) for path in by_name[stem]):
+        survey.records.append(Record(name, path, found[0] if found else None, split=split))
+    for mask in (path for name in sorted(unused) for path in by_name[name]):
         survey.problems.append(f"{survey.short(mask)}: mask without an image in {survey.short(images)}/")
 
 # %% ../nbs/01_data.ipynb #data058
@@ -386,19 +364,22 @@ SPLITS = ("train", "valid", "test")
 def _whole(row: dict[str, str], column: str, problems: list[str]) -> int | None:
     """A cell as a whole number >= 0, None where it is empty; anything else becomes a problem."""
     text = (row.get(column) or "").strip()
-    if text and not re.fullmatch(r"\d+", text):
-        problems.append(f"{column} must be a whole number, got {text!r}")
-    return int(text) if re.fullmatch(r"\d+", text) else None
+    fits = re.fullmatch("[0-9]{1,9}", text)
+    if text and not fits:
+        problems.append(f"{column} must be a whole number, got {text[:40]!r}")
+    return int(text) if fits else None
 
 
 def _inside(folder: Path, row: dict[str, str], column: str, problems: list[str]) -> Path | None:
     """A cell as an existing file inside the folder; anything else becomes a problem and None."""
     text = (row.get(column) or "").strip()
     path = folder / text
-    if not text or Path(text).is_absolute() or ".." in Path(text).parts:
-        problems.append(f"{column} must be a path relative to the manifest's folder, got {text!r}")
-    elif not path.is_file():
-        problems.append(f"{column} {text} does not exist")
+    if not text or "\0" in text or Path(text).is_absolute() or ".." in Path(text).parts:
+        problems.append(f"{column} must be a path relative to the manifest's folder, got {text[:200]!r}")
+    elif not path.is_file():  # neither are folders, pipes and devices files, nor links to them
+        problems.append(f"{column} {text[:200]} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
+    elif not path.resolve().is_relative_to(folder.resolve()):
+        problems.append(f"{column} {text} is a link that leads outside the manifest's folder: copy the file into it")
     else:
         return path
     return None
@@ -407,7 +388,7 @@ def _inside(folder: Path, row: dict[str, str], column: str, problems: list[str])
 def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]]:
     """One row of a manifest -> record (None if there is no image to look at) and what is wrong with the row."""
     problems: list[str] = []
-    name, split = (row.get("id") or "").strip(), (row.get("split") or "").strip()
+    name, patient, stratum, split = (same_form((row.get(column) or "").strip()) for column in ("id", "patient", "stratum", "split"))
     image, mask = _inside(folder, row, "image", problems), _inside(folder, row, "mask", problems)
     fold, width, height = (_whole(row, column, problems) for column in ("fold", "width", "height"))
     if not name:
@@ -419,22 +400,34 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
     if row.get(None):
         problems.append("has more cells than there are columns")
     size = (height, width) if height and width else None
-    patient, stratum = ((row.get(column) or "").strip() for column in ("patient", "stratum"))
     return (Record(name, image, mask, patient, stratum, fold, split, size) if image else None), problems
 
 # %% ../nbs/01_data.ipynb #data065
+LONGEST_MANIFEST = 2 ** 26  # bytes: a line for each of some 500,000 images
+
+
+def _table(survey: Survey) -> tuple[list[str], list[dict]]:
+    """Columns and rows of manifest.csv; ValueError if it is too large, not UTF-8, or no CSV."""
+    path = survey.folder / "manifest.csv"
+    if path.stat().st_size > LONGEST_MANIFEST:
+        raise ValueError(f"has {path.stat().st_size} bytes, more than {LONGEST_MANIFEST}: divide the set")
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        return list(reader.fieldnames or []), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"is not a CSV file in UTF-8 ({error})") from None
+
+
 def _read_manifest(survey: Survey) -> None:
     """Fill the survey from manifest.csv."""
     try:
-        text = (survey.folder / "manifest.csv").read_text(encoding="utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        columns, rows = reader.fieldnames or [], list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        survey.problems.append(f"manifest.csv is not a CSV file in UTF-8 ({error})")
+        columns, rows = _table(survey)
+    except ValueError as error:
+        survey.problems.append(f"manifest.csv {error}")
         return
-    if "group" in columns and "stratum" not in columns:  # what this column was called before patient and stratum were told apart
+    if "group" in columns and "stratum" not in columns:  # its name before patient and stratum were told apart
         columns, rows = ["stratum" if name == "group" else name for name in columns], [row | {"stratum": row.pop("group")} for row in rows]
-        survey.notes.append("manifest.csv: the column group is read as stratum (kind of case, spread evenly over folds); "
+        survey.notes.append("manifest.csv: the column group is read as stratum (a kind of case, spread evenly over folds); "
                             "if it names patients, rename it to patient: their images then stay together")
     missing = [column for column in ("id", "image", "mask") if column not in columns]
     unknown = [repr(column) for column in columns if column not in COLUMNS]
@@ -444,22 +437,22 @@ def _read_manifest(survey: Survey) -> None:
         survey.problems.append(f"manifest.csv has the unknown column(s) {', '.join(unknown)}; it may have {', '.join(COLUMNS)}")
     for row in rows if not missing else ():
         record, problems = _record(survey.folder, row)
-        survey.problems += [f"manifest.csv, row of id {(row.get('id') or '')!r}: {problem}" for problem in problems]
+        survey.problems += [f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
         survey.records += [record] if record else []
 
 # %% ../nbs/01_data.ipynb #data066
 def _read_description(survey: Survey) -> None:
     """Take name and class names from dataset.json, if there is one."""
     path = survey.folder / "dataset.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         names = entries.get("classes", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("classes must be a list of names")
-        survey.name, survey.class_names = str(entries.get("name", survey.name)), tuple(names)
-    except (ValueError, AttributeError) as error:
+        survey.name, survey.class_names = str(entries.get("name", survey.name))[:200], tuple(names)
+    except (ValueError, OSError) as error:
         survey.problems.append(f"dataset.json cannot be understood ({error})")
 
 # %% ../nbs/01_data.ipynb #data069
@@ -478,6 +471,7 @@ def _look(folder: Path, name: str) -> Survey | None:
             _pair(survey, *pair, split)
         else:
             survey.notes.append(f"{part.name}/ was left out: it does not hold images and masks side by side")
+            survey.passed.append((f"{part.name}/", "no images and masks side by side"))
     return survey if layout else None
 
 # %% ../nbs/01_data.ipynb #data070
@@ -497,7 +491,8 @@ def survey_folder(folder: Path, name: str | None = None) -> Survey:
         raise ValueError(f"{folder} holds {found}; expected manifest.csv with images/ and masks/, train/inputs with "
                          "train/targets, or images/ with masks/")
     if not survey.records and not survey.problems:
-        raise ValueError(f"{survey.folder} is empty: no images ({', '.join(EXTENSIONS)}) in it")
+        others = f"; passed over: {', '.join(name for name, _ in survey.passed[:8])}" if survey.passed else ""
+        raise ValueError(f"{survey.folder} is empty: no images ({', '.join(EXTENSIONS)}, DICOM) in it{others}")
     survey.records.sort(key=lambda record: (record.id, record.image))
     return survey
 
@@ -515,6 +510,21 @@ def _duplicates(survey: Survey) -> list[str]:
             problems.append(f"id {name!r} is in two splits: {files}" if two else f"duplicate id {name!r}: {files}")
     return problems
 
+
+def _torn_patients(survey: Survey) -> list[str]:
+    """A problem for every patient whose images the manifest puts into two folds or two splits."""
+    parts: dict[str, dict[str, list[Record]]] = {}
+    for record in survey.records if any(record.patient for record in survey.records) else ():
+        part = f"fold {record.fold}" if record.fold is not None else record.split or "train"
+        parts.setdefault(record.patient, {}).setdefault(part, []).append(record)
+    problems = []
+    for patient, by_part in parts.items():
+        if patient and len(by_part) > 1:
+            where = "; ".join(f"{part}: {', '.join(record.id for record in records[:3])}{', …' * (len(records) > 3)}"
+                              for part, records in by_part.items())
+            problems.append(f"patient {patient!r} is in {len(by_part)} parts ({where}): give all images of a patient one fold or split")
+    return problems
+
 # %% ../nbs/01_data.ipynb #data076
 def _slices(records: list[Record], folds: int) -> list[int | None]:
     """Deterministic folds: equal slices by name within each stratum; None (always train) for what is left over at the end."""
@@ -526,9 +536,44 @@ def _slices(records: list[Record], folds: int) -> list[int | None]:
             fold_of[i] = position // slice_size
     return fold_of
 
+
+def _units(records: Sequence[Record]) -> list[str]:
+    """What must stay together: the patient of each record, or the record alone."""
+    return [f"patient {record.patient}" if record.patient else f"alone {i}" for i, record in enumerate(records)]
+
+
+def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
+    """Deterministic folds of whole patients, strata spread evenly; None for test images."""
+    try:
+        from sklearn.model_selection import StratifiedGroupKFold
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("folds that keep patients together need scikit-learn: pip install scikit-learn") from error
+    pool = [i for i, record in enumerate(records) if record.split != "test"]
+    units = [_units(records)[i] for i in pool]
+    if len(set(units)) < folds:
+        raise ValueError(f"{len(set(units))} patients cannot make folds={folds}: choose at most {len(set(units))}")
+    fold_of: list[int | None] = [None] * len(records)
+    strata = [records[i].stratum for i in pool]
+    if max(Counter(strata).values()) < folds:
+        raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a stratum with fewer images than folds is spread as far as it goes
+        for fold, (_, members) in enumerate(StratifiedGroupKFold(folds).split(pool, strata, units)):
+            for member in members:
+                fold_of[pool[member]] = fold
+    return fold_of
+
 # %% ../nbs/01_data.ipynb #data079
 def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: list[str]) -> list[int | None]:
-    """Each record's fold: the manifest's own, else `folds` slices, else None throughout; ValueError for impossible wishes."""
+    """Each record's fold: the manifest's own, else `folds` new ones, else None throughout.
+
+    New folds are equal slices by name within each stratum, or, where the records name patients, whole patients with the strata
+    spread evenly. What was decided is added to the notes.
+
+    Raises:
+        ValueError: impossible wishes, such as more folds than images or patients.
+        ModuleNotFoundError: there are patients, and scikit-learn is missing.
+    """
     own = sorted({record.fold for record in survey.records if record.fold is not None})
     if own and folds is not None and folds != len(own):
         raise ValueError(f"the manifest of {survey.folder} has {len(own)} folds of its own: leave folds={folds} out")
@@ -537,25 +582,75 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
     pool = sum(record.split != "test" for record in survey.records)
     if pool < folds:
         raise ValueError(f"{pool} images cannot make folds={folds}: choose at most {pool}")
-    fold_of = _slices(survey.records, folds)
+    patients = len({record.patient for record in survey.records if record.patient and record.split != "test"})
+    fold_of = _folds_of_patients(survey.records, folds) if patients else _slices(survey.records, folds)
     sizes, left = Counter(value for value in fold_of if value is not None), pool - sum(value is not None for value in fold_of)
     if not sizes:
         raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
-    grouped = ", within each stratum" if any(record.stratum for record in survey.records) else ""
-    notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name{grouped}"
-                 + (f"; the last {left} always train" if left else ""))
+    strata = any(record.stratum for record in survey.records)
+    if patients:
+        notes.append(f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} patients in one of "
+                     f"them{', strata spread evenly' if strata else ''}")
+    else:
+        notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name{', within each stratum' if strata else ''}"
+                     + (f"; the last {left} always train" if left else ""))
     if any(record.split == "valid" for record in survey.records):
-        notes.append("folds: the folder's own validation images were put back among the others before slicing")
+        notes.append("folds: the folder's own validation images were put back among the others before they were made")
     return fold_of
 
 # %% ../nbs/01_data.ipynb #data082
-def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records: Sequence = ()) -> list[int]:
-    """The rows that validate where nobody said which: a seeded share of the training rows."""
+def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records: Sequence[Record] = ()) -> list[int]:
+    """The rows that validate where nobody said which: a seeded share of the training rows.
+
+    Args:
+        rows: the training rows.
+        share: how much of them, between 0 and 1.
+        seed: another seed, other rows.
+        notes: what was decided is added.
+        records: the records that the rows number; if they name patients or strata, patients stay whole and strata are spread.
+
+    Raises:
+        ValueError: nothing would be left to train with.
+    """
     count = max(1, round(share * len(rows)))
     if count >= len(rows):
         raise ValueError(f"{len(rows)} training image(s) and valid_share={share}: nothing would be left to train with")
-    notes.append(f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({count} of {len(rows)} images)")
-    return sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
+    if not any(records[row].patient or records[row].stratum for row in rows if records):
+        notes.append(f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({count} of {len(rows)} images)")
+        return sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
+    chosen = sorted(rows[i] for i in _even_share([records[row] for row in rows], count, seed))
+    if not 0 < len(chosen) < len(rows):
+        raise ValueError(f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train with, because patients "
+                         "stay whole: choose another share, or name the split in the manifest")
+    patients = len({records[row].patient for row in chosen} - {""})
+    notes.append(f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({len(chosen)} of {len(rows)} images"
+                 f"{f', {patients} whole patients' if patients else ''})")
+    return chosen
+
+# %% ../nbs/01_data.ipynb #data082b
+def _even_share(records: Sequence[Record], count: int, seed: int) -> list[int]:
+    """Positions of about `count` records: patients whole, each stratum in proportion, the best of 20 seeded orders."""
+    names = sorted({record.stratum for record in records})
+    members = np.array([names.index(record.stratum) for record in records])
+    sizes = np.bincount(members, minlength=len(names))
+    exact = count * sizes / len(records)
+    wanted = np.floor(exact).astype(int)
+    for stratum in np.argsort(wanted - exact, kind="stable")[:count - wanted.sum()]:  # the largest remainders
+        wanted[stratum] += 1
+    by_unit: dict[str, list[int]] = {}
+    for position, unit in enumerate(_units(records)):
+        by_unit.setdefault(unit, []).append(position)
+    units = [by_unit[unit] for unit in sorted(by_unit, key=lambda unit: by_unit[unit][0])]
+    held = np.array([np.bincount(members[unit], minlength=len(names)) for unit in units])  # [units, strata]
+    rng, best, smallest = np.random.default_rng(seed), [], np.inf
+    for _ in range(20):
+        missing, taken = wanted.copy(), []
+        for unit in rng.permutation(len(units)):
+            if ((missing - held[unit]) ** 2).sum() < (missing ** 2).sum():
+                missing, taken = missing - held[unit], [*taken, unit]
+        if taken and (missing ** 2).sum() < smallest:
+            best, smallest = taken, (missing ** 2).sum()
+    return [position for unit in best or [int(held.sum(axis=1).argmin())] for position in units[unit]]
 
 # %% ../nbs/01_data.ipynb #data083
 def assign_splits(survey: Survey, fold: int | None, folds: int | None, valid_share: float,
@@ -618,7 +713,7 @@ def unpack_masks(packed: np.ndarray, bits: int, size: int) -> np.ndarray:
     return pixels[:, :size * size].reshape(-1, size, size)
 
 # %% ../nbs/01_data.ipynb #data096
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -630,7 +725,7 @@ class Settings:
     colour: str
     masks: str
     classes: int
-    mask_values: tuple = ()
+    mask_values: tuple[int | str, ...] = ()
     ignore_value: int | str | None = None
 
 
@@ -651,82 +746,14 @@ def cache_root(cache: str | os.PathLike | None = None) -> Path:
     """Where caches go: the argument, else the environment variable QTSEG_CACHE, else ~/.cache/qtseg."""
     return Path(cache or os.environ.get("QTSEG_CACHE") or "~/.cache/qtseg").expanduser().absolute()
 
-# %% ../nbs/01_data.ipynb #data100
-def _alive(process: int) -> bool:
-    """Whether a process of this machine still runs; where that cannot be asked harmlessly (Windows), assume so."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, as somebody else
-    return True
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the half-built folders of builders that died: here if the process is gone, elsewhere after a week."""
-    for path in folder.glob(".building,*"):
-        _, host, process, _ = path.name.split(",")
-        try:
-            old = time.time() - path.stat().st_mtime > 7 * 86400
-        except FileNotFoundError:
-            continue  # its builder has just finished
-        if old or (host == socket.gethostname() and not _alive(int(process))):
-            shutil.rmtree(path, ignore_errors=True)
-
-# %% ../nbs/01_data.ipynb #data103
-def _no_space(folder: Path, needed: int | None = None) -> OSError:
-    """The one sentence about a full disk."""
-    what = "the disk or your share of it is full"
-    if needed:
-        what = f"{needed / 1e6:.0f} MB are needed, {shutil.disk_usage(folder).free / 1e6:.0f} MB are free"
-    return OSError(errno.ENOSPC, f"no space left in {folder} ({what}); nothing was left half-written: "
-                                 "free some, or name another place with cache=… or QTSEG_CACHE")
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise OSError before the work starts if it cannot end well."""
-    if shutil.disk_usage(folder).free < needed:
-        raise _no_space(folder, needed)
-
-# %% ../nbs/01_data.ipynb #data104
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def private_name(folder: Path) -> Path:
-    """A name beside others in `folder` that only this process has, and that is swept away once the process is dead."""
-    return folder / f".building,{socket.gethostname()},{os.getpid()},{uuid.uuid4().hex}"
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a private folder; at the end it becomes `target` by one rename, or vanishes if anything was raised.
-
-    Whoever renames second finds the target there and uses it: both builders made the same bytes.
-    """
-    private = private_name(target.parent)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        private.mkdir()
-        yield private
-        try:
-            private.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise _no_space(target.parent) from error
-        raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-
 # %% ../nbs/01_data.ipynb #data107
 def check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
-    """Raise ValueError for an archive that reaches outside its folder, holds links or passwords, or swells absurdly."""
+    """Raise ValueError for an archive that is not to be unpacked.
+
+    Refused are names outside the folder, names that occur twice (also but for case or Unicode form), links, passwords, and
+    contents that swell absurdly.
+    """
+    seen: dict[str, str] = {}
     for member in members:
         name = member.filename.replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
@@ -736,28 +763,45 @@ def check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
             raise ValueError(f"{path} is refused: {member.filename!r} is a link or a device, not a file")
         if member.flag_bits & 1:
             raise ValueError(f"{path} is refused: {member.filename!r} is encrypted")
+        same = same_form("/".join(part for part in name.split("/") if part not in ("", "."))).casefold()
+        if not member.is_dir() and seen.setdefault(same, member.filename) is not member.filename:
+            raise ValueError(f"{path} is refused: {member.filename!r} and {seen[same]!r} would be one file: rename one of them")
     total, packed = sum(member.file_size for member in members), path.stat().st_size
     if total > 256e6 and total > 100 * packed:
         raise ValueError(f"{path} is refused: {packed / 1e6:.1f} MB would swell to {total / 1e6:.0f} MB")
 
 # %% ../nbs/01_data.ipynb #data108
+MOST_MEMBERS = 1_000_000
+try:
+    from lzma import LZMAError
+    LZMA = (LZMAError,)
+except ImportError:  # a Python that was built without it
+    LZMA = ()
+
+
 def _unzip(path: Path, root: Path) -> Path:
-    """Extract pictures, manifest and description of a .zip into the cache, once; returns the folder."""
+    """Extract the files of a .zip into the cache, once, without hidden ones; returns the folder."""
     state = path.stat()
-    key = hashlib.blake2b(f"{path.absolute()}|{state.st_size}|{state.st_mtime_ns}".encode(), digest_size=8).hexdigest()
-    target = root / "unzipped" / f"{path.stem}-{key}"
+    key = hashlib.blake2b(os.fsencode(f"{path.absolute()}|{state.st_size}|{state.st_mtime_ns}"), digest_size=8).hexdigest()
+    target = root / "unzipped" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', path.stem)[:40]}-{key}"
     if target.is_dir():
         return target
     try:
         with zipfile.ZipFile(path) as archive, new_folder(target) as private:
+            if len(archive.infolist()) > MOST_MEMBERS:
+                raise ValueError(f"{path} is refused: it holds more than {MOST_MEMBERS} files")
             check_members(path, archive.infolist())
-            wanted = [member for member in archive.infolist() if not member.filename.startswith("__MACOSX")
-                      and member.filename.lower().endswith((*EXTENSIONS, "manifest.csv", "dataset.json"))]
+            wanted = [member for member in archive.infolist() if not member.is_dir()
+                      and not re.search(r"(^|[/\\])(__MACOSX|\.)", member.filename)]
             require_space(private, sum(member.file_size for member in wanted))
             for member in wanted:
                 archive.extract(member, private)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path} is no complete .zip ({error}): download it again") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, *LZMA) as error:
+        raise ValueError(f"{path} is no complete .zip ({printable(error)[:200]}): download it again") from error
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise ValueError(f"{path} cannot be unpacked ({printable(error)[:300]}): unpack it yourself and name the folder") from error
     return target
 
 # %% ../nbs/01_data.ipynb #data111
@@ -785,43 +829,62 @@ class Prepared(NamedTuple):
     """One pair, ready to be written, and what is wrong with it."""
 
     image: np.ndarray | None  # [size, size, 3]
-    mask: np.ndarray | None  # [bytes], packed
-    entry: dict  # {"hash", "height", "width"} for index.json
+    codes: np.ndarray | None  # stored values, [rows, columns] that the mask fills of the square
+    seen: MaskValues | None  # the values at the mask's own size
+    entry: dict  # a row of ENTRY, without the counts of the mask's pixels
     problems: list[str]
 
 
-def _attempt(what: str, problems: list[str], function: Callable, *arguments) -> np.ndarray | None:
+def _attempt(what: str, problems: list[str], function: Callable, *arguments) -> object | None:
     """Call a reader; its complaint becomes a problem that names the file."""
     try:
         return function(*arguments)
-    except (ValueError, OSError) as error:
-        problems.append(f"{what}: {error}")
-        return None
+    except MemoryError:
+        problems.append(f"{what}: needs more memory than there is")
+    except (ValueError, OSError, ImportError) as error:
+        problems.append(f"{what}: {printable(error)}")
+    return None
 
 # %% ../nbs/01_data.ipynb #data115
-def _prepare(survey: Survey, settings: Settings, record: Record) -> Prepared:
-    """Read, check and resize one pair; runs in several threads at once (decoding and resizing release Python's lock)."""
-    problems: list[str] = []
-    data = _attempt(survey.short(record.image), problems, record.image.read_bytes)
-    image = None if data is None else _attempt(survey.short(record.image), problems, _image_from, data)
-    mask = record.mask and _attempt(survey.short(record.mask), problems,
-                                    lambda: _mask_from(record.mask.read_bytes(), settings.masks, settings.classes,
-                                                       settings.mask_values, settings.ignore_value))
-    if image is None:
-        return Prepared(None, None, {}, problems)
-    height, width = image.shape[:2]
-    entry = {"hash": hashlib.blake2b(data, digest_size=12).hexdigest(), "height": height, "width": width}
-    if mask is not None and mask.shape != (height, width):
-        turned = "; one of the two carries an EXIF rotation that the other lacks?" if mask.shape == (width, height) else ""
+def _read_pair(survey: Survey, settings: Settings, record: Record,
+               problems: list[str]) -> tuple[Picture | None, Picture | None, np.ndarray | None]:
+    """The decoded image, the decoded mask and its stored values; what cannot be read is None, with a problem."""
+    look_up = looks_up(settings.masks, settings.mask_values, settings.ignore_value)
+    image = _attempt(survey.short(record.image), problems, read_picture, record.image)
+    mask = _attempt(survey.short(record.mask), problems, read_picture, record.mask) if record.mask else None
+    return image, mask, None if mask is None else _attempt(survey.short(record.mask), problems, stored_values, mask, look_up)
+
+
+def _check_sizes(survey: Survey, record: Record, image: Picture, codes: np.ndarray | None, problems: list[str]) -> None:
+    """A problem where image and mask, or image and manifest, differ in size."""
+    height, width = image.values.shape[:2]
+    if codes is not None and codes.shape != (height, width):
+        turned = "; one of the two carries an EXIF rotation that the other lacks?" if codes.shape == (width, height) else ""
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but {survey.short(record.mask)} is "
-                        f"{mask.shape[1]}x{mask.shape[0]}{turned}")
+                        f"{codes.shape[1]}x{codes.shape[0]}{turned}")
     if record.size and set(record.size) != {height, width}:
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but manifest.csv says "
                         f"{record.size[1]}x{record.size[0]}")
-    if problems or mask is None:
-        return Prepared(None, None, entry, problems)
-    image, mask = resize_pair(image, mask, settings.size, settings.resize)
-    return Prepared(to_colour(image, settings.colour), pack_mask(mask, mask_bits(settings.classes)), entry, [])
+
+
+def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
+    """Read, check and resize one pair; runs in several threads at once (decoding and resizing release Python's lock)."""
+    problems: list[str] = []
+    image, mask, codes = _read_pair(survey, settings, record, problems)
+    seen = None if codes is None else look_at(survey.short(record.mask), codes, mask.format in LOSSY)
+    if image is None:
+        return Prepared(None, None, seen, {}, problems)
+    height, width = image.values.shape[:2]
+    entry = {"hash": image.digest, "height": height, "width": width, "bits": image.bits, "deep": image.values.dtype == np.uint16,
+             "low": int(image.values.min()), "high": int(image.values.max()), "frames": image.frames, "turned": image.turned,
+             "mask_frames": mask.frames if mask else 1, "mask_turned": bool(mask and mask.turned)}
+    _check_sizes(survey, record, image, codes, problems)
+    if problems or codes is None:
+        return Prepared(None, None, seen, entry, problems)
+    small = _attempt(survey.short(record.image), problems, lambda: resize_image(rgb_of(image, white), settings.size, settings.resize))
+    if small is None:
+        return Prepared(None, None, seen, entry, problems)
+    return Prepared(to_colour(small, settings.colour), nearest_pixels(codes, settings.size, settings.resize), seen, entry, [])
 
 # %% ../nbs/01_data.ipynb #data118
 def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -854,53 +917,105 @@ def _keep_one_channel(path: Path) -> None:
     path.with_suffix(".grey").replace(path)
 
 # %% ../nbs/01_data.ipynb #data124
-def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progress: bool) -> tuple[list[dict], list[str]]:
-    """Check every pair and write images.npy, masks.npy and, last, index.json; returns index entries and problems."""
-    count, size, bits = len(survey.records), settings.size, mask_bits(settings.classes)
-    shapes = {"images": (count, size, size, 3), "masks": (count, -(-size * size * bits // 8))}
-    require_space(folder, sum(int(np.prod(shape)) for shape in shapes.values()))
-    entries, problems, grey = [], [], settings.colour == "rgb"
-    with (_start_array(folder / "images.npy", shapes["images"]) as images,
-          _start_array(folder / "masks.npy", shapes["masks"]) as masks,
+ENTRY = [("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
+         ("frames", "u4"), ("turned", "?"), ("mask_frames", "u4"), ("mask_turned", "?"), ("ignored", "u8")]  # and ("pixels", "u8", classes)
+
+
+class Read(NamedTuple):
+    """What one pass over all pairs found."""
+
+    entries: list[dict]
+    seen: list[MaskValues]
+    problems: list[str]
+    grey: bool
+
+
+def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, workers: int, progress: bool) -> Read:
+    """Check every pair; write images.npy and, one after the other, the stored values of the small masks (masks.stored)."""
+    count, size = len(survey.records), settings.size
+    entries, seen, problems, grey = [], [], [], settings.colour == "rgb"
+    with (_start_array(folder / "images.npy", (count, size, size, 3)) as images,
+          open(folder / "masks.stored", "wb") as stored,
           ThreadPoolExecutor(workers) as pool,
-          tqdm(total=count, desc=f"checking and caching {survey.name} at {size}x{size}", unit="image", file=sys.stdout,
+          tqdm(total=count, desc=f"checking and caching {printable(survey.name)} at {size}x{size}", unit="image", file=sys.stdout,
                disable=not progress) as bar):
-        for done in in_order(pool, lambda record: _prepare(survey, settings, record), survey.records, 4 * workers):
+        for done in in_order(pool, lambda record: _prepare(survey, settings, white, record), survey.records, 4 * workers):
             bar.update()
             entries.append(done.entry)
+            seen += [done.seen] if done.seen else []
             problems += done.problems
             if done.image is not None and not problems:
                 images.write(done.image.tobytes())
-                masks.write(done.mask.tobytes())
+                np.lib.format.write_array(stored, done.codes)
                 grey = grey and (done.image[:, :, :1] == done.image[:, :, 1:]).all()
+    return Read(entries, seen, problems, bool(grey))
+
+
+def _white_of(entries: list[dict]) -> int:
+    """The value that becomes 255 in images with more than 8 bits: the first of WHITES that nothing in the set exceeds."""
+    highest = max((max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0) for entry in entries if entry.get("deep")), default=0)
+    return next(white for white in WHITES if highest <= white) if highest else 65535
+
+
+def _write_masks(folder: Path, reading: MaskReading, read: Read, settings: Settings, ignored: bool) -> None:
+    """Translate the stored values of all masks into packed class indices: masks.npy. Ignored pixels get the code after the last class."""
+    classes = max(settings.classes, 2)
+    bits, size = mask_bits(classes + ignored), settings.size
+    with (open(folder / "masks.stored", "rb") as stored,
+          _start_array(folder / "masks.npy", (len(read.seen), -(-size * size * bits // 8))) as masks):
+        for seen in read.seen:
+            mask = reading.classes_of(np.lib.format.read_array(stored), seen.lossy, seen.top)
+            if ignored:
+                mask[mask == IGNORE] = classes
+            masks.write(pack_mask(_padded(mask, size), bits).tobytes())
+    (folder / "masks.stored").unlink()
+
+
+def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progress: bool) -> tuple[list[str], list[str]]:
+    """Check every pair and write images.npy, masks.npy, entries.npy and, last, index.json; returns the images' hashes and problems."""
+    require_space(folder, len(survey.records) * settings.size ** 2 * 5)  # three channels, the mask as stored, the mask packed
+    white, wanted = None, 65535
+    while wanted != white:
+        white = wanted
+        read = _read_all(folder, survey, settings, white, workers, progress)
+        wanted = _white_of(read.entries) if not read.problems else white
+    judged = judge_masks(read.seen, settings.masks, settings.classes, settings.mask_values, settings.ignore_value)
+    problems = read.problems + judged.problems
     if not problems and not survey.problems:
-        if grey:
+        if read.grey:
             _keep_one_channel(folder / "images.npy")
-        (folder / "index.json").write_text(json.dumps({"settings": asdict(settings), "images": entries}))
-    return entries, problems
+        for entry, seen in zip(read.entries, read.seen):
+            entry["pixels"], entry["ignored"] = judged.reading.pixels(seen)
+        ignored = any(entry["ignored"] for entry in read.entries)
+        _write_masks(folder, judged.reading, read, settings, ignored)
+        kind = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),))])
+        np.save(folder / "entries.npy", np.array([tuple(entry[name] for name in kind.names) for entry in read.entries], kind))
+        index = {"settings": asdict(settings), "reading": asdict(judged.reading), "ignored": ignored, "white": white, "notes": judged.notes}
+        (folder / "index.json").write_text(json.dumps(index))
+    return [entry.get("hash", "") for entry in read.entries], problems
 
 # %% ../nbs/01_data.ipynb #data127
-def _twins(survey: Survey, entries: list[dict]) -> list[list[int]]:
-    """Rows whose image files are identical, byte for byte; one list per such picture."""
+def _twins(hashes: Sequence[str]) -> list[list[int]]:
+    """Rows whose image files are identical, byte for byte; one list per such picture. A file without a hash has no twin."""
     where: dict[str, list[int]] = {}
-    for row, entry in enumerate(entries):
-        where.setdefault(entry.get("hash", f"unreadable {row}"), []).append(row)
+    for row, digest in enumerate(hashes):
+        where.setdefault(digest or f"unreadable {row}", []).append(row)
     return [rows for rows in where.values() if len(rows) > 1]
 
 
-def _leaks(survey: Survey, entries: list[dict]) -> list[str]:
+def _leaks(survey: Survey, hashes: Sequence[str]) -> list[str]:
     """A problem for every picture that the folder itself puts into two splits, under two ids (see _duplicates for one)."""
     problems = []
-    for records in ([survey.records[row] for row in rows] for rows in _twins(survey, entries)):
+    for records in ([survey.records[row] for row in rows] for rows in _twins(hashes)):
         if len({record.split or "train" for record in records}) > 1 and len({record.id for record in records}) > 1:
             files = ", ".join(f"{survey.short(record.image)} ({record.split or 'train'})" for record in records)
             problems.append(f"one image in two splits: the files {files} are identical; keep one of them")
     return problems
 
 # %% ../nbs/01_data.ipynb #data128
-def _leave_out_twins(survey: Survey, entries: list[dict], parts: dict[str, list[int]], notes: list[str]) -> dict[str, list[int]]:
+def _leave_out_twins(survey: Survey, hashes: Sequence[str], parts: dict[str, list[int]], notes: list[str]) -> dict[str, list[int]]:
     """Where a fold cuts between identical files, the validating one stays, and its twins do not train."""
-    valid, train, twins = set(parts["valid"]), set(parts["train"]), _twins(survey, entries)
+    valid, train, twins = set(parts["valid"]), set(parts["train"]), _twins(hashes)
     leaving = {row for rows in twins if valid & set(rows) for row in rows if row in train}
     if leaving:
         ids = ", ".join(survey.records[row].id for row in sorted(leaving))
@@ -910,14 +1025,34 @@ def _leave_out_twins(survey: Survey, entries: list[dict], parts: dict[str, list[
     return {**parts, "train": [row for row in parts["train"] if row not in leaving]}
 
 # %% ../nbs/01_data.ipynb #data131
-def _load(folder: Path) -> tuple[list[dict], np.ndarray, np.ndarray] | None:
-    """Open a finished cache: (index entries, images [N, size, size, 1 or 3], packed masks [N, bytes]); None if it is damaged."""
+class Cache(NamedTuple):
+    """A finished cache."""
+
+    entries: np.ndarray  # of ENTRY, one for each pair
+    images: np.ndarray  # [N, size, size, 1 or 3]
+    masks: np.ndarray  # [N, bytes], packed
+    reading: MaskReading
+    ignored: bool  # whether any mask holds ignored pixels
+    white: int
+    notes: list[str]
+
+    @property
+    def hashes(self) -> list[str]:
+        """The fingerprint of each image file."""
+        return [digest.decode() for digest in self.entries["hash"]]
+
+
+def _load(folder: Path) -> Cache | None:
+    """Open a finished cache; None if it is damaged."""
     try:
-        entries = json.loads((folder / "index.json").read_text())["images"]
+        index = read_json(folder / "index.json")
+        entries = np.load(folder / "entries.npy")
         images, masks = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("images", "masks"))
-    except (OSError, EOFError, ValueError, KeyError):
+        reading = MaskReading(**{**index["reading"], "values": tuple(index["reading"]["values"])})
+        cache = Cache(entries, images, masks, reading, index["ignored"], index["white"], index["notes"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    return (entries, images, masks) if len(entries) == len(images) == len(masks) else None
+    return cache if len(entries) == len(images) == len(masks) else None
 
 # %% ../nbs/01_data.ipynb #data134
 class DataProblems(ValueError):
@@ -939,23 +1074,22 @@ def _refuse(survey: Survey, more: list[str]) -> None:
         raise DataProblems(survey.folder, survey.problems + more)
 
 
-def _check_and_cache(survey: Survey, settings: Settings, folder: Path, workers: int,
-                     progress: bool) -> tuple[list[dict], np.ndarray, np.ndarray]:
+def _check_and_cache(survey: Survey, settings: Settings, folder: Path, workers: int, progress: bool) -> Cache:
     """Everything that can be wrong in one list, or the cache: taken if it is there, else built. Raises DataProblems."""
     ready = None
     if folder.is_dir() and (ready := _load(folder)) is None:
         shutil.rmtree(folder)  # damaged
     if ready is None:
         with new_folder(folder) as private:
-            entries, found = _build(private, survey, settings, workers, progress)
-            _refuse(survey, found + _leaks(survey, entries))
+            hashes, found = _build(private, survey, settings, workers, progress)
+            _refuse(survey, found + _leaks(survey, hashes))
         ready = _load(folder)
-    _refuse(survey, _leaks(survey, ready[0]))  # a manifest can change its splits without touching a picture
+    _refuse(survey, _leaks(survey, ready.hashes))  # a manifest can change its splits without touching a picture
     return ready
 
 # %% ../nbs/01_data.ipynb #data138
 class Batch(NamedTuple):
-    """Some pairs: images uint8 [B, 3, size, size] (channels_last in memory), masks uint8 [B, size, size], their ids."""
+    """Some pairs: images uint8 [B, 3, size, size] (channels_last in memory), masks uint8 [B, size, size] (IGNORE: counts nowhere), their ids."""
 
     images: Tensor
     masks: Tensor
@@ -981,13 +1115,12 @@ class Split:
     ids, patients, strata: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path); by order of id.
     """
 
-    def __init__(self, records: list[Record], entries: list[dict], rows: Sequence[int], images: np.ndarray, masks: np.ndarray,
-                 settings: Settings):
-        self._rows, self._images, self._masks, self._settings = np.asarray(rows, dtype=np.int64), images, masks, settings
+    def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings):
+        self._rows, self._cache, self._settings = np.asarray(rows, dtype=np.int64), cache, settings
         self.ids = [records[row].id for row in rows]
         self.patients = [records[row].patient for row in rows]
         self.strata = [records[row].stratum for row in rows]
-        self.original_sizes = [(entries[row]["height"], entries[row]["width"]) for row in rows]
+        self.original_sizes = [(int(cache.entries[row]["height"]), int(cache.entries[row]["width"])) for row in rows]
         self.paths = [(records[row].image, records[row].mask) for row in rows]
 
     def __len__(self) -> int:
@@ -997,16 +1130,20 @@ class Split:
         """Read the pairs at some positions of this split, in the order asked for: copies, on the CPU. IndexError if outside."""
         positions = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         rows = self._rows[positions]
-        images = torch.from_numpy(self._images[rows]).permute(0, 3, 1, 2)  # [B, size, size, C] -> [B, C, size, size], no copy
+        images = torch.from_numpy(self._cache.images[rows]).permute(0, 3, 1, 2)  # [B, size, size, C] -> [B, C, size, size], no copy
         if images.shape[1] == 1:  # a grey set
             images = images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        masks = torch.from_numpy(unpack_masks(self._masks[rows], mask_bits(self._settings.classes), self._settings.size))
-        return Batch(images, masks, [self.ids[position] for position in positions])
+        classes = max(self._settings.classes, 2)
+        masks = unpack_masks(self._cache.masks[rows], mask_bits(classes + self._cache.ignored), self._settings.size)
+        if self._cache.ignored:
+            masks[masks == classes] = IGNORE
+        return Batch(images, torch.from_numpy(masks), [self.ids[position] for position in positions])
 
     def original_mask(self, position: int) -> np.ndarray:
-        """The target at the image's own size, read from its file anew: class index, uint8 [H, W]."""
-        return read_mask(self.paths[position][1], self._settings.masks, self._settings.classes, self._settings.mask_values,
-                         self._settings.ignore_value)
+        """The target at the image's own size, read from its file anew: class index, uint8 [H, W], IGNORE where ignored."""
+        picture = _picture(self.paths[position][1])
+        reading = self._cache.reading
+        return reading.classes_of(stored_values(picture, reading.look_up), picture.format in LOSSY)
 
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
                 device: str | torch.device = "cpu") -> Iterator[Batch]:
@@ -1014,8 +1151,10 @@ class Split:
 
         shuffle: a seed for the order, None for the order of the ids; drop_last: leave out an incomplete batch; start: skip that
         many batches, without reading them. To a GPU the copies go through pinned memory and do not wait.
-        ValueError for batch < 1 or start < 0.
+        ValueError for batch < 1, start < 0, or a bool as the seed.
         """
+        if isinstance(shuffle, bool):
+            raise ValueError(f"shuffle is the seed of an order, such as the number of the epoch, or None for the order of the ids; got {shuffle}")
         if batch < 1 or start < 0:
             raise ValueError(f"batch must be at least 1 and start at least 0, got {batch} and {start}")
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
@@ -1024,11 +1163,8 @@ class Split:
             yield _to_device(self.batch(order[first:min(first + batch, end)]), torch.device(device))
 
 # %% ../nbs/01_data.ipynb #data145
-def _check_wishes(settings: Settings, fold: int | None, folds: int | None, valid_share: float, workers: int | None) -> None:
-    """Raise ValueError, naming the argument, for a value that can never be right."""
-    def whole(value, least):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
+def _check_numbers(settings: Settings, fold: int | None, folds: int | None, valid_share: float, workers: int | None) -> None:
+    """Raise ValueError, naming the argument, for a number or a choice that can never be right."""
     for name, value, choices in (("resize", settings.resize, RESIZES), ("colour", settings.colour, tuple(COLOURS)),
                                  ("masks", settings.masks, MASKS)):
         if value not in choices:
@@ -1036,12 +1172,27 @@ def _check_wishes(settings: Settings, fold: int | None, folds: int | None, valid
     for name, value, least in (("size", settings.size, 32), ("classes", settings.classes, 1), ("folds", folds, 2),
                                ("fold", fold, 0), ("workers", workers, 1)):
         optional = name in ("folds", "fold", "workers")
-        if not (optional and value is None) and not whole(value, least):
+        if not (optional and value is None) and not _whole_number(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}{', or None' * optional}, got {value!r}")
-    if settings.classes > 256:
-        raise ValueError(f"classes must be at most 256, one byte per pixel, got {settings.classes}")
+    if settings.size > LARGEST_SIZE:
+        raise ValueError(f"size must be at most {LARGEST_SIZE} pixels, got {settings.size}")
+    if settings.classes > 256 - (settings.ignore_value is not None):
+        raise ValueError(f"classes and the ignored pixels must be at most 256 together, one byte per pixel, got classes={settings.classes}")
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1, got {valid_share!r}")
+
+
+def _check_values(settings: Settings) -> None:
+    """Raise ValueError for mask_values and ignore_value that contradict each other, the classes or `masks`."""
+    codes = [value_code(value) for value in settings.mask_values]
+    if settings.mask_values and len(codes) != max(settings.classes, 2):
+        raise ValueError(f"mask_values names {len(codes)} values, but classes={settings.classes}: pass classes={len(codes)}")
+    if len(set(codes)) < len(codes):
+        raise ValueError(f"mask_values names a value twice: {list(settings.mask_values)}")
+    if settings.mask_values and settings.masks in ("binary", "any"):
+        raise ValueError(f"mask_values says which value is which class, and masks={settings.masks!r} says otherwise: leave one of them out")
+    if settings.ignore_value is not None and value_code(settings.ignore_value) in codes:
+        raise ValueError(f"ignore_value={settings.ignore_value!r} is one of mask_values: a value is a class or is ignored, not both")
 
 # %% ../nbs/01_data.ipynb #data146
 def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
@@ -1057,14 +1208,14 @@ def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[
 # %% ../nbs/01_data.ipynb #data147
 def _settle_masks(settings: Settings, survey: Survey) -> Settings:
     """Replace masks="auto" by what it means for this folder."""
-    by_layout = "index" if survey.prepared or settings.classes > 2 else "binary"
+    by_layout = "index" if survey.prepared or settings.classes > 2 or settings.mask_values else "binary"
     return replace(settings, masks=by_layout if settings.masks == "auto" else settings.masks)
 
 
 def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float,
           seed: int) -> tuple[dict[str, list[int]], list[str]]:
     """assign_splits; where problems with the names may be why it fails, its complaint joins their list."""
-    survey.problems += _duplicates(survey)
+    survey.problems += _duplicates(survey) + _torn_patients(survey)
     try:
         return assign_splits(survey, fold, folds, valid_share, seed)
     except ValueError as error:
@@ -1076,7 +1227,7 @@ def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: floa
 # %% ../nbs/01_data.ipynb #data148c
 @dataclass
 class Census:
-    """What a data set holds, as counted while reading it: a table and what is alarming in it."""
+    """What a data set holds, as counted while it was read: a table, and sentences about what is alarming."""
 
     table: list[list[str]]
     warnings: list[str]
@@ -1086,16 +1237,107 @@ class Census:
         return self.table
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """The same for JSON."""
         return {"table": self.table, "warnings": self.warnings}
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _counts_by_split(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
+    """Rows of the table that have a number for each split: images, empty and full masks, classes."""
+    pixels, sizes = entries["pixels"].astype(np.float64), entries["height"].astype(np.float64) * entries["width"]
+    counted = {"images": np.ones(len(entries), bool), "empty masks": pixels[:, 1:].sum(axis=1) == 0, "full masks": pixels[:, 0] == 0}
+    counted |= {f"{name}: images": pixels[:, index] > 0 for index, name in enumerate(names) if index}
+    groups = [*parts.values(), [row for rows in parts.values() for row in rows]]
+    table = [["", *parts, "all"]] + [[name, *(str(int(values[rows].sum())) for rows in groups)] for name, values in counted.items()]
+    shares = {f"{name}: % of pixels": pixels[:, index] for index, name in enumerate(names) if index}
+    if entries["ignored"].any():
+        shares["ignored: % of pixels"] = entries["ignored"].astype(np.float64)
+    return table + [[name, *(f"{100 * values[rows].sum() / sizes[rows].sum():.3g}" if rows else "" for rows in groups)] for name, values in shares.items()]
+
+
+def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
+    """Rows of the table that have one text for the whole set."""
+    sizes = Counter(zip(entries["width"].tolist(), entries["height"].tolist()))
+    ordered, (often, times) = sorted(sizes, key=lambda size: (size[0] * size[1], size)), sizes.most_common(1)[0]
+    facts = {"sizes": f"{ordered[0][0]}x{ordered[0][1]} to {ordered[-1][0]}x{ordered[-1][1]}, most often {often[0]}x{often[1]} ({times})",
+             "bits": ", ".join(f"{bits} ({number})" for bits, number in sorted(Counter(entries["bits"].tolist()).items())),
+             "values": f"{entries['low'].min()} to {entries['high'].max()}"}
+    if entries["deep"].any():
+        facts["white"] = str(white)
+    several = np.maximum(entries["frames"], entries["mask_frames"])
+    if (several > 1).any():
+        facts["pages or frames"] = f"{(several > 1).sum()} files with up to {several.max()}; the first of each is read"
+    if (entries["turned"] | entries["mask_turned"]).any():
+        facts["turned by EXIF"] = f"{entries['turned'].sum()} images, {entries['mask_turned'].sum()} masks"
+    if survey.passed:
+        facts["passed over"] = f"{len(survey.passed)}: {_some([f'{name} ({reason})' for name, reason in survey.passed], 6)}"
+    return facts
+
+# %% ../nbs/01_data.ipynb #data148d
+def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[str]:
+    """Sentences about classes that are missing, in the whole set or in a split."""
+    pixels, found = entries["pixels"], []
+    if not pixels[:, 1:].any():
+        return ["no mask holds any foreground: every mask is empty, and a network that finds nothing would score 100"]
+    if not pixels[:, 0].any():
+        found.append("every mask is full: no pixel is background; if the labels begin with 1, name them with mask_values")
+    for index, name in enumerate(names):
+        holding = {part: int((pixels[rows, index] > 0).sum()) for part, rows in parts.items() if rows}
+        if not any(holding.values()) and (index or len(found) == 0):
+            found.append(f"class {index} ({name}) occurs in no mask")
+        elif index and (lacking := [part for part, count in holding.items() if not count]):
+            found.append(f"class {index} ({name}) occurs in {sum(holding.values())} images, but never in {' and '.join(lacking)}")
+    return found
+
+
+def _file_warnings(survey: Survey, entries: np.ndarray) -> list[str]:
+    """Sentences about turned images, several pages, mixed depths, and files that could not be taken."""
+    def ids(chosen: np.ndarray) -> str:
+        return _some([survey.records[row].id for row in np.flatnonzero(chosen)])
+
+    found = []
+    if (turned := entries["turned"] & ~entries["mask_turned"]).any():
+        found.append(f"{turned.sum()} images were turned upright, as their EXIF orientation says, but their masks carry no orientation "
+                     f"({ids(turned)}): look whether the masks fit")
+    if (turned := entries["mask_turned"] & ~entries["turned"]).any():
+        found.append(f"{turned.sum()} masks were turned, as their EXIF orientation says, but their images carry none ({ids(turned)}): look whether they fit")
+    if (several := np.maximum(entries["frames"], entries["mask_frames"]) > 1).any():
+        found.append(f"{several.sum()} files hold several pages or frames, of which only the first is read ({ids(several)})")
+    if entries["deep"].any() and not entries["deep"].all():
+        found.append(f"{entries['deep'].sum()} images have more than 8 bits, {(~entries['deep']).sum()} have 8 ({ids(entries['deep'])}; "
+                     f"{ids(~entries['deep'])}): are they equally bright?")
+    lost = [f"{name} ({reason})" for name, reason in survey.passed if reason not in ("hidden", "no picture", "no images and masks side by side")]
+    if lost:
+        found.append(f"passed over: {_some(lost)}")
+    return found
+
+
+def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names: Sequence[str]) -> Census:
+    """The census of a set that has been read: rows by split first, then facts about the whole set."""
+    table = _counts_by_split(cache.entries, parts, [printable(name) for name in names])
+    patients = {part: len({survey.records[row].patient for row in rows} - {""}) for part, rows in parts.items()}
+    if any(patients.values()):
+        table.insert(2, ["patients", *map(str, patients.values()), str(sum(patients.values()))])
+    table += [[name, *[""] * len(parts), text] for name, text in _facts(survey, cache.entries, cache.white).items()]
+    return Census(table, _class_warnings(cache.entries, parts, names) + _file_warnings(survey, cache.entries))
 
 # %% ../nbs/01_data.ipynb #data149
 @dataclass(repr=False)
 class OpenedData:
     """What a checked and cached data set holds: train, valid and (or None) test, and how they were made.
 
-    black: three ints, the value of padding in the stored colour space; notes: sentences on what was decided for you;
-    folder: where the pictures are; cache_folder: where the arrays are.
+    Args:
+        black: three ints, the value of padding in the stored colour space.
+        notes: sentences on what was decided for you, and the census's warnings.
+        folder: where the pictures are.
+        cache_folder: where the arrays are.
+        ignore_index: IGNORE if any mask holds pixels that count nowhere, else None.
+        white: the stored value that becomes 255 in images with more than 8 bits.
+        census: what the set holds.
     """
 
     name: str
@@ -1112,12 +1354,13 @@ class OpenedData:
     valid: Split
     test: Split | None
     ignore_index: int | None
+    white: int
     census: Census
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How its images were prepared: what a network trained on them must be told."""
-        return Preprocessing(self.size, self.resize, self.colour, self.class_names)
+        return Preprocessing(self.size, self.resize, self.colour, self.class_names, self.white)
 
     def __repr__(self) -> str:
         parts = f"train {len(self.train)}, valid {len(self.valid)}, test {len(self.test) if self.test else 'none'}"
@@ -1136,24 +1379,41 @@ class SegmentationData(OpenedData):
              progress: bool = True) -> SegmentationData:
         """Find, check, split and cache a data set.
 
-        source: a prepared folder, the official layout, images/ and masks/, a .zip of one of these, or "phantoms[:family[:n]]".
-        size: side of the cached squares, in pixels (>= 32); masks: as in read_mask, "auto" is "index" for prepared folders and
-        for classes > 2, else "binary"; fold, folds, valid_share, seed: see assign_splits; workers: threads (None: one per core).
-        Raises DataProblems (all of them at once), ValueError, FileNotFoundError, OSError (no space).
+        Args:
+            source: a prepared folder, the official layout, images/ and masks/, a .zip of one of these, or "phantoms[:family[:n]]".
+            classes: how many, the background included.
+            size: side of the cached squares, in pixels (32 to LARGEST_SIZE).
+            fold, folds, valid_share, seed: see assign_splits and hold_out.
+            resize, colour: see Preprocessing.
+            masks: as in read_mask; "auto" is "index" for prepared folders and for classes > 2, else "binary".
+            mask_values: the stored value (int) or color ("#rrggbb") of class 0, 1, 2, …
+            ignore_value: the stored value or color that counts nowhere; None: 255 where masks hold 0 … classes - 1 and 255.
+            cache: see cache_root.
+            workers: threads; None: one per core.
+            progress: whether a bar is shown.
+
+        Raises:
+            DataProblems: everything that is wrong with the set.
+            ValueError, FileNotFoundError: arguments and sources that cannot be meant.
+            OSError: no space.
         """
         settings = Settings(size, resize, colour, masks, classes, tuple(mask_values or ()), ignore_value)
-        _check_wishes(settings, fold, folds, valid_share, workers)
+        _check_numbers(settings, fold, folds, valid_share, workers)
+        _check_values(settings)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
         settings = _settle_masks(settings, survey)
         parts, notes = _plan(survey, fold, folds, valid_share, seed)
         names = _class_names(survey, settings, notes)
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
-        entries, images, packed = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
-        parts = _leave_out_twins(survey, entries, parts, notes)
-        train, valid, test = (Split(survey.records, entries, parts[part], images, packed, settings) for part in SPLITS)
-        return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes, survey.folder, folder,
-                   train, valid, test or None, None, Census([["", *SPLITS], ["images", *(str(len(parts[part])) for part in SPLITS)]], []))
+        cached = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
+        parts = _leave_out_twins(survey, cached.hashes, parts, notes)
+        census = take_census(survey, cached, parts, names)
+        if cached.entries["deep"].any():
+            notes.append(f"images with more than 8 bits: {cached.white} becomes white, because no value exceeds it")
+        train, valid, test = (Split(survey.records, cached, parts[part], settings) for part in SPLITS)
+        return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes + cached.notes + census.warnings, survey.folder,
+                   folder, train, valid, test or None, IGNORE if cached.ignored else None, cached.white, census)
 
     @classmethod
     def from_prepared(cls, folder: str | os.PathLike, fold: int | None = 0, size: int = 512, **options) -> SegmentationData:

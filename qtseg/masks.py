@@ -156,13 +156,19 @@ class MaskReading:
     ignore: int | None = None
     look_up: bool = False
 
-    def classes_of(self, codes: np.ndarray, lossy: bool = False) -> np.ndarray:
-        """Codes [H, W] -> class index, uint8 [H, W], IGNORE where ignored; of one file, judged before."""
+    def classes_of(self, codes: np.ndarray, lossy: bool = False, top: int | None = None) -> np.ndarray:
+        """Codes [H, W] of one file -> class index, uint8 [H, W], IGNORE where ignored.
+
+        Args:
+            codes: what `stored_values` returned, or a smaller copy of it.
+            lossy: whether the file's format is one of LOSSY.
+            top: the file's brightest value, if `codes` is a smaller copy that may lack it.
+        """
         if codes.dtype == np.uint32:
             found, where = np.unique(codes, return_inverse=True)
-            return self._table(found, int(brightness(found).max()), lossy)[where.reshape(codes.shape)]
-        top = int(codes.max())
-        table = self._table(np.arange(top + 1), top, lossy)
+            return self._table(found, int(brightness(found).max()) if top is None else top, lossy)[where.reshape(codes.shape)]
+        highest = int(codes.max())
+        table = self._table(np.arange(highest + 1), highest if top is None else top, lossy)
         return cv2.LUT(codes, np.resize(table, 256)) if codes.dtype == np.uint8 else table[codes]
 
     def _table(self, codes: np.ndarray, top: int, lossy: bool) -> np.ndarray:
@@ -327,7 +333,8 @@ def _colored(files: Sequence[MaskValues], classes: int) -> str:
     if len(codes) > FEW:
         return (f"{named(files)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG make them: save it "
                 "with its few exact colors (PNG, nearest neighbor), then name them with mask_values")
-    return f"{named(files)}: a colored mask, with the colors {spell(codes, 12)}: {_remedies(codes)}"
+    black = 'if this is black background and one color, pass masks="binary"; ' if len(codes) == 2 and codes[0] == 0 else ""
+    return f"{named(files)}: a colored mask, with the colors {spell(codes, 12)}: {black}{_remedies(codes)}"
 
 # %% ../nbs/reference/masks.ipynb #masks022
 def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
@@ -341,8 +348,8 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     exact = exact and len(total) <= FEW
     margin = top // 32 if exact else top // 8
     ends = [min(total), max(total)]
-    noise = [code for code in flat for end in ends
-             if 0 < abs(code - end) <= margin and (not exact or total[code] < 0.1 * total[end])]
+    noise = [code for code in flat for end in ends if 0 < abs(code - end) <= margin and (not exact or all(
+        seen.counts[code] < 0.1 * seen.counts.get(end, 0) for seen in files if code in seen.counts))]
     if noise and exact:
         notes.append(f"masks: the few pixels of {spell(noise)} are read as noise of {spell(ends)}")
     left = {code: count for code, count in flat.items() if code not in noise and code not in ends}
@@ -369,7 +376,9 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
         return Judgement(None, [f"{named(files)}: a JPEG whose brightest value is {max(total)}, the noise of an empty mask: save it as PNG"], [])
     notes: list[str] = []
     levels = _levels(files, notes)
-    if len(levels) > 2:
+    indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= max(total) // 4]  # class indices beside black and white
+    if indexed or len(levels) > 2:
+        levels = sorted({*levels, *(code for seen in indexed for code in seen.counts)})
         return Judgement(None, [f"masks hold {len(levels)} flat values, which are no black and white ({_kinds(files)}): {_remedies(levels)}"], [])
     if len(levels) == 2 and levels[0] > (max(total) // 8 if lossy or len(total) > FEW else 0):
         return Judgement(None, [f"masks hold {spell(levels)} and no 0 ({_kinds(files)}): if {levels[0]} is the background, pass "
