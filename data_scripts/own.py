@@ -27,14 +27,14 @@ WORDS = (  # what qtseg.masks says -> the options of this script
     (r"classes=\d+ and mask_values=\[(.*?)\]|mask_values=\[(.*?)\](?: and classes=\d+)?",
      lambda match: "--classes '" + re.sub(r'[" ]', "", match[1] or match[2]) + "'"),
     (r"mask_values", "--classes"), (r"classes=(\d+)", r"--classes \1"), (r' \(data_scripts/own.py: --instances\)', ""),
-    (r'masks="any"', "--instances"), (r'masks="(\w+)"', r"--masks-are \1"), (r"ignore_value(?:=(\d+))?", r"--ignore \1"))
+    (r'masks="any"', "--instances"), (r'masks="(\w+)"', r"--masks-are \1"), (r"ignore_value=(\d+)", r"--ignore \1"), (r"ignore_value", "--ignore"))
 
 
 def in_options(text: str) -> str:
     """A sentence about masks, with the options of this script for the arguments of Python."""
     for pattern, option in WORDS:
         text = re.sub(pattern, option, text)
-    return text.replace("--ignore )", "--ignore)")
+    return text
 
 
 def listed(found: Found, folders: list[Path]) -> tuple[list[Path], list[Path]]:

@@ -27,7 +27,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .data import DataProblems, Survey, fold_of_each, hold_out, list_pictures, outline, read_image, read_mask
+from .colors import class_colors
+from .data import (EXTENSIONS, WHITES, DataProblems, Survey, fold_of_each, hold_out, list_pictures, outline, read_image,
+                        read_mask)
 from .download import unpack
 from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture, same_form,
                          walk)
@@ -35,12 +37,12 @@ from .masks import IGNORE, LOSSY, MaskReading, MaskValues, judge_masks, look_at,
 from .phantoms import write_manifest
 
 # %% auto #0
-__all__ = ['POLYP_RANGES', 'Reader', 'ENDINGS', 'OUTLINES', 'CELL', 'CAPTION', 'MADE', 'NOBODYS', 'classes_of_colours', 'decoded',
-           'colours_of', 'laid_over', 'union_of', 'Pair', 'Found', 'find_folders', 'one_folder', 'name_of', 'pair_up',
-           'bad_names', 'pictures_below', 'judge', 'slices', 'held_out', 'label', 'Seen', 'Done', 'drop_twins',
-           'copyable', 'as_shown', 'as_png', 'convert', 'convert_all', 'outlined', 'write_on', 'contact_sheet', 'table',
-           'summary', 'white_of', 'alarms', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect',
-           'fill', 'keep_safe', 'set_aside', 'prepare', 'report', 'command_line', 'steps', 'run']
+__all__ = ['POLYP_RANGES', 'Reader', 'CELL', 'CAPTION', 'MADE', 'NOBODYS', 'classes_of_colours', 'decoded', 'colours_of',
+           'laid_over', 'union_of', 'Pair', 'Found', 'find_folders', 'one_folder', 'name_of', 'pair_up', 'bad_names',
+           'pictures_below', 'judge', 'slices', 'held_out', 'label', 'Seen', 'Done', 'drop_twins', 'copyable',
+           'as_shown', 'as_png', 'convert', 'convert_all', 'outlined', 'write_on', 'contact_sheet', 'table', 'summary',
+           'white_of', 'alarms', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect', 'fill',
+           'keep_safe', 'set_aside', 'prepare', 'report', 'command_line', 'steps', 'run']
 
 # %% ../nbs/17_preparation.ipynb #preparation010
 POLYP_RANGES = (  # class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
@@ -171,9 +173,8 @@ def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
 # %% ../nbs/17_preparation.ipynb #preparation037
 def name_of(path: Path, folder: Path | None = None) -> str:
     """The name by which an image and its mask are compared: without extension, in one Unicode form, with the path below `folder`."""
-    if folder is None:
-        return same_form(path.stem)
-    return same_form(re.sub(r"\.[A-Za-z]\w{0,4}$", "", path.relative_to(folder).as_posix()))
+    stem = path.name if path.suffix[1:].isdigit() else path.stem  # IM.0001 is a whole name
+    return same_form(stem if folder is None else (path.parent.relative_to(folder) / stem).as_posix())
 
 
 def pair_up(found: Found, images: Iterable[Path], masks: Iterable[Path], of: Callable[[str], str], *, several: bool = False,
@@ -212,14 +213,15 @@ def bad_names(found: Found) -> list[str]:
         f"the same name twice: {', '.join(images)}" for images in by_id.values() if len(images) > 1]
 
 # %% ../nbs/17_preparation.ipynb #preparation039b
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm", ".dicom", ".ima")  # files that call themselves pictures
-
-
 def pictures_below(found: Found, folder: Path) -> list[Path]:
     """The pictures in a folder and in those inside it, by content; notes say which files were passed over, and why."""
+    def meant(path: Path) -> bool:
+        return path.suffix.lower() in EXTENSIONS
+
     files, passed = walk(folder)
-    pictures = [path for path in files if path.suffix.lower() in ENDINGS or is_picture(path)]
-    passed += [(path, "no picture") for path in sorted(set(files) - set(pictures))]
+    pictures = [path for path in files if meant(path) or is_picture(path)]
+    found.problems += [f"{path}: {reason}" for path, reason in passed if meant(path) and reason != "hidden"]
+    passed = [one for one in passed if not meant(one[0])] + [(path, "no picture") for path in sorted(set(files) - set(pictures))]
     for reason in sorted({reason for _, reason in passed} - {"hidden"}):
         names = [path.name for path, why in passed if why == reason]
         found.notes.append(f"passed over in {folder.name}: {', '.join(names[:5])}{', …' * (len(names) > 5)} ({len(names)}; {reason})")
@@ -234,6 +236,8 @@ def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Se
     def look(path: Path) -> MaskValues | None:
         with suppress(ValueError, OSError):  # those that cannot be read are named when they are converted
             picture = decoded(path)
+            if picture.frames > 1:
+                found.notes.append(f"WARNING: {path} holds {picture.frames} pages or frames; the first alone is read")
             return look_at(str(path), stored_values(picture, look_up), picture.format in LOSSY)
 
     paths = [path for pair in found.pairs for path in pair.masks]
@@ -298,8 +302,9 @@ def label(found: Found, column: str, pattern: str) -> None:
         found.problems.append(f"--{column} {pattern!r} finds nothing in {len(lost)} name(s): {', '.join(lost[:5])}"
                               f"{', …' * (len(lost) > 5)}")
     kinds = Counter(getattr(pair, column) for pair in found.pairs)
-    found.notes.append(f"{column}: {len(kinds)} by {pattern!r}, with {min(kinds.values())} to {max(kinds.values())} images each"
-                       if kinds else f"{column}: none")
+    if kinds:
+        sizes = " to ".join(map(str, sorted({min(kinds.values()), max(kinds.values())})))
+        found.notes.append(f"{column}: {len(kinds)} by {pattern!r}, with {sizes} images each")
 
 # %% ../nbs/17_preparation.ipynb #preparation052
 class Seen(NamedTuple):
@@ -451,7 +456,6 @@ def convert_all(pairs: list[Pair], folder: Path, read: Reader, classes: int, wor
         pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not waited for
 
 # %% ../nbs/17_preparation.ipynb #preparation069
-OUTLINES = ((90, 255, 60), (0, 130, 255), (255, 220, 0), (255, 90, 200))  # RGB of class 1, 2, …: green, blue, yellow, pink
 CELL, CAPTION = (160, 128), 16  # width and height of a thumbnail, height of the line below it, in pixels
 
 # %% ../nbs/17_preparation.ipynb #preparation070
@@ -463,7 +467,8 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     small[cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT) == IGNORE] = 128
     for index in sorted(set(np.unique(mask).tolist()) - {0, IGNORE}):
         shape = cv2.resize((mask == index).astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127
-        outline(small, shape, OUTLINES[(index - 1) % len(OUTLINES)])
+        outline(small, shape, (0, 0, 0), 3)  # a dark line below: no color is easily seen on every ground
+        outline(small, shape, class_colors(index + 1)[index].tolist())
     thumbnail = np.full((CELL[1], CELL[0], 3), 40, np.uint8)
     top, left = (CELL[1] - size[1]) // 2, (CELL[0] - size[0]) // 2
     thumbnail[top:top + size[1], left:left + size[0]] = small
@@ -490,7 +495,7 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
     sheet = np.full((CAPTION + (CELL[1] + CAPTION) * -(-len(chosen) // columns), CELL[0] * columns, 3), 40, np.uint8)
     x = 4
     for index, name in enumerate(class_names[1:]):
-        x = write_on(sheet, name, x, 12, OUTLINES[index % len(OUTLINES)])
+        x = write_on(sheet, name, x, 12, class_colors(index + 2)[index + 1].tolist())
     with ThreadPoolExecutor(workers) as pool:
         for place, (row, picture) in enumerate(zip(chosen, pool.map(thumbnail, chosen))):
             top, left = CAPTION + place // columns * (CELL[1] + CAPTION), place % columns * CELL[0]
@@ -547,14 +552,9 @@ def _values(done: list[Done]) -> list[str]:
 
 # %% ../nbs/17_preparation.ipynb #preparation076a
 def white_of(done: list[Done]) -> int:
-    """The stored value that is white in the images of more than 8 bits, the same for the whole set; 65535 where there are none.
-
-    What the files state (12 bits: 4095), else the least of 1023, 4095, 16383 and 65535 that no stored value exceeds.
-    """
-    deep = [one.seen for one in done if one.seen.bits > 8]
-    highest = max((seen.high for seen in deep), default=65535)
-    stated = max((2 ** seen.bits - 1 for seen in deep if seen.bits < 16), default=0)
-    return stated if stated >= highest else next(white for white in (1023, 4095, 16383, 65535) if white >= highest)
+    """The stored value that is white in the images of more than 8 bits, for the whole set: the least of WHITES that none exceeds."""
+    highest = max((one.seen.high for one in done if one.seen.bits > 8), default=65535)
+    return next(white for white in WHITES if white >= highest)
 
 
 def alarms(pairs: list[Pair], done: list[Done], class_names: Sequence[str]) -> list[str]:
@@ -685,6 +685,7 @@ def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | N
         problems = [str(error)]
     if problems:
         raise DataProblems(dataset.title, [_short(problem, private, sources) for problem in problems])
+    found.notes = [_short(note, private, sources) for note in found.notes]
     return found, done
 
 # %% ../nbs/17_preparation.ipynb #preparation093
@@ -817,7 +818,7 @@ def run(parser: argparse.ArgumentParser, describe: Callable[[argparse.Namespace]
     chosen = parser.parse_args(arguments)
     try:
         steps(describe(chosen), chosen)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         if getattr(error, "errno", None) in NO_SPACE:
             error = f"no space left in {chosen.root}: free some, or name another --root; nothing is left half-made"
         raise SystemExit("\n".join(map(printable, str(error).split("\n")))) from None

@@ -2,22 +2,26 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, zipped
+from conftest import ROOT, one_sentence, zipped
 from PIL import Image
 
 from qtseg import preparation as module
+from qtseg.colors import class_colors
 from qtseg.data import DataProblems, SegmentationData, list_pictures, read_image, read_mask
 from qtseg.files import read_picture
 from qtseg.preparation import (POLYP_RANGES, DataSet, Done, Found, Pair, as_png, bad_names, classes_of_colours, contact_sheet,
@@ -237,6 +241,55 @@ def test_names_that_differ_by_case_only_are_a_problem():
     assert bad_names(found) == ["the same name twice: a.png, A.png"]
 
 
+def test_names_that_are_not_safe_in_a_table_are_a_problem(tmp_path):
+    odd = [Pair(name, Path("x.png"), ()) for name in ("line\nbreak", "escape\x1b[2J", "turned\u202egnp", os.fsdecode(b"no unicode \xff"), " ")]
+    problems = bad_names(Found(odd))
+    assert len(problems) == 5 and all("x.png: its name holds control characters" in problem for problem in problems)
+    assert bad_names(Found([Pair(name, Path(), ()) for name in ("=1+1", "@x", "-a", "b,c", "ä", "<b>")])) == []
+    assert len(bad_names(Found([Pair(name, Path(), ()) for name in ("straße", "STRASSE", "a", " a")]))) == 2
+
+
+def test_a_name_in_two_unicode_forms_is_one_name():
+    found = Found()
+    pair_up(found, [Path(unicodedata.normalize("NFD", "läsion.png"))], [Path(unicodedata.normalize("NFC", "läsion.png"))], str)
+    assert [pair.id for pair in found.pairs] == ["läsion"] and not found.problems
+    pair_up(found := Found(), [Path("a/p1/IM.0001"), Path("a/p2/x.y.png")], [Path("b/p1/IM.0001"), Path("b/p2/x.y.tif")], str,
+            folders=(Path("a"), Path("b")))
+    assert [pair.id for pair in found.pairs] == ["p1/IM.0001", "p2/x.y"] and not found.problems
+
+
+@pytest.fixture
+def maze(tmp_path):
+    """A folder with a picture, links to itself and to its parent, a pipe, a link to a device, and 1200 folders in one another."""
+    save(tmp_path / "maze" / "train" / "a.png", picture(0))
+    for name, target in (("self", "."), ("up", ".."), ("zero.png", "/dev/zero"), ("nowhere", "gone")):
+        (tmp_path / "maze" / "train" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "maze" / "train" / "pipe.png")
+    here = os.open(tmp_path / "maze", os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=here)
+        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = deeper
+    os.close(here)
+    yield tmp_path / "maze"
+    subprocess.run(["rm", "-rf", tmp_path / "maze"])  # Python's own walk ends at a thousand
+
+
+def test_walks_end(maze, tmp_path):
+    assert find_folders([maze], "train") == [maze / "train"] and find_folders([maze], "other") == []
+    assert module.fingerprint(maze) == module.fingerprint(maze) != module.fingerprint(maze / "train")
+    assert gather([maze], tmp_path / "out", r".*\.zip") == [maze]
+    found = Found()
+    assert module.pictures_below(found, maze / "train") == [maze / "train" / "a.png"]
+    assert sorted(problem.split("/")[-1] for problem in found.problems) == [
+        f"{name}: not a file (a pipe, a socket or a device)" for name in ("pipe.png", "zero.png")]
+    assert len(found.notes) == 2 and all("train" in note and "passed over" in note for note in found.notes)
+    (maze / "far").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path / "elsewhere" / "test" / "b.png", picture(1))
+    assert find_folders([maze], "test") == [maze / "far" / "test"]  # a link to a folder is followed
+
+
 # folds
 
 def test_busi_folds_as_published():
@@ -277,6 +330,38 @@ def test_held_out_keeps_a_validation_part_and_makes_folds_if_asked():
     assert held_out(made, None) == [] and [pair.split for pair in made] == ["train", "valid", "test", "train"]
     held_out(made, 3)
     assert [pair.fold for pair in made] == [0, 1, None, 2]
+
+
+def test_patients_and_strata_are_found_in_names():
+    found = Found(pairs(*((f"p{patient}_{kind}_{i}",) for patient in range(3) for kind in "ab" for i in range(patient + 1))))
+    label(found, "patient", r"p(\d+)")
+    label(found, "stratum", "[ab]")
+    assert [(pair.patient, pair.stratum) for pair in found.pairs] == [(pair.id[1], pair.id[3]) for pair in found.pairs]
+    assert found.problems == [] and found.notes[0] == "patient: 3 by 'p(\\\\d+)', with 2 to 6 images each"
+    for pattern in ("p0", "(x)?"):  # not in all names; matches, but nothing
+        label(found := Found(pairs(("p0_a",), ("p1_a",))), "patient", pattern)
+        assert "--patient" in found.problems[0] and "p1_a" in found.problems[0]
+
+
+def test_held_out_and_folds_keep_patients_whole():
+    def made() -> list[Pair]:
+        rng = np.random.default_rng(5)
+        return [Pair(f"p{patient:02d}_{i}", Path(), (), f"p{patient:02d}", "ab"[patient % 2], "train")
+                for patient in range(20) for i in range(rng.integers(1, 9))]
+
+    for function, folds, of in ((held_out, None, "split"), (slices, 4, "fold"), (held_out, 4, "fold")):
+        function(pairs_made := made(), folds)
+        where = {}
+        for pair in pairs_made:
+            where.setdefault(pair.patient, set()).add(getattr(pair, of))
+        assert all(len(places) == 1 for places in where.values()) and len(set.union(*where.values())) == (folds or 2)
+
+
+def test_twins_of_two_patients_are_a_warning():
+    made = [Pair("a", Path(), (), "p1", "x"), Pair("b", Path(), (), "p2", "x"), Pair("c", Path(), (), "p3", "y")]
+    dropped, notes = drop_twins(made, [Done({}, [], name, [], []) for name in ("1", "1", "2")])
+    assert not dropped and notes == ["WARNING: 1 image file(s) belong to two patients (a = b): is one of them wrong?"]
+    assert "two strata (a = c)" in drop_twins(made, [Done({}, [], name, [], []) for name in ("1", "2", "1")])[1][1]
 
 
 def test_twins_stay_with_the_part_that_judges():
@@ -334,9 +419,90 @@ def test_the_contact_sheet_shows_every_class(tmp_path):
         save(tmp_path / name, array)
     sheet = contact_sheet(tmp_path, [{"id": "a", "stratum": "", "image": "images/a.png", "mask": "masks/a.png"}], ("bg", "one", "two"))
     assert sheet.shape == (16 + 144, 960, 3)
-    for colour in module.OUTLINES[:2]:
+    for colour in class_colors(3)[1:]:
         assert (sheet[16:] == colour).all(axis=2).sum() > 40
-    assert not (sheet == module.OUTLINES[2]).all(axis=2).any()
+    assert not (sheet == class_colors(4)[3]).all(axis=2).any()
+
+
+def test_the_contact_sheet_shows_ignored_pixels_in_grey_and_tiny_images(tmp_path):
+    save(tmp_path / "images/a.png", picture(0))
+    save(tmp_path / "masks/a.png", np.where(box(2, 2) > 0, 255, box(20, 20)).astype(np.uint8))
+    sheet = contact_sheet(tmp_path, [{"id": "a", "stratum": "", "image": "images/a.png", "mask": "masks/a.png"}], ("bg", "one"))
+    assert (sheet[16:] == 128).all(axis=2).sum() > 400 and (sheet[16:] == class_colors(2)[1]).all(axis=2).sum() > 40
+
+
+def deep_set(folder: Path, top: int, count: int = 3) -> Path:
+    """Grey images of 16 bits, the brightest pixel of all is `top`."""
+    for i in range(count):
+        values = (picture(i)[..., 0].astype(np.uint32) * top // 255).astype(np.uint16)
+        values[0, 0] = top
+        save(folder / "pictures" / f"{i}.png", Image.fromarray(values))
+        save(folder / "targets" / f"{i}.png", box(i, i) * 255)
+    return folder
+
+
+@pytest.mark.parametrize("top, white", [(4000, 4095), (900, 1023), (65535, 65535), (200, 255)])
+def test_images_of_12_bits_keep_their_levels(tmp_path, top, white):
+    source = deep_set(tmp_path / "raw", top)
+    folder = prepare(described(), [source], tmp_path / "data", progress=False)
+    assert json.loads((folder / "dataset.json").read_text())["white"] == white
+    assert (folder / "images" / "1.png").read_bytes() == (source / "pictures" / "1.png").read_bytes()
+    shown = read_image(folder / "images" / "1.png", white)[1:, :, 0].astype(float)
+    assert np.abs(shown - picture(1)[1:, :, 0] * (top / white)).max() <= 2
+    assert "files: 3 PNG of 16 bit(s), values " in report(folder) and f" to {top}" in report(folder)
+
+
+def test_images_of_every_kind_keep_what_they_show(tmp_path):
+    """A palette, one bit, a 16-bit TIFF of two pages, a DICOM and a file without ending; the odd ones are warnings."""
+    shown, raw = {}, tmp_path / "raw" / "pictures"
+    colours = Image.fromarray(picture(0)).quantize(16)
+    save(raw / "palette.png", colours)
+    shown["palette"] = np.asarray(colours.convert("RGB"))
+    save(raw / "bits.png", Image.fromarray(picture(1)[..., 0] > 120))
+    shown["bits"] = np.repeat((picture(1)[..., :1] > 120) * np.uint8(255), 3, axis=2)
+    pages = [Image.fromarray(picture(i)[..., 0].astype(np.uint16) * 257) for i in (2, 3)]
+    save(raw / "pages.tif", pages[0], save_all=True, append_images=pages[1:])
+    shown["pages"] = np.repeat(picture(2)[..., :1], 3, axis=2)
+    save(raw / "ending.png", picture(4)).rename(raw / "ending")
+    shown["ending"] = picture(4)
+    if importlib.util.find_spec("pydicom"):
+        from test_inference import write_dicom
+
+        write_dicom(raw / "scan.dcm", picture(5)[..., 0].astype(np.uint16), WindowCenter=128, WindowWidth=256)
+        shown["scan"] = np.repeat(picture(5)[..., :1], 3, axis=2)
+    for name in shown:
+        save(tmp_path / "raw" / "targets" / f"{name}.png", box(3, 3) * 255)
+
+    def find_all(roots):
+        found = Found()
+        pair_up(found, *(module.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        return found
+
+    folder = prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False)
+    for name, wanted in shown.items():
+        assert np.abs(read_image(folder / "images" / f"{name}.png").astype(int) - wanted).max() <= (1 if name == "scan" else 0), name
+    text = report(folder)
+    assert "WARNING: 1 image files hold more pages or frames than the first, which alone was read: pages" in text
+    assert "WARNING: images of 8 and 16 bits are mixed: 16 bits in pages" in text
+    assert text.index("note:") < text.index("WARNING") if "note:" in text else True
+
+
+def test_what_is_alarming_is_a_warning(tmp_path):
+    source = raw_set(tmp_path / "raw", 3)
+    save(source / "targets" / "case01.png", np.full((40, 48), 255, np.uint8))
+    notes = json.loads((prepare(described(class_names=("background", "box", "ring")), [source], tmp_path / "data", progress=False)
+                        / "dataset.json").read_text())["notes"]
+    assert "WARNING: no mask holds ring" in notes and "WARNING: 1 masks are without background: case01" in notes
+
+
+def test_an_image_is_never_its_own_mask(tmp_path):
+    source = raw_set(tmp_path / "raw", 3)
+    shutil.copy(source / "pictures" / "case01.png", source / "targets" / "case01.png")
+    (source / "targets" / "case02.png").unlink()
+    (source / "targets" / "case02.png").symlink_to(source / "pictures" / "case02.png")
+    with pytest.raises(DataProblems) as caught:
+        prepare(described(read=lambda paths, shape, notes: np.zeros(shape, np.uint8)), [source], tmp_path / "data", progress=False)
+    assert caught.value.problems == [f"raw/pictures/case0{i}.png: its mask case0{i}.png is the same file" for i in (1, 2)]
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path):
@@ -462,6 +628,43 @@ def test_a_half_made_folder_is_not_taken_for_done(tmp_path):
     assert module.made_from(folder) is None
     with pytest.raises(ValueError, match="exists, but no data script made it"):
         prepare(described(), [source], tmp_path / "data", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["notes beside the images", "a folder of results", "a redrawn mask", "a picture that is not in the table"])
+def test_force_deletes_nothing_that_it_did_not_make(tmp_path, kind):
+    source = raw_set(tmp_path / "raw", 3)
+    folder = prepare(described(), [source], tmp_path / "data", progress=False)
+    name = {"notes beside the images": "notes.txt", "a folder of results": "results/table.csv", "a redrawn mask": "masks/case01.png",
+            "a picture that is not in the table": "images/case99.png"}[kind]
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"an evening of work")
+    os.utime(folder / name, ns=(2**62, 2**62))
+    (folder / ".DS_Store").write_bytes(b"")  # nobody's
+    with pytest.raises(ValueError, match=f"1 file.s. that are not as a data script made them .{name}.: move them elsewhere"):
+        prepare(described(), [source], tmp_path / "data", force=True, progress=False)
+    assert (folder / name).read_bytes() == b"an evening of work" and len(rows(folder)) == 3
+    with pytest.raises(ValueError, match="move them elsewhere"):
+        module.set_aside(folder)  # also where the file came while the new folder was made
+    (folder / name).unlink()
+    if kind != "a redrawn mask":
+        prepare(described(), [source], tmp_path / "data", force=True, progress=False)
+        assert not (folder / ".DS_Store").exists()
+
+
+def test_a_damaged_description_is_one_sentence(tmp_path, capsys):
+    source = raw_set(tmp_path / "raw", 3)
+    folder = prepare(described(), [source], tmp_path / "data", progress=False)
+    for text in ("{", '{"prepared": {}', '{"a":' * 100_000, '{"n": ' + "9" * 5000 + "}", "[1]"):
+        (folder / "dataset.json").write_text(text)
+        for force in (False, True):
+            with pytest.raises(ValueError) as caught:
+                prepare(described(), [source], tmp_path / "data", force=force, progress=False)
+            one_sentence(caught, str(folder / "dataset.json"))
+    (folder / "dataset.json").write_text('{"prepared": 7}')
+    with pytest.raises(ValueError, match="no data script made it"):
+        prepare(described(), [source], tmp_path / "data", progress=False)
+    (folder / "dataset.json").write_text('{"notes": 5, "summary": ["\\u001b[2J"], "classes": {}}')
+    assert "\\x1b[2J" in report(folder) and "\x1b" not in report(folder)
 
 
 def test_a_failure_leaves_nothing_and_force_keeps_the_old_one(tmp_path):
