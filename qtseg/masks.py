@@ -258,6 +258,7 @@ def _looks_like_photograph(seen: MaskValues, top: int) -> bool:
     if len(seen.counts) < 32 or seen.steady > 0.7:
         return False
     middle, bright = _spread(seen, top)
+    middle -= sum(sorted((count for code, count in seen.counts.items() if top / 8 < code <= top * 7 / 8), reverse=True)[:3])  # flat classes
     return max(seen.counts) >= COLORED or middle > 0.25 * seen.pixels or (middle > 0.05 * seen.pixels and middle > bright)
 
 
@@ -452,8 +453,9 @@ def judge_masks(files: Iterable[MaskValues], masks: str = "binary", classes: int
     """
     files, count, ignore = list(files), max(classes, 2), None if ignore_value is None else value_code(ignore_value)
     values, look_up = tuple(value_code(value) for value in mask_values), looks_up(masks, mask_values, ignore_value)
-    judged = [seen for seen in files if set(seen.counts) - {ignore}]  # files that are ignored altogether say nothing
-    judged = [seen._replace(counts={code: n for code, n in seen.counts.items() if code != ignore}) for seen in judged]
+    judged = [seen._replace(counts={code: n for code, n in seen.counts.items() if code != ignore},
+                            flat={code: n for code, n in seen.flat.items() if code != ignore})
+              for seen in files if set(seen.counts) - {ignore}]  # files that are ignored altogether say nothing
     if not judged:
         reading = MaskReading("index", count, ignore=ignore, look_up=look_up)
         return Judgement(reading, [], [])
