@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -19,8 +20,9 @@ from PIL import Image
 from test_preparation import box, by_hand, picture, save
 
 from qtseg import preparation
-from qtseg.data import DataProblems
+from qtseg.data import DataProblems, SegmentationData
 from qtseg.download import DownloadError
+from qtseg.phantoms import phantom
 from qtseg.preparation import command_line, prepare, run
 from qtseg.training import TrainConfig, fit
 
@@ -404,25 +406,40 @@ def test_own_data_from_the_command_line(tmp_path):
     assert again.returncode == 1 and "--force makes it anew" in again.stderr
 
 
-def own_run(tmp_path: Path, *arguments: str) -> None:
-    folders = ["--images", str(tmp_path / "A"), "--masks", str(tmp_path / "B"), "--root", str(tmp_path / "data")]
+def own_run(tmp_path: Path, *arguments: str, images: str = "A", masks: str = "B") -> Path:
+    folders = ["--images", str(tmp_path / images), "--masks", str(tmp_path / masks), "--root", str(tmp_path / "data")]
     run(own.arguments(), own.describe, [*folders, *arguments])
+    return tmp_path / "data" / "own"
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--classes", "1"], "--classes must be 2 to 255"), (["--class-names", "a,b,c"], "and --class-names as many; got 2 and a, b, c"),
-    (["--patient", "("], "--patient is no regular expression"), (["--name", "a/b"], "--name must be the name of one folder"),
-    (["--folds", "1"], "--folds must be 0 or at least 2, got 1"), (["--workers", "0"], "--workers must be at least 1, got 0"),
-    (["--stratum", "dog"], "--stratum 'dog' finds nothing in 3 name(s): a0, a1, a2"), (["--folds", "7"], "3 images cannot make folds=7"),
-    (["--masks-are", "index"], "holds class index 255, but classes=2 allows 0 to 1")])
-def test_own_wishes_that_cannot_be_met(tmp_path, capsys, arguments, sentence):
+def refused(tmp_path: Path, *arguments: str, **folders: str) -> list[str]:
+    """The lines with which own.py ends; nothing is left behind."""
+    with pytest.raises(SystemExit) as caught:
+        own_run(tmp_path, *arguments, **folders)
+    assert not (tmp_path / "data" / "own").exists()
+    return str(caught.value.code).splitlines()
+
+
+def description(folder: Path) -> dict:
+    return json.loads((folder / "dataset.json").read_text())
+
+
+def test_own_wishes_that_cannot_be_met(tmp_path):
     for i in range(3):
         save(tmp_path / "A" / f"a{i}.png", picture(i))
         save(tmp_path / "B" / f"a{i}.png", box(3, 3) * 255)
-    with pytest.raises(SystemExit) as caught:
-        own_run(tmp_path, *arguments)
-    assert sentence in str(caught.value.code)
-    assert not (tmp_path / "data" / "own").exists()
+    for arguments, sentence in (
+            (["--classes", "1"], "--classes must be 2 to 255"), (["--classes", "many"], "--classes must be 2 to 255"),
+            (["--classes", "0,0"], "or as many different values"), (["--classes", "#000000,#zz0000"], 'a color "#rrggbb", got \'#zz0000\''),
+            (["--classes", "0,70000"], "a whole number from 0 to 65535"), (["--ignore", "white"], "a whole number from 0 to 65535"),
+            (["--class-names", "a,b,c"], "and --class-names as many; got 2 and a, b, c"),
+            (["--instances", "--classes", "3"], "leave --classes and --masks-are out"), (["--patient", "("], "--patient is no regular expression"),
+            (["--name", "a/b"], "--name must be the name of one folder"), (["--name", ".."], "--name must be the name of one folder"),
+            (["--folds", "1"], "--folds must be 0 or at least 2, got 1"), (["--workers", "0"], "--workers must be at least 1, got 0"),
+            (["--stratum", "dog"], "--stratum 'dog' finds nothing in 3 name(s): a0, a1, a2"), (["--folds", "7"], "3 images cannot make folds=7"),
+            (["--patient", "a", "--folds", "2"], "1 patients cannot make folds=2"),
+            (["--masks-are", "index"], "holds class index 255, but --classes 2 allows 0 to 1: pass --masks-are binary")):
+        assert sentence in "\n".join(refused(tmp_path, *arguments)), arguments
 
 
 def test_own_problems_all_at_once(tmp_path):
@@ -433,13 +450,217 @@ def test_own_problems_all_at_once(tmp_path):
     save(tmp_path / "B" / "a1.png", box(3, 3)[:30] * 255)
     for name in ("a2.png", "a2_mask.png", "stray.png", "a3_segmentation.png"):
         save(tmp_path / "B" / name, box(3, 3) * 255)
-    with pytest.raises(SystemExit) as caught:
-        own_run(tmp_path)
-    lines = str(caught.value.code).splitlines()
-    assert lines[0].startswith("4 problem(s)") and len(lines) == 5
+    (tmp_path / "A" / "broken.png").write_bytes(b"not a picture")
+    save(tmp_path / "B" / "broken.png", box(3, 3) * 255)
+    lines = refused(tmp_path)
+    assert lines[0].startswith("5 problem(s)") and len(lines) == 6
     for sentence in ("A/a0.png: no mask", "A/a1.png: 48x40 pixels, but its mask a1.png has 48x30", "A/a2.png: several masks, a2.png, a2_mask.png",
-                     "B/stray.png: mask without an image"):
+                     "B/stray.png: mask without an image", "A/broken.png: cannot be read"):
         assert any(sentence in line for line in lines), sentence
+
+
+# patients and strata
+
+def clinic(tmp_path: Path, images_of: list[int], stratum_of) -> Path:
+    """Phantoms: p00_a_0.png, …; images_of: how many each patient has; stratum_of: patient and image -> letter."""
+    for patient, count in enumerate(images_of):
+        for i in range(count):
+            image, mask = phantom("dermoscopy", 100 * patient + i, 32)
+            name = f"p{patient:02d}_{stratum_of(patient, i)}_{i}.png"
+            save(tmp_path / "A" / name, image)
+            save(tmp_path / "B" / name, (np.asarray(mask) > 0).astype(np.uint8) * 255)
+    return tmp_path
+
+
+def unevenness(strata: list[str], places: list) -> int:
+    """The largest difference between two folds in the images of one stratum."""
+    counts = Counter(zip(strata, places))
+    return max(max(counts[stratum, place] for place in set(places)) - min(counts[stratum, place] for place in set(places)) for stratum in set(strata))
+
+
+PATIENT, STRATUM = ("--patient", r"^p(\d+)_"), ("--stratum", "_([ab])_")
+
+
+@pytest.mark.parametrize("images_of, stratum_of", [
+    ([4] * 10, lambda patient, i: "ab"[patient % 2]),  # 40 images of 10 patients in 2 strata
+    ([4] * 10, lambda patient, i: "ab"[i % 2]),  # a patient has both kinds
+    ([1, 8, 3, 5, 2, 7, 4, 6, 1, 8, 2, 3, 5, 1, 4], lambda patient, i: "ab"[patient % 3 == 0])], ids=["even", "mixed", "1 to 8"])
+def test_own_keeps_patients_whole_and_spreads_strata(tmp_path, images_of, stratum_of):
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    table = list(rows(own_run(clinic(tmp_path, images_of, stratum_of), *PATIENT, *STRATUM)).values())
+    assert {(row["id"][1:3], row["id"][4]) == (row["patient"], row["stratum"]) for row in table} == {True} and len(table) == sum(images_of)
+    patients, strata, folds = ([row[key] for row in table] for key in ("patient", "stratum", "fold"))
+    assert all(len({fold for name, fold in zip(patients, folds) if name == patient}) == 1 for patient in patients) and set(folds) == set("01234")
+    yardstick = [0] * len(table)
+    for fold, (_, members) in enumerate(model_selection.StratifiedGroupKFold(5).split(table, strata, patients)):
+        for member in members:
+            yardstick[member] = fold
+    ours = unevenness(strata, folds)
+    assert ours <= max(unevenness(strata, yardstick), 1)
+    if len(set(images_of)) == 1:
+        sizes = Counter(zip(strata, folds))
+        wanted = {stratum: strata.count(stratum) / 5 for stratum in "ab"}
+        assert all(abs(sizes[stratum, fold] - wanted[stratum]) <= 1 for stratum in "ab" for fold in "01234")
+
+
+@pytest.mark.parametrize("images_of", [[4] * 10, [1, 8, 3, 5, 2, 7, 4, 6, 1, 8]], ids=["even", "1 to 8"])
+def test_own_without_folds_holds_out_whole_patients(tmp_path, images_of):
+    folder = own_run(clinic(tmp_path, images_of, lambda patient, i: "ab"[patient % 2]), *PATIENT, *STRATUM, "--folds", "0")
+    assert {(row["fold"], row["split"]) for row in rows(folder).values()} == {("", "")}
+    data = SegmentationData.open(folder, size=32, valid_share=0.25, progress=False, cache=tmp_path / "cache")
+    assert data.train.patients and not set(data.train.patients) & set(data.valid.patients) and set(data.valid.strata) == {"a", "b"}
+    assert len(data.train) + len(data.valid) == sum(images_of) and abs(len(data.valid) / sum(images_of) - 0.25) < 0.15
+
+
+# odd folders
+
+def test_own_images_and_masks_in_one_folder(tmp_path):
+    """No image becomes its own mask, whichever way the two folders lie in one another."""
+    for i in range(6):
+        save(tmp_path / "F" / "p" / f"x{i}.jpg", picture(i))
+        save(tmp_path / "F" / "p" / f"x{i}_mask.png", box(i, i) * 255)
+    table = rows(own_run(tmp_path, images="F", masks="F"))
+    assert list(table) == [f"p/x{i}" for i in range(6)] and table["p/x0"]["mask"] == "masks/p/x0.png"
+    assert np.array_equal(stored(tmp_path / "data" / "own", table["p/x3"]), box(3, 3))
+    (tmp_path / "G").mkdir()
+    for i in range(6):
+        save(tmp_path / "G" / f"x{i}.png", picture(i))
+        save(tmp_path / "G" / "masks" / f"x{i}.png", box(i, i) * 255)
+    assert len(rows(own_run(tmp_path, "--force", images="G", masks="G/masks"))) == 6
+    save(tmp_path / "H" / "y.png", box(1, 1) * 255)
+    save(tmp_path / "H" / "images" / "y.png", picture(0))
+    assert list(rows(own_run(tmp_path, "--force", "--folds", "0", images="H/images", masks="H"))) == ["y"]
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "L").symlink_to(tmp_path / "H" / "images")  # the same folder by another name
+    for images, masks in (("H/images", "H/images"), ("H/images", "L")):
+        assert "gives the masks" not in (text := refused(tmp_path, images=images, masks=masks)[1]) and "is the folder of images and of masks" in text
+
+
+def painted(tmp_path: Path, paint, names=lambda i: f"x{i}.png") -> Path:
+    """Six phantoms with two kinds of polyp; paint: class index [H, W] -> the mask's file."""
+    for i in range(6):
+        image, mask = phantom("endoscopy", i, 64)
+        save(tmp_path / "A" / f"x{i}.png", image)
+        save(tmp_path / "B" / names(i), paint(np.asarray(mask), i))
+    return tmp_path
+
+
+COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], np.uint8)
+
+
+def numbered(mask: np.ndarray, i: int) -> np.ndarray:
+    """25 squares, each with a number of its own."""
+    numbers = np.zeros(mask.shape, np.uint8)
+    for square in range(25):
+        numbers[12 * (square // 5) + 2:12 * (square // 5) + 10, 12 * (square % 5) + 2:12 * (square % 5) + 10] = square + 1
+    return numbers
+
+
+@pytest.mark.parametrize("paint, arguments, words", [
+    (lambda mask, i: np.array([0, 120, 255], np.uint8)[mask], ["--classes", "0,120,255"], ["0, 120, 255", "--classes '0,120,255'", "--ignore"]),
+    (lambda mask, i: np.array([0, 127, 254], np.uint8)[mask], ["--classes", "0,127,254"], ["--classes '0,127,254'"]),
+    (lambda mask, i: mask + np.uint8(1), ["--classes", "1,2,3"], ["--classes '1,2,3'"]),
+    (lambda mask, i: COLORS[mask], ["--classes", "#000000,#FF0000,#00ff00"], ["colors", "--classes '#000000,#ff0000,#00ff00'", "--instances"]),
+    (lambda mask, i: Image.fromarray(mask).convert("P"), ["--classes", "3"], ["--classes '0,1,2'", "--instances"])],
+    ids=["0 120 255", "0 127 254", "from 1", "colors", "index"])
+def test_own_masks_of_three_values(tmp_path, paint, arguments, words):
+    """Read as black and white they are refused in one sentence, and the option that it names reads them right."""
+    problem = refused(painted(tmp_path, paint))
+    assert len(problem) == 2 and all(word in problem[1] for word in ["B/x", *words]), problem
+    assert "mask_values" not in problem[1] and "ignore_value" not in problem[1]
+    folder = own_run(tmp_path, *arguments)
+    table = rows(folder)
+    for i in range(6):
+        assert np.array_equal(stored(folder, table[f"x{i}"]), phantom("endoscopy", i, 64)[1])
+    said = description(folder)
+    assert len(said["classes"]) == 3 and said["ignore"] is None and len(said["mask_values"]) == (3 if "," in arguments[1] else 0)
+
+
+def ignoring(mask: np.ndarray, i: int) -> np.ndarray:
+    """Two classes, and 255 in a band."""
+    mask = (mask > 0).astype(np.uint8)
+    mask[:5] = 255
+    return mask
+
+
+@pytest.mark.parametrize("arguments", [[], ["--ignore", "255"], ["--classes", "0,1", "--ignore", "255"]], ids=["seen", "named", "values"])
+def test_own_masks_with_ignored_pixels(tmp_path, arguments):
+    folder = own_run(painted(tmp_path, ignoring), *arguments)
+    for i, row in enumerate(rows(folder).values()):
+        assert np.array_equal(stored(folder, row), ignoring(np.asarray(phantom("endoscopy", i, 64)[1]), i))
+    said = description(folder)
+    assert said["ignore"] == 255 and "6 with ignored pixels" in said["summary"][-1]
+    assert bool(arguments) != any("255" in note and "--ignore 255" in note for note in said["notes"])
+    data = SegmentationData.from_prepared(folder, size=64, progress=False, cache=tmp_path / "cache")
+    assert data.ignore_index == 255
+
+
+def test_own_masks_of_numbered_objects(tmp_path):
+    problem = refused(painted(tmp_path, numbered))
+    assert len(problem) == 2 and "numbered instances" in problem[1] and "--instances" in problem[1] and "own.py" not in problem[1]
+    folder = own_run(tmp_path, "--instances")
+    assert all(np.array_equal(stored(folder, row), numbered(np.zeros((64, 64)), 0) > 0) for row in rows(folder).values())
+
+
+def test_own_photographs_are_no_masks(tmp_path):
+    for masks in ("A", "B"):  # one folder of photographs for the masks; then the two folders swapped
+        for i in range(4):
+            save(tmp_path / "A" / f"x{i}.png", picture(i))
+            noise = np.random.default_rng(i).integers(0, 40, (40, 48, 3))
+            save(tmp_path / "B" / f"x{i}.png", np.clip(picture(i + 9) + noise, 0, 255).astype(np.uint8))
+        problem = refused(tmp_path)
+        assert len(problem) == 2 and "look like photographs" in problem[1] and "B/x0.png" in problem[1] and "mixed up" in problem[1]
+    save(tmp_path / "C" / "x0.png", box(1, 1) * 255)
+    for i in range(1, 4):
+        save(tmp_path / "C" / f"x{i}.png", box(i, i) * 255)
+    assert any("look like photographs" in line for line in refused(tmp_path, images="C", masks="A"))
+
+
+def test_own_subfolders_forms_and_links(tmp_path):
+    """A folder for each patient; a Mac's names; one patient's folder lies elsewhere, behind a link."""
+    for patient in range(3):
+        for i in range(2):
+            save(tmp_path / "A" / unicodedata.normalize("NFD", f"Jörg{patient}") / f"x{i}.png", picture(9 * patient + i))
+            save(tmp_path / "B" / unicodedata.normalize("NFC", f"Jörg{patient}") / f"x{i}_mask.png", box(i, patient) * 255)
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "A" / unicodedata.normalize("NFD", "Jörg2")).rename(elsewhere)
+    (tmp_path / "A" / "Jörg2").symlink_to(elsewhere)
+    (tmp_path / "A" / "again").symlink_to(tmp_path / "A")
+    (tmp_path / "A" / "notes.txt").write_text("not a picture")
+    folder = own_run(tmp_path, "--folds", "3", "--patient", "^([^/]+)/")
+    table = rows(folder)
+    assert list(table) == [f"Jörg{patient}/x{i}" for patient in range(3) for i in range(2)]
+    assert {row["patient"]: row["fold"] for row in table.values()}.keys() == {"Jörg0", "Jörg1", "Jörg2"}
+    assert np.array_equal(stored(folder, table["Jörg2/x1"]), box(1, 2))
+    assert any("notes.txt" in note and "no picture" in note for note in description(folder)["notes"])
+    data = SegmentationData.from_prepared(folder, size=32, progress=False, cache=tmp_path / "cache")
+    assert len(data.train) == 4 and len(data.valid) == 2
+
+
+def test_own_names_stay_exact_in_the_table_and_harmless_on_the_terminal(tmp_path, capsys):
+    names = ["=1+1", "+a", "-b", "@c", "d,e", "<img src=x onerror=alert(1)>", "'f'"]
+    for i, name in enumerate(names):
+        save(tmp_path / "A" / f"{name}.png", picture(i))
+        save(tmp_path / "B" / f"{name}.png", box(i, i) * 255)
+    assert sorted(rows(own_run(tmp_path, "--folds", "0"))) == sorted(names)
+    data = SegmentationData.open(tmp_path / "data" / "own", size=32, progress=False, cache=tmp_path / "cache")
+    assert sorted(data.train.ids + data.valid.ids) == sorted(names)
+    shutil.rmtree(tmp_path / "data")
+    for odd in ("esc\x1b[2J", "turn\u202egnp"):
+        save(tmp_path / "A" / f"{odd}.png", picture(9))
+        save(tmp_path / "B" / f"{odd}.png", box(9, 9) * 255)
+    lines = refused(tmp_path)
+    assert len(lines) == 3 and "\\x1b[2J" in lines[1] and "\\u202e" in lines[2] and "control characters" in lines[1]
+    assert "\x1b" not in "".join(lines) + capsys.readouterr().out
+
+
+def test_own_help_reads_well(capsys):
+    with pytest.raises(SystemExit):
+        own.arguments().parse_args(["--help"])
+    text = capsys.readouterr().out
+    for option in ("--classes 0,120,255", "--ignore 255", "--instances", "--patient", "--stratum", "'#000000,#ff0000,#00ff00'"):
+        assert option in text.split("examples")[1], option
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("name", ["busi", "bkai", "dsb2018", "fives", "isic", "own"])

@@ -284,7 +284,7 @@ def test_walks_end(maze, tmp_path):
     assert module.pictures_below(found, maze / "train") == [maze / "train" / "a.png"]
     assert sorted(problem.split("/")[-1] for problem in found.problems) == [
         f"{name}: not a file (a pipe, a socket or a device)" for name in ("pipe.png", "zero.png")]
-    assert len(found.notes) == 2 and all("train" in note and "passed over" in note for note in found.notes)
+    assert len(found.notes) == 3 and all("train" in note and "passed over" in note for note in found.notes)
     (maze / "far").symlink_to(tmp_path / "elsewhere")
     save(tmp_path / "elsewhere" / "test" / "b.png", picture(1))
     assert find_folders([maze], "test") == [maze / "far" / "test"]  # a link to a folder is followed
