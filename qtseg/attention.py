@@ -82,14 +82,15 @@ class PositionalEncoding(TwoForms):
         if features % 2:
             raise ValueError(f"sines and cosines come in pairs: {features} features are odd")
         self.register_buffer("gaussian_matrix", torch.randn(2, features // 2))
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
-        self._cache, self._cached_for = {}, (None, 0)
+    def forget(self) -> None:
+        """Drop what was kept: needed only after a write to `gaussian_matrix.data`, which PyTorch does not count."""
+        self._cache = None, 0, {}  # the matrix, its version, (height, width, dtype) -> encoding; never changed, only exchanged
 
     def __getstate__(self) -> dict:
         """Copies and pickles start with an empty cache: the version of a copied matrix says nothing about it."""
-        return {**self.__dict__, "_cache": {}, "_cached_for": (None, 0)}
+        return {**self.__dict__, "_cache": (None, 0, {})}
 
     def naive_forward(self, height: int, width: int, like: Tensor) -> Tensor:
         matrix = self.gaussian_matrix.float()  # angles need float32 even where the network computes in half precision
@@ -99,16 +100,17 @@ class PositionalEncoding(TwoForms):
         matrix = self.gaussian_matrix
         if torch.compiler.is_compiling() or matrix.is_inference():  # would be in the way, or could not see writes
             return self.naive_forward(height, width, like)
-        if self._cached_for[0] is not matrix or self._cached_for[1] != matrix._version:  # replaced, or written into
-            self._forget()
-            self._cached_for = (matrix, matrix._version)
+        kept_for, version, encodings = self._cache  # read once: another thread may exchange it
+        if kept_for is not matrix or version != matrix._version:  # replaced, or written into
+            version, encodings = matrix._version, {}
         key = (height, width, like.dtype)
-        if key not in self._cache:
-            if len(self._cache) >= self.kept:
-                del self._cache[next(iter(self._cache))]  # the oldest
+        if key not in encodings:
             with torch.inference_mode(False), torch.no_grad():  # training may use it later
-                self._cache[key] = self.naive_forward(height, width, like)
-        return self._cache[key]
+                found = self.naive_forward(height, width, like)
+            latest = list(encodings.items())[1 - self.kept:]  # without the oldest
+            encodings = {**dict(latest), key: found}
+            self._cache = matrix, version, encodings
+        return encodings[key]
 
 # %% ../nbs/06_attention.ipynb #position-learned
 class LearnedPositionalEncoding(nn.Module):

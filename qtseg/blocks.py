@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
-__all__ = ['TwoForms', 'ConvBNAct', 'Bottleneck', 'C2f', 'SPPF']
+__all__ = ['TwoForms', 'watched', 'ConvBNAct', 'Bottleneck', 'C2f', 'SPPF']
 
 # %% ../nbs/03_blocks.ipynb #c015
 class TwoForms(nn.Module):
@@ -25,6 +25,12 @@ class TwoForms(nn.Module):
 
     def forward(self, *inputs):
         return self.naive_forward(*inputs) if self.use_naive else self.fast_forward(*inputs)
+
+# %% ../nbs/03_blocks.ipynb #c0375
+def watched(*modules: nn.Module) -> bool:
+    """Is there a hook that may keep the input or the output of one of these modules? Then nobody may overwrite them."""
+    return not torch.compiler.is_compiling() and (torch.nn.modules.module._has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks for module in modules))
 
 # %% ../nbs/03_blocks.ipynb #c038
 class ConvBNAct(nn.Module):
@@ -40,7 +46,7 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
-        return F.silu(y, inplace=not torch.is_grad_enabled())  # without gradients nobody needs y again
+        return F.silu(y, inplace=not (torch.is_grad_enabled() or watched(self.conv, self.norm)))  # is y needed again?
 
     def fold(self) -> None:
         """Put the batch normalisation's fixed statistics into the convolution, in place; a second call does nothing.

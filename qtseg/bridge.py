@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .blocks import ConvBNAct, TwoForms
+from .blocks import ConvBNAct, watched, TwoForms
 
 # %% auto #0
 __all__ = ['BRIDGES', 'UpConv', 'UpConvBNAct', 'MLFF', 'IdentityBridge', 'ProjectionBridge', 'SingleLevelBridge']
@@ -61,7 +61,7 @@ class UpConvBNAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.up(x))
-        return F.silu(y, inplace=not torch.is_grad_enabled())  # without gradients nobody needs y again
+        return F.silu(y, inplace=not (torch.is_grad_enabled() or watched(self.up, self.norm)))  # is y needed again?
 
     def fold(self) -> None:
         """Put the batch normalisation's fixed statistics into the transposed convolution, in place.

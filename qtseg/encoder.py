@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -154,13 +155,9 @@ def build_encoder(name: str = "fpn", in_channels: int = 3, width: int = 16) -> E
     """QTSeg's own encoder ("fpn"), or any other of segmentation-models-pytorch by its name. ValueError as there."""
     return Encoder(in_channels, width) if name == "fpn" else ProjectedEncoder(name, in_channels, width)
 
-# %% ../nbs/04_encoder.ipynb #enc10-fold
-def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
-    """Fold batch normalisations into the convolutions before them, in place, in somebody else's network; returns how many.
-
-    A run over one empty image finds the pairs: an nn.BatchNorm2d whose input is an nn.Conv2d's very output, both used
-    once. Other kinds stay as they are. The network is in evaluation mode: AssertionError otherwise.
-    """
+# %% ../nbs/04_encoder.ipynb #enc10-pairs
+def _pairs(network: nn.Module, probe: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], list[Tensor]]:
+    """Convolutions and the batch normalisations that take their very output, each called once, and the network's outputs."""
     made, pairs, calls = {}, [], Counter()
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -170,19 +167,64 @@ def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
         elif id(inputs[0]) in made:
             pairs.append((made[id(inputs[0])][0], module))
 
-    names = {module: name for name, module in network.named_modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)}
-    hooks = [module.register_forward_hook(watch) for module in names]
-    with torch.no_grad():
-        network(next(network.parameters()).new_zeros(1, in_channels, 64, 64))
+    hooks = [module.register_forward_hook(watch) for module in network.modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)]
+    outputs = _outputs(network, probe)
     for hook in hooks:
         hook.remove()
-    once = [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1]
-    for conv, norm in once:
-        fused = fuse_conv_bn_eval(conv, norm)
-        conv.weight, conv.bias = fused.weight, fused.bias
-        parent, _, last = names[norm].rpartition(".")
-        setattr(network.get_submodule(parent), last, nn.Identity())
-    return len(once)
+    computed = "_forward_pre_hooks", "parametrizations"  # a weight that is computed anew in every call cannot be exchanged
+    plain = [(conv, norm) for conv, norm in pairs if not any(getattr(conv, name, None) for name in computed)]
+    return [(conv, norm) for conv, norm in plain if calls[conv] == calls[norm] == 1], outputs
+
+
+def _outputs(network: nn.Module, probe: Tensor) -> list[Tensor]:
+    """What a network gives for an image, as a list; copies, since a network may overwrite its maps."""
+    with torch.no_grad():
+        found = network(probe)
+    return [output.clone() for output in (found if isinstance(found, (list, tuple)) else [found])]
+
+
+def _alike(network: nn.Module, probe: Tensor, before: list[Tensor]) -> bool:
+    """Does the network still give what it gave before, up to rounding?"""
+    return all(torch.allclose(now, then, rtol=0, atol=1e-3 * then.abs().max().item() + 1e-12, equal_nan=True)
+               for now, then in zip(_outputs(network, probe), before, strict=True))
+
+# %% ../nbs/04_encoder.ipynb #enc10-fold
+def _fold(network: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Callable[[], None]:
+    """Fold one pair in place; returns what puts it back."""
+    parent, _, last = next(name for name, module in network.named_modules() if module is norm).rpartition(".")
+    holder, weight, bias, fused = network.get_submodule(parent), conv.weight, conv.bias, fuse_conv_bn_eval(conv, norm)
+
+    def put_back() -> None:
+        conv.weight, conv.bias = weight, bias
+        setattr(holder, last, norm)
+
+    conv.weight, conv.bias = fused.weight, fused.bias
+    setattr(holder, last, nn.Identity())
+    return put_back
+
+
+def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
+    """Fold batch normalisations into the convolutions before them, in place, in somebody else's network; returns how many.
+
+    A run over one image of noise finds the pairs: an nn.BatchNorm2d whose input is an nn.Conv2d's very output, both used
+    once. Other kinds stay as they are. A second run must give the same; otherwise each pair is tried on its own, and put
+    back if it changes the result. The network is in evaluation mode: AssertionError otherwise.
+    """
+    probe = torch.randn(1, in_channels, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(network.parameters()))
+    pairs, before = _pairs(network, probe)
+    undo = [_fold(network, *pair) for pair in pairs]
+    if _alike(network, probe, before):
+        return len(pairs)
+    for put_back in undo:
+        put_back()
+    kept = 0
+    for pair in pairs:
+        put_back = _fold(network, *pair)
+        if _alike(network, probe, before):
+            kept += 1
+        else:  # something else reads the convolution's output, too
+            put_back()
+    return kept
 
 # %% ../nbs/04_encoder.ipynb #enc10-imagenet
 def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:

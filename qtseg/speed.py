@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import Attention, FeedForward
-from .blocks import ConvBNAct
+from .attention import Attention, FeedForward, PositionalEncoding
+from .blocks import ConvBNAct, watched
 from .bridge import UpConv, UpConvBNAct
 from .decoder import MaskHead, Upscale
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ['HAS_ONE_DNN', 'ROLES', 'FAST', 'interleaved_times', 'timing_lines', 'operation_counter', 'operations',
            'growth_exponent', 'matrix_rate', 'copy_rate', 'box_times', 'FewQueriesAttention', 'FewKeysAttention',
            'FastMaskHead', 'memory_growth', 'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv',
-           'accelerate']
+           'forget_kept', 'accelerate']
 
 # %% ../nbs/22_speed.ipynb #c006
 def interleaved_times(jobs: dict[str, Callable], rounds: int = 11, warm_up: int = 2) -> dict[str, list[float]]:
@@ -375,7 +375,7 @@ class FastUpConvBNAct(UpConvBNAct):
     use_naive = False  #: UpConvBNAct has one form only; `naive()` finds this switch and goes back to it
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.use_naive and _trains_plainly(self.norm, x):
+        if not self.use_naive and _trains_plainly(self.norm, x) and not watched(self.norm):
             return _norm_silu(self.norm, self.up(x))
         return super().forward(x)
 
@@ -383,18 +383,22 @@ class FastUpConvBNAct(UpConvBNAct):
 class _KeepsPacked(nn.Module):
     """Brings weights into the order that oneDNN wants, once, and keeps the result until the weights change."""
 
-    _packed = None  #: name of a layer -> (its weight, the weight's version, the same in oneDNN's order)
+    _packed = None  #: name of a layer -> (its weight, the memory it had, its version, the same in oneDNN's order)
 
     def packed(self, name: str, weight: Tensor, reorder: Callable, *settings) -> Tensor:
         kept = self._packed and self._packed.get(name)
-        if not kept or kept[0] is not weight or kept[1] != weight._version:
-            kept = weight, weight._version, reorder(weight, *settings)
+        if not kept or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[2] != weight._version:
+            kept = weight, weight.detach(), weight._version, reorder(weight, *settings)  # detached: its memory stays taken
             self._packed = {**(self._packed or {}), name: kept}
-        return kept[2]
+        return kept[3]
+
+    def forget(self) -> None:
+        """Drop what was kept: needed only after a write to `weight.data`, which PyTorch does not count."""
+        self._packed = None
 
     def _apply(self, *arguments, **settings) -> nn.Module:
-        """`to`, `half`, `cuda` and the like exchange what is in a weight, uncounted: begin anew."""
-        self._packed = None
+        """`to`, `half`, `cuda` and the like exchange what is in a weight: what was kept would only take memory."""
+        self.forget()
         return super()._apply(*arguments, **settings)
 
     def __getstate__(self) -> dict:
@@ -419,19 +423,21 @@ class FastConvBNAct(_KeepsPacked, ConvBNAct):
     def forward(self, x: Tensor) -> Tensor:
         norm, conv = self.norm, self.conv
         weight = conv.weight
-        if type(norm) is nn.Identity and _infers_plainly(x, weight) and not self.use_naive:
+        if self.use_naive or watched(conv, norm):  # a hook is to see every step
+            return super().forward(x)
+        if type(norm) is nn.Identity and _infers_plainly(x, weight):
             settings = conv.padding, conv.stride, conv.dilation, conv.groups
             # the best order depends a little on the image's size; the first one decides
             weight = self.packed("conv", weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
             return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *settings, "swish", [], "")
-        return _norm_silu(norm, conv(x)) if _trains_plainly(norm, x) and not self.use_naive else super().forward(x)
+        return _norm_silu(norm, conv(x)) if _trains_plainly(norm, x) else super().forward(x)
 
 
 class FastFeedForward(_KeepsPacked, FeedForward):
     """The tokens' MLP; in inference on a CPU two calls of oneDNN, which reads its large weights faster. Same function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _infers_plainly(x, self.expand.weight):
+        if not _infers_plainly(x, self.expand.weight) or watched(self.expand, self.contract):
             return super().forward(x)
         for name, activation in (("expand", "relu"), ("contract", "none")):
             layer = getattr(self, name)
@@ -454,6 +460,13 @@ ROLES = {"token_to_feature": FewQueriesAttention, "final_attention": FewQueriesA
          "feature_to_token": FewKeysAttention}  #: by the name that an attention has in its block, its faster class
 FAST = {ConvBNAct: FastConvBNAct, UpConvBNAct: FastUpConvBNAct, UpConv: FastUpConv, FeedForward: FastFeedForward,
         MaskHead: FastMaskHead}  #: class -> faster class
+
+
+def forget_kept(network: nn.Module) -> None:
+    """Drop the sorted weights and position encodings that a network keeps, after writes to `.data`, which PyTorch does not count."""
+    for module in network.modules():
+        if isinstance(module, (_KeepsPacked, PositionalEncoding)):
+            module.forget()
 
 
 def accelerate(network: nn.Module) -> None:

@@ -217,6 +217,53 @@ def test_weights_kept_for_one_dnn_follow_their_originals():
     assert not torch.allclose(before, expected, atol=1e-3)
 
 
+@pytest.mark.skipif(not speed.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+def test_kept_weights_follow_what_happens_to_a_layer_alone():
+    """New memory in an old weight is noticed; a write to .data is not counted by PyTorch, and forgotten when told."""
+    torch.manual_seed(0)
+    fused, x = small().fuse(), images(1, 64, 64)
+    encoder, matrix = fused.encoder.down4.conv, fused.decoder.stage8.position.gaussian_matrix
+    layer = fused.decoder.stage32.blocks[0].feed_forward.expand
+    changes = {"half and back": lambda: encoder.half().float(), "new data": lambda: setattr(layer.weight, "data", 2 * layer.weight),
+               "vector": lambda: nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(layer.parameters()), layer.parameters())}
+    writes = {"written": lambda: encoder.weight.data.mul_(2), "linear": lambda: layer.weight.data.neg_(), "matrix": lambda: matrix.data.neg_()}
+    with torch.no_grad():
+        for name, change in {**changes, **writes}.items():
+            before = fused(x)
+            change()
+            if name in writes:
+                speed.forget_kept(fused)
+            torch.testing.assert_close(fused(x), copy.deepcopy(fused)(x), atol=1e-5, rtol=0, msg=name)
+            assert not torch.equal(fused(x), before), name
+
+
+@pytest.mark.parametrize("form", ["plain", "folded", "training", "fused", "enlarging", "enlarging fused"])
+def test_hooks_hold_what_they_were_given(form):
+    """SiLU works in place without gradients, and fast forms skip steps: with a hook on a step its values stay."""
+    torch.manual_seed(0)
+    block = UpConvBNAct(8, 8, scale=2) if "enlarging" in form else ConvBNAct(8, 8)
+    block.norm.running_mean.uniform_(-1, 1)
+    block = accelerated(nn.Sequential(block)) if "fused" in form or form == "training" else nn.Sequential(block)
+    block.train(form == "training")
+    x, seen = torch.randn(2, 8, 16, 16), {}
+    if form == "folded" or "fused" in form:
+        block.requires_grad_(False)[0].fold()
+    step = block[0].norm
+    with torch.set_grad_enabled(form == "training"):
+        expected = copy.deepcopy(block)(x)
+        step.register_forward_hook(lambda module, inputs, output: seen.update(output=output, copy=output.detach().clone()))
+        result = block(x)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    assert torch.equal(seen["output"], seen["copy"])
+    torch.testing.assert_close(nn.functional.silu(seen["output"]), result, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        inputs = {}
+        block[0].conv.register_forward_hook(lambda module, inputs_, output: inputs.update(output=output, copy=output.clone())) \
+            if hasattr(block[0], "conv") else None
+        block(x)
+    assert not inputs or torch.equal(inputs["output"], inputs["copy"])
+
+
 def test_what_is_trained_is_not_kept_for_one_dnn():
     """PyTorch's fused optimisers write to weights without raising their version: validation must see the new ones all the same."""
     torch.manual_seed(0)

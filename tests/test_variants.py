@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from qtseg.attention import POSITIONS, LearnedPositionalEncoding, PositionalEnco
 from qtseg.blocks import TwoForms
 from qtseg.bridge import BRIDGES
 from qtseg.decoder import DECODERS, ConvDecoder, MQMStage
+from qtseg.encoder import fold_batchnorms
 
 CHANNELS = (16, 32, 64)  # width 4
 SIZES = [(32, 64), (96, 160), (224, 32)]  # an odd number of pixels at stride 32, and a single one
@@ -107,6 +111,31 @@ def test_positions_share_one_call(name, dtype):
     for height, width in ((8, 8), (3, 5), (1, 1), (40, 24)):
         position = encoding(height, width, torch.zeros(1, dtype=dtype))
         assert position.shape == (1, height * width, 12) and position.dtype == dtype and position.isfinite().all()
+
+
+def test_threads_share_one_cache_of_positions():
+    """More sizes than are kept, and a matrix that is exchanged: every thread gets the encoding of its own size, whole."""
+    torch.manual_seed(0)
+    encoding = PositionalEncoding(16)
+    sizes = [(3 + number, 5 + number % 3) for number in range(2 * encoding.kept)]
+    expected = {size: encoding.naive_forward(*size, torch.zeros(())) for size in sizes}
+
+    def asked(order: int) -> bool:
+        rng = random.Random(order)
+        turns = [rng.choice(sizes) for _ in range(300)]
+        if order == 0:
+            return all(encoding.gaussian_matrix.mul_(1) is not None and torch.equal(encoding(*size, torch.zeros(())), expected[size])
+                       for size in turns)
+        return all(torch.equal(encoding(*size, torch.zeros(())), expected[size]) for size in turns)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(asked, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(encoding._cache[2]) <= encoding.kept
 
 
 def test_no_positions_are_zeros_that_take_no_memory():
@@ -218,7 +247,7 @@ def test_the_forms_of_a_decoder_agree(name, position):
 def test_a_decoder_records_the_stages_that_it_has(name, strides):
     decoder, maps, steps = DECODERS[name](CHANNELS, 2, **SMALL).eval(), levels(64, 96), []
     with torch.no_grad():
-        assert torch.equal(decoder(maps, steps), decoder(maps))
+        torch.testing.assert_close(decoder(maps, steps), decoder(maps), atol=1e-5, rtol=0)
     assert [stage.features.shape[-2:] for stage in steps] == [(64 // stride, 96 // stride) for stride in strides]
     for stage, stride in zip(steps, strides):
         depth = SMALL["depths"][int(math.log2(stride)) - 3]
@@ -255,3 +284,34 @@ def test_the_default_decoder_is_the_papers():
         states.append(DECODERS["mqm"](CHANNELS, 2, mlp_width=16, **options).state_dict())
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert isinstance(DECODERS["mqm"](CHANNELS, 2).stage8.position, PositionalEncoding)
+
+
+class Strange(nn.Module):
+    """Five pairs of convolution and batch normalisation, of which only the first and the last may be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(5))
+        self.norms = nn.ModuleList(with_statistics(nn.BatchNorm2d(3)) for _ in range(5))
+        nn.utils.parametrizations.weight_norm(self.convs[2])
+        nn.utils.spectral_norm(self.convs[3]).eval()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.norms[0](self.convs[0](x))
+        raw = self.convs[1](x)
+        x = self.norms[1](raw) + raw.sigmoid()  # a second reader of what the convolution puts out
+        x = self.norms[2](self.convs[2](x))
+        x = self.norms[3](self.convs[3](x))
+        return [x, self.norms[4](self.convs[4](x))]
+
+
+def test_only_what_nobody_else_reads_is_folded():
+    torch.manual_seed(0)
+    network = Strange().eval()
+    twin, x = copy.deepcopy(network), torch.randn(2, 3, 32, 40)
+    assert fold_batchnorms(twin, in_channels=3) == 2
+    assert [type(norm).__name__ for norm in twin.norms] == ["Identity", *3 * ["BatchNorm2d"], "Identity"]
+    with torch.no_grad():
+        for one, other in zip(network(x), twin(x)):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    assert twin.convs[1].bias is None and torch.equal(twin.convs[1].weight, network.convs[1].weight), "put back"
