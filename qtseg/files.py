@@ -30,10 +30,10 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_JSON_BYTES', 'MAX_DEPTH', 'WHOLE',
-           'SIGNATURES', 'FORMATS', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS', 'BIDI', 'NO_SPACE', 'limit',
-           'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_json', 'printable', 'escape', 'csv_cell',
-           'write_then_rename', 'require_space', 'private_name', 'new_folder']
+__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_JSON_BYTES', 'MAX_DEPTH',
+           'MAX_WHOLE_BYTES', 'SIGNATURES', 'FORMATS', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS', 'BIDI',
+           'NO_SPACE', 'limit', 'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_json', 'printable',
+           'escape', 'csv_cell', 'write_then_rename', 'require_space', 'private_name', 'new_folder']
 
 # %% ../nbs/reference/files.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression
@@ -43,7 +43,7 @@ MAX_FREE_BYTES = 480_000_000  # memory that every picture may take while it is d
 MAX_PIECES = 2**16  # strips or tiles of a TIFF, scans of a JPEG, elements of a DICOM header, counted frames
 MAX_JSON_BYTES = 2**24
 MAX_DEPTH = 64  # folders inside folders
-WHOLE = 2**26  # files up to this size are read at once
+MAX_WHOLE_BYTES = 2**26  # files up to this size are read at once; what a decoder takes at once
 
 
 class _Refusal(ValueError):
@@ -115,12 +115,12 @@ def is_picture(path: str | os.PathLike) -> bool:
 
 # %% ../nbs/reference/files.ipynb #files-012
 def _source(file: BinaryIO) -> tuple[BinaryIO, int]:
-    """A file within the limit, as it is or (up to WHOLE bytes) read into memory, and its size in bytes."""
+    """A file within the limit, as it is or (up to MAX_WHOLE_BYTES bytes) read into memory, and its size in bytes."""
     size = os.fstat(file.fileno()).st_size
     _require_within("MAX_FILE_BYTES", size, f"has {size} bytes")
     if size == 0:
         raise _Refusal("is empty (0 bytes)")
-    if size > WHOLE:
+    if size > MAX_WHOLE_BYTES:
         return file, size
     data = file.read(size)
     return io.BytesIO(data), len(data)
@@ -237,7 +237,8 @@ def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[d
     table = list(layout.entry.iter_unpack(source.read(count * layout.entry.size)))
     following = layout.pointer.unpack(source.read(layout.pointer.size).ljust(layout.pointer.size, b"\0"))[0]
     described = sum(many * TIFF_BYTES.get(kind, 1) for _, kind, many, _ in table)
-    if described > min(2 * size + 2**20, WHOLE) or any(many > 3 * 2**16 for _, kind, many, _ in table if kind not in (1, 2, 6, 7)):
+    if described > min(2 * size + 2**20, MAX_WHOLE_BYTES) or any(many > 3 * 2**16 for tag, kind, many, _ in table
+                                                               if kind not in (1, 2, 6, 7) and tag not in (273, 279, 324, 325)):
         raise _Refusal(f"has a directory that describes {described} bytes, in a file of {size}: save it as PNG")
     return {tag: (many, value >> layout.shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table}, following
 
@@ -321,6 +322,8 @@ def _array(picture: Image.Image) -> np.ndarray:
 
 def _values(picture: Image.Image) -> np.ndarray:
     """Decode a picture -> `_array`; a large one is copied in bands of rows, which needs less memory."""
+    if picture.format == "TIFF":
+        picture.im = Image.core.new(picture.mode, picture._tile_size)  # else Pillow counts pixels here again
     picture.load()
     if picture.width * picture.height <= 2**24:
         return _array(picture)
@@ -393,7 +396,7 @@ def _structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tuple[
         _require_sane_tiff(tags)
         return tags, _pages(source, size)
     if name in ("WEBP", "AVIF"):
-        _require_within("WHOLE", size, f"has {size} bytes, which this format's decoder wants at once")
+        _require_within("MAX_WHOLE_BYTES", size, f"has {size} bytes, which this format's decoder takes at once")
     if name == "AVIF":  # Pillow reads its EXIF block while it opens the file
         data = source.getvalue()
         for found in re.finditer(rb"II\*\0|MM\0\*", data):
@@ -457,7 +460,7 @@ def _inflated(source: BinaryIO, size: int) -> BinaryIO:
     if syntax != DEFLATED:
         return source
     source.seek(begin)
-    most = max(WHOLE, limit("MAX_SWELL") * size)
+    most = max(MAX_WHOLE_BYTES, limit("MAX_SWELL") * size)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     data = inflater.decompress(source.read(), most)
     if inflater.unconsumed_tail:
@@ -632,7 +635,7 @@ def _dicom(source: BinaryIO, size: int) -> tuple:
 
 # %% ../nbs/reference/files.ipynb #files-027
 OTHERS = {"a PostScript (EPS) file": rb"%!PS|\xc5\xd0\xd3\xc6", "a PDF file": rb"%PDF", "a Photoshop file": rb"8BPS", "an icon": rb"\0\0[\x01\x02]\0",
-          "a ZIP archive": rb"PK\3\4", "a gzip file": rb"\x1f\x8b", "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
+          "a ZIP archive": rb"PK\x03\x04", "a gzip file": rb"\x1f\x8b", "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
 
 
 def _decode(source: BinaryIO, size: int) -> tuple:
@@ -651,8 +654,12 @@ def _decode(source: BinaryIO, size: int) -> tuple:
     except Exception as error:  # decoders of damaged files raise almost anything
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the picture
-        where = "as DICOM" if name == "DICOM" else "to its end"
-        raise ValueError(f"cannot be read {where} ({printable(error)[:300] or type(error).__name__})") from error
+        reason = printable(" ".join(str(error).split()))[:300] or type(error).__name__
+        if isinstance(error, (struct.error, IndexError, EOFError)):
+            reason = "it ends too early, or its header is damaged"
+        if isinstance(error, Image.DecompressionBombError):
+            reason = "it has more pixels than Pillow reads of this format: save it as PNG or TIFF"
+        raise ValueError(f"cannot be read {'as DICOM' if name == 'DICOM' else 'to its end'} ({reason})") from error
 
 
 def read_picture(path: str | os.PathLike) -> Picture:
