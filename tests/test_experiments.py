@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from PIL import Image
 
@@ -44,12 +45,19 @@ def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
     for number, size in enumerate((40, 64, 97)):
         Image.fromarray(phantom("dermoscopy", number, size)[0]).save(images / f"{number}.png")
     (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:200])
+    script = "<img src=x onerror=alert(1)>"
+    (images / f"{script}.png").write_bytes((images / "0.png").read_bytes())
+    (images / f"{script} broken.png").write_bytes(b"")
     done = papermill("predict", tmp_path / "predicted.ipynb", "-p", "checkpoint", str(checkpoint), "-y", json.dumps({"inputs": [str(images)]}),
                      "-p", "output", str(tmp_path / "masks"), "-p", "progress", "False")
     assert done.returncode == 0, done.stderr[-3000:]
     for number, size in enumerate((40, 64, 97)):
         assert Image.open(tmp_path / f"masks/{number}.png").size == (size, size)
-    assert [row["file"] for row in csv.DictReader((tmp_path / "masks/errors.csv").open())] == ["broken.png"]
+    assert {row["file"] for row in csv.DictReader((tmp_path / "masks/errors.csv").open())} == {"broken.png", f"{script} broken.png"}
+    shown = [output.data[kind] for cell in nbformat.read(tmp_path / "predicted.ipynb", as_version=4).cells if cell.cell_type == "code"
+             for output in cell.outputs if output.output_type == "display_data" for kind in ("text/markdown", "text/html") if kind in output.data]
+    tables = [text for text in shown if "onerror" in text]
+    assert len(tables) == 2 and not any("<img" in text for text in shown) and all("&#60;img src" in text for text in tables)
 
 
 @pytest.mark.parametrize("name, options, words", [
