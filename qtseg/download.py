@@ -506,7 +506,7 @@ def one_at_a_time(target: Path) -> Iterator[None]:
         with _lock_file(path) as stream:
             if not _lock(stream, wait=False):
                 if not told:
-                    print(f"waiting for another process that is busy with {target}")
+                    print(printable(f"waiting for another process that is busy with {target}"))
                 told = _lock(stream, wait=True)
             if not _is(stream, path):
                 continue  # the one before us has removed this file: lock its successor
@@ -575,7 +575,7 @@ def _finished(target: Path, checksums: Path | None) -> bool:
     if checksums is not None and (digest := sha256(target)) != known:
         if known is not None:
             wrong = _put_aside(target, target.name)
-            print(f"{target} has changed since it was downloaded: put aside as {wrong.name}, downloading it again")
+            print(printable(f"{target} has changed since it was downloaded: put aside as {wrong.name}, downloading it again"))
             return False
         record(checksums, target.name, digest)  # put there by hand
     return True
@@ -600,7 +600,7 @@ def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike |
         if _finished(target, checksums):
             return target
         part = Part(target)
-        with tqdm(desc=target.name, unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar:
+        with tqdm(desc=printable(target.name), unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar:
             say = (lambda text: bar.write(printable(text), file=sys.stdout)) if progress else lambda text: None
             try:
                 _persist(lambda: _attempt(source, part, bar), part, attempts, wait, say, source.least)

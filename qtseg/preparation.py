@@ -37,12 +37,12 @@ from .masks import IGNORE, LOSSY, MaskReading, MaskValues, judge_masks, look_at,
 from .phantoms import write_manifest
 
 # %% auto #0
-__all__ = ['POLYP_RANGES', 'Reader', 'CELL', 'CAPTION', 'MADE', 'NOBODYS', 'classes_of_colours', 'decoded', 'colours_of',
-           'laid_over', 'union_of', 'Pair', 'Found', 'find_folders', 'one_folder', 'name_of', 'pair_up', 'bad_names',
-           'pictures_below', 'judge', 'slices', 'held_out', 'label', 'Seen', 'Done', 'drop_twins', 'copyable',
-           'as_shown', 'as_png', 'convert', 'convert_all', 'outlined', 'write_on', 'contact_sheet', 'table', 'summary',
-           'white_of', 'alarms', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect', 'fill',
-           'keep_safe', 'set_aside', 'prepare', 'report', 'command_line', 'steps', 'run']
+__all__ = ['POLYP_RANGES', 'Reader', 'NOBODYS', 'CELL', 'CAPTION', 'MADE', 'classes_of_colours', 'decoded', 'colours_of',
+           'laid_over', 'union_of', 'Pair', 'Found', 'find_folders', 'passed_over', 'one_folder', 'name_of', 'pair_up',
+           'bad_names', 'pictures_below', 'judge', 'slices', 'held_out', 'label', 'Seen', 'Done', 'drop_twins',
+           'copyable', 'as_shown', 'as_png', 'convert', 'convert_all', 'outlined', 'write_on', 'contact_sheet', 'table',
+           'summary', 'white_of', 'alarms', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect',
+           'fill', 'keep_safe', 'set_aside', 'prepare', 'report', 'command_line', 'steps', 'run']
 
 # %% ../nbs/17_preparation.ipynb #preparation010
 POLYP_RANGES = (  # class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
@@ -160,10 +160,21 @@ def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
     return []
 
 # %% ../nbs/17_preparation.ipynb #preparation034
+NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave behind
+
+
+def passed_over(folder: Path, names: Sequence[str], reason: str) -> str:
+    """The note about files that are not used."""
+    return f"passed over in {folder.name}: {', '.join(names[:5])}{', …' * (len(names) > 5)} ({len(names)}; {reason})"
+
+
 def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
-    """The one such folder; without it, or with several, a problem and None."""
+    """The one such folder, with a note about what else is in it; without it, or with several, a problem and None."""
     folders = find_folders(roots, *names)
     if len(folders) == 1:
+        kept = {*list_pictures(folders[0]), *(folders[0] / name for name in NOBODYS)}
+        others = sorted(path.name for path in folders[0].iterdir() if path not in kept and not path.name.startswith("."))
+        found.notes += [passed_over(folders[0], others, "no pictures")] * bool(others)
         return folders[0]
     name = "/".join(names)
     found.problems.append(f"several folders {name}: {', '.join(map(str, folders))}; keep one" if folders
@@ -223,8 +234,7 @@ def pictures_below(found: Found, folder: Path) -> list[Path]:
     found.problems += [f"{path}: {reason}" for path, reason in passed if meant(path) and reason != "hidden"]
     passed = [one for one in passed if not meant(one[0])] + [(path, "no picture") for path in sorted(set(files) - set(pictures))]
     for reason in sorted({reason for _, reason in passed} - {"hidden"}):
-        names = [path.name for path, why in passed if why == reason]
-        found.notes.append(f"passed over in {folder.name}: {', '.join(names[:5])}{', …' * (len(names) > 5)} ({len(names)}; {reason})")
+        found.notes.append(passed_over(folder, [path.name for path, why in passed if why == reason], reason))
     return pictures
 
 
@@ -642,7 +652,10 @@ def made_from(folder: Path) -> dict | None:
     """What a finished prepared folder says it was made with, or None where there is none. ValueError if dataset.json is damaged."""
     if not ((folder / "manifest.csv").is_file() and (folder / "dataset.json").is_file()):
         return None
-    made = read_json(folder / "dataset.json").get("prepared")
+    try:
+        made = read_json(folder / "dataset.json").get("prepared")
+    except ValueError as error:
+        raise ValueError(f"{error}: restore the file, or remove {folder} and prepare it again") from None
     return made if isinstance(made, dict) else None
 
 # %% ../nbs/17_preparation.ipynb #preparation088
@@ -711,7 +724,6 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
 
 # %% ../nbs/17_preparation.ipynb #preparation095
 MADE = {"manifest.csv", "dataset.json", "LICENCE.txt", "contact_sheet.png"}
-NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave behind
 
 
 def keep_safe(folder: Path) -> None:
@@ -805,7 +817,7 @@ def steps(dataset: DataSet, chosen: argparse.Namespace) -> None:
     root = Path(chosen.root).expanduser().absolute()
     print(dataset.terms, flush=True)
     if chosen.download_only:
-        print("downloaded:", *dataset.download(root / "downloads"), sep="\n  ")
+        print("downloaded:", *map(printable, dataset.download(root / "downloads")), sep="\n  ")
         return
     if made_from(root / dataset.name) and not chosen.force:
         print("prepared already; --force makes it anew")

@@ -222,6 +222,10 @@ def test_two_folders_of_one_name_are_a_problem(tmp_path):
         save(tmp_path / wrapping / "train" / "a.png", picture(0))
     found = Found()
     assert one_folder(found, [tmp_path], "train") is None and one_folder(found, [tmp_path], "test") is None
+    for name in ("notes.txt", "Thumbs.db", ".hidden"):
+        (tmp_path / "a" / "train" / name).write_text("no picture")
+    (tmp_path / "a" / "train" / "more").mkdir()
+    assert one_folder(found, [tmp_path / "a"], "train") and found.notes == ["passed over in train: more, notes.txt (2; no pictures)"]
     assert found.problems[0].startswith("several folders train: ") and found.problems[1] == "no folder test with pictures in it"
 
 
