@@ -10,11 +10,11 @@ import csv
 import ctypes
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import sys
@@ -22,9 +22,12 @@ import threading
 import time
 import types
 import typing
+import unicodedata
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import cv2
@@ -39,17 +42,19 @@ from .attention import POSITIONS
 from .augmentation import OPERATIONS, Augmentation
 from .bridge import BRIDGES
 from .data import COLOURS as COLOUR_SPACES
-from .data import MASKS, PREPROCESSING_FILE, RESIZES, Batch, SegmentationData, Split, normalise, outline, to_rgb
+from .data import IGNORE, MASKS, PREPROCESSING_FILE, RESIZES, Batch, SegmentationData, Split, normalise, outline, to_rgb
 from .decoder import DECODERS
+from .files import csv_cell, printable, read_json, write_then_rename
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
-from .model import NETWORKS, Baseline, QTSeg, load_network, write_then_rename
+from .model import NETWORKS, Baseline, QTSeg, load_network
 from .speed import accelerate
 
 # %% auto #0
-__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'RESUMABLE', 'COLOURS', 'T', 'ConfigProblems',
-           'TrainConfig', 'choose_device', 'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures',
-           'Tracker', 'stop_signals', 'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'Result',
+__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'COLOURS', 'T', 'ROW',
+           'ConfigProblems', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'choose_device',
+           'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures', 'Tracker', 'stop_signals',
+           'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'data_digest', 'Result', 'best_constant_mask',
            'open_data', 'fit', 'draw_curves', 'LiveCurves']
 
 # %% ../nbs/11_training.ipynb #c010
@@ -82,7 +87,37 @@ CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
            "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
             "validate_every": 1, "valid_batch": 1, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
-            "weight_decay": 0.0, "min_lr": 0.0, "momentum": 0.0, "seed": 0}
+            "weight_decay": 0.0, "min_lr": 0.0, "seed": 0, "fold": 0, "folds": 2}
+LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "strength": 2.0, "seed": 2**63 - 1}
+
+
+def _is_folder_name(text: str) -> bool:
+    """One folder, on every system: no separator, nothing that leads out of its parent, no control characters."""
+    return (text == text.strip() and text not in ("", ".", "..") and not set("/\\") & set(text) and Path(text).name == text
+            and _is_path(text) and len(text.encode()) <= 200)
+
+
+def _is_path(text: str) -> bool:
+    """A text that can name a file: not empty, no control characters, no halves of characters."""
+    return bool(text.strip()) and not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+RULES: dict[str, tuple[str, Callable]] = {  # what a value is, said and tested
+    "data": ("a folder, a .zip or phantoms[:family[:number]]", _is_path), "runs": ("the name of a folder", _is_path),
+    "name": ("the name of one folder: no / or \\, not . or .., at most 200 bytes", _is_folder_name),
+    "cache": ("the name of a folder", _is_path), "encoder_weights": ("a file, a folder or imagenet", _is_path),
+    "valid_share": ("above 0 and below 1", lambda value: 0 < value < 1), "lr": ("above 0", lambda value: value > 0),
+    "gamma": ("above 0 and at most 1", lambda value: 0 < value <= 1), "power": ("above 0", lambda value: value > 0),
+    "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "betas": ("two numbers, each at least 0 and below 1", lambda value: len(value) == 2 and all(0 <= b < 1 for b in value)),
+    "depths": ("three whole numbers, for strides 8, 16 and 32, each from 0 to 100",
+               lambda value: len(value) == 3 and all(0 <= depth <= 100 for depth in value)),
+    "milestones": ("a list of epochs from 1 on, in rising order",
+                   lambda value: all(early < late for early, late in zip([0, *value], value))),
+    "losses": ("one or more losses with weights, none below 0 and one above",
+               lambda value: all(weight >= 0 for weight in value.values()) and any(value.values())),
+    "operations": ("a list of different names", lambda value: len(set(value)) == len(value)),
+}
 
 # %% ../nbs/11_training.ipynb #c027
 def _type_name(hint) -> str:
@@ -90,6 +125,18 @@ def _type_name(hint) -> str:
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping",
              types.NoneType: "null"}
     return " or ".join(names[typing.get_origin(part) or part] for part in (typing.get_args(hint) if _is_union(hint) else [hint]))
+
+
+def _plain(value):
+    """A value as JSON knows it: paths as texts, numbers of NumPy and PyTorch as Python's, tuples and arrays as lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        plain = value.tolist()
+        return plain if isinstance(plain, np.generic) else _plain(plain)  # a long double stays one
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return {_plain(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _is_union(hint) -> bool:
@@ -105,36 +152,85 @@ def _fits(value, hint) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
     if kind is dict:
         return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+    if kind in (int, float):
+        most = sys.float_info.max  # neither infinity nor NaN is within, nor a whole number that no float can hold
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and -most <= value <= most
+    return isinstance(value, kind)
+
+
+def _shown(value) -> str:
+    """A value in an error, whatever it is: on one line, and not endless."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python does not print whole numbers of more than 4300 digits
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _meant(name: str, value) -> str:
+    """What to write instead of a text that stands for another value, as papermill and YAML hand them over; else nothing."""
+    text = value.strip() if isinstance(value, str) else ""
+    word = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(text.lower())
+    if word:
+        return f" (a text; with papermill -p {name} {word})"
+    if text[:1] in ("[", "{"):
+        return f' (a text; with papermill -y "{name}: {text[:80]}")'
+    with contextlib.suppress(ValueError):
+        return f" (a text; in YAML write {float(text)!r}, without quotes)"
+    return ""
 
 # %% ../nbs/11_training.ipynb #c030
+def _refused_by_loss(name: str, classes: int) -> str:
+    """Why a loss cannot be computed for so many classes: its own words, asked on four pixels; "" if it can."""
+    if name not in LOSSES or not SMALLEST["classes"] <= classes <= LARGEST["classes"]:
+        return ""  # refused already
+    try:
+        LOSSES[name](torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+    except ValueError as error:
+        return str(error).split(", got")[0]
+    return ""
+
+
 class ConfigProblems:
     """The checks of `TrainConfig`, mixed into it: every problem is found, and all are named in one ValueError."""
 
     def _ill_typed(self) -> list[str]:
         hints = typing.get_type_hints(type(self))
-        return [f"{f.name} is {_type_name(hints[f.name])}, not {getattr(self, f.name)!r}"
-                for f in dataclasses.fields(self) if not _fits(getattr(self, f.name), hints[f.name])]
+        values = ((name, hint, getattr(self, name)) for name, hint in hints.items())
+        return [f"{name} is {_type_name(hint)}, not {_shown(value)}{_meant(name, value)}"
+                for name, hint, value in values if not _fits(value, hint)]
 
     def _out_of_range(self) -> list[str]:
-        found = [f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                 for name, choices in CHOICES.items() if getattr(self, name) not in choices]
-        found += [f"{name} is at least {least}, not {getattr(self, name)}"
-                  for name, least in SMALLEST.items() if getattr(self, name) < least]
-        found += [f"{name} has the unknown entry {entry!r}: choose from {', '.join(known)}"
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        found = [f"{name} is one of {', '.join(choices)}, not {_shown(given[name])}"
+                 for name, choices in CHOICES.items() if given[name] not in choices]
+        found += [f"{name} is at least {least}, not {given[name]}"
+                  for name, least in SMALLEST.items() if name in given and given[name] < least]
+        found += [f"{name} is at most {most}, not {given[name]}" for name, most in LARGEST.items() if given[name] > most]
+        found += [f"{name} has the unknown entry {_shown(entry)}: choose from {', '.join(known)}"
                   for name, known in (("losses", LOSSES), ("operations", OPERATIONS))
-                  for entry in getattr(self, name) if entry not in known]
-        if not self.lr > 0:
-            found.append(f"lr is above 0, not {self.lr}")
+                  for entry in given[name] if entry not in known]
         if not self.losses:
             found.append(f"losses names at least one of {', '.join(LOSSES)}")
-        if not self.name or Path(self.name).name != self.name:
-            found.append(f"name is the name of one folder, not {self.name!r}")
-        return found
+        return found + [f"{name} is {rule}, not {_shown(given[name])}" for name, (rule, holds) in RULES.items()
+                        if name in given and given[name] != {} and not holds(given[name])]
 
     def _at_odds(self) -> list[str]:
+        found = [f"losses {name} does not go with classes {self.classes} ({reason})"
+                 for name in self.losses if (reason := _refused_by_loss(name, self.classes))]
+        if self.model == "qtseg" and self.decoder != "conv" and self.heads > 0 and 2 * self.width % self.heads:
+            found.append(f"heads divides twice the width, {2 * self.width}: {self.heads} does not")
+        if self.fold is not None and self.folds is not None and self.fold >= self.folds:
+            found.append(f"fold is below folds, {self.folds}: counted from 0, {self.fold} is not there")
+        if self.min_lr > self.lr:
+            found.append(f"min_lr, {self.min_lr}, is at most lr, {self.lr}: the rate never falls below it")
+        if self.optimiser == "sgd" and self.nesterov and not self.momentum:
+            found.append("nesterov needs a momentum above 0")
+        if self.scheduler == "plateau" and self.gamma == 1:
+            found.append("scheduler plateau needs a gamma below 1")
+        return found + self._wrong_encoder()
+
+    def _wrong_encoder(self) -> list[str]:
         found = []
         if self.encoder == "fpn" and self.model != "qtseg":
             found.append(f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, such as "
@@ -145,6 +241,8 @@ class ConfigProblems:
         return found
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _plain(getattr(self, f.name)))
         problems = self._ill_typed() or self._out_of_range() + self._at_odds()
         if problems:
             raise ValueError("the training configuration cannot be used: " + "; ".join(problems))
@@ -158,6 +256,8 @@ class _DataFields:
     data: str = "phantoms:all:400"
     classes: int = 2
     masks: str = "auto"
+    mask_values: list[int | str] | None = None
+    ignore_value: int | str | None = None
     size: int = 512
     resize: str = "squash"
     colour: str = "rgb"
@@ -243,7 +343,7 @@ class TrainConfig(_RecipeFields, ConfigProblems):
     def from_dict(cls, values: dict) -> TrainConfig:
         """A configuration from plain values (a YAML file, papermill parameters); ValueError names unknown keys."""
         known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(printable(key)[:80] for key in values if key not in known)
         if unknown:
             raise ValueError(f"unknown configuration keys: {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**values)
@@ -261,30 +361,68 @@ class TrainConfig(_RecipeFields, ConfigProblems):
 RESUMABLE = {"runs", "name", "resume", "track", "progress", "device", "cache"}  # may differ between a run and its continuation
 
 
-def _same_recipe(config: TrainConfig, stored: dict) -> None:
-    """Raise ValueError when a run would go on with another recipe than it began with."""
-    now, before = config.to_dict(), TrainConfig().to_dict() | stored  # a run older than a field was computed with its default
-    changed = [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if key not in RESUMABLE and before[key] != now[key]]
+def is_path(source: str) -> bool:
+    """Does a source of data name files? Phantoms are drawn."""
+    return source.split(":")[0] != "phantoms"
+
+
+def located(config: TrainConfig) -> dict:
+    """Plain values, data and pretrained weights by their absolute paths where they exist: true in every folder."""
+    values = config.to_dict()
+    for key in ("data", "encoder_weights"):
+        path = Path(values[key] or "").expanduser()
+        if values[key] and is_path(values[key]) and path.exists():
+            values[key] = str(path.resolve())
+    return values
+
+
+def recipe_changes(config: TrainConfig, stored: TrainConfig) -> list[str]:
+    """What decides a run and differs from the stored configuration, as "lr: 0.001 -> 0.01"; one file by two paths is one."""
+    now, before = located(config), located(stored)
+    return [f"{key}: {_shown(before[key])} -> {_shown(now[key])}" for key in now if key not in RESUMABLE and before[key] != now[key]]
+
+
+def _stored_config(path: Path) -> TrainConfig:
+    """The configuration of a run's config.json; a field that is younger than the run has its default. ValueError names the file."""
+    values = read_json(path)
+    try:
+        return TrainConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path} is no configuration of a run ({error})") from None
+
+
+def _same_recipe(config: TrainConfig, before: TrainConfig) -> None:
+    """Raise ValueError when a run would go on with another recipe than it began with.
+
+    More epochs are allowed, and another path to the data: `_load_state` sees whether the images are the same.
+    """
+    more = {"epochs": config.epochs} if config.epochs > before.epochs else {}
+    if is_path(before.data) and is_path(config.data):
+        more["data"] = config.data
+    changed = recipe_changes(config, dataclasses.replace(before, **more))
     if changed:
         raise ValueError(f"{config.folder} was begun with another configuration ({'; '.join(changed)}): "
                          "resume with the same values, or choose another name")
 
 # %% ../nbs/11_training.ipynb #c046
 def choose_device(name: str) -> torch.device:
-    """"auto" -> CUDA, Apple's MPS or the CPU, whichever is there first; else the device named. ValueError if it is not there."""
+    """"auto" -> CUDA, Apple's MPS or the CPU, whichever is there first; else the device named. ValueError if it cannot compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try device=\"cpu\"") from None
-    return torch.device(name)
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # asking for the value: "meta" makes tensors without any
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device {_shown(name)} cannot be used ({reason}): try device=\"cpu\"") from None
+    return device
 
 # %% ../nbs/11_training.ipynb #c049
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step instead of returning it to the system: fewer page faults on CPUs.
 
     Activations are large; by default each is handed back when freed and faulted in again, page by page, a step later.
+    It holds for the whole process, until its end, so `fit` leaves it to you: commands and experiment notebooks call it.
     Does nothing where there is no glibc.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
@@ -326,12 +464,14 @@ def _ready(split: Split, what: str) -> Split:
 # %% ../nbs/11_training.ipynb #c065
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, classes: int, *, batch: int = 16, device: str | torch.device = "cpu",
-             amp: str = "none", losses: dict[str, float] | None = None) -> dict[str, float]:
+             amp: str = "none", losses: dict[str, float] | None = None, ignore_index: int | None = None) -> dict[str, float]:
     """Scores of a split at training size, in percent (see `SegmentationMetrics`), and its mean "loss".
 
-    Puts the model in evaluation mode and back. ValueError for an empty split.
+    Puts the model in evaluation mode and back. `ignore_index`: the label of pixels that count nowhere, the data's own.
+    ValueError for an empty split.
     """
-    metrics, loss, total = SegmentationMetrics(classes), weighted_loss(losses or {"ce_dice": 1.0}), 0.0
+    metrics, total = SegmentationMetrics(classes, ignore_index=ignore_index), 0.0
+    loss = weighted_loss(losses or {"ce_dice": 1.0}, ignore_index)
     device, was_training = torch.device(device), model.training
     model.eval()
     try:
@@ -357,7 +497,7 @@ def mask_pictures(batch: Batch, predictions: Tensor, colour: str = "rgb") -> np.
     pictures = []
     for image, target, mask in zip(batch.images.cpu(), batch.masks.cpu(), predictions.cpu()):
         picture = np.ascontiguousarray(to_rgb(image.permute(1, 2, 0).contiguous().numpy(), colour))  # [H, W, 3]
-        outline(picture, target.numpy(), COLOURS["target"])
+        outline(picture, target.masked_fill(target == IGNORE, 0).numpy(), COLOURS["target"])
         outline(picture, mask.numpy(), COLOURS["prediction"])
         pictures.append(picture)
     return np.concatenate(pictures, axis=1)
@@ -445,9 +585,9 @@ def _write_history(path: Path, history: Sequence[dict]) -> None:
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(history)
+            writer = csv.writer(file)
+            writer.writerow(map(csv_cell, names))
+            writer.writerows([row.get(name) for name in names] for row in history)
 
     with _clear_disk_errors(path.parent):
         write_then_rename(path, write)
@@ -464,6 +604,7 @@ class Progress:
     best: dict[str, dict] = field(default_factory=dict)  # measure -> {"epoch", "value"}
     seconds: float = 0.0  # of training, validation included, over all sessions
     run_id: str | None = None  # MLflow's
+    notes: list[str] = field(default_factory=list)  # what a continuation changed
 
 # %% ../nbs/11_training.ipynb #c092
 def draw_seed(seed: int, epoch: int, step: int) -> int:
@@ -521,7 +662,39 @@ def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
         model.load_encoder(config.encoder_weights, strict=False)
     return model.to(memory_format=torch.channels_last)
 
+# %% ../nbs/11_training.ipynb #c095a
+def _freeze_norm(model: nn.Module) -> None:
+    """Let BatchNorm, in a network that trains, normalise with its running statistics and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of one, two or three dimensions, synchronised or not
+            module.eval()
+
 # %% ../nbs/11_training.ipynb #c095
+def _trains_alone(config: TrainConfig) -> bool:
+    """Can the network train on one image at a time, or would BatchNorm see a single value per channel? A forward pass tells."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = build_network(config).train()
+        if config.freeze_norm:
+            _freeze_norm(model)
+        try:
+            model(torch.zeros(1, 3, config.size, config.size))
+        except ValueError:  # BatchNorm's, or the network's own
+            return False
+    return True
+
+
+def _refuse_lone_images(config: TrainConfig, images: int, team: Team, device: torch.device) -> None:
+    """Raise ValueError, before the first step, if a step would hold one image that BatchNorm cannot train on alone."""
+    together = team.size if device.type == "cpu" else 1  # on GPUs, a team's BatchNorm sees the whole batch
+    last = config.batch if config.drop_last else images % config.batch or config.batch
+    alone = "the last batch of an epoch" if last < config.batch else "a process's share of a batch" if team.size > 1 else "a batch"
+    if last > together or _trains_alone(config):
+        return
+    drop = "drop_last=True, " if last < config.batch < images else ""
+    raise ValueError(f"{alone} holds one image ({images} training images, batch {config.batch}), of which BatchNorm would see one "
+                     f"value per channel at size {config.size}: set {drop}another batch or a larger size")
+
+
 class _TrainerParts:
     """What a run is made of: network, optimiser, schedule, augmentation, loss, and where it stands."""
 
@@ -531,6 +704,7 @@ class _TrainerParts:
         self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
         if not self.steps:
             raise ValueError(f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
+        _refuse_lone_images(config, images, team, self.device)
         self.model = _seeded_network(config).to(self.device)
         if config.forms != "plain":
             accelerate(self.model)
@@ -540,19 +714,27 @@ class _TrainerParts:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         most = config.most_operations if config.augment else 0
         self.augment = Augmentation(config.operations, most, config.strength, data.black)
-        self.loss = weighted_loss(config.losses)
+        self.loss = weighted_loss(config.losses, data.ignore_index)
         self.progress = Progress()
 
-# %% ../nbs/11_training.ipynb #c095a
-def _freeze_norm(model: nn.Module) -> None:
-    """Let BatchNorm, in a network that trains, normalise with its running statistics and leave them as they are."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # of one, two or three dimensions, synchronised or not
-            module.eval()
-
 # %% ../nbs/11_training.ipynb #c097
+def _next_rate(scheduler, config: TrainConfig, loss: float | None) -> None:
+    """One epoch of a schedule, never below min_lr; `loss`, None if the epoch was not validated, is what "plateau" watches."""
+    if config.scheduler != "plateau":
+        scheduler.step()
+    elif loss is not None:
+        scheduler.step(loss)
+    for group in scheduler.optimizer.param_groups:
+        group["lr"] = max(group["lr"], config.min_lr)
+
+
 class Trainer(_TrainerParts):
     """One run's network, optimiser and schedule, and one step of them. `fit` drives it."""
+
+    @cached_property
+    def digest(self) -> str:
+        """What it trains and validates on, see `data_digest`."""
+        return data_digest(self.data)
 
     def begin_epoch(self) -> Iterator[Batch]:
         """Freeze or free the encoder, and the epoch's batches from the step where the run stands."""
@@ -571,10 +753,11 @@ class Trainer(_TrainerParts):
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Augment, forward, backward, update -> the loss (scalar) and the counts [B, foreground classes, 4], not synchronised.
 
-        The batch is the whole team's, and so is its augmentation; loss and counts are of this process's share.
+        The batch is the whole team's; augmentation, loss and counts are of this process's share.
         """
         seed = draw_seed(self.config.seed, self.progress.epoch, self.progress.step)
-        images, target = map(self.team.share, self.augment(batch.images, batch.masks, seed))
+        images, masks = map(self.team.share, batch[:2])
+        images, target = self.augment(images, masks, seed, self.team.rank * len(images))
         torch.manual_seed(seed + self.team.rank)  # for dropout: QTSeg has none, some baselines do
         with _autocast(self.device, self.config.amp):
             logits = self.network(images)
@@ -587,22 +770,144 @@ class Trainer(_TrainerParts):
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return loss.detach(), confusion_counts(hard_masks(logits.detach()), target, self.config.classes)
+        counts = confusion_counts(hard_masks(logits.detach()), target, self.config.classes, self.data.ignore_index)
+        return loss.detach(), counts
 
-    def next_rate(self, loss: float) -> None:
-        """One epoch of the schedule, never below min_lr; `loss` is what "plateau" watches."""
-        self.scheduler.step(loss) if self.config.scheduler == "plateau" else self.scheduler.step()
-        for group in self.optimiser.param_groups:
-            group["lr"] = max(group["lr"], self.config.min_lr)
+    def next_rate(self, loss: float | None) -> None:
+        """One epoch of the schedule; `loss`: the validation loss, None if the epoch was not validated."""
+        _next_rate(self.scheduler, self.config, loss)
 
 # %% ../nbs/11_training.ipynb #c103
+def data_digest(data: SegmentationData, opened: int = 16) -> str:
+    """What a run trains and validates on, wherever it lies: hexadecimal digits.
+
+    The names of all pairs and the sizes of their files enter it, and the bytes of up to `opened` pairs of each split.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (data.train, data.valid):
+        looked_into = set(np.linspace(0, len(split) - 1, min(opened, len(split))).astype(int).tolist())
+        for row, (name, paths) in enumerate(zip(split.ids, split.paths)):
+            for path in filter(None, paths):
+                digest.update(f"{name}|{path.stat().st_size}|".encode(errors="surrogatepass"))
+                digest.update(path.read_bytes() if row in looked_into else b"")
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
 def _save_state(trainer: Trainer) -> None:
     """Write resume.pt: all that a continuation needs, whole or not at all."""
-    state = {"progress": dataclasses.asdict(trainer.progress),
+    state = {"progress": dataclasses.asdict(trainer.progress), "data": trainer.digest,
              "model": trainer.model.state_dict(), "optimiser": trainer.optimiser.state_dict(),
              "scheduler": trainer.scheduler.state_dict(), "scaler": trainer.scaler.state_dict()}
     with _clear_disk_errors(trainer.config.folder):
         write_then_rename(trainer.config.folder / "resume.pt", lambda path: torch.save(state, path))
+
+
+def _read_state(path: Path) -> dict:
+    """The content of resume.pt, as it is: nothing in it is run, nothing swells. ValueError for a damaged file."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it holds more than its size")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a decoder says about a file of unknown origin
+        reason = printable(str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__)[:200]
+        raise ValueError(f"{path} is damaged ({reason}): delete {path.parent} and start again") from error
+
+# %% ../nbs/11_training.ipynb #c103b
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _alike(found, wanted) -> bool:
+    """Has a value the form of another? Tensors: type, shape, every number stored and finite; else: types, keys, lengths."""
+    if isinstance(wanted, Tensor):
+        return (isinstance(found, Tensor) and found.layout == torch.strided and (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+                and found.untyped_storage().nbytes() >= found.numel() * found.element_size() and bool(found.isfinite().all()))
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and found.keys() == wanted.keys() and all(_alike(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, (list, tuple)):
+        return isinstance(found, (list, tuple)) and len(found) == len(wanted) and all(map(_alike, found, wanted))
+    if wanted is None:  # a schedule that has not stepped yet, or an option that is off
+        return found is None or _is_number(found) or (isinstance(found, list) and all(map(_is_number, found)))
+    return _is_number(found) if _is_number(wanted) else type(found) is type(wanted)
+
+
+def _sound_moments(found, config: TrainConfig, weights: list[nn.Parameter]) -> bool:
+    """Are these an optimiser's running means for these weights? An optimiser of the same kind, after a step, tells."""
+    toy = nn.Parameter(torch.zeros(2))
+    optimiser = OPTIMISERS[config.optimiser]([toy], config)
+    toy.grad = torch.zeros(2)
+    optimiser.step()
+    wanted = optimiser.state[toy]
+    return isinstance(found, dict) and all(
+        type(index) is int and 0 <= index < len(weights)
+        and _alike(moments, {name: value if value is None or value.shape != toy.shape else weights[index]
+                             for name, value in wanted.items()}) for index, moments in found.items())
+
+
+ROW = {"epoch", "lr", "train_loss", "train_dice", "seconds", "images_per_second", "waited_percent"}  # each epoch's history has these
+
+
+def _sound_progress(found, trainer: Trainer) -> bool:
+    """Is this a Progress that this run can have reached?"""
+    def numbers(values, names: set) -> bool:
+        return isinstance(values, dict) and names <= values.keys() and all(
+            isinstance(name, str) and name.isidentifier() and _is_number(value) for name, value in values.items())
+
+    if not isinstance(found, dict) or not found.keys() <= {f.name for f in dataclasses.fields(Progress)}:
+        return False
+    p = Progress(**found)
+    counted = all(type(value) is int for value in (p.epoch, p.step)) and 0 <= p.epoch and 0 <= p.step <= trainer.steps
+    return (counted and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set()) and _is_number(p.seconds)
+            and isinstance(p.history, list) and len(p.history) == p.epoch and all(numbers(row, ROW) for row in p.history)
+            and isinstance(p.best, dict) and p.best.keys() <= BEST.keys()
+            and all(numbers(best, {"epoch", "value"}) for best in p.best.values())
+            and isinstance(p.run_id, str | None) and _fits(p.notes, list[str]))
+
+
+def _unsound(state, trainer: Trainer) -> str:
+    """Which part of a state does not fit this run; "" if it is sound."""
+    parts = {"model", "optimiser", "scheduler", "scaler", "progress"}
+    if not isinstance(state, dict) or not parts <= state.keys() <= parts | {"data"} or not isinstance(state.get("data", ""), str):
+        return "its parts"
+    optimiser, wanted = state["optimiser"], trainer.optimiser.state_dict()
+    checks = {"model": _alike(state["model"], trainer.model.state_dict()),
+              "optimiser": isinstance(optimiser, dict) and optimiser.keys() == wanted.keys()
+              and _alike(optimiser["param_groups"], wanted["param_groups"])
+              and _sound_moments(optimiser["state"], trainer.config, list(trainer.model.parameters())),
+              "scheduler": _alike(state["scheduler"], trainer.scheduler.state_dict()),
+              "scaler": _alike(state["scaler"], trainer.scaler.state_dict()), "progress": _sound_progress(state["progress"], trainer)}
+    return ", ".join(f"its {name}" for name, sound in checks.items() if not sound)
+
+# %% ../nbs/11_training.ipynb #c103d
+def _refuse_other_data(trainer: Trainer, state: dict) -> None:
+    """Raise ValueError unless the run goes on with the images and masks that it began with; drawn ones go by their name."""
+    path = trainer.config.folder / "config.json"
+    begun = _stored_config(path) if path.is_file() else trainer.config
+    if not is_path(trainer.config.data) or ("data" not in state and located(begun)["data"] == located(trainer.config)["data"]):
+        return
+    if state.get("data") != trainer.digest:
+        raise ValueError(f"{trainer.config.folder} was begun with other images or masks ({begun.data}) than {trainer.config.data} "
+                         "holds now: name the same data, or choose another name")
+
+
+def _follow_schedule(trainer: Trainer, before: int) -> None:
+    """Put rate and schedule where a run of this many epochs would have them now, and note it."""
+    c, p = trainer.config, trainer.progress
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], c.lr)  # goes through the epochs in place of the run's own
+    scheduler = SCHEDULERS[c.scheduler](optimiser, c)
+    for _ in range(p.epoch):
+        optimiser.step()
+        _next_rate(scheduler, c, None)
+    trainer.scheduler.load_state_dict(scheduler.state_dict())
+    old, new = (one.param_groups[0]["lr"] for one in (trainer.optimiser, optimiser))
+    for group in trainer.optimiser.param_groups:
+        group["lr"] = new
+    p.notes.append(f"{before} epochs became {c.epochs} after epoch {p.epoch}: from there on the rate follows the {c.scheduler} curve "
+                   f"of {c.epochs} epochs ({old:.2e} -> {new:.2e})")
+    if c.progress and trainer.team.leads:
+        print(p.notes[-1])
 
 
 def _load_state(trainer: Trainer) -> None:
@@ -613,13 +918,18 @@ def _load_state(trainer: Trainer) -> None:
         return
     if share_that_sees_it < 1:
         raise ValueError(f"not every process of the team sees {path}: put runs in a folder that all machines share")
-    try:
-        state = torch.load(path, map_location=trainer.device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).split('. ')[0]}): delete {path.parent} and start again") from None
+    state = _read_state(path)
+    if wrong := _unsound(state, trainer):
+        raise ValueError(f"{path} does not fit this run ({wrong}): it is damaged, or of another network, optimizer or version; "
+                         f"delete {path.parent} and start again, or choose another name")
+    _refuse_other_data(trainer, state)
     for name in ("model", "optimiser", "scheduler", "scaler"):
         getattr(trainer, name).load_state_dict(state[name])
     trainer.progress = Progress(**state["progress"])
+    for key in ("T_max", "total_iters"):  # what cosine and polynomial call the number of epochs
+        before = state["scheduler"].get(key, trainer.config.epochs)
+        if trainer.config.scheduler in ("cosine", "polynomial") and before != trainer.config.epochs:
+            _follow_schedule(trainer, before)
 
 # %% ../nbs/11_training.ipynb #c106
 def _save_checkpoint(trainer: Trainer, name: str) -> None:
@@ -631,9 +941,11 @@ def _save_checkpoint(trainer: Trainer, name: str) -> None:
 
 # %% ../nbs/11_training.ipynb #c109
 def _keep_best(trainer: Trainer, scores: dict[str, float]) -> None:
-    """Keep a checkpoint for each measure that this epoch improved."""
+    """Keep a checkpoint for each measure that this epoch improved; what is no number (NaN) is no improvement."""
     p = trainer.progress
     for name, better in BEST.items():
+        if math.isnan(scores[name]):
+            continue
         if name not in p.best or better(scores[name], p.best[name]["value"]) != p.best[name]["value"]:
             p.best[name] = {"epoch": p.epoch + 1, "value": scores[name]}
             trainer.team.lead(partial(_save_checkpoint, trainer, f"best_{name}"))
@@ -651,9 +963,9 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
     value, dice = trainer.team.mean(torch.stack([loss.cpu().double(), dice])).tolist()
     p = trainer.progress
     if not math.isfinite(value):
-        cause = f", or by the step before it on {', '.join(before)}" if before else ""
+        cause = f", or by the step before it on {printable(', '.join(before))}" if before else ""
         raise FloatingPointError(
-            f"the loss became {value} in epoch {p.epoch + 1} on the images {', '.join(ids)}: caused by them{cause}. Look at "
+            f"the loss became {value} in epoch {p.epoch + 1} on the images {printable(', '.join(ids))}: caused by them{cause}. Look at "
             f"these images, or start again, under another name, with a lower lr (now {trainer.config.lr}). Earlier epochs are "
             f"safe in {trainer.config.folder}.")
     p.sums["loss"] = p.sums.get("loss", 0.0) + value
@@ -704,10 +1016,11 @@ def _finish_epoch(trainer: Trainer) -> dict:
     if (p.epoch + 1) % c.validate_every == 0 or p.epoch + 1 == c.epochs:
         begin = time.perf_counter()
         scores = trainer.team.lead(partial(evaluate, trainer.model, trainer.data.valid, c.classes, batch=c.valid_batch,
-                                           device=trainer.device, amp=c.amp, losses=c.losses))
+                                           device=trainer.device, amp=c.amp, losses=c.losses,
+                                           ignore_index=trainer.data.ignore_index))
         row |= {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
         _keep_best(trainer, scores)
-    trainer.next_rate(row.get("valid_loss", row["train_loss"]))
+    trainer.next_rate(row.get("valid_loss"))
     p.history.append(row)
     p.epoch, p.step, p.sums = p.epoch + 1, 0, {}
     return row
@@ -741,31 +1054,52 @@ class Result:
     history: list[dict]
     folder: Path
 
+# %% ../nbs/11_training.ipynb #c126a
+def best_constant_mask(split: Split, classes: int, *, batch: int = 16, ignore_index: int | None = None) -> dict[str, float]:
+    """The scores that no image need be looked at for: one class everywhere, the one with the highest Dice.
+
+    Returns:
+        {"class": its index, and the scores of `SegmentationMetrics`}. A network that is not above them has learned nothing.
+    """
+    every = {index: SegmentationMetrics(classes, ignore_index=ignore_index) for index in range(max(classes, 2))}
+    for part in split.batches(batch):
+        for index, metrics in every.items():
+            metrics.update_masks(torch.full_like(part.masks, index), part.masks.long())
+    scores = [{"class": index, **metrics.compute()} for index, metrics in every.items()]
+    return max(scores, key=lambda one: one["dice"])
+
 # %% ../nbs/11_training.ipynb #c127
 def _final_metrics(trainer: Trainer) -> dict:
     """Scores of the selected checkpoint in float32 on validation and test split, and everything needed to reproduce them."""
     c, p, data = trainer.config, trainer.progress, trainer.data
+    if c.select not in p.best:
+        raise FloatingPointError(f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, under another "
+                                 f"name, with a lower lr (now {c.lr})")
     model = load_network(c.folder / f"best_{c.select}").to(trainer.device)
-    score = partial(evaluate, model, classes=c.classes, batch=c.valid_batch, device=trainer.device, losses=c.losses)
+    score = partial(evaluate, model, classes=c.classes, batch=c.valid_batch, device=trainer.device, losses=c.losses,
+                    ignore_index=data.ignore_index)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
+    constant = {name: best_constant_mask(split, c.classes, batch=c.valid_batch, ignore_index=data.ignore_index)
+                for name, split in (("valid", data.valid), ("test", data.test)) if split}
     seconds = sum(row["seconds"] for row in p.history)
     speed = sum(row["seconds"] * row["images_per_second"] for row in p.history) / seconds
     waited = sum(row["seconds"] * row["waited_percent"] for row in p.history) / seconds
     return {"test": test, "test_is": "the test split" if data.test else "the validation split: this data has no test split",
-            "valid": valid, "selected_by": c.select, "best": p.best,
+            "valid": valid, "best_constant_mask": constant, "selected_by": c.select, "best": p.best,
             "train": {"seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
                       "processes": trainer.team.size},
             "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
-            "notes": list(data.notes), "hardware": hardware(trainer.device), "versions": versions(), "config": c.to_dict()}
+            "notes": [*data.notes, *p.notes], "census": data.census.to_dict(), "hardware": hardware(trainer.device),
+            "versions": versions(), "config": c.to_dict()}
 
 # %% ../nbs/11_training.ipynb #c128
 def open_data(config: TrainConfig) -> SegmentationData:
     """The data that a configuration names, checked and cached. `DataProblems` lists what is wrong with it."""
     c = config
     return SegmentationData.open(c.data, classes=c.classes, size=c.size, fold=c.fold, folds=c.folds, resize=c.resize,
-                                 colour=c.colour, masks=c.masks, valid_share=c.valid_share, seed=c.seed, cache=c.cache,
-                                 progress=c.progress)
+                                 colour=c.colour, masks=c.masks, mask_values=c.mask_values, ignore_value=c.ignore_value,
+                                 valid_share=c.valid_share, seed=c.seed, cache=c.cache, progress=c.progress)
 
 # %% ../nbs/11_training.ipynb #c129b
 def _refuse_unequal_shares(config: TrainConfig, team: Team) -> None:
@@ -795,6 +1129,9 @@ def _write_metrics(trainer: Trainer) -> dict:
 def _refuse_other_runs(config: TrainConfig) -> None:
     """Raise FileExistsError or ValueError when the folder holds a run that this configuration does not go on with."""
     folder = config.folder
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, where {folder} needs a folder: choose another runs or name")
     if not any((folder / name).exists() for name in ("resume.pt", "history.csv", "metrics.json")):
         return  # no epoch was completed here
     if not config.resume:
@@ -802,14 +1139,14 @@ def _refuse_other_runs(config: TrainConfig) -> None:
     if not (folder / "resume.pt").is_file():
         raise FileExistsError(f"{folder} holds a run without its resume.pt, which cannot go on: choose another name")
     if (folder / "config.json").is_file():
-        _same_recipe(config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        _same_recipe(config, _stored_config(folder / "config.json"))
 
 
 def _write_config(config: TrainConfig) -> None:
     """Make the run's folder and write what it is made with."""
     with _clear_disk_errors(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
-        _write_text(config.folder / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        _write_text(config.folder / "config.json", json.dumps(located(config), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c136
 def _save(trainer: Trainer, finished: bool) -> None:
@@ -856,8 +1193,9 @@ def fit(config: TrainConfig, data: SegmentationData | None = None,
     `data`: opened already (else `open_data(config)`). `on_epoch(history, picture of validation masks)` follows every epoch.
     `team`: the processes that train together, each of which calls `fit`; the leader alone writes, prints and calls `on_epoch`.
     Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it stopped, to the
-    same result. ValueError (configuration, data), FileExistsError (a run is there), FloatingPointError (loss not finite, with
-    the images' ids), OSError (disk). Source: training recipe of the official repository, release v0.1.0.
+    same result, or to more epochs. What is alarming in the data is a warning. On CPUs, `keep_freed_memory()` before it saves time.
+    ValueError (configuration, data), FileExistsError (a run is there), FloatingPointError (loss not finite, with the images'
+    ids), OSError (disk). Source: training recipe of the official repository, release v0.1.0.
     """
     choose_device(config.device)  # refusals that cost nothing come first, and config.json after all of them
     _refuse_unequal_shares(config, team)
@@ -865,8 +1203,8 @@ def fit(config: TrainConfig, data: SegmentationData | None = None,
     trainer = Trainer(config, data if data is not None else _open_in_turn(config, team), team)
     _load_state(trainer)
     team.lead(partial(_write_config, config))
-    if trainer.device.type == "cpu":
-        keep_freed_memory()
+    for sentence in trainer.data.census.warnings if team.leads else ():
+        warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=2)
     tracker = Tracker(dataclasses.replace(config, track=config.track and team.leads), trainer.progress.run_id)
     trainer.progress.run_id, metrics = tracker.run_id, None
     try:

@@ -1,16 +1,20 @@
 """A training run keeps its promises: checked configuration, the same result after a crash, nothing half-written, clear ends."""
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
+import math
 import os
+import pickle
 import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +22,12 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, shared_folder
+from PIL import Image
 
 from qtseg import training
 from qtseg.data import SegmentationData
 from qtseg.model import BASELINES, Baseline, QTSeg, load_network
+from qtseg.phantoms import write_prepared
 from qtseg.training import BEST, OPTIMISERS, SCHEDULERS, Team, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
 
 PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
@@ -30,8 +36,6 @@ PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob(
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """24 phantom images of 64×64 in a prepared folder."""
-    from qtseg.phantoms import write_prepared
-
     return write_prepared(tmp_path_factory.mktemp("phantoms") / "set", "dermoscopy", 24, 64, 0)
 
 
@@ -107,11 +111,66 @@ def test_unknown_keys_are_refused_by_name():
     ("model", "vnet", "model is one of qtseg, unet"), ("position", "rotary", "position is one of fourier, learned, none"),
     ("model", "unet", "encoder fpn is QTSeg's own: model unet needs one of segmentation-models-pytorch, such as encoder: resnet34"),
     ("encoder_weights", "imagenet", "encoder_weights imagenet are for an encoder of segmentation-models-pytorch"), ("freeze_norm", 1, "freeze_norm is true"),
+    ("betas", [0.9], "betas is two numbers, each at least 0 and below 1"), ("betas", [0.9, 1.0], "betas is two numbers"), ("betas", [-0.1, 0.9], "betas is two"),
+    ("valid_share", 5, "valid_share is above 0 and below 1, not 5"), ("valid_share", 0, "valid_share"), ("valid_share", 1.0, "valid_share"),
+    ("gamma", -3, "gamma is above 0 and at most 1, not -3"), ("gamma", 0, "gamma is above 0"), ("power", 0.0, "power is above 0"), ("momentum", 1.0, "momentum is at"),
+    ("depths", [-1, 0], "depths is three whole numbers"), ("depths", [1, 2], "depths is three"), ("depths", [1, 1, -1], "depths is three"),
+    ("folds", 1, "folds is at least 2, not 1"), ("fold", -1, "fold is at least 0"), ("lr", float("inf"), "lr is a number, not inf"), ("lr", 10**400, "lr is a number"),
+    ("milestones", [3, 2], "milestones is a list of epochs from 1 on, in rising order"),
+    ("milestones", [2, 2], "milestones is a list"), ("milestones", [0], "milestones is a list"), ("losses", {"ce": -1.0}, "losses is one or more losses with weights"),
+    ("losses", {"ce": 0.0}, "none below 0 and one above"), ("heads", 3, "heads divides twice the width, 32: 3 does not"), ("heads", -1, "heads is at least 1"),
+    ("size", 60000, "size is at most 16384"), ("seed", 2**64, "seed is at most"), ("data", "", "data is a folder, a .zip or phantoms"), ("data", "a\0b", "data is a folder"),
+    ("runs", " ", "runs is the name of a folder"), ("cache", "a\nb", "cache is the name of a folder"), ("name", "..", "name is the name of one folder"),
+    ("name", ".", "name is the name of one folder"), ("name", "a\\b", "name is the name of one folder"), ("name", "a\x1b[2J", "name is the name of one folder"),
+    ("name", "x" * 300, "at most 200 bytes"), ("name", " run", "name is the name"), ("operations", ["rotate", "rotate"], "operations is a list of different names"),
+    ("strength", 2.5, "strength is at most 2.0"), ("lr", 1e-6, "min_lr, 1e-05, is at most lr"), ("data", b"d", "data is a text, not b'd'"), ("mask_values", [0, 1.5], "mask_values is a list"),
 ])
 def test_wrong_values_are_refused_by_name(key, value, said):
     with pytest.raises(ValueError) as caught:
         TrainConfig(**{key: value})
+    assert said in str(caught.value) and len(str(caught.value)) < 600 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"losses": {"bce": 1.0}, "classes": 3}, "losses bce does not go with classes 3 (this loss needs logits with 1 to 2 channels)"),
+    ({"losses": {"ce": 1.0}, "classes": 1}, "losses ce does not go with classes 1"), ({"fold": 2, "folds": 2}, "fold is below folds, 2: counted from 0, 2 is not there"),
+    ({"optimiser": "sgd", "nesterov": True, "momentum": 0.0}, "nesterov needs a momentum above 0"),
+    ({"scheduler": "plateau", "gamma": 1.0}, "scheduler plateau needs a gamma below 1"),
+    ({"model": "unet", "epochs": 0}, "encoder fpn is QTSeg's own"),
+])
+def test_values_that_do_not_go_together_are_refused(changes, said):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**changes)
     assert said in str(caught.value)
+
+
+def test_texts_that_stand_for_other_values_come_with_what_to_write():
+    """papermill -p compile false hands over the text 'false', YAML 1.1 reads 1e-3 as a text."""
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(compile="false", fold="null", milestones="[1, 2]", losses="{ce: 1}", lr="1e-3", epochs="many")
+    for said in ("compile is true or false, not 'false' (a text; with papermill -p compile False)", "(a text; with papermill -p fold None)",
+                 "(a text; with papermill -y \"milestones: [1, 2]\")", "-y \"losses: {ce: 1}\"", "lr is a number, not '1e-3' (a text; in YAML write 0.001, without quotes)",
+                 "epochs is a whole number, not 'many'"):
+        assert said in str(caught.value)
+
+
+def test_paths_numpys_numbers_tuples_and_arrays_become_plain_values(tmp_path):
+    config = TrainConfig(data=tmp_path, runs=Path("r"), size=np.int64(64), batch=torch.tensor(4), seed=np.array(3), lr=np.float32(0.5), betas=(0.9, np.float64(0.99)),
+                         depths=np.array([1, 1, 2]), compile=np.bool_(True), losses={np.str_("ce"): np.float16(2)}, operations=("rotate",), mask_values=(0, np.uint8(7)))
+    plain = TrainConfig(data=str(tmp_path), runs="r", size=64, batch=4, seed=3, lr=0.5, betas=[0.9, 0.99], depths=[1, 1, 2], compile=True, losses={"ce": 2.0},
+                        operations=["rotate"], mask_values=[0, 7])
+    assert config == plain and json.loads(json.dumps(config.to_dict())) == plain.to_dict()
+    assert {type(value) for value in config.to_dict().values()} <= {str, int, float, bool, list, dict, type(None)}
+    with pytest.raises(ValueError, match="epochs is a whole number, not a very long int"):
+        TrainConfig(epochs=10**5000)  # Python refuses to print it
+    for wrong in (np.longdouble(1), np.datetime64("2020"), object(), {1, 2}, 1j):
+        with pytest.raises(ValueError, match="lr is a number"):
+            TrainConfig(lr=wrong)
+
+
+def test_unknown_keys_are_named_whatever_they_are():
+    with pytest.raises(ValueError, match=r"unknown configuration keys: 3, None, \\x1bepoch; known"):
+        TrainConfig.from_dict({3: 1, "\x1bepoch": 2, None: 3})
 
 
 def test_all_problems_come_at_once():
@@ -228,6 +287,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids_of_its_batch(tiny, monkeyp
     assert all(torch.isfinite(value).all() for value in QTSeg.from_pretrained(config.folder / "last").state_dict().values())
 
 
+def test_ids_in_messages_are_shown_and_not_obeyed(tiny):
+    config = tiny()
+    trainer = Trainer(config, training.open_data(config))
+    pending = (torch.tensor(float("nan")), torch.zeros(1, 1, 4, dtype=torch.int64), ["a\x1b[2Jb"])
+    with pytest.raises(FloatingPointError) as caught:
+        training._settle(trainer, pending, ["c\rd"])
+    assert "a\\x1b[2Jb" in str(caught.value) and "c\\rd" in str(caught.value) and str(caught.value).isprintable()
+
+
 def test_a_huge_learning_rate_is_stopped(tiny):
     with pytest.raises(FloatingPointError, match="lower lr"):
         fit(tiny(lr=1e30, optimiser="sgd", momentum=0.0))
@@ -239,7 +307,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny, uninterrupted):
         fit(config)
 
 
-@pytest.mark.parametrize("mistake", [{"data": "nowhere"}, {"batch": 64}, {"device": "warp"}, {"lr": 1e30, "optimiser": "sgd", "momentum": 0.0}])
+@pytest.mark.parametrize("mistake", [{"data": "nowhere"}, {"batch": 64}, {"device": "warp"}, {"size": 32, "batch": 1}, {"lr": 1e30, "optimiser": "sgd", "momentum": 0.0}])
 def test_a_start_that_failed_leaves_its_name_free(tiny, mistake):
     with pytest.raises((ValueError, OSError, FloatingPointError)):
         fit(tiny(**mistake))
@@ -281,12 +349,268 @@ def test_a_run_begun_before_a_field_existed_goes_on_with_its_default(tiny, unint
     assert scores(fit(tiny(resume=True)).folder) == scores(uninterrupted)
 
 
-def test_a_damaged_resume_file_is_one_sentence(tiny):
+@pytest.fixture(scope="module")
+def standing(uninterrupted) -> dict:
+    return torch.load(uninterrupted / "resume.pt", weights_only=True)
+
+
+def refused_state(tiny, write) -> str:
+    """What `fit` says about a resume.pt that `write` wrote; nothing else is left."""
     config = tiny(resume=True)
     config.folder.mkdir()
-    (config.folder / "resume.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(ValueError, match="resume.pt is damaged"):
+    write(config.folder / "resume.pt")
+    with pytest.raises(ValueError) as caught:
         fit(config)
+    assert {path.name for path in config.folder.iterdir()} == {"resume.pt"} and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def swelling(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(50_000_000))
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(b"PK\x03\x04 not a checkpoint"), lambda path: path.write_bytes(pickle.dumps({"model": 1})), swelling,
+                                   lambda path: torch.save({"model": Path("x")}, path), lambda path: path.write_bytes(b"")],
+                         ids=["zip", "pickle", "swells", "an object", "empty"])
+def test_a_damaged_resume_file_is_one_sentence(tiny, write):
+    assert "resume.pt is damaged" in refused_state(tiny, write)
+
+
+def endless(tensor: torch.Tensor) -> torch.Tensor:
+    """A few bytes that claim 40 GB."""
+    return torch.zeros(1).expand(10_000_000_000)
+
+
+CHANGES = {"no dictionary": ("its parts", lambda state: [1]), "a part missing": ("its parts", lambda state: state.pop("scaler")),
+           "a part more": ("its parts", lambda state: state.update(code="x")),
+           "a weight missing": ("its model", lambda state: state["model"].popitem()),
+           "another shape": ("its model", lambda state: state["model"].update({"encoder.down2.conv.weight": endless(None)})),
+           "right shape, few numbers": ("its model", lambda state: state["model"].update({"encoder.down2.conv.weight": torch.zeros(1).expand(4, 3, 3, 3)})),
+           "another type": ("its model", lambda state: state["model"].update({name: value.double() for name, value in state["model"].items()})),
+           "a NaN": ("its model", lambda state: state["model"]["encoder.down2.norm.bias"].fill_(math.nan)),
+           "endless moments": ("its optimiser", lambda state: state["optimiser"]["state"][0].update(exp_avg=endless(None))),
+           "moments missing": ("its optimiser", lambda state: state["optimiser"]["state"][0].pop("exp_avg_sq")),
+           "moments of nothing": ("its optimiser", lambda state: state["optimiser"]["state"].update({10**6: {}})),
+           "a group's text": ("its optimiser", lambda state: state["optimiser"]["param_groups"][0].update(lr="fast")),
+           "a method replaced": ("its scheduler", lambda state: state["scheduler"].update(step=5)),
+           "a text for a number": ("its scheduler", lambda state: state["scheduler"].update(last_epoch="3")),
+           "epochs beyond the history": ("its progress", lambda state: state["progress"].update(epoch=10**9)),
+           "a row of texts": ("its progress", lambda state: state["progress"]["history"][0].update(lr="=cmd()")),
+           "a column that is a formula": ("its progress", lambda state: state["progress"]["history"][0].update({"=cmd()": 1.0})),
+           "a field more": ("its progress", lambda state: state["progress"].update(folder="..")), "a step back": ("its progress", lambda state: state["progress"].update(step=-1)),
+           "no sums": ("its progress", lambda state: state["progress"].update(step=2)), "a best of nothing": ("its progress", lambda state: state["progress"].update(best={"x": {}}))}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_built_or_copied(tiny, standing, name):
+    part, change = CHANGES[name]
+    state = copy.deepcopy(standing)
+    changed = change(state)
+    said = refused_state(tiny, lambda path: torch.save(changed if name == "no dictionary" else state, path))
+    assert f"resume.pt does not fit this run ({part}" in said and "start again" in said
+
+
+@pytest.mark.parametrize("text, said", [("{", "config.json is no JSON that can be read"), ("[" * 100_000, "config.json is no JSON that can be read"),
+                                        ('{"epochs": ' + "9" * 5000 + "}", "config.json"), ('{"epochs": "\x1b"}', "config.json"), ("[1]", "config.json is no JSON object"),
+                                        ('{"epoch": 3}', "config.json is no configuration of a run (unknown configuration keys: epoch"),
+                                        ('{"name": ".."}', "config.json is no configuration of a run (the training configuration cannot be used: name is")])
+def test_a_stored_configuration_that_cannot_be_read_is_one_sentence(tiny, text, said):
+    config = tiny(resume=True)
+    config.folder.mkdir()
+    (config.folder / "resume.pt").touch()
+    (config.folder / "config.json").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        fit(config)
+    assert said in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 2500
+    assert (config.folder / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:7x", "", "hpu", None])
+def test_odd_devices_are_one_sentence(device):
+    with pytest.raises(ValueError, match="device .* cannot be used"):
+        training.choose_device(device)
+
+
+def test_a_file_where_a_folder_must_be_is_one_sentence(tiny, tmp_path):
+    (tmp_path / "taken").touch()
+    for changes in ({"runs": str(tmp_path / "taken")}, {"runs": str(tmp_path), "name": "taken"}, {"runs": str(tmp_path / "taken" / "deep")}):
+        with pytest.raises(NotADirectoryError, match="taken is a file, where .* needs a folder"):
+            fit(tiny(**changes))
+
+
+# going on
+
+def copied(uninterrupted: Path, runs: Path) -> Path:
+    return Path(shutil.copytree(uninterrupted, runs / "run"))
+
+
+def test_a_finished_run_goes_on_to_more_epochs_as_if_it_had_had_them_all(tiny, uninterrupted):
+    """A schedule that does not ask for the number of epochs: the same weights as a run that was not interrupted."""
+    whole = fit(tiny(epochs=4, name="whole"))
+    copied(uninterrupted, Path(tiny().runs))
+    more = fit(tiny(epochs=4, resume=True))
+    assert timeless(more.history) == timeless(whole.history) and scores(more.folder) == scores(whole.folder)
+    assert json.loads((more.folder / "config.json").read_text())["epochs"] == 4 and not any("epochs became" in note for note in more.metrics["notes"])
+    with pytest.raises(ValueError, match=r"another configuration \(epochs: 4 -> 3\)"):
+        fit(tiny(epochs=3, resume=True))
+
+
+@pytest.mark.parametrize("name", ["cosine", "polynomial"])
+def test_schedules_that_depend_on_epochs_follow_the_new_number_from_there_on(tiny, capsys, name):
+    short, long = (fit(tiny(size=32, epochs=epochs, scheduler=name, name=run)) for epochs, run in ((2, "run"), (4, "long")))
+    more = fit(tiny(size=32, epochs=4, scheduler=name, resume=True, progress=True))
+    rates = [row["lr"] for row in more.history]
+    assert rates[:2] == [row["lr"] for row in short.history] and rates[2:] == pytest.approx([row["lr"] for row in long.history][2:], rel=1e-6)
+    said = f"2 epochs became 4 after epoch 2: from there on the rate follows the {name} curve of 4 epochs"
+    assert capsys.readouterr().out.count(said) == 1 and sum(said in note for note in more.metrics["notes"]) == 1
+    again = fit(tiny(size=32, epochs=4, scheduler=name, resume=True))  # done: nothing changes any more
+    assert scores(again.folder) == scores(more.folder) and sum(said in note for note in again.metrics["notes"]) == 1
+
+
+def test_a_run_goes_on_after_its_data_were_moved_and_not_with_others(tiny, uninterrupted, phantoms, tmp_path):
+    moved = shutil.copytree(phantoms, tmp_path / "moved")
+    for path in moved.rglob("*"):
+        os.utime(path, (0, 0))  # another time of change, as after a download
+    copied(uninterrupted, Path(tiny().runs))
+    result = fit(tiny(data=str(moved), resume=True))
+    assert scores(result.folder) == scores(uninterrupted) and json.loads((result.folder / "config.json").read_text())["data"] == str(moved)
+    record = next(path for path in sorted((moved / "masks").iterdir()))
+    for change in (lambda: record.write_bytes((sorted((moved / "masks").iterdir())[1]).read_bytes()), lambda: shutil.copy(record, moved / "masks" / "more.png")):
+        change()
+        before = (result.folder / "config.json").read_bytes()
+        with pytest.raises(ValueError, match="was begun with other images or masks|no image|in the manifest"):
+            fit(tiny(data=str(moved), resume=True))
+        assert (result.folder / "config.json").read_bytes() == before
+    other = write_prepared(tmp_path / "other", "dermoscopy", 24, 64, 1)
+    with pytest.raises(ValueError, match="was begun with other images or masks .* name the same data, or choose another name"):
+        fit(tiny(data=str(other), resume=True))
+
+
+def test_a_run_without_its_datas_digest_goes_on_where_it_was_and_nowhere_else(tiny, uninterrupted, standing, phantoms, tmp_path):
+    folder = copied(uninterrupted, Path(tiny().runs))
+    torch.save({name: part for name, part in standing.items() if name != "data"}, folder / "resume.pt")
+    with pytest.raises(ValueError, match="was begun with other images or masks"):
+        fit(tiny(data=str(shutil.copytree(phantoms, tmp_path / "moved")), resume=True))
+    assert scores(fit(tiny(resume=True)).folder) == scores(uninterrupted)
+
+
+def test_the_folder_names_the_data_wherever_one_stands(tiny, phantoms, monkeypatch):
+    monkeypatch.chdir(phantoms.parent)
+    folder = fit(tiny(size=32, data=phantoms.name, epochs=1)).folder
+    assert json.loads((folder / "config.json").read_text())["data"] == str(phantoms.resolve())
+    monkeypatch.chdir("/")
+    assert fit(tiny(size=32, epochs=2, resume=True)).metrics["train"]["epochs"] == 2
+
+
+# one image in the last batch
+
+@pytest.mark.parametrize("changes, said", [
+    ({"batch": 5, "drop_last": False}, "the last batch of an epoch holds one image (16 training images, batch 5), of which BatchNorm would see one value per "
+                                       "channel at size 32: set drop_last=True, another batch or a larger size"),
+    ({"batch": 1}, "a batch holds one image (16 training images, batch 1)"),
+    ({"batch": 5, "drop_last": False, "model": "deeplabv3plus", "encoder": "mobilenet_v2", "size": 64}, "at size 64: set drop_last=True"),
+])
+def test_a_batch_of_one_that_cannot_train_is_known_before_the_first_step(tiny, monkeypatch, changes, said):
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(ValueError) as caught:
+        fit(tiny(**{"size": 32} | changes))
+    assert said in str(caught.value) and not tiny().folder.exists()
+
+
+def test_a_single_image_and_a_teams_shares_of_one_are_told_too(tiny):
+    config = tiny(size=32, batch=2)
+    with pytest.raises(ValueError, match="a process's share of a batch holds one image"):
+        training._refuse_lone_images(config, 16, Pair(), torch.device("cpu"))
+    training._refuse_lone_images(config, 16, Pair(), torch.device("cuda"))  # there BatchNorm sees the team's batch
+    with pytest.raises(ValueError) as caught:
+        training._refuse_lone_images(tiny(size=32, drop_last=False), 1, Team(), torch.device("cpu"))
+    assert "drop_last" not in str(caught.value), "which would leave no batch at all"
+
+
+@pytest.mark.parametrize("changes", [{"size": 64}, {"size": 33}, {"freeze_norm": True, "model": "unet", "encoder": "mobilenet_v2"}])
+def test_a_batch_of_one_that_can_train_does(tiny, changes):
+    assert np.isfinite(fit(tiny(epochs=1, **{"size": 32, "batch": 5, "drop_last": False} | changes)).history[0]["train_loss"])
+
+
+# what is alarming, and what costs nothing
+
+def with_masks(folder: Path, mask, count: int = 12) -> Path:
+    """Pairs of noise and of masks that `mask(number)` makes: [64, 64] uint8."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    for number in range(count):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(folder / "images" / f"{number}.png")
+        Image.fromarray(mask(number)).save(folder / "masks" / f"{number}.png")
+    return folder
+
+
+def test_the_best_constant_mask_stands_beside_the_network(tiny, uninterrupted, phantoms):
+    stored = json.loads((uninterrupted / "metrics.json").read_text())
+    data = SegmentationData.open(str(phantoms), size=64, cache=str(phantoms.parent / "cache"), progress=False)
+    for part in ("valid", "test"):
+        masks = getattr(data, part).batch(range(len(getattr(data, part)))).masks.double()
+        inside = masks.mean(dim=(1, 2))
+        expected = (200 * inside / (1 + inside)).mean().item()  # Dice of "foreground everywhere"
+        assert stored["best_constant_mask"][part]["class"] == 1 and stored["best_constant_mask"][part]["dice"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_without_foreground_or_without_background_are_told_loudly(tiny, tmp_path, value):
+    source = with_masks(tmp_path / "flat", lambda number: np.full((64, 64), value, np.uint8))
+    config = tiny(data=str(source), cache=str(tmp_path / "cache"), epochs=1)
+    data = training.open_data(config)
+    assert data.census.warnings
+    with pytest.warns(UserWarning) as told:
+        result = fit(config, data)
+    assert all(any(sentence in str(one.message) for one in told) for sentence in data.census.warnings)
+    assert set(data.census.warnings) <= set(result.metrics["notes"]) and result.metrics["census"] == data.census.to_dict()
+    assert result.metrics["best_constant_mask"]["valid"] | {"class": value // 255, "dice": 100.0} == result.metrics["best_constant_mask"]["valid"]
+
+
+def test_ignored_pixels_count_in_no_loss_and_no_score(tiny, tmp_path):
+    def mask(number: int, ignored: int) -> np.ndarray:
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16:48, 16:48], mask[:8] = 1, ignored
+        return mask
+
+    histories = []
+    for ignored in (7, 9):  # two stored values, one meaning
+        source = with_masks(tmp_path / f"ignored{ignored}", lambda number: mask(number, ignored))
+        config = tiny(data=str(source), cache=str(tmp_path / "cache"), masks="index", mask_values=[0, 1], ignore_value=ignored, epochs=2, name=f"run{ignored}")
+        data = training.open_data(config)
+        assert data.ignore_index is not None
+        result = fit(config, data)
+        histories.append(timeless(result.history))
+        perfect = torch.nn.Identity()
+        perfect.forward = lambda images: torch.nn.functional.one_hot(torch.tensor(mask(0, 0)).long(), 2).permute(2, 0, 1)[None].expand(len(images), -1, -1, -1) * 9.0
+        assert evaluate(perfect, data.valid, 2, ignore_index=data.ignore_index)["dice"] == 100
+        assert json.loads((result.folder / "config.json").read_text())["ignore_value"] == ignored
+    assert histories[0] == histories[1]
+
+
+def test_a_score_that_is_no_number_neither_wins_nor_blocks(tiny, monkeypatch):
+    losses = iter([0.5, math.nan, 9.0, 0.4])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": next(losses, 0.4), "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
+    assert fit(tiny(size=32, epochs=4, select="loss")).metrics["best"]["loss"] == {"epoch": 4, "value": 0.4}
+    losses = iter([math.nan, 9.0, 0.5, math.nan])
+    assert fit(tiny(size=32, epochs=4, select="loss", name="first")).metrics["best"]["loss"] == {"epoch": 3, "value": 0.5}
+    losses = iter([math.nan] * 4)
+    with pytest.raises(FloatingPointError, match="no epoch of .* has a validation loss that is a number"):
+        fit(tiny(size=32, epochs=4, select="loss", name="never"))
+
+
+def test_plateau_watches_the_validation_loss_alone(tiny, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": 1e-9, "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
+    seen, step = [], torch.optim.lr_scheduler.ReduceLROnPlateau.step
+    monkeypatch.setattr(torch.optim.lr_scheduler.ReduceLROnPlateau, "step", lambda self, loss, *more: (seen.append(loss), step(self, loss, *more))[1])
+    result = fit(tiny(size=32, epochs=5, scheduler="plateau", step_epochs=1, validate_every=2))
+    assert seen == [1e-9] * 3 and [row["lr"] for row in result.history] == [1e-3] * 5, "epochs 2, 4 and 5 were validated; two without progress are borne"
+
+
+def test_the_host_process_keeps_its_memory_as_it_was(tiny, monkeypatch):
+    monkeypatch.setattr(training, "keep_freed_memory", lambda: pytest.fail("fit is a guest in this process"))
+    fit(tiny(size=32, epochs=1))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -414,6 +738,12 @@ def test_seeds_of_batches_differ_and_repeat():
     assert len(drawn) == 3 * 10 * 21 and draw_seed(1996, 3, 4) == draw_seed(1996, 3, 4)
 
 
+class Pair(Team):
+    """Half of a team, to see what is refused."""
+
+    size = 2
+
+
 class Recorded(Team):
     """A team of one that writes down what it is asked."""
 
@@ -458,9 +788,6 @@ def test_a_process_that_does_not_lead_writes_and_says_nothing(tiny, capsys):
 @pytest.mark.parametrize("changes, said", [({"batch": 5}, "a batch of 5 cannot be shared equally by 2 processes: choose a multiple of 2"),
                                            ({"drop_last": False}, "set drop_last=True")])
 def test_a_team_refuses_unequal_shares_before_anything_is_read(tiny, changes, said):
-    class Pair(Team):
-        size = 2
-
     with pytest.raises(ValueError, match=said):
         fit(tiny(data="nowhere", **changes), team=Pair())
 
@@ -550,8 +877,6 @@ def test_real_images_train(tmp_path, tiny, archive, options):
     source = shared_folder() / "data" / archive
     if not source.is_file():
         pytest.skip(f"{source} is not there: real images never enter the repository")
-    import zipfile
-
     root = tmp_path / "few"
     with zipfile.ZipFile(source) as full:
         for folder in sorted({str(Path(name).parent) for name in full.namelist() if not name.endswith("/")}):
