@@ -244,12 +244,18 @@ def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[d
 
 
 def _first_directory(source: BinaryIO, size: int) -> dict[int, tuple[int, int]]:
-    """The first directory of a TIFF or an EXIF block; empty if there is none."""
+    """The first directory of a TIFF or an EXIF block, with those inside it judged, too; empty if there is none."""
     source.seek(0)
+    first: dict[int, tuple[int, int]] = {}
     try:
-        return _directory(source, *_layout(source.read(16)), size)[0]
-    except struct.error:
-        return {}
+        layout, at = _layout(source.read(16))
+        first = inner = _directory(source, layout, at, size)[0]
+        for tag in (34853, 34665, 40965):  # where the camera was, its settings, and what these hold in turn
+            if tag in inner:
+                inner = _directory(source, layout, inner[tag][1], size)[0] | first
+    except (struct.error, OverflowError):  # the file ends here
+        pass
+    return first
 
 # %% ../nbs/reference/files.ipynb #files-017
 def _pages(source: BinaryIO, size: int) -> int:
@@ -427,7 +433,8 @@ def _raster(source: BinaryIO, name: str, size: int) -> tuple:
         bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
         if values.dtype == np.uint16 and tags.get(262, (1, 1))[1] == 0:  # WhiteIsZero, which Pillow honors up to 8 bits
             values = np.uint16(2**bits - 1) - values
-        if turn := UPRIGHT.get(_orientation(picture, tags)):
+        turn = UPRIGHT.get(_orientation(picture, tags))
+        if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):  # a TIFF is upright as it comes from Pillow or OpenCV
             values = np.ascontiguousarray(turn(values))
         return values, _indices(picture), picture.format, bits, frames or getattr(picture, "n_frames", 1), turn is not None
 
@@ -700,6 +707,14 @@ def _entries(folder: Path, seen: set, passed: list[tuple[Path, str]]) -> list[os
         return []
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one; a link that leads in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _reason(entry: os.DirEntry) -> str:
     """Why an entry that is no folder is passed over; "" for a file to be read."""
     if entry.name.startswith("."):
@@ -734,7 +749,7 @@ def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]
             continue
         for entry in entries:
             path = place / entry.name
-            if not entry.name.startswith(".") and entry.is_dir():
+            if not entry.name.startswith(".") and _is_folder(entry):
                 (links if entry.is_symlink() else folders).append((path, depth + 1))
             elif reason := _reason(entry):
                 passed.append((path, reason))
