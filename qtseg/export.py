@@ -257,7 +257,7 @@ def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
     stored, metrics = _read_json(run / "config.json"), _read_json(run / "metrics.json")
     known = {entry.name: entry.default for entry in fields(TrainConfig)}
     if stored.keys() - known.keys() or any(known[name] is not None for name in known.keys() - stored.keys()):
-        return None, {}  # another program's config.json; defaults for what it lacks would be invented (None says: not asked for)
+        return None, {}  # another program's config.json; defaults for what it lacks would be invented (None: not asked for)
     scored = run / f"best_{metrics.get('selected_by')}"
     same = (scored / "model.safetensors").is_file() and weights_sha256(scored) == weights_sha256(checkpoint)
     return TrainConfig.from_dict(stored), metrics if same else {}
@@ -333,7 +333,8 @@ def _scores(recipe: TrainConfig | None, metrics: dict) -> str:
     values = " | ".join(f"{metrics['test'][measure]:.2f}" for measure in SCORES)
     chosen = f"The weights are those of the epoch with the best {escape(metrics['selected_by'])} on the validation split"
     return "\n".join([
-        f"Mean over the {escape(metrics['images'][part])} images of the {split} split, at {recipe.size}×{recipe.size} pixels:", "",
+        f"Mean over the {escape(metrics['images'][part])} images of the {split} split, "
+        f"at {recipe.size}×{recipe.size} pixels:", "",
         f"| {' | '.join(SCORES.values())} |", "|" + "---:|" * len(SCORES), f"| {values} |", "",
         chosen + (": the very images scored here, so the figures flatter it." if part == "valid" else ".")])
 
@@ -351,8 +352,9 @@ def _evaluation(checkpoint: Path) -> str:
         mean, missed = found["scores"]["own"]["mean"], found["missed"]["own"]
         scores = ", ".join(f"{name} {_interval(mean[measure])}" for measure, name in (("dice", "Dice"), ("iou", "IoU")))
         counts = ", ".join(escape(f"{name.replace('_', ' ')} {count}") for name, count in missed.items())
-        paragraphs.append(f"{escape(found['split'].capitalize())} split, {escape(found['images'])} images, each at its own size, in percent "
-                          f"(95 % bootstrap interval): {scores}; {counts}.")
+        split, images = escape(found["split"].capitalize()), escape(found["images"])
+        paragraphs.append(f"{split} split, {images} images, each at its own size, in percent (95 % bootstrap interval): "
+                          f"{scores}; {counts}.")
     return "\n\n".join(paragraphs) or "None was found beside this checkpoint; `qtseg-evaluate` writes one."
 
 # %% ../nbs/18_export.ipynb #export086
@@ -399,14 +401,14 @@ def model_card(checkpoint: str | Path) -> str:
                  "Evaluation": _evaluation(checkpoint), "Recipe": _recipe(recipe, metrics), "Limits": _limits(recipe)}
         front = _front_matter(name, recipe, metrics)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"the metrics.json or evaluation.json of {checkpoint} is not what QTSeg writes ({printable(repr(error))}): "
-                         "take it away") from None
+        raise ValueError(f"the metrics.json or evaluation.json of {checkpoint} is not what QTSeg writes "
+                         f"({printable(repr(error))}): take it away") from None
     sections = [f"## {title}\n\n{text}" for title, text in parts.items()]
     return "\n\n".join([front, CARD_MARK, f"# {escape(name)}", _about(checkpoint, model, preprocessing), *sections]) + "\n"
 
 # %% ../nbs/18_export.ipynb #export093
 def _own_card(checkpoint: Path) -> bool:
-    """Does the folder hold a README.md that somebody wrote? ValueError for a link, which could lead to any file of this computer."""
+    """Does the folder hold a README.md that somebody wrote? ValueError for a link, which could lead to any file."""
     path = checkpoint / CARD_FILE
     if path.is_symlink():
         raise ValueError(f"{path} is a link: put the file itself there, or delete it")
@@ -506,7 +508,8 @@ def _parser() -> argparse.ArgumentParser:
     """What `qtseg-export` understands."""
     parser = argparse.ArgumentParser(prog="qtseg-export", description="Export a checkpoint, describe it, share it. "
                                      "Without options: --onnx --card.")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder that training wrote: runs/NAME, or a checkpoint in it (runs/NAME/best_dice)")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
+                        help="a folder that training wrote: runs/NAME, or a checkpoint in it (runs/NAME/best_dice)")
     parser.add_argument("--onnx", action="store_true", help=f"write {ONNX_FILE}, checked against PyTorch")
     parser.add_argument("--opset", type=int, default=OPSET, help=f"version of ONNX's operations ({OPSET})")
     parser.add_argument("--torch", action="store_true", help=f"write {TORCH_FILE}, checked against PyTorch")
@@ -523,7 +526,8 @@ def _written(path: Path, difference: float) -> str:
 
 def _steps(chosen: argparse.Namespace) -> None:
     """Do what the command line asks for, in an order in which later steps find what earlier ones wrote."""
-    checkpoint, nothing = find_checkpoint(chosen.checkpoint), not (chosen.onnx or chosen.torch or chosen.card or chosen.pack or chosen.push)
+    nothing = not (chosen.onnx or chosen.torch or chosen.card or chosen.pack or chosen.push)
+    checkpoint = find_checkpoint(chosen.checkpoint)
     read_checkpoint(checkpoint)  # refuses now what would be refused in a minute
     if chosen.onnx or nothing:
         print("recording, translating and checking the graph takes about a minute", flush=True)

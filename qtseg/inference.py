@@ -36,20 +36,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .colors import class_colors
-from .data import Preprocessing, in_order, normalise, outline, read_preprocessing, to_colour
+from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_preprocessing, rgb_of, to_colour
 from .evaluation import class_probabilities, decide, undo_resize, weights_sha256
-from .files import (FORMATS, NO_SPACE, Picture, csv_cell, is_picture, limit, printable, read_json, read_picture, same_form,
+from .files import (NO_SPACE, Picture, csv_cell, is_picture, limit, printable, read_json, read_picture, same_form,
                          walk, write_then_rename)
 from .model import find_checkpoint, load_network
 from .training import choose_device, keep_freed_memory, stop_signals
 
 # %% auto #0
 __all__ = ['FREE_PIXELS', 'FLIPS', 'WORKERS', 'AMP', 'LARGEST_ONNX', 'LARGEST_WINDOW', 'ENGINES', 'SETTINGS_FILE', 'MAGIC',
-           'OUTPUTS', 'MOST_BOXES', 'LARGEST_OVERLAY', 'TROUBLE', 'LOCK_FILE', 'picture_rgb', 'as_rgb', 'flip_average',
-           'keep_largest_components', 'with_background', 'OnnxNetwork', 'open_onnx', 'window_starts', 'check_window',
-           'fit_window', 'Predictor', 'Found', 'find_images', 'name_outputs', 'class_columns', 'describe_mask',
-           'mask_png', 'overlay_jpg', 'probability_png', 'probability_npz', 'Job', 'Ready', 'FileOptions', 'Done',
-           'Summary', 'predict_files', 'main']
+           'NO_PICTURE', 'ENDINGS', 'OUTPUTS', 'MOST_BOXES', 'LARGEST_OVERLAY', 'TROUBLE', 'LOCK_FILE', 'as_rgb',
+           'flip_average', 'keep_largest_components', 'with_background', 'OnnxNetwork', 'open_onnx', 'window_starts',
+           'check_window', 'fit_window', 'Predictor', 'Found', 'find_images', 'name_outputs', 'class_columns',
+           'describe_mask', 'mask_png', 'overlay_jpg', 'probability_png', 'probability_npz', 'Job', 'Ready',
+           'FileOptions', 'Done', 'Summary', 'predict_files', 'main']
 
 # %% ../nbs/13_inference.ipynb #inference011
 def _rgb(values: np.ndarray, white: int = 65535) -> np.ndarray:
@@ -73,20 +73,13 @@ FREE_PIXELS = 30_000_000  # with its maps at the image's own size, a prediction 
 
 
 def _read(path: str | os.PathLike) -> Picture:
-    """`read_picture`; ValueError also for a tiny file of very many pixels, which are cheap to decode but not to predict."""
+    """`read_picture`; ValueError also for very many pixels in a tiny file: cheap to decode, but not to predict."""
     picture = read_picture(path)
     pixels, size = picture.values.shape[0] * picture.values.shape[1], os.path.getsize(path)
     if pixels > FREE_PIXELS and 3 * pixels > limit("MAX_SWELL") * size:
         raise ValueError(f"has {pixels} pixels in a file of {size} bytes: set the environment variable "
                          f"QTSEG_MAX_SWELL={3 * pixels // size + 1} if you trust this file")
     return picture
-
-
-def picture_rgb(picture: Picture, white: int = 65535) -> np.ndarray:
-    """A decoded file -> uint8 RGB [H, W, 3]; white: the stored value of more than 8 bits that becomes 255."""
-    if picture.palette is not None:
-        return picture.palette[picture.values]
-    return _rgb(picture.values * np.uint8(255) if picture.bits == 1 else picture.values, white)
 
 
 def as_rgb(image: str | os.PathLike | np.ndarray | Image.Image, white: int = 65535) -> np.ndarray:
@@ -103,7 +96,7 @@ def as_rgb(image: str | os.PathLike | np.ndarray | Image.Image, white: int = 655
     """
     if isinstance(image, (str, os.PathLike)):
         try:
-            return picture_rgb(_read(image), white)
+            return rgb_of(_read(image), white)
         except (ValueError, ModuleNotFoundError) as error:
             raise type(error)(f"{image}: {error}") from error
     if isinstance(image, Image.Image):
@@ -152,14 +145,15 @@ def _check_channels(network: object) -> None:
     config = getattr(network, "config", None)
     channels = config.get("in_channels", 3) if isinstance(config, dict) else 3
     if channels != 3:
-        raise ValueError(f"the network takes images of {channels} channel(s), and prediction reads files as RGB, which are 3: "
-                         "train a network with in_channels=3 (grey images become three equal channels)")
+        raise ValueError(f"the network takes images of {channels} channel(s), and prediction reads files as RGB, "
+                         "which are 3: train a network with in_channels=3 (grey images become three equal channels)")
 
 
 def _check_finite(maps: np.ndarray) -> None:
     """Refuse probabilities that `forward` marked because the network's answer was not finite."""
     if not np.isfinite(maps.sum()):
-        raise ValueError("the network answered NaN or infinity: its weights are damaged, or mixed precision (amp) overflows")
+        raise ValueError("the network answered NaN or infinity: its weights are damaged, or mixed precision (amp) "
+                         "overflows")
 
 
 class _Core:
@@ -339,7 +333,7 @@ def check_window(window: int | None, overlap: float) -> None:
 
 
 def fit_window(window: int, height: int, width: int, size: int) -> int:
-    """The window's side for one image: no larger than the image's longest side or, where that is smaller, the size of training.
+    """The window's side for one image: at most the image's longest side or, if that is smaller, the size of training.
 
     ValueError above LARGEST_WINDOW.
     """
@@ -438,11 +432,15 @@ class Predictor(_Large):
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike, *, engine: str = "torch", **options) -> Predictor:
-        """From a checkpoint or a run's folder (see `find_checkpoint`); engine: "torch", or "onnx" for its model.onnx on the CPU.
+        """From the folder of a checkpoint or of a run.
 
-        options: as above.
+        Args:
+            folder: see `find_checkpoint`.
+            engine: "torch", or "onnx" for the checkpoint's model.onnx on the CPU.
+            **options: as above.
 
-        Raises FileNotFoundError or ValueError, one sentence, for a folder that is incomplete, damaged or at odds with itself.
+        Raises:
+            FileNotFoundError, ValueError: one sentence, for a folder that is incomplete, damaged or at odds with itself.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
@@ -460,18 +458,15 @@ class Predictor(_Large):
 # %% ../nbs/13_inference.ipynb #inference072
 SETTINGS_FILE = "predictions.json"
 MAGIC = re.compile(r"[*?\[]")
+NO_PICTURE = "no picture"
 
 
-@lru_cache(maxsize=1)
-def _endings() -> frozenset[str]:
-    """Endings of the formats that we read: who names a file like that means a picture."""
-    known = Image.registered_extensions().items()
-    return frozenset(ending for ending, kind in known if kind in FORMATS) | {".dcm", ".dicom", ".ima"}
+ENDINGS = (*EXTENSIONS, ".dcm", ".dicom", ".ima")  # a file of such a name is meant as an image
 
 
 def _is_input(path: Path) -> bool:
     """Is a file that was found, not named, to be segmented? If its content or its name is that of a picture."""
-    return path.suffix.lower() in _endings() or is_picture(path)
+    return path.suffix.lower() in ENDINGS or is_picture(path)
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -484,7 +479,7 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 # %% ../nbs/13_inference.ipynb #inference073
 class Found(NamedTuple):
-    """What `find_images` found: the folder that all inputs share, images, and what was passed over, each with the reason."""
+    """What `find_images` found: the folder that all inputs share, images, and what was passed over, with the reason."""
 
     root: Path
     files: list[Path]
@@ -492,10 +487,10 @@ class Found(NamedTuple):
 
 
 def _is_loss(path: Path, reason: str) -> bool:
-    """Could what was passed over have been an image? Not if it is a result, was listed before, or is a pipe by another name."""
+    """Could what was passed over have been an image? Not a result, what was listed before, or a pipe by another name."""
     if reason in ("results of an earlier prediction", "a folder that was listed already"):
         return False
-    return path.suffix.lower() in _endings() or not reason.startswith("not a file")
+    return path.suffix.lower() in ENDINGS or not reason.startswith("not a file")
 
 
 def _expand(pattern: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
@@ -513,17 +508,22 @@ def _expand(pattern: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
         earlier(parent) for parent in file.parents if parent != folder and parent.is_relative_to(folder))], []
 
 
+def _select(files: list[Path], passed: list[tuple[Path, str]]) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Of files that were found those that are to be segmented; the others are passed over, too."""
+    kept = {file for file in files if _is_input(file)}
+    return [file for file in files if file in kept], [*passed, *((file, NO_PICTURE) for file in files if file not in kept)]
+
+
 def _look_up(text: str) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
-    """One thing that somebody named -> (the folder that outputs' paths are relative to, files, passed). FileNotFoundError."""
+    """One thing that somebody named -> (the folder that outputs are relative to, files, passed). FileNotFoundError."""
     path = Path(text).expanduser().absolute()
     if os.path.isdir(path):
-        files, passed = walk(path)
-        return path, [file for file in files if _is_input(file)], passed
+        return path, *_select(*walk(path))
     if os.path.lexists(path):
         return path.parent, [path], []  # what is named is read, whatever it is called
     if MAGIC.search(text):
         folder, files, passed = _expand(path)
-        return folder, [file for file in files if _is_input(file)], passed
+        return folder, *_select(files, passed)
     raise FileNotFoundError(f"{text}: there is no such file or folder")
 
 
@@ -559,8 +559,8 @@ def _digest(text: str) -> str:
 def name_outputs(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """The name of each file's outputs, without ending, relative to the output folder: root/a/b.jpg -> "a/b".
 
-    Where outputs would share a name (b.jpg and b.png lie in one folder), they keep the whole one: "a/b.jpg" and "a/b.png". Where
-    those are equal, too, for some file systems (A.png and a.png, or one letter in two Unicode forms), a checksum is added.
+    Where outputs would share a name (b.jpg and b.png lie in one folder), they keep the whole one: "a/b.jpg" and "a/b.png".
+    Where those are equal for some file systems (A.png and a.png, one letter in two Unicode forms), a checksum is added.
     """
     whole = {file: file.relative_to(root).as_posix() for file in files}
     names = {file: name.removesuffix(file.suffix) for file, name in whole.items()}
@@ -601,7 +601,7 @@ def describe_mask(mask: np.ndarray, classes: int) -> list:
 
 # %% ../nbs/13_inference.ipynb #inference083
 def mask_png(mask: np.ndarray, palette: bool = False) -> bytes:
-    """A mask, uint8 [H, W], as a grey PNG whose values are class indices; palette: with `class_colors`, which Pillow looks up."""
+    """A mask, uint8 [H, W], as a grey PNG whose values are class indices; palette: with the colors of `class_colors`."""
     if not palette:
         return cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
     picture, stream = Image.fromarray(mask), io.BytesIO()
@@ -722,7 +722,7 @@ class Ready(NamedTuple):
 
 
 def _cell(path: str) -> str:
-    """A relative path as a table's cell: no formula, no control characters, and, where possible, still the path of that file."""
+    """A relative path as a table's cell: no formula, no control characters, and, where possible, still that path."""
     text = csv_cell(path)
     text = text if text == path else csv_cell(f"./{path}")
     return text.encode("utf-8", "backslashreplace").decode()
@@ -751,7 +751,7 @@ def _read_job(predictor: Predictor, window: int | None, job: Job) -> tuple[Job, 
     """A reader thread's work: (job, what was read, ""), or (job, None, what is wrong)."""
     try:
         picture = _read(job.path)
-        pixels = picture_rgb(picture, predictor.preprocessing.white)
+        pixels = rgb_of(picture, predictor.preprocessing.white)
         note = f"page 1 of {picture.frames} was predicted" if picture.frames > 1 else ""
         image = pixels if window else predictor.preprocessing.prepare(pixels)
         return job, Ready(image, pixels.shape[:2], note), ""
@@ -792,7 +792,8 @@ def _settings(predictor: Predictor, options: FileOptions, root: Path) -> dict:
     """All that a mask depends on, as predictions.json says it."""
     return {"images": str(root), "network": predictor.identity, "classes": predictor.classes, "amp": predictor.amp,
             "threshold": predictor.threshold, "tta": predictor.tta, "keep_largest": predictor.keep_largest,
-            "window": options.window, "overlap": options.overlap if options.window else None, "palette": options.palette,
+            "window": options.window, "overlap": options.overlap if options.window else None,
+            "palette": options.palette,
             "preprocessing": json.loads(json.dumps(asdict(predictor.preprocessing)))}  # tuples become lists, as in the file
 
 
@@ -820,15 +821,15 @@ def _check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
 
 @contextmanager
 def _only_writer(output: Path) -> Iterator[None]:
-    """Make the folder and lock it, for as long as this process lives at most; ValueError if another run writes to it."""
+    """Make the folder and lock it, at most until this process ends; ValueError if another run writes to it."""
     lock = FileLock(output / LOCK_FILE, blocking=False)
     with _clear_write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
-            raise ValueError(f"another prediction is writing to {output}: wait until it has ended, or choose another folder") \
-                from None
+            raise ValueError(f"another prediction is writing to {output}: wait until it has ended, or choose another "
+                             "folder") from None
     try:
         yield
     finally:
@@ -880,7 +881,8 @@ def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Jo
         else:
             problems.append(_write(output, f"{job.name}_overlay.jpg", data))
     failed = _write(output, f"{job.name}.png", mask_png(mask, options.palette))
-    row = [job.file, _cell(f"{job.name}.png"), mask.shape[1], mask.shape[0], *describe_mask(mask, predictor.classes), note]
+    height, width = mask.shape
+    row = [job.file, _cell(f"{job.name}.png"), width, height, *describe_mask(mask, predictor.classes), note]
     return Done(job, None if failed else row, [problem for problem in (*problems, failed) if problem])
 
 # %% ../nbs/13_inference.ipynb #inference103
@@ -911,14 +913,15 @@ def _slide_job(predictor: Predictor, options: FileOptions, output: Path, ready: 
 class Summary:
     """How a run over files went: images predicted, skipped (done before) and failed; seconds, and those of the network.
 
-    failed: images of which something could not be read or written; stopped: somebody pressed Ctrl-C, and the rest is left for
-    the next run; output: the folder.
+    failed: images of which something could not be read or written; ignored: files that are no pictures; stopped: somebody
+    pressed Ctrl-C, and the rest is left for the next run; output: the folder.
     """
 
     output: Path
     done: int = 0
     skipped: int = 0
     failed: int = 0
+    ignored: int = 0
     seconds: float = 0.0
     network_seconds: float = 0.0
     stopped: bool = False
@@ -930,6 +933,7 @@ class Summary:
             parts[0] += f": {self.done / self.seconds:.1f} images/s, network {share:.0%} of the time"
         parts += [f"{self.skipped} done before"] * bool(self.skipped)
         parts += [f"{self.failed} failed, see {self.output / 'errors.csv'}"] * bool(self.failed)
+        parts += [f"{self.ignored} files passed over, which are no pictures"] * bool(self.ignored)
         parts += ["stopped: run again to go on"] * self.stopped
         return "; ".join(parts)
 
@@ -986,13 +990,16 @@ class _Stream(_Opened):
 
     def pass_over(self, path: Path, reason: str) -> None:
         """Say what is not predicted although it was found; it fails if it could have been an image."""
+        if reason == NO_PICTURE:  # there may be thousands
+            self.summary.ignored += 1
+            return
         self.say(path, f"passed over: {reason}")
         if _is_loss(path, reason):
             self.errors.add([_cell(path.relative_to(self.found.root).as_posix()), csv_cell(f"passed over: {reason}")])
             self.summary.failed += 1
 
     def readable(self, results: Iterable[tuple]) -> Iterator[tuple[Ready, Job]]:
-        """Results of `_read_job` -> what was read, and its job; a file that cannot be read is reported and goes no further."""
+        """Results of `_read_job` -> what was read, and its job; files that cannot be read are reported and left out."""
         for job, ready, problem in results:
             if ready is None:
                 self.report(Done(job, None, [problem]))

@@ -353,6 +353,46 @@ def test_a_card_tells_of_evaluations(checkpoint):
     one_sentence(caught, "evaluation.json", "take it away")
 
 
+def test_texts_of_strangers_stay_texts_in_a_card(tmp_path):
+    """Class names, the device, versions, counts: whatever a file of a run holds, it is shown and does nothing."""
+    bad = "<img src=x onerror=alert(1)> | [a](javascript:b) `c`"
+    metrics = {**METRICS, "selected_by": "dice", "images": {bad: 1, "train": 60, "valid": 20, "test": bad}, "versions": {bad: bad},
+               "hardware": {"device": bad, "processor": bad}}
+    folder = save_run(tmp_path, TrainConfig(data=f"{bad}.zip", epochs=3), metrics)
+    (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64, class_names=("background", f"{bad}\n# Head")))))
+    (folder / "evaluation_test").mkdir()
+    score = {"mean": 1.0, "low": 0.0, "high": 2.0}
+    found = {"split": bad, "images": bad, "scores": {"own": {"mean": {"dice": score, "iou": score}}}, "missed": {"own": {bad: bad}}}
+    (folder / "evaluation_test/evaluation.json").write_text(json.dumps(found))
+    card = model_card(folder)
+    body = card.split("---\n", 2)[2]
+    assert body.count("onerror") >= 10 and "<img" not in body and "](javascript" not in body and "\n# Head" not in body
+    assert front_matter(card)["model-index"][0]["results"][0]["dataset"]["name"] == bad  # YAML quotes it
+    for damaged in ({**METRICS, "test": {**METRICS["test"], "dice": "high"}}, {**METRICS, "train": {"seconds": "long"}}, {**METRICS, "images": 3}):
+        (tmp_path / "metrics.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError) as caught:
+            model_card(folder)
+        one_sentence(caught, "metrics.json", "take it away")
+
+
+def test_a_run_stands_for_the_checkpoint_it_selected(checkpoint, tmp_path, capsys):
+    save_checkpoint(checkpoint.parent / "last", small_network(seed=1))
+    assert main([str(checkpoint.parent), "--card", "--pack", str(tmp_path / "packed")]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(checkpoint / "README.md"), str(tmp_path / "packed")]
+    assert weights_sha256(tmp_path / "packed") == weights_sha256(checkpoint) and model_card(checkpoint.parent) == model_card(checkpoint)
+
+
+def test_a_card_that_is_a_link_is_not_shared(checkpoint, tmp_path):
+    """A stranger's checkpoint whose README.md leads to a private file: packing it, to upload it, would publish that file."""
+    (tmp_path / "private key").write_text("secret")
+    (checkpoint / "README.md").symlink_to(tmp_path / "private key")
+    for function in (write_card, lambda folder: pack(folder, tmp_path / "packed")):
+        with pytest.raises(ValueError) as caught:
+            function(checkpoint)
+        one_sentence(caught, "README.md is a link", "delete it")
+    assert not (tmp_path / "packed").exists() and (tmp_path / "private key").read_text() == "secret"
+
+
 def test_a_card_somebody_wrote_stays(checkpoint):
     path = write_card(checkpoint)
     assert path.read_text(encoding="utf-8") == model_card(checkpoint)
@@ -616,7 +656,7 @@ def test_an_option_asks_for_that_alone(checkpoint, tmp_path, capsys):
     assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors", PREPROCESSING_FILE]
 
 
-@pytest.mark.parametrize("prepare, word", [(lambda folder: shutil.rmtree(folder), "is missing"), (lambda folder: (folder / "config.json").unlink(), "config.json"),
+@pytest.mark.parametrize("prepare, word", [(lambda folder: shutil.rmtree(folder), "is no folder"), (lambda folder: (folder / "config.json").unlink(), "config.json"),
                                            (lambda folder: (folder / PREPROCESSING_FILE).unlink(), PREPROCESSING_FILE)])
 def test_what_is_no_checkpoint_is_one_sentence(checkpoint, capsys, prepare, word):
     prepare(checkpoint)
