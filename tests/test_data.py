@@ -7,12 +7,15 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -328,7 +331,9 @@ def test_preprocessing_does_what_the_cache_did(tmp_path, resize, colour):
 
 
 @pytest.mark.parametrize("text, words", [("", "does not say"), ("[]", "does not say"), ("{}", "class_names"), ('{"size": 64, "class_names": ["a", "b"], "sise": 3}', "sise"),
-                                         ('{"size": 3, "class_names": ["a", "b"]}', "size is"), ('{"size": 64, "class_names": "a"}', "class_names")])
+                                         ('{"size": 3, "class_names": ["a", "b"]}', "size is"), ('{"size": 60000, "class_names": ["a", "b"]}', "32 to 8192"),
+                                         ('{"size": true, "class_names": ["a", "b"]}', "size is"), ('{"size": 64, "class_names": ["a", "b"], "white": 0}', "white"),
+                                         ("[" * 100000, "does not say"), ('{"size": 64, "class_names": "a"}', "class_names")])
 def test_a_damaged_preprocessing_file_is_refused(tmp_path, text, words):
     (tmp_path / PREPROCESSING_FILE).write_text(text)
     with pytest.raises(ValueError, match=words) as caught:
@@ -480,6 +485,312 @@ def test_identical_files_never_train_and_validate_across_folds(opened, tmp_path)
     assert any("1 image file(s) are identical" in note for note in opened(source, fold=0, folds=2).notes)
 
 
+# ---------------------------------------------------------------------------------------------------------------- patients
+def patients_of(folder: Path, count: int = 40, size: int = 4, mixed: bool = False) -> tuple[Path, list[dict]]:
+    """`count` phantoms of patients with `size` images each, in two strata: by patient, or mixed within patients."""
+    return prepared(folder, count, patient=lambda i: f"patient {i // size}", stratum=lambda i: "ab"[(i if mixed else i // size) % 2])
+
+
+def torn(*splits) -> set[str]:
+    """Patients that are in more than one of the splits."""
+    found = [set(split.patients) for split in splits if split]
+    return {patient for i, one in enumerate(found) for other in found[i + 1:] for patient in one & other}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_forty_phantoms_of_ten_patients_in_two_strata(mixed, opened, tmp_path):
+    """No patient in two folds or splits, strata within one of even, as scikit-learn has it."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    source, rows = patients_of(tmp_path / "d", mixed=mixed)
+    yardstick = [sorted(rows[i]["id"] for i in valid) for _, valid in StratifiedGroupKFold(5).split(
+        rows, [row["stratum"] for row in rows], [row["patient"] for row in rows])]
+    folds = [opened(source, fold=fold, folds=5) for fold in range(5)]
+    assert [data.valid.ids for data in folds] == yardstick
+    assert all(not torn(data.train, data.valid) for data in folds)
+    assert all(abs(data.valid.strata.count("a") - 4) <= 1 and abs(data.valid.strata.count("b") - 4) <= 1 for data in folds)
+    assert sorted(name for data in folds for name in data.valid.ids) == [row["id"] for row in rows]
+    assert any("8 to 8 images, each of the 10 patients in one" in note and "strata spread evenly" in note for note in folds[0].notes)
+    held = opened(source, valid_share=0.2)
+    assert not torn(held.train, held.valid) and held.valid.strata.count("a") == held.valid.strata.count("b") == 4
+    assert held.valid.ids == opened(source, valid_share=0.2).valid.ids != opened(source, valid_share=0.2, seed=5).valid.ids
+    assert any("2 whole patients" in note for note in held.notes)
+
+
+def test_patients_of_different_sizes_and_images_of_nobody(opened, tmp_path):
+    sizes = [1, 7, 2, 9, 3, 1, 4, 5]
+    owner = [f"p{number}" for number, size in enumerate(sizes) for _ in range(size)] + [""] * 8
+    source, _ = prepared(tmp_path / "d", len(owner), patient=lambda i: owner[i], stratum=lambda i: "abc"[i % 3], split=lambda i: "test" * (i in (0, 39)))
+    folds = [opened(source, fold=fold, folds=4) for fold in range(4)]
+    assert all(not torn(data.train, data.valid) - {""} for data in folds) and {"p00", "p39"} == set(folds[0].test.ids)
+    assert sorted(name for data in folds for name in data.valid.ids) == sorted({f"p{i:02d}" for i in range(40)} - {"p00", "p39"})
+    assert max(len(data.valid) for data in folds) - min(len(data.valid) for data in folds) <= max(sizes)
+    held = opened(source, valid_share=0.25)
+    assert not torn(held.train, held.valid, held.test) - {""} and 6 <= len(held.valid) <= 13
+    with pytest.raises(ValueError, match="patients cannot make folds=16"):
+        opened(source, folds=16)
+
+
+def test_without_scikit_learn_folds_of_patients_say_what_to_install(opened, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    source, _ = patients_of(tmp_path / "d", 8, 2)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        opened(source, folds=2)
+    assert len(opened(source).valid) == 2  # a hold-out needs nothing
+    assert opened(prepared(tmp_path / "e", 8)[0], folds=2).valid.ids  # nor do the published slices
+
+
+def test_hold_out_without_patients_and_strata_gives_the_rows_of_before():
+    assert module.hold_out(list(range(0, 60, 2)), 0.2, 1996, []) == [0, 10, 12, 16, 50, 58]
+    records = [module.Record(str(i), Path(str(i)), None) for i in range(30)]
+    assert module.hold_out(list(range(30)), 0.1, 3, [], records) == [20, 23, 26]
+
+
+def test_hold_out_spreads_strata():
+    records = [module.Record(str(i), Path(str(i)), None, stratum="rare" if i < 10 else "common") for i in range(100)]
+    rows = module.hold_out(list(range(100)), 0.2, 7, [], records)
+    assert len(rows) == 20 and sum(row < 10 for row in rows) == 2 and rows != module.hold_out(list(range(100)), 0.2, 8, [], records)
+    alone = [module.Record(str(i), Path(str(i)), None, "one patient") for i in range(5)]
+    with pytest.raises(ValueError, match="patients stay whole"):
+        module.hold_out(list(range(5)), 0.2, 7, [], alone)
+
+
+@pytest.mark.parametrize("columns, words", [
+    ({"fold": lambda i: i % 2}, ["patient 'Ada' is in 2 parts", "fold 0: p00, p02, p04", "fold 1: p01"]),
+    ({"split": lambda i: ["train", "valid"][i % 2]}, ["train: p00", "valid: p01"]),
+    ({"split": lambda i: "test" * (i == 5)}, ["train: p00", "test: p05"]),
+    ({"fold": lambda i: "" if i == 0 else 1}, ["train: p00", "fold 1: p01"]),
+])
+def test_a_patient_in_two_parts_is_refused(columns, words, opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", 6, patient=lambda i: "Ada", **columns)
+    with pytest.raises(DataProblems) as caught:
+        opened(source)
+    assert [word for word in words if word not in caught.value.problems[0]] == []
+
+
+def test_an_old_manifest_with_groups_is_read_as_strata_with_a_note(opened, tmp_path):
+    source, rows = prepared(tmp_path / "d", 14, strata=("a", "a", "b"))
+    expected = opened(source, fold=1, folds=4)
+    columns = ["id", "image", "mask", "group", "fold", "split", "width", "height"]
+    manifest(source, [{name: row.get("stratum" if name == "group" else name, "") for name in columns} for row in rows], columns=columns)
+    data = opened(source, fold=1, folds=4)
+    assert data.train.strata == expected.train.strata and data.valid.ids == expected.valid.ids and set(data.train.patients) == {""}
+    assert any("group is read as stratum" in note and "rename it to patient" in note for note in data.notes)
+    manifest(source, rows, columns=[*module.COLUMNS, "group"])
+    with pytest.raises(DataProblems, match="unknown column.*'group'"):
+        opened(source)
+
+
+# ---------------------------------------------------------------------------------------------------------------- census
+def test_census_counts_what_a_set_holds(opened, tmp_path):
+    source = plain(tmp_path / "d", 8)
+    save(source / "masks" / "case001.png", np.zeros((40, 48), np.uint8))
+    save(source / "masks" / "case002.png", np.full((40, 48), 255, np.uint8))
+    save(source / "images" / "case003.png", picture(3, 80, 96))
+    save(source / "masks" / "case003.png", blob(3, 80, 96))
+    (source / "images" / "notes.txt").write_text("x")
+    (source / "masks" / ".hidden.png").write_text("x")
+    data = opened(source, valid_share=0.25)
+    rows = data.census.rows()
+    assert len({len(row) for row in rows}) == 1 and rows[0] == ["", "train", "valid", "test", "all"]
+    table = {row[0]: row[1:] for row in rows}
+    assert table["images"] == ["6", "2", "0", "8"] and table["empty masks"][-1] == "1" and table["full masks"][-1] == "1"
+    assert table["foreground: images"][-1] == "7" and table["sizes"][-1] == "48x40 to 96x80, most often 48x40 (7)"
+    masks = [split.original_mask(i) for split in (data.train, data.valid) for i in range(len(split))]
+    assert float(table["foreground: % of pixels"][-1]) == pytest.approx(100 * sum(m.sum() for m in masks) / sum(m.size for m in masks), rel=0.01)
+    assert "masks/.hidden.png (hidden)" in table["passed over"][-1] and "images/notes.txt (no picture)" in table["passed over"][-1]
+    assert table["bits"][-1] == "8 (8)" and data.census.warnings == []
+    again = opened(source, valid_share=0.25)
+    assert again.census == data.census and json.loads(json.dumps(data.census.to_dict())) == data.census.to_dict()
+
+
+EMPTY_MASK = np.zeros((40, 48), np.uint8)
+
+
+@pytest.mark.parametrize("masks, options, words", [
+    (lambda i: EMPTY_MASK, {}, "no mask holds any foreground"),
+    (lambda i: EMPTY_MASK + 255, {}, "every mask is full"),
+    (lambda i: blob(i).astype(np.uint8), {"classes": 3}, "class 2 .class 2. occurs in no mask"),
+    (lambda i: blob(i).astype(np.uint8) + 1, {"classes": 3}, "every mask is full.*labels begin with 1"),
+    (lambda i: blob(i).astype(np.uint8) * (2 if i == 4 else 1), {"classes": 3, "folds": 2, "fold": 1}, "class 2 .class 2. occurs in 1 images, but never in train"),
+])
+def test_classes_that_are_missing_are_a_warning(masks, options, words, opened, tmp_path):
+    source = plain(tmp_path / "d", 6)
+    for i in range(6):
+        save(source / "masks" / f"case{i:03d}.png", masks(i))
+    data = opened(source, **options)
+    assert any(re.search(words, warning) for warning in data.census.warnings), data.census.warnings
+    assert set(data.census.warnings) <= set(data.notes)
+
+
+@pytest.mark.parametrize("turned", ["image", "mask", "both"])
+def test_pictures_turned_by_exif_are_a_warning_unless_both_are(turned, opened, tmp_path):
+    source, exif = plain(tmp_path / "d", 4), Image.Exif()
+    exif[0x0112] = 3
+    for i in range(4):
+        save(source / "images" / f"case{i:03d}.png", picture(i), **({"exif": exif} if turned != "mask" else {}))
+        save(source / "masks" / f"case{i:03d}.png", blob(i), **({"exif": exif} if turned != "image" else {}))
+    data = opened(source)
+    assert any("EXIF" in note for note in data.notes) == (turned != "both")
+    assert {row[0]: row[-1] for row in data.census.rows()}["turned by EXIF"] == \
+        f"{4 * (turned != 'mask')} images, {4 * (turned != 'image')} masks"
+
+
+def test_several_pages_are_a_warning(opened, tmp_path):
+    source = plain(tmp_path / "d", 5)
+    save(source / "images" / "case001.tif", Image.fromarray(picture(1)), save_all=True, append_images=[Image.fromarray(picture(7))] * 2)
+    (source / "images" / "case001.png").unlink()
+    data = opened(source)
+    assert any("1 files hold several pages" in note and "case001" in note for note in data.notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- deep images
+@pytest.mark.parametrize("highest, white", [(255, 255), (900, 1023), (1023, 1023), (4095, 4095), (4096, 16383), (16000, 16383), (16384, 65535), (65535, 65535)])
+def test_the_range_of_a_set_decides_its_white(highest, white, opened, tmp_path):
+    source, ramp = plain(tmp_path / "d", 4), np.tile(np.linspace(0, highest, 48).astype(np.uint16), (40, 1))
+    for i in range(4):
+        save(source / "images" / f"case{i:03d}.png", ramp if i == 2 else ramp // 3)
+    data = opened(source)
+    assert data.white == data.preprocessing.white == white and any(f"{white} becomes white" in note for note in data.notes)
+    for split in (data.train, data.valid):
+        for i, (path, _) in enumerate(split.paths):
+            np.testing.assert_array_equal(split.batch([i]).images[0].permute(1, 2, 0), data.preprocessing.prepare(read_image(path, white)))
+    assert opened(source).white == white  # from the finished cache
+
+
+def test_deep_colors_and_mixed_depths(opened, tmp_path):
+    source = plain(tmp_path / "d", 4)
+    deep = np.minimum(picture(0).astype(np.uint16) * 16, 4095)
+    cv2.imwrite(str(source / "images" / "case000.png"), deep[:, :, ::-1])
+    data = opened(source)
+    assert data.white == 4095 and any("1 images have more than 8 bits, 3 have 8" in note for note in data.notes)
+    np.testing.assert_array_equal(read_image(source / "images" / "case000.png", 4095), (deep.astype(int) * 255 + 2047) // 4095)
+    assert not any("becomes white" in note for note in opened(plain(tmp_path / "e", 4)).notes)
+
+
+def dicom(path: Path, values: np.ndarray, bits: int = 12) -> Path:
+    pydicom = pytest.importorskip("pydicom", reason="reads DICOM files")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    file.Rows, file.Columns = values.shape
+    file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 0
+    file.BitsAllocated, file.BitsStored, file.HighBit = 16, bits, bits - 1
+    file.WindowCenter, file.WindowWidth = 2 ** (bits - 1), 2 ** bits
+    file.PixelData = values.astype("<u2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pydicom.dcmwrite(path, file, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ["IM{:04d}", "slice.{:04d}", "{}.IMA", "{}.png"])
+def test_dicom_files_are_known_by_content(name, opened, tmp_path):
+    ramp = np.tile(np.linspace(0, 4095, 48).astype(np.uint16), (40, 1))
+    for i in range(4):
+        path = dicom(tmp_path / "d" / "images" / name.format(i), np.roll(ramp, i, 1))
+        stem = path.name if path.suffix[1:].isdigit() else path.stem
+        save(tmp_path / "d" / "masks" / f"{stem}.png", blob(i))
+    data = opened(tmp_path / "d")
+    assert len(data.train) == 3 and int(data.train.batch([0]).images.max()) >= 250 and int(data.train.batch([0]).images.min()) <= 5
+
+
+# ---------------------------------------------------------------------------------------------------------------- names and kinds
+def test_sub_folders_pair_by_path(opened, tmp_path):
+    for number, patient in enumerate(("p1", "p2", "p3/left")):
+        for i in range(2):
+            save(tmp_path / "d" / "images" / patient / f"{i}.jpg", picture(10 * number + i))
+            save(tmp_path / "d" / "masks" / patient / f"{i}_mask.png", blob(i))
+    save(tmp_path / "d" / "images" / "top.png", picture(77))
+    save(tmp_path / "d" / "masks" / "top.png", blob(7))
+    data = opened(tmp_path / "d", folds=7, fold=0)
+    assert sorted(data.train.ids + data.valid.ids) == ["p1/0", "p1/1", "p2/0", "p2/1", "p3/left/0", "p3/left/1", "top"]
+    image, mask = data.train.paths[0]
+    assert image.parent.name == mask.parent.name and data.train.original_mask(0).shape == (40, 48)
+    (tmp_path / "d" / "masks" / "p2" / "0_mask.png").rename(tmp_path / "d" / "masks" / "0_mask.png")
+    with pytest.raises(DataProblems) as caught:
+        opened(tmp_path / "d")
+    assert any("images/p2/0.jpg: no mask" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD"), ("NFD", "NFD")])
+def test_names_in_two_unicode_forms_are_one_name(forms, opened, tmp_path):
+    for i in range(4):
+        save(tmp_path / "d" / "images" / unicodedata.normalize(forms[0], f"läsion é{i}.png"), picture(i))
+        save(tmp_path / "d" / "masks" / unicodedata.normalize(forms[1], f"läsion é{i}_mask.png"), blob(i))
+    assert opened(tmp_path / "d", folds=4, fold=1).valid.ids == [unicodedata.normalize("NFC", "läsion é1")]
+
+
+def test_pictures_are_known_by_content_and_links_are_followed(opened, tmp_path):
+    source = plain(tmp_path / "elsewhere", 4)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "images").symlink_to(source / "images")
+    (tmp_path / "d" / "masks").mkdir()
+    for i in range(4):
+        shutil.copy(source / "masks" / f"case{i:03d}.png", tmp_path / "d" / "masks" / f"case{i:03d}")  # no ending
+    (source / "images" / "again").symlink_to(source / "images")  # a circle
+    shutil.copy(source / "images" / "case000.png", source / "images" / "thumbs.db")  # a picture, whatever it is called
+    with pytest.raises(DataProblems, match="thumbs.db: no mask"):
+        opened(tmp_path / "d")
+    (source / "images" / "thumbs.db").write_bytes(b"no picture")
+    data = opened(tmp_path / "d")
+    assert len(data.train) + len(data.valid) == 4 and any("listed already" in note for note in data.notes)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+@pytest.mark.parametrize("kind", ["pipe", "device", "nowhere", "eps", "empty", "text"])
+@pytest.mark.parametrize("layout", ["plain", "manifest"])
+def test_what_is_no_file_is_refused_by_name_without_waiting(kind, layout, opened, tmp_path):
+    source = prepared(tmp_path / "d", 4)[0] if layout == "manifest" else plain(tmp_path / "d", 4)
+    path = sorted((source / "images").iterdir())[1]
+    path.unlink()
+    {"pipe": lambda: os.mkfifo(path), "device": lambda: path.symlink_to("/dev/zero"), "nowhere": lambda: path.symlink_to("gone"),
+     "eps": lambda: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "empty": lambda: path.write_bytes(b""), "text": lambda: path.write_text("hello")}[kind]()
+    with pytest.raises(DataProblems, match=path.name):
+        opened(source)
+
+
+def test_a_manifest_reaches_no_file_outside(opened, tmp_path):
+    source, rows = prepared(tmp_path / "d", 4)
+    save(tmp_path / "secret.png", picture(1))
+    (source / "images" / "p01.png").unlink()
+    (source / "images" / "p01.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataProblems, match="images/p01.png is a link that leads outside.*copy the file"):
+        opened(source)
+    rows[1]["image"] = "images/p00.png\0"
+    rows[2]["width"] = "9" * 5000
+    manifest(source, rows)
+    with pytest.raises(DataProblems, match="relative to the manifest") as caught:
+        opened(source)
+    assert all(len(problem) < 400 for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("manifest.csv", b"id,image,mask\na," + b"x" * 200_000 + b",b\n", "manifest.csv is not a CSV file"),
+    ("manifest.csv", b"\xff\xfe\x00", "manifest.csv is not a CSV file"),
+    ("dataset.json", b"[" * 100_000, "dataset.json cannot be understood"),
+    ("dataset.json", b'{"name": ' + b"9" * 5000 + b"}", "dataset.json cannot be understood"),
+    ("dataset.json", b"[]", "dataset.json cannot be understood"),
+    ("dataset.json", b'{"classes": "ab"}', "classes must be a list of names"),
+])
+def test_hostile_descriptions_are_one_sentence(file, content, words, opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", 4)
+    (source / file).write_bytes(content)
+    with pytest.raises(DataProblems, match=words) as caught:
+        opened(source)
+    assert all(len(problem) < 500 for problem in caught.value.problems)
+
+
+def test_a_huge_manifest_is_refused_before_it_is_read(opened, tmp_path):
+    source, _ = prepared(tmp_path / "d", 4)
+    with open(source / "manifest.csv", "r+b") as file:
+        file.truncate(10 ** 10)  # sparse
+    with pytest.raises(DataProblems, match="manifest.csv has 10000000000 bytes, more than"):
+        opened(source)
+
+
 # ---------------------------------------------------------------------------------------------------------------- problems
 def test_every_problem_of_a_folder_at_once(opened, tmp_path):
     source = tmp_path / "d"
@@ -579,7 +890,7 @@ def test_unfinished_preparation_and_broken_description(opened, tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"size": 31}, "size"), ({"size": 64.0}, "size"), ({"classes": 0}, "classes"), ({"classes": 300}, "classes"), ({"resize": "crop"}, "resize"),
+    ({"size": 31}, "size"), ({"size": 64.0}, "size"), ({"size": 60000}, "at most 8192"), ({"classes": 0}, "classes"), ({"classes": 300}, "classes"), ({"resize": "crop"}, "resize"),
     ({"colour": "bgr"}, "colour"), ({"masks": "soft"}, "masks"), ({"valid_share": 0}, "valid_share"), ({"valid_share": 1.0}, "valid_share"),
     ({"fold": -1}, "fold"), ({"folds": 1}, "folds"), ({"workers": 0}, "workers"), ({"fold": 3}, "fold=3.*pass folds=N"),
     ({"fold": 2, "folds": 2}, "out of range: the folds are 0, 1"), ({"folds": 7}, "6 images cannot make folds=7"),
@@ -641,6 +952,24 @@ def test_zip_with_a_link(opened, tmp_path):
         file.writestr(link, "/etc/passwd")
     with pytest.raises(ValueError, match="link"):
         opened(archive)
+
+
+@pytest.mark.parametrize("name", ["images/case000.png", "images/CASE000.PNG", "./images/case000.png", "images//case000.png"])
+def test_zip_with_one_name_twice(name, opened, tmp_path):
+    archive = zipped(plain(tmp_path / "d"), tmp_path / "set.zip")
+    with zipfile.ZipFile(archive, "a") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file.writestr(name, b"x")
+    with pytest.raises(ValueError, match="would be one file"):
+        opened(archive)
+    assert not list((tmp_path / "cache").rglob("*.png"))
+
+
+def test_zip_of_files_without_endings(opened, tmp_path):
+    source = plain(tmp_path / "d")
+    for path in sorted(source.rglob("*.png")):
+        path.rename(path.with_suffix(""))
+    assert len(opened(zipped(source, tmp_path / "größe ü.zip")).train) == 5
 
 
 def test_zip_that_swells(opened, tmp_path):
@@ -715,6 +1044,9 @@ def test_batches(opened, tmp_path):
     assert order(shuffle=1) == order(shuffle=1) != order(shuffle=2) and sorted(order(shuffle=1)) == data.train.ids
     assert order(shuffle=1, start=2) == order(shuffle=1)[8:] and order(start=3) == []
     assert [len(part.ids) for part in data.train.batches(4)] == [4, 4, 3]
+    for wrong in (True, False):  # once, False shuffled and True gave one order for ever
+        with pytest.raises(ValueError, match="shuffle is the seed"):
+            next(data.train.batches(4, shuffle=wrong))
     with pytest.raises(ValueError, match="batch must be"):
         next(data.train.batches(0))
     float_images = normalise(batch.images + 255)
