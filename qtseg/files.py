@@ -149,6 +149,12 @@ def _require_memory(width: int, height: int, plain: float, peak: float, size: in
         _require_within("MAX_SWELL", swell, f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
 
 
+def _require_plausible(width: int, height: int, plain: float, frames: int, size: int) -> None:
+    """Raise ValueError for a large file that is far larger than its pictures: hashing it would take longer than reading them."""
+    spare = size - int(64 * width * height * plain * max(1, frames))
+    _require_within("MAX_WHOLE_BYTES", spare, f"has {size} bytes for {frames} picture(s) of {width} x {height} pixels, {max(0, spare)} of them to spare")
+
+
 def _memory(picture: Image.Image, deep: bool) -> tuple[int, int]:
     """How many bytes a pixel has in the result, and in all copies while it is decoded; `deep`: colors of 16 bits."""
     bands = len(picture.getbands())
@@ -379,10 +385,12 @@ def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
 SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 
-def _judge(picture: Image.Image, deep: bool, source: BinaryIO, size: int) -> None:
+def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int) -> None:
     """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
     width, height = picture.size
-    _require_memory(width, height, *_memory(picture, deep), size)
+    plain, peak = _memory(picture, deep)
+    _require_memory(width, height, plain, peak, size)
+    _require_plausible(width, height, plain, frames, size)
     samples = width * height * len(picture.getbands())
     if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
         raise _Refusal(f"has {width} x {height} pixels in {size} bytes of a form that is read slowly: save it as PNG")
@@ -428,7 +436,8 @@ def _raster(source: BinaryIO, name: str, size: int) -> tuple:
     with _open_header(source, name) as picture:
         bits = _depth(picture, source)
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
-        _judge(picture, deep, source, size)
+        frames = frames or getattr(picture, "n_frames", 1)
+        _judge(picture, deep, frames, source, size)
         values = _deep_color(source) if deep else _values(picture)
         bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
         if values.dtype == np.uint16 and tags.get(262, (1, 1))[1] == 0:  # WhiteIsZero, which Pillow honors up to 8 bits
@@ -436,7 +445,7 @@ def _raster(source: BinaryIO, name: str, size: int) -> tuple:
         turn = UPRIGHT.get(_orientation(picture, tags))
         if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):  # a TIFF is upright as it comes from Pillow or OpenCV
             values = np.ascontiguousarray(turn(values))
-        return values, _indices(picture), picture.format, bits, frames or getattr(picture, "n_frames", 1), turn is not None
+        return values, _indices(picture), picture.format, bits, frames, turn is not None
 
 # %% ../nbs/reference/files.ipynb #files-023
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -624,6 +633,8 @@ def _dicom(source: BinaryIO, size: int) -> tuple:
         int(header[key].value) for key in ("Rows", "Columns", "SamplesPerPixel", "BitsStored", "BitsAllocated"))
     each = samples * -(-allocated // 8)  # bytes of a pixel
     _require_memory(columns, rows, each, 2 * each + (24 if allocated > 16 else 2), size)
+    frames = int(header.get("NumberOfFrames") or 1)
+    _require_plausible(columns, rows, each, frames, size)
     if found.compressed:
         _require_within("MAX_FREE_BYTES", 2 * found.length, f"holds {found.length} bytes of compressed frames")
     needed = found.length if found.compressed else min(found.length, rows * columns * each)  # the first frame is enough
@@ -638,7 +649,7 @@ def _dicom(source: BinaryIO, size: int) -> tuple:
         values = values if values.dtype == np.uint8 else (values >> max(stored - 8, 0)).astype(np.uint8)
     else:
         values = _on_screen(values, header)
-    return np.ascontiguousarray(values), None, "DICOM", stored, int(header.get("NumberOfFrames") or 1), False
+    return np.ascontiguousarray(values), None, "DICOM", stored, frames, False
 
 # %% ../nbs/reference/files.ipynb #files-027
 OTHERS = {"a PostScript (EPS) file": rb"%!PS|\xc5\xd0\xd3\xc6", "a PDF file": rb"%PDF", "a Photoshop file": rb"8BPS", "an icon": rb"\0\0[\x01\x02]\0",
