@@ -9,12 +9,13 @@ import copy
 import csv
 import difflib
 import html
-import json
 import math
 import operator
 import os
 import re
 import textwrap
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property, lru_cache, partial
@@ -29,10 +30,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .augmentation import OPERATIONS, Augmentation, Steps, apply_geometry, apply_photometry, compose, noise_of, seeded
-from .data import Split, list_pictures, normalise, read_image, read_mask, resample, resize_image, to_colour
+from .colors import FAILURE, hex_color
+from .data import (IGNORE, SegmentationData, Split, list_pictures, normalise, read_image, read_mask, resample, resize_image,
+                        to_colour)
 from .decoder import MQMDecoder, StageOutput
 from .evaluation import THRESHOLDS, class_probabilities, decide, mask_scores, threshold_counts
-from .inference import SETTINGS_FILE, as_rgb
+from .files import escape, printable, read_json
+from .inference import SETTINGS_FILE, Predictor, as_rgb
 from .losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from .speed import operation_counter
@@ -42,7 +46,7 @@ from .visualisation import ERROR_COLOURS, GROUND, class_colour, contours, error_
 __all__ = ['LINE_HEIGHT', 'VIEWS', 'GAP', 'KNOBS', 'STRIDES', 'DIRECTIONS', 'LAB_LOSSES', 'SIGNED', 'Setting', 'between',
            'one_of', 'yes_or_no', 'some_of', 'Stateful', 'encoded', 'captioned', 'crosshair', 'Screen', 'Drawn',
            'Controlled', 'Operated', 'Panel', 'Window', 'Viewport', 'one_hot', 'SavedPredictions', 'Case', 'as_cases',
-           'as_answers', 'Album', 'entropy', 'Ranking', 'MaskExplorer', 'Knob', 'AugmentationPlayground',
+           'as_source', 'as_answers', 'Album', 'entropy', 'Ranking', 'MaskExplorer', 'Knob', 'AugmentationPlayground',
            'logits_after', 'token_products', 'Reading', 'Decoded', 'network_input', 'decode_image', 'token_attention',
            'over_pixels', 'Area', 'TokenExplorer', 'Box', 'trace', 'ShapeTracer', 'disc_logits', 'Push', 'push',
            'signed', 'loss_along', 'draw_lines', 'LossLab']
@@ -305,6 +309,21 @@ def _canvas_class() -> type | None:
     return Canvas
 
 # %% ../nbs/15_widgets.ipynb #base-screen
+_EVENTS = ("ready", "key", "wheel", "down", "move", "up", "click")
+
+
+def _event(message: Any) -> dict | None:
+    """A message of the canvas with what `Panel` needs; None for anything that no canvas of ours sends, which is ignored."""
+    if not isinstance(message, dict) or message.get("kind") not in _EVENTS:
+        return None
+    numbers = {name: message.get(name, 0) for name in ("x", "y", "steps")}
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e6 for value in numbers.values()):  # not so for NaN
+        return None
+    key = message.get("key", "")
+    steps = min(max(numbers["steps"], -100), 100)
+    return {"kind": message["kind"], "key": key if isinstance(key, str) else "", **numbers, "steps": steps}
+
+
 class Screen:
     """Picture and text in the browser: a plain image widget, until the canvas (if there is one) reports that it runs there."""
 
@@ -327,16 +346,19 @@ class Screen:
 
     def complain(self, error: Exception) -> None:
         """Show what went wrong in place of the text."""
-        self.line.value = f"<b style='color:#D55E00'>{html.escape(f'{type(error).__name__}: {error}')}</b>"
+        words = html.escape(printable(f"{type(error).__name__}: {error}")[:1000])
+        self.line.value = f"<b style='color:{hex_color(FAILURE)}'>{words}</b>"
 
-    def _receive(self, canvas: Any, event: dict, buffers: Any) -> None:
+    def _receive(self, canvas: Any, event: Any, buffers: Any) -> None:
         """Pass on one event of the canvas, then answer, which lets the browser send the next."""
+        heard = _event(event)
         try:
-            if event["kind"] == "ready":
+            if heard and heard["kind"] == "ready":
                 self.live, self.image.layout.display = True, "none"
-            self._react(**event)
+            if heard:
+                self._react(**heard)
         finally:
-            canvas.send({"done": event["kind"]})
+            canvas.send({"done": heard and heard["kind"]})
 
 # %% ../nbs/15_widgets.ipynb #base-drawn
 class Drawn(Stateful):
@@ -477,9 +499,10 @@ class Panel(Operated):
     def _react(self, kind: str, key: str = "", x: float = 0, y: float = 0, steps: float = 0) -> None:
         """Pass on an event of the canvas."""
         if kind == "ready":
-            self.refresh()
+            self.guarded(self.refresh)
         elif kind == "key":
-            self.guarded(self.key, key)
+            if key in self.KEYS:
+                self.guarded(self.key, key)
         elif kind == "wheel":
             self.guarded(self.wheel, x, y, steps)
         else:
@@ -558,23 +581,30 @@ class SavedPredictions:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         try:
-            settings = json.loads((self.folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            settings = read_json(self.folder / SETTINGS_FILE)
             rows = csv.DictReader((self.folder / "predictions.csv").read_text(encoding="utf-8").splitlines())
             self.masks = {Path(settings["images"]) / row["file"]: self.folder / row["mask"] for row in rows}
             self.class_names = tuple(settings["preprocessing"]["class_names"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise ValueError(f"{folder} is no folder that qtseg-predict wrote ({error!r}): name such a folder") from None
 
     def read(self, image: Path | None) -> np.ndarray:
         """The answer for an image file: float32 [H, W, K]. ValueError for an image that was not among them."""
         if image not in self.masks:
             raise ValueError(f"{self.folder} holds no prediction for {image}: run qtseg-predict on that image")
-        mask = self.masks[image]
-        saved = mask.with_name(f"{mask.stem}_probability.npz")
+        path, classes = self.masks[image], len(self.class_names)
+        mask, saved = read_mask(path, classes=classes), path.with_name(f"{path.stem}_probability.npz")
         if not saved.is_file():
-            return one_hot(read_mask(mask, classes=len(self.class_names)), len(self.class_names))
-        with np.load(saved, allow_pickle=False) as archive:
-            return archive["probabilities"]
+            return one_hot(mask, classes)
+        try:
+            with np.load(saved, allow_pickle=False) as archive:
+                large = archive.zip.getinfo("probabilities.npy").file_size > 8 * mask.size * classes + 4096
+                probabilities = None if large else archive["probabilities"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{saved} holds no probabilities ({error!r}): run qtseg-predict again") from None
+        if large or probabilities.shape != (*mask.shape, classes):
+            raise ValueError(f"{saved} holds probabilities of another size than its mask {mask.shape}: run qtseg-predict again")
+        return probabilities
 
 # %% ../nbs/15_widgets.ipynb #explorer-case
 class Case(NamedTuple):
@@ -586,11 +616,43 @@ class Case(NamedTuple):
     path: Path | None = None
 
 
-def as_cases(items: Any) -> list[Case]:
-    """What to look at; nothing is read yet. ValueError where there is nothing.
+def _target(mask: Any) -> np.ndarray:
+    """A mask given as a path, an array or a PIL image: class index, uint8 [H, W]."""
+    if isinstance(mask, (str, os.PathLike)):
+        return read_mask(mask, classes=256)
+    array = np.asarray(mask)
+    if array.ndim != 2 or array.dtype.kind not in "bui":
+        raise ValueError(f"a mask must be whole numbers [H, W], a PIL image of them or a path, got {array.dtype} {array.shape}")
+    return array.astype(np.uint8)
 
-    items: a `Split`; (image, target) arrays, target None where unknown; a folder of images; or one that qtseg-predict wrote.
+
+def _case(number: int, item: Any) -> Case:
+    """An image, or a pair of image and mask (or None): arrays, PIL images or paths."""
+    image, mask = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
+    if not isinstance(image, (str, os.PathLike, np.ndarray, Image.Image)):
+        raise ValueError(f"image {number} is a {type(image).__name__}: give an array uint8 [H, W, 3] or [H, W], a PIL image, "
+                         "a path, or a pair of image and mask")
+    path = Path(image) if isinstance(image, (str, os.PathLike)) else None
+    return Case(path.name if path else f"image {number}", partial(as_rgb, image), None if mask is None else partial(_target, mask), path)
+
+
+def as_cases(items: Any) -> list[Case]:
+    """What to look at; nothing is read yet.
+
+    Args:
+        items: a `Split`; a `SegmentationData`, of which the test split is taken, or the validation split where there is none;
+            a folder of images, or one that qtseg-predict wrote; an image, or a list of images or of pairs (image, mask), where
+            images and masks are paths, arrays or PIL images, and a mask may be None.
+
+    Raises:
+        ValueError, FileNotFoundError: there is nothing, or something else.
     """
+    if isinstance(items, SegmentationData):
+        items = items.test or items.valid
+    if isinstance(items, (str, os.PathLike)) and not Path(items).is_dir():
+        if not Path(items).is_file():
+            raise FileNotFoundError(f"{items} is not there: name an image or a folder of images")
+        items = [items]
     if isinstance(items, Split):
         cases = [Case(name, partial(read_image, paths[0]), partial(items.original_mask, row), paths[0])
                  for row, (name, paths) in enumerate(zip(items.ids, items.paths))]
@@ -599,13 +661,26 @@ def as_cases(items: Any) -> list[Case]:
         paths = list(SavedPredictions(items).masks) if saved else list_pictures(Path(items).absolute())
         cases = [Case(path.name, partial(read_image, path), path=path) for path in paths]
     else:
-        cases = [Case(f"image {row}", partial(np.asarray, image), None if mask is None else partial(np.asarray, mask, np.uint8))
-                 for row, (image, mask) in enumerate(items)]
+        one = isinstance(items, Image.Image) or (isinstance(items, np.ndarray) and items.ndim < 4)
+        if not (one or hasattr(items, "__iter__")) or isinstance(items, (bytes, Mapping)):
+            raise ValueError(f"a {type(items).__name__} is nothing to look at: name a split, a SegmentationData, a folder, "
+                             "or images as paths, arrays or PIL images")
+        cases = [_case(number, item) for number, item in enumerate([items] if one else items)]
     if not cases:
         raise ValueError(f"there is nothing to look at in {items!r}: name a split, arrays or a folder of images")
     return cases
 
+
+def as_source(given: Any) -> Any:
+    """A network, a `Predictor` or another object as it is; the path of a checkpoint or of a run as the `Predictor` that it gives."""
+    return Predictor.from_checkpoint(given) if isinstance(given, (str, os.PathLike)) else given
+
 # %% ../nbs/15_widgets.ipynb #explorer-answers
+def _answering(folder: str | os.PathLike) -> Any:
+    """What a folder holds that answers: predictions that were saved, or else the checkpoint of a run."""
+    return as_source(folder) if (Path(folder) / "config.json").is_file() else SavedPredictions(folder)
+
+
 def as_answers(predictor: Any, cases: list[Case], classes: int) -> Callable[[int, np.ndarray], np.ndarray]:
     """A model's answers as a function: (number, image uint8 [H, W, 3]) -> probabilities float32 [H, W, K].
 
@@ -629,8 +704,8 @@ def as_answers(predictor: Any, cases: list[Case], classes: int) -> Callable[[int
 class Album:
     """Images with their targets and what one or more models answer; the last few are kept, so that each is computed once.
 
-    items: see `as_cases`; predictors: one (see `as_answers`) or a folder of predictions, or a dict of several by name. ValueError
-    for what does not fit.
+    items: see `as_cases`; predictors: one (see `as_answers`), or the folder of predictions, of a checkpoint or of a run, or a dict of
+    several by name. ValueError for what does not fit.
     """
 
     def __init__(self, items: Any, predictors: Any = None, class_names: Sequence[str] | None = None):
@@ -638,7 +713,7 @@ class Album:
         if predictors is None and isinstance(items, (str, os.PathLike)) and (Path(items) / SETTINGS_FILE).exists():
             predictors = items  # a folder of predictions brings its own
         named = predictors if isinstance(predictors, dict) else {} if predictors is None else {"prediction": predictors}
-        named = {name: SavedPredictions(one) if isinstance(one, (str, os.PathLike)) else one for name, one in named.items()}
+        named = {name: _answering(one) if isinstance(one, (str, os.PathLike)) else one for name, one in named.items()}
         known = [one.class_names for one in named.values() if hasattr(one, "class_names")]
         self.class_names = tuple(class_names or (known[0] if known else ("background", "foreground")))
         self.models = tuple(named)
@@ -653,8 +728,9 @@ class Album:
         for name, array in (("target", target), *zip(self.models, maps)):
             if array is not None and array.shape[:2] != image.shape[:2]:
                 raise ValueError(f"{case.name}: the image has {image.shape[:2]} pixels, its {name} {array.shape[:2]}")
-        if target is not None and target.max() >= len(self.class_names):
-            raise ValueError(f"{case.name}: its target holds class {target.max()}, the classes are {', '.join(self.class_names)}")
+        most = 0 if target is None else target.max(where=target != IGNORE, initial=0)
+        if most >= len(self.class_names):
+            raise ValueError(f"{case.name}: its target holds class {most}, the classes are {', '.join(self.class_names)}")
         return image, target, maps
 
     def _judge(self, index: int, threshold: float | None) -> tuple[list[np.ndarray], np.ndarray | None]:
@@ -663,7 +739,7 @@ class Album:
         masks = [decide(one, threshold) for one in maps]
         if target is None or not masks:
             return masks, None
-        scores = [mask_scores(mask, target, len(self.class_names), surface=False)[1] for mask in masks]
+        scores = [mask_scores(mask, target, len(self.class_names), surface=False, ignore_index=IGNORE)[1] for mask in masks]
         return masks, np.stack(scores)[..., :len(MEASURES)]
 
 # %% ../nbs/15_widgets.ipynb #explorer-entropy
@@ -688,8 +764,9 @@ class Ranking:
     @staticmethod
     def _count(maps: np.ndarray, target: np.ndarray) -> np.ndarray:
         """TP, FP, FN, TN at each of THRESHOLDS and, last, for the most probable class: [thresholds + 1, K - 1, 4]."""
-        most_probable = mask_scores(decide(maps), target, maps.shape[2], surface=False)[0]
-        return np.concatenate([threshold_counts(maps, target), most_probable[None]])
+        most_probable = mask_scores(decide(maps), target, maps.shape[2], surface=False, ignore_index=IGNORE)[0]
+        counted = target != IGNORE
+        return np.concatenate([threshold_counts(maps[counted], target[counted]), most_probable[None]])
 
     def dice(self, threshold: float | None) -> np.ndarray:
         """Dice of every image in percent, mean over classes, at the nearest of THRESHOLDS: [images]; NaN without a target."""
@@ -768,6 +845,7 @@ class _ExplorerPicture(_ExplorerState):
             return heat(window.cut(chance, *size).clip(0, 1), image, self.opacity)
         masks = [window.cut(mask, *size) for mask in (self.target, self.masks[model] if self.masks else None) if mask is not None]
         if view == "error":
+            masks = [np.where(masks[0] == IGNORE, np.uint8(0), mask) for mask in masks]
             return error_map(*(np.where(np.isin(mask, self.classes), mask, np.uint8(0)) for mask in masks), image, self.opacity)
         return self.paint(image, masks[0 if view == "target" else -1])
 
@@ -826,8 +904,8 @@ class _ExplorerWords(_ExplorerPlaces):
         if self.scores is None:
             return []
         dice, iou = MEASURES.index("dice"), MEASURES.index("iou")
-        names = [html.escape(name) for name in self.album.class_names[1:]]
-        return [f"{html.escape(model)}: " + "; ".join(f"{name} <b>Dice {row[dice]:.2f}</b>, IoU {row[iou]:.2f}"
+        names = [escape(name) for name in self.album.class_names[1:]]
+        return [f"{escape(model)}: " + "; ".join(f"{name} <b>Dice {row[dice]:.2f}</b>, IoU {row[iou]:.2f}"
                                                       for name, row in zip(names, scores))
                 for model, scores in zip(self.album.models, self.scores)]
 
@@ -837,15 +915,15 @@ class _ExplorerWords(_ExplorerPlaces):
             return []
         place, names = (self.row, self.column), self.album.class_names
         words = [f"pixel in row {self.row}, column {self.column}: RGB {tuple(self.image[place].tolist())}"]
-        words += [] if self.target is None else [f"target {names[self.target[place]]}"]
+        words += [] if self.target is None else [f"target {'ignored' if self.target[place] == IGNORE else names[self.target[place]]}"]
         words += [f"{model} {names[mask[place]]} ({', '.join(f'{chance:.2f}' for chance in maps[place])})"
                   for model, mask, maps in zip(self.album.models, self.masks, self.probabilities)]
-        return [html.escape("; ".join(words))]
+        return [escape("; ".join(words))]
 
     def text(self) -> str:
         height, width = self.image.shape[:2]
         decision = "most probable class" if self.decision is None else f"threshold {self.threshold:.2f}"
-        name = html.escape(self.album.cases[self.index].name)
+        name = escape(self.album.cases[self.index].name)
         case = f"{name} ({self.index + 1} of {len(self.album.cases)}), {width} × {height} pixels"
         return "<br>".join([f"{case}, {decision}", *self.scores_in_words(), *self.legend(), *self.pixel_in_words()])
 
@@ -1028,9 +1106,9 @@ class _PlaygroundSteps(_PlaygroundState):
 
     def __init__(self, image: np.ndarray, mask: np.ndarray, size: int):
         super().__init__()
-        if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
-            raise ValueError(f"expected uint8 [H, W, 3] and its mask [H, W], got {image.dtype} {image.shape} and {mask.shape}")
-        self.image, self.mask, self.size = image, np.asarray(mask, np.uint8), size
+        if image.shape[:2] != mask.shape:
+            raise ValueError(f"an image and its mask must be of one size, got {image.shape[:2]} and {mask.shape}")
+        self.image, self.mask, self.size = image, mask, size
         self.pattern = torch.randn((2, 4, 4), generator=seeded(0)).numpy()  # the displacements that piecewise_affine scales
 
     def steps(self) -> Steps:
@@ -1120,16 +1198,20 @@ class _PlaygroundActions(_PlaygroundControls):
 
 # %% ../nbs/15_widgets.ipynb #playground
 class AugmentationPlayground(_PlaygroundActions):
-    """The ten operations of chapter 2 by hand, on one image and its mask: uint8 [H, W, 3] and [H, W].
+    """The ten operations of chapter 2 by hand, on one image and its mask.
 
+    Both may be arrays, uint8 [H, W, 3] and [H, W], PIL images or paths; a `Split` or a `SegmentationData` alone gives its first pair.
     Drag to translate, turn the wheel to rotate; keys: d draws from the recipe, 0 resets, s shuffles the order. `size`: the longer
     side of a panel in pixels. ValueError for an image and a mask that do not fit.
     """
 
     KEYS = ("d", "0", "s")
 
-    def __init__(self, image: np.ndarray, mask: np.ndarray, size: int = 320):
-        super().__init__(image, mask, size)
+    def __init__(self, image: Any, mask: Any = None, size: int = 320):
+        case = as_cases(image if mask is None else [(image, mask)])[0]
+        if case.target is None:
+            raise ValueError("AugmentationPlayground needs an image and its mask, as arrays, PIL images or paths, or a split of both")
+        super().__init__(case.image(), case.target(), size)
         self._pair = cache(self.result)  # picture and text need it both
 
     def changed(self, names: set[str]) -> None:
@@ -1352,7 +1434,7 @@ class _TokenState(_Thrifty):
         if self.index not in self._decoded:
             if len(self._decoded) >= self.KEPT:
                 del self._decoded[next(iter(self._decoded))]  # the oldest
-            self._decoded[self.index] = decode_image(self.source, self.images[self.index])
+            self._decoded[self.index] = decode_image(self.source, self.images[self.index].image())
         return self._decoded[self.index]
 
     def changed(self, names: set[str]) -> None:
@@ -1427,13 +1509,13 @@ class _TokenWords(_TokenNumbers):
                         f"{won if area else 'it wins no pixel'}.")
 
     def text(self) -> str:
-        answer = {kind: ", ".join(f"{html.escape(name)} {value:.3f}" for name, value in values.items())
+        answer = {kind: ", ".join(f"{escape(name)} {value:.3f}" for name, value in values.items())
                   for kind, values in self.answer().items()}
         asked = f"; shares of its attention: {answer['attention']}" if "attention" in answer else ""
         scores = ", ".join(f"{score:.1f}" for score in self.decoded.readings[self.reading].dice)
-        winner = html.escape(self.answers_to())
+        winner = escape(self.answers_to())
         return (f"Pixel ({self.x}, {self.y}) answers to <b>{winner}</b>: logits {answer['logit']}{asked}.<br>"
-                f"{html.escape(self.looked())}<br>Dice of the foreground with the final mask, stage by stage: {scores}.")
+                f"{escape(self.looked())}<br>Dice of the foreground with the final mask, stage by stage: {scores}.")
 
 # %% ../nbs/15_widgets.ipynb #token-picture
 class _TokenPictures(_TokenWords):
@@ -1520,18 +1602,19 @@ class _TokenControls(_TokenPictures):
 class TokenExplorer(_TokenControls):
     """What each query token looks at, and how the mask sharpens from stage to stage.
 
-    source: a Predictor, or a QTSeg, which then takes RGB images at their own size; images: one (an array uint8 RGB [H, W, 3] or
-    grey, or a path) or a list of them; class_names: background first. ValueError for a network without query tokens, and for a
+    source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which then takes RGB images at their own size; images: see
+    `as_cases`; class_names: background first. ValueError for a network without query tokens, and for a
     wrong number of names. Settings: index, stage (32, 16, 8), block (1, 2, … or "final"), head (1, 2, … or "mean"), direction,
     token, reading, opacity, x, y (the pixel).
     """
 
     def __init__(self, source: Any, images: Any, class_names: Sequence[str] | None = None):
         super().__init__()
+        source = as_source(source)
         self.source, self.network = source, getattr(source, "network", source)
         if not isinstance(getattr(self.network, "decoder", None), MQMDecoder):
             raise ValueError("TokenExplorer needs a network with query tokens: a QTSeg, or a Predictor that holds one")
-        self.images, self._decoded = images if isinstance(images, (list, tuple)) else [images], {}
+        self.images, self._decoded = as_cases(images), {}
         classes = self.network.config["classes"]
         names = class_names or getattr(source, "class_names", None)
         self.names = tuple(names or ("background", *(f"class {label}" for label in range(1, max(classes, 2)))))
@@ -1657,17 +1740,18 @@ class _TracerState(_Thrifty):
 class ShapeTracer(_TracerState):
     """Walks a batch through a network: every box with its shapes, parameters, multiply-adds and feature maps.
 
-    source: any torch.nn.Module, which takes images at their own size, or a Predictor that holds one; image: an array uint8 RGB
-    [H, W, 3] or grey, or a path; batch: how often it is repeated; depth: of the calls to show. Setting: step; see also `go`.
+    source: any torch.nn.Module, which takes images at their own size, a Predictor that holds one, or the path of a checkpoint or of a
+    run; image: see `as_cases`, of which the first is taken; batch: how often it is repeated; depth: of the calls to show. Setting: step; see also `go`.
     ValueError for a network that is no Module.
     """
 
     def __init__(self, source: Any, image: Any, batch: int = 1, depth: int = 2):
         super().__init__()
+        source = as_source(source)
         network = getattr(source, "network", source)
         if not isinstance(network, nn.Module):
             raise ValueError(f"ShapeTracer follows the calls of a torch.nn.Module, not of a {type(network).__name__}")
-        self.image, pixels = network_input(source, image)
+        self.image, pixels = network_input(source, as_cases(image)[0].image())
         self.boxes = trace(network, pixels.repeat(batch, 1, 1, 1), depth)
         self._thumbs = [np.full((self.THUMB, self.THUMB, 3), GROUND, np.uint8) if box.maps is None
                         else fit_to(heat(rescale(np.abs(box.maps).mean(axis=0))), self.THUMB, self.THUMB) for box in self.boxes]
@@ -1851,7 +1935,9 @@ class LossLab(_LossPictures):
 
     def __init__(self, size: int = 96):
         super().__init__()
-        self.size = size
+        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or not 16 <= size <= 512:
+            raise ValueError(f"LossLab draws its own discs: size is the side of its square, 16 to 512 pixels, not {size!r:.80}")
+        self.size = int(size)
         self.set(x=size * 0.3, y=size * 0.4, radius=size * 0.15, target_radius=size * 0.17, softness=size * 0.06)
 
     def text(self) -> str:

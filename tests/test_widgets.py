@@ -2,19 +2,22 @@
 from __future__ import annotations
 
 import gc
+import json
 import subprocess
 import sys
 import tracemalloc
 from importlib.util import find_spec
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from qtseg.augmentation import OPERATIONS, Augmentation
-from qtseg.data import Preprocessing, SegmentationData
+from qtseg.data import IGNORE, Preprocessing, SegmentationData
 from qtseg.evaluation import THRESHOLDS, decide, mask_scores
 from qtseg.inference import Predictor, predict_files
 from qtseg.phantoms import phantom, write_prepared
@@ -468,8 +471,148 @@ def test_pointer_wheel_keys_and_controls(playground):
 
 
 def test_an_image_and_a_mask_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\] and its mask"):
+    with pytest.raises(ValueError, match=r"an image and its mask must be of one size, got \(8, 8\) and \(8, 9\)"):
         AugmentationPlayground(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9), np.uint8))
+
+
+# ---- what a widget is given
+
+def given(folder: Path) -> dict:
+    """One image and its mask in every form that widgets take."""
+    image, mask = PAIRS[0]
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(image).save(folder / "image.png")
+    Image.fromarray(mask).save(folder / "mask.gif")
+    return {"arrays": (image, mask), "PIL": (Image.fromarray(image), Image.fromarray(mask)),
+            "paths": (folder / "image.png", str(folder / "mask.gif"))}
+
+
+def test_widgets_take_paths_arrays_pil_images_and_data(tmp_path):
+    for name, (image, mask) in given(tmp_path / "forms").items():
+        for items in ([(image, mask)], [[image, mask]]):
+            explorer = MaskExplorer(items)
+            assert np.array_equal(explorer.image, PAIRS[0][0]) and np.array_equal(explorer.target, PAIRS[0][1]), name
+        for items in (image, [image], [(image, None)]):
+            explorer = MaskExplorer(items)
+            assert np.array_equal(explorer.image, PAIRS[0][0]) and explorer.target is None and explorer.views == ("image",)
+        playground = AugmentationPlayground(image, mask, size=32)
+        assert np.array_equal(playground.image, PAIRS[0][0]) and np.array_equal(playground.mask, PAIRS[0][1])
+        with pytest.raises(ValueError, match="needs an image and its mask"):
+            AugmentationPlayground(image)
+    assert len(as_cases(np.stack([image for image, _ in PAIRS]))) == len(as_cases(iter(PAIRS))) == 5
+    assert [case.name for case in as_cases([tmp_path / "forms" / "image.png"])] == ["image.png"]
+
+
+def test_splits_and_data_sets_are_taken_whole(tmp_path):
+    write_prepared(tmp_path / "set", "endoscopy", 16, 64)
+    data = SegmentationData.open(tmp_path / "set", classes=3, size=64, progress=False)
+    split = data.test or data.valid
+    assert [case.name for case in as_cases(data)] == split.ids == [case.name for case in as_cases(split)]
+    playground = AugmentationPlayground(data, size=32)
+    assert np.array_equal(playground.mask, split.original_mask(0))
+
+
+@pytest.mark.parametrize("items, words", [
+    (None, "NoneType is nothing to look at"), (5, "int is nothing to look at"), ({"a": 1}, "dict is nothing to look at"), (b"x", "bytes is nothing"),
+    ([None], "image 0 is a NoneType"), ([3.5], "image 0 is a float"), ([{}], "image 0 is a dict"), ([], "nothing to look at"),
+    ("nowhere.png", "nowhere.png is not there"), (np.zeros((8, 8, 3)), "uint8"), ([(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8)))], "whole numbers"),
+    ([(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))], "whole numbers"),
+], ids=str)
+def test_everything_else_is_refused_in_one_sentence(items, words):
+    for widget in (MaskExplorer, AugmentationPlayground):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            widget(items)
+        assert widget is AugmentationPlayground or words in str(caught.value)
+        assert "\n" not in str(caught.value) and type(caught.value) in (ValueError, FileNotFoundError)
+
+
+def test_ignored_pixels_count_nowhere():
+    image, mask = PAIRS[0]
+    marked = mask.copy()
+    marked[:20] = IGNORE
+    explorer, cut = (MaskExplorer([(image, target)], [np.roll(mask, 9, 0)]) for target in (marked, mask))
+    counted = mask_scores(np.roll(mask, 9, 0)[20:], mask[20:], 2, surface=False)[1][:, :4]
+    np.testing.assert_allclose(explorer.scores[0], counted, atol=1e-6)
+    explorer.go("worst")
+    explorer.set(row=3, column=4, views=("target", "error"))
+    assert "target ignored" in explorer.text() and explorer.picture().shape
+    assert not np.allclose(explorer.scores, cut.scores)
+
+
+def test_a_mask_of_too_many_classes_and_names_that_are_code(tmp_path):
+    image, mask = PAIRS[0]
+    evil = "<img src=x onerror=alert(1)>"
+    explorer = MaskExplorer([(image, mask)], {evil: [mask]}, (evil, f"{evil}\x1b[31m"))
+    explorer.set(row=3, column=4)
+    explorer.album.cases[0] = explorer.album.cases[0]._replace(name=f"{evil}.png")
+    assert "<img" not in explorer.text() and "\x1b" not in explorer.text() and "img src=x" in explorer.text()
+    explorer._screen = None
+    screen = explorer.view and explorer._screen
+    screen.complain(ValueError(evil + "\x07"))
+    assert "<img" not in screen.line.value and "\x07" not in screen.line.value
+    with pytest.raises(ValueError, match="holds class 7"):
+        MaskExplorer([(image, np.full_like(mask, 7))])
+
+
+@pytest.mark.parametrize("damage", [b"no archive", None, "large", "other"])
+def test_damaged_probabilities_are_refused_in_one_sentence(tmp_path, damage):
+    image, mask = PAIRS[0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    Image.fromarray(mask).save(tmp_path / "out" / "a_mask.png")
+    (tmp_path / "out" / "predictions.json").write_text(json.dumps({"images": str(tmp_path), "preprocessing": {"class_names": ["a", "b"]}}))
+    (tmp_path / "out" / "predictions.csv").write_text("file,mask\na.png,a_mask.png\n")
+    saved, explorer = tmp_path / "out" / "a_mask_probability.npz", MaskExplorer(tmp_path / "out")
+    assert np.array_equal(explorer.masks[0], mask)
+    if isinstance(damage, bytes):
+        saved.write_bytes(damage)
+    else:
+        shape = {"large": (4000, 4000, 2), "other": (64, 64, 3)}.get(damage, (64, 64, 2))
+        np.savez_compressed(saved, **{"other" if damage is None else "probabilities": np.zeros(shape, np.float32)})
+    with pytest.raises(ValueError, match="a_mask_probability.npz holds .*run qtseg-predict again"):
+        SavedPredictions(tmp_path / "out").read(tmp_path / "a.png")
+
+
+# ---- messages that no browser of ours sends
+
+def deep(levels: int = 100_000) -> list:
+    nested = []
+    for _ in range(levels):
+        nested = [nested]
+    return nested
+
+
+@pytest.mark.parametrize("message", [
+    None, [], "click", 5, {}, {"kind": None}, {"kind": []}, {"kind": "explode"}, {"kind": {"kind": "key"}}, {"kind": deep()},
+    {"kind": "click", "x": "1", "y": 2}, {"kind": "click", "x": float("nan"), "y": 0}, {"kind": "click", "x": 1e300, "y": 0},
+    {"kind": "move", "x": None, "y": 0}, {"kind": "wheel", "steps": float("inf")}, {"kind": "wheel", "x": [], "y": {}}, {"kind": "down", "x": deep()},
+    {"kind": "key"}, {"kind": "key", "key": 5}, {"kind": "key", "key": "F1"}, {"kind": "key", "key": "x" * 10**6},
+], ids=range(21))
+def test_broken_messages_are_ignored(message):
+    for panel in (Toy(), AugmentationPlayground(*PAIRS[0], size=32), MaskExplorer(PAIRS, MAPS)):
+        panel.view
+        sent, before = [], dict(panel.state)
+        panel._screen.canvas.send = sent.append
+        panel._screen._receive(panel._screen.canvas, message, None)
+        assert panel.state == before and len(sent) == 1 and "done" in sent[0], "the browser waits for the answer"
+
+
+def test_messages_with_more_or_less_than_wanted_are_heard():
+    toy = Toy()
+    toy.view
+    toy._screen.canvas.send = lambda content: None
+    for message in ({"kind": "click", "x": 15, "y": 5, "more": deep(), "panel": 1}, {"kind": "click", "x": 15.0, "y": 5}):
+        toy._screen._receive(toy._screen.canvas, message, None)
+        assert toy.heard == ("click", 15, 5) and toy.level == 0.5
+    toy._screen._receive(toy._screen.canvas, {"kind": "wheel", "steps": 10**5}, None)
+    assert toy.heard == (0, 0, 100), "no wheel turns that far"
+    explorer = MaskExplorer(PAIRS, MAPS)
+    explorer.view
+    explorer.album.cases[0] = explorer.album.cases[0]._replace(image=lambda: 1 / 0)
+    explorer.album.read.cache_clear()
+    explorer._screen.canvas.send = lambda content: None
+    explorer._screen._receive(explorer._screen.canvas, {"kind": "ready"}, None)
+    assert "ZeroDivisionError" in explorer._screen.line.value, "what cannot be drawn is said, not raised"
 
 
 # ---- endurance
