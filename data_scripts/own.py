@@ -1,8 +1,8 @@
-"""Your own images and masks. python data_scripts/own.py --images A --masks B --classes 0,120,255 --folds 5 --patient 'patient(\\d+)'
+"""Your own images and masks. python data_scripts/own.py --images A --masks B --folds 5 --patient 'patient(\\d+)'
 
-A mask has its image's name, perhaps with _mask or _segmentation. Sub-folders are part of the name: A/p3/x.png belongs to
-B/p3/x_mask.png. A and B may be the same folder, if the masks' names say what they are. How the masks are read is decided from all
-of them together. Images of one patient share a fold, each kind of case (--stratum) is spread evenly over the folds.
+A mask has its image's name, perhaps with _mask or _segmentation. Sub-folders are part of the name: A/p3/x.png and
+B/p3/x_mask.png. A and B may be the same folder, if the masks' names say what they are. How the masks are read is decided
+from all of them together. Images of one patient share a fold; each kind of case (--stratum) is spread over the folds.
 """
 import argparse
 import os
@@ -27,7 +27,8 @@ WORDS = (  # what qtseg.masks says -> the options of this script
     (r"classes=\d+ and mask_values=\[(.*?)\]|mask_values=\[(.*?)\](?: and classes=\d+)?",
      lambda match: "--classes '" + re.sub(r'[" ]', "", match[1] or match[2]) + "'"),
     (r"mask_values", "--classes"), (r"classes=(\d+)", r"--classes \1"), (r' \(data_scripts/own.py: --instances\)', ""),
-    (r'masks="any"', "--instances"), (r'masks="(\w+)"', r"--masks-are \1"), (r"ignore_value=(\d+)", r"--ignore \1"), (r"ignore_value", "--ignore"))
+    (r'masks="any"', "--instances"), (r'masks="(\w+)"', r"--masks-are \1"), (r"ignore_value=(\d+)", r"--ignore \1"),
+    (r"ignore_value", "--ignore"))
 
 
 def in_options(text: str) -> str:
@@ -43,14 +44,14 @@ def listed(found: Found, folders: list[Path]) -> tuple[list[Path], list[Path]]:
         names = {path: name_of(path, folders[0]) for path in pictures_below(found, folders[0])}
         masks = [path for path, name in names.items() if SUFFIX.search(name) and SUFFIX.sub("", name) in names.values()]
         if names and not masks:
-            raise ValueError(f"{folders[0]} is the folder of images and of masks, and no name in it is that of another file with _mask or "
-                             "_segmentation added: give the masks such names, or a folder of their own")
+            raise ValueError(f"{folders[0]} is the folder of images and of masks, and no name in it is that of another file "
+                             "with _mask or _segmentation added: give the masks such names, or a folder of their own")
         return [path for path in names if path not in masks], masks
     images, masks = (pictures_below(found, folder) for folder in folders)
     real = [{path: os.path.realpath(path) for path in part} for part in (images, masks)]
     shared = set(real[0].values()) & set(real[1].values())
     if shared and shared not in (set(real[0].values()), set(real[1].values())):
-        raise ValueError(f"{len(shared)} file(s) are both in {folders[0]} and in {folders[1]}: keep images and masks apart")
+        raise ValueError(f"{len(shared)} file(s) are in {folders[0]} and in {folders[1]}: keep images and masks apart")
     if shared == set(real[1].values()):
         return [path for path in images if real[0][path] not in shared], masks
     return images, [path for path in masks if real[1][path] not in shared]
@@ -85,10 +86,10 @@ def describe(chosen: argparse.Namespace) -> DataSet:
     names = ["background", *(f"class {index}" for index in range(1, min(count, 256)))]
     names = chosen.class_names.split(",") if chosen.class_names else names
     if not 2 <= count <= 255 or len(names) != count or len(set(map(value_code, values))) != len(values):
-        raise ValueError("--classes must be 2 to 255, background included, or as many different values, and --class-names as many; got "
-                         f"{chosen.classes} and {', '.join(names[:9])}")
+        raise ValueError("--classes must be 2 to 255, background included, or as many different values, and --class-names "
+                         f"as many; got {chosen.classes} and {', '.join(names[:9])}")
     if chosen.instances and (count > 2 or values or chosen.masks_are != "auto"):
-        raise ValueError("--instances means two classes, background and everything else: leave --classes and --masks-are out")
+        raise ValueError("--instances means two classes, background and all else: leave --classes and --masks-are out")
     if not re.fullmatch(r"[\w-][\w.-]*", chosen.name):
         raise ValueError(f"--name must be the name of one folder, got {chosen.name!r}")
     for option, pattern in (("--patient", chosen.patient), ("--stratum", chosen.stratum)):
@@ -101,9 +102,9 @@ def describe(chosen: argparse.Namespace) -> DataSet:
                "ignore_value": None if chosen.ignore is None else value(chosen.ignore)}
     chosen.sources, chosen.download_only = list(dict.fromkeys([chosen.images, chosen.masks])), False
     return DataSet(
-        name=chosen.name, title=f"{chosen.name}: {chosen.images}, {chosen.masks}", licence="your own", citation="your own",
-        page="none", class_names=tuple(names), find=partial(find, patient=chosen.patient, stratum=chosen.stratum, **reading),
-        assign=slices, folds=5, archives="(?!)",
+        name=chosen.name, title=f"{chosen.name}: {chosen.images}, {chosen.masks}", licence="your own",
+        citation="your own", page="none", class_names=tuple(names), assign=slices, folds=5, archives="(?!)",
+        find=partial(find, patient=chosen.patient, stratum=chosen.stratum, **reading),
         settings={**reading, "classes": names, "patient": chosen.patient, "stratum": chosen.stratum})
 
 
@@ -112,17 +113,17 @@ def arguments() -> argparse.ArgumentParser:
     parser = command_line("your own images and masks", download=False)
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
     parser.add_argument("--images", required=True, metavar="A", help="the folder of images")
-    parser.add_argument("--masks", required=True, metavar="B", help="the folder of masks, named like the images, or the same folder")
+    parser.add_argument("--masks", required=True, metavar="B", help="the folder of masks, named like the images")
     parser.add_argument("--classes", default="2", metavar="N_OR_VALUES",
-                        help="number of classes, background included (2), or the masks' value or color of each, background first")
+                        help="number of classes, background included (2), or the masks' value or color of each")
     parser.add_argument("--class-names", metavar="NAMES", help="their names, separated by commas")
     parser.add_argument("--ignore", metavar="VALUE", help="the masks' value or color of pixels that count nowhere")
-    parser.add_argument("--instances", action="store_true", help="masks number the objects: every number but 0 is foreground")
+    parser.add_argument("--instances", action="store_true", help="masks number objects: all but 0 is foreground")
     parser.add_argument("--masks-are", choices=MASKS, default="auto",
-                        help="index: pixels are class indices; binary: black and white; any: every index but 0 is foreground "
-                             "(auto: binary for two classes, index for more)")
-    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in a file's name; a patient's images stay together")
-    parser.add_argument("--stratum", metavar="REGEX", help="finds the kind of case in a file's name; folds are even in it")
+                        help="index: pixels are class indices; binary: black and white; any: every index but 0 is "
+                             "foreground (auto: binary for two classes, index for more)")
+    parser.add_argument("--patient", metavar="REGEX", help="finds the patient in a file's name")
+    parser.add_argument("--stratum", metavar="REGEX", help="finds the kind of case in a file's name")
     parser.add_argument("--name", default="own", help="of the prepared folder below --root (own)")
     return parser
 

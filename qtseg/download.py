@@ -44,7 +44,7 @@ except ImportError:  # Windows
 
 # %% auto #0
 __all__ = ['MAX_DOWNLOAD', 'MOST_PAUSE', 'CLIENT', 'MAX_MEMBERS', 'MAX_DEPTH', 'RAR_TOOLS', 'BAD_NAMES', 'DownloadError',
-           'way_out', 'Version', 'Received', 'Part', 'Interruption', 'most_bytes', 'Source', 'require_room',
+           'way_out', 'Version', 'Received', 'Part', 'append', 'Interruption', 'most_bytes', 'Source', 'require_room',
            'room_explained', 'sha256', 'one_at_a_time', 'recorded', 'record', 'accept', 'fetch', 'fetch_kaggle',
            'Damaged', 'Member', 'unpack']
 
@@ -55,8 +55,8 @@ class DownloadError(OSError):
 
 def way_out(problem: str, page: str, name: str) -> DownloadError:
     """The sentence for something that trying again will not cure: what happened, and how to get the file by hand."""
-    return DownloadError(printable(f"{problem}; the way round: open {page} in a browser, get {name} there and pass it with "
-                                   "--from"))  # the problem may quote what a server said
+    sentence = f"{problem}; the way round: open {page} in a browser, get {name} there and pass it with --from"
+    return DownloadError(printable(sentence))  # it may quote what a server said
 
 # %% ../nbs/16_download.ipynb #download021
 @dataclass
@@ -125,7 +125,7 @@ def _no_link(path: str, flags: int) -> int:
 
 # %% ../nbs/16_download.ipynb #download024
 class Part:
-    """The bytes that have arrived, in `<target>.part`, and a note of what they are in the cache, where only this user writes.
+    """The bytes that have arrived, in `<target>.part`, and a note of what they are in this user's cache.
 
     A part that does not agree with its note was not received by us: it is deleted.
     """
@@ -153,28 +153,29 @@ class Part:
         self.received = Received(version, 0, hashlib.sha256())
         self.received.write(self.note)
 
-    def append(self, pieces: Iterator[bytes]) -> None:
-        """Add bytes as they come; the note follows after the first piece, after each MiB, and at the end, however it ends."""
-        noted = 0
-        with open(self.path, "ab", opener=_no_link) as stream:
-            try:
-                for piece in pieces:
-                    stream.write(piece)
-                    self.received.digest.update(piece)
-                    self.received = self.received._replace(count=self.received.count + len(piece))
-                    if not noted or self.received.count - noted >= 1 << 20:
-                        stream.flush()
-                        noted = self.received.count
-                        self.received.write(self.note)
-            finally:
-                stream.flush()
-                self.received.write(self.note)
-
     def discard(self) -> None:
         """Forget everything."""
         self.received = None
         self.note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+
+# %% ../nbs/16_download.ipynb #download024a
+def append(part: Part, pieces: Iterator[bytes]) -> None:
+    """Add bytes to a part as they come; the note follows after the first piece, after each MiB, and at the end."""
+    noted = 0
+    with open(part.path, "ab", opener=_no_link) as stream:
+        try:
+            for piece in pieces:
+                stream.write(piece)
+                part.received.digest.update(piece)
+                part.received = part.received._replace(count=part.received.count + len(piece))
+                if not noted or part.received.count - noted >= 1 << 20:
+                    stream.flush()
+                    noted = part.received.count
+                    part.received.write(part.note)
+        finally:
+            stream.flush()
+            part.received.write(part.note)
 
 # %% ../nbs/16_download.ipynb #download027
 class Interruption(Exception):
@@ -233,8 +234,8 @@ class Source:
     def check_size(self, size: int) -> None:
         """Raise DownloadError for a file that is larger than the limit; size: bytes announced, or arrived so far."""
         if size > self.most:
-            raise self.refusal(f"{self.name} has {size:,} bytes or more, and the limit is {self.most:,}: if that is right, set "
-                               f"the environment variable QTSEG_MAX_DOWNLOAD={size} and run it again")
+            raise self.refusal(f"{self.name} has {size:,} bytes or more, and the limit is {self.most:,}: if that is "
+                               f"right, set the environment variable QTSEG_MAX_DOWNLOAD={size} and run it again")
 
 
 def _check_url(url: str) -> None:
@@ -278,7 +279,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 class _Watched(io.RawIOBase):
-    """The bytes of a connection; TimeoutError if fewer than `least` arrive in `seconds`, counted from the first byte on."""
+    """The bytes of a connection; TimeoutError if fewer than `least` arrive in `seconds`, from the first byte on."""
 
     def __init__(self, raw: io.RawIOBase, least: int, seconds: float):
         self.raw, self.least, self.seconds, self.since, self.arrived = raw, least, seconds, None, 0
@@ -421,7 +422,7 @@ def _attempt(source: Source, part: Part, bar: tqdm) -> None:
         try:
             source.check_size(whole or 0)
             require_room(part.path.parent, (whole or offset) - offset)
-            part.append(_pieces(response, source, offset, bar))
+            append(part, _pieces(response, source, offset, bar))
         except DownloadError:  # too large, or no room: not to be continued
             part.discard()
             raise
@@ -434,7 +435,7 @@ MOST_PAUSE = 300.0  # seconds: who is asked to wait longer should be told, rathe
 
 def _persist(attempt: Callable[[], None], part: Part, attempts: int, wait: float, say: Callable[[str], None],
              least: int = 1) -> None:
-    """Attempt until it works, with growing waits; Interruption after `attempts` in a row that brought no `least` new bytes."""
+    """Attempt until it works, with growing waits; Interruption after `attempts` in a row below `least` new bytes."""
     most, failed = part.size(), 0
     while True:
         try:
@@ -575,23 +576,36 @@ def _finished(target: Path, checksums: Path | None) -> bool:
     if checksums is not None and (digest := sha256(target)) != known:
         if known is not None:
             wrong = _put_aside(target, target.name)
-            print(printable(f"{target} has changed since it was downloaded: put aside as {wrong.name}, downloading it again"))
+            print(printable(f"{target} has changed since it was downloaded: put aside as {wrong.name}, "
+                            "downloading it again"))
             return False
         record(checksums, target.name, digest)  # put there by hand
     return True
 
 # %% ../nbs/16_download.ipynb #download078
 def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike | None = None, attempts: int = 5,
-          wait: float = 1.0, timeout: float = 30.0, least_speed: float = 1000.0, most: int | None = None, progress: bool = True,
-          page: str | None = None) -> Path:
-    """Download one file over HTTPS; returns its path. A file that is there already, and unchanged, is not downloaded again.
+          wait: float = 1.0, timeout: float = 30.0, least_speed: float = 1000.0, most: int | None = None,
+          progress: bool = True, page: str | None = None) -> Path:
+    """Download one file over HTTPS. A file that is there already, and unchanged, is not downloaded again.
 
-    What has arrived waits in `<target>.part` and is continued, in this run or the next, if the server still has the same version.
-    checksums: JSON file {file name: SHA-256}, written at the first download, compared later; attempts: connections before we give
-    up, counted anew after each that brought something; wait: seconds before the second one, doubled each time; timeout: seconds
-    without a single byte; least_speed: bytes a second, over such a time; most: bytes of the whole file (see most_bytes);
-    progress: a bar, and a line per interruption; page: where people find the file (default: the address).
-    Raises DownloadError (one sentence; nothing unfinished ever bears the name `target`), ValueError for an address without https.
+    What has arrived waits in `<target>.part` and is continued, now or in the next run, if the server has the same version.
+
+    Args:
+        checksums: JSON file {file name: SHA-256}, written at the first download, compared later.
+        attempts: connections before we give up, counted anew after each that brought something.
+        wait: seconds before the second connection, doubled each time.
+        timeout: seconds without a single byte.
+        least_speed: bytes a second, over such a time.
+        most: bytes of the whole file; None: see most_bytes.
+        progress: a bar, and a line per interruption.
+        page: where people find the file; None: the address.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DownloadError: one sentence; nothing unfinished ever bears the name `target`.
+        ValueError: an address without https.
     """
     _check_url(url)
     target, checksums = _path(target), _path(checksums)
@@ -712,15 +726,15 @@ def _kaggle_refusal(found: dict, kind: str, name: str) -> DownloadError:
         401: f"Kaggle does not accept the API token, or wants one: {token}",
         403: refusal,
         404: f"Kaggle has no {kind} named {name}, or not for you",
-        "size": f"{name} is larger than {said}: if that is right, set the environment variable QTSEG_MAX_DOWNLOAD to a larger "
-                "number of bytes and run this again",
+        "size": f"{name} is larger than {said}: if that is right, set the environment variable QTSEG_MAX_DOWNLOAD to a "
+                "larger number of bytes and run this again",
         429: "Kaggle has had too many requests from here: wait an hour and run this again",
         "network": f"no connection to Kaggle ({said}): check the network and run this again, it continues",
     }.get(found["problem"], f"the kaggle client failed ({said})"), page, f"{name} as a zip")
 
 # %% ../nbs/16_download.ipynb #download096a
 def _client_folder(target: Path) -> Path:
-    """The folder beside `target` in which the client works: made by us, for us alone, found again by a note in the cache."""
+    """The folder beside `target` in which the client works: made by us alone, known from a note in the cache."""
     note = _note_of(target)
     try:
         folder = target.with_name(read_json(note)["folder"])
@@ -740,9 +754,15 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
                  timeout: float = 300.0, most: int | None = None, progress: bool = True) -> Path:
     """Download a Kaggle "dataset" ("owner/name") or "competition" as a .zip into `folder`; returns the file's path.
 
-    Through the kaggle package, with the API token from its usual places. checksums, most: as in `fetch`; timeout: seconds in
-    which next to nothing comes. Raises DownloadError, one sentence for each: no package, no token, token refused, rules not
-    accepted, no such name, no network, too large, no space. ValueError for another kind or a malformed name.
+    Through the kaggle package, with the API token from its usual places.
+
+    Args:
+        checksums, most: as in `fetch`.
+        timeout: seconds in which next to nothing comes.
+
+    Raises:
+        DownloadError: no package, token or network; token refused, rules not accepted, no such name; too large, no space.
+        ValueError: another kind or a malformed name.
     """
     if not re.fullmatch({"dataset": r"[\w-]+/[\w-]+", "competition": r"[\w-]+"}.get(kind, "(?!)"), name):
         raise ValueError(f'kind must be "dataset" (named "owner/name") or "competition" (a bare name), got {kind!r}, {name!r}')
@@ -772,7 +792,8 @@ class _Header(tarfile.TarInfo):
     """A header of a .tar, refused where Python would read gigabytes or go round in circles."""
 
     def _proc_member(self, archive):  # where subclasses look at a member, says the documentation in tarfile.py
-        names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                 tarfile.SOLARIS_XHDTYPE)
         if self.size < 0 or (self.type in names and self.size > 1 << 20):
             raise tarfile.ReadError(f"a header says {self.size:,} bytes")
         return super()._proc_member(archive)
@@ -798,7 +819,7 @@ class Damaged(Exception):
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """The border to Python's readers of archives: damaged ones make them raise almost anything; here it becomes Damaged."""
+    """The border to Python's readers of archives: whatever a damaged one makes them raise becomes Damaged."""
     try:
         yield
     except Damaged:
@@ -817,12 +838,12 @@ def _headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _read_to_the_end(path: Path, archive: tarfile.TarFile, most: int) -> None:
-    """Read what follows the last member of a .tar: compressed files carry a checksum there, which tarfile does not reach."""
+    """Read what follows the last member of a .tar: compressed files carry a checksum there."""
     with _reading():
         while (piece := archive.fileobj.read(1 << 20)) and most >= 0:
             most -= len(piece)
     if most < 0:
-        raise ValueError(f"{path} is refused: {path.stat().st_size / 1e6:.1f} MB would swell to more than {_swollen(path) / 1e6:.0f} MB")
+        raise ValueError(f"{path} is refused: it would swell to more than {_swollen(path) / 1e6:.0f} MB")
 
 # %% ../nbs/16_download.ipynb #download104
 class Member(NamedTuple):
@@ -842,11 +863,11 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> list[Member]:
 
 
 def _tar_members(path: Path, archive: tarfile.TarFile) -> list[Member]:
-    """The files of a .tar, checked as those of a .zip, each before it is read: ValueError, or Damaged for a broken header."""
+    """The files of a .tar, checked as those of a .zip, each before it is read: ValueError, or Damaged."""
     described, whole, most = [], 0, _swollen(path)
     for member in _headers(archive):
         plain = member.isreg() and not member.issparse()
-        kind = stat.S_IFREG if plain else stat.S_IFDIR if member.isdir() else stat.S_IFLNK  # hard links, devices, sparse files too
+        kind = stat.S_IFREG if plain else stat.S_IFDIR if member.isdir() else stat.S_IFLNK  # and devices, sparse files
         info = zipfile.ZipInfo(member.name)
         info.file_size, info.external_attr = member.size, kind << 16
         described.append(info)
@@ -924,7 +945,7 @@ def _unpack_rar(path: Path, folder: Path, wanted: Callable[[str], bool], progres
         entry.rename(folder / entry.name)
     inner.rmdir()
 
-
+# %% ../nbs/16_download.ipynb #download113a
 def _size_below(folder: Path) -> int:
     """Bytes of all files below a folder that something else is writing into."""
     whole = 0
@@ -935,9 +956,9 @@ def _size_below(folder: Path) -> int:
 
 
 def _run_tool(command: list[str], path: Path, inner: Path) -> tuple[int, str]:
-    """Run an unpacker and watch how `inner` grows: (exit status, the end of what it said). ValueError if it swells absurdly."""
-    with tempfile.TemporaryFile() as output, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
-                                                              stderr=subprocess.STDOUT) as process:
+    """Run an unpacker: (exit status, the end of what it said). ValueError if `inner` swells absurdly."""
+    with (tempfile.TemporaryFile() as output,
+          subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT) as process):
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
@@ -971,7 +992,8 @@ def _unpacker(path: Path) -> Callable:
     raise DownloadError(f"{path} is {what}: delete it and download it again")
 
 # %% ../nbs/16_download.ipynb #download119
-BAD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ)  # what a disk says to names it cannot take
+# what a disk says to names it cannot take
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ)
 
 
 def unpack(archive: str | os.PathLike, folder: str | os.PathLike, *, wanted: Callable[[str], bool] | None = None,
@@ -992,9 +1014,11 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike, *, wanted: Cal
         except FileExistsError as error:
             raise ValueError(f"{archive} is refused: it holds {Path(error.filename).name} twice") from error
         except Damaged as error:
-            raise DownloadError(printable(f"{archive} is damaged ({error}): delete it and download it again")) from error
+            sentence = f"{archive} is damaged ({error}): delete it and download it again"
+            raise DownloadError(printable(sentence)) from error
         except OSError as error:
             if error.errno not in BAD_NAMES:
                 raise
-            raise ValueError(printable(f"{archive} is refused: this disk cannot take one of its names ({error})")) from error
+            sentence = f"{archive} is refused: this disk cannot take one of its names ({error})"
+            raise ValueError(printable(sentence)) from error
     return folder

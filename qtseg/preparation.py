@@ -28,11 +28,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .colors import class_colors
-from .data import (EXTENSIONS, WHITES, DataProblems, Survey, fold_of_each, hold_out, list_pictures, outline, read_image,
-                        read_mask)
+from .data import (EXTENSIONS, WHITES, DataProblems, Survey, fold_of_each, hold_out, list_pictures, outline,
+                        read_image, read_mask)
 from .download import unpack
-from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture, same_form,
-                         walk)
+from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture,
+                         same_form, walk)
 from .masks import IGNORE, LOSSY, MaskReading, MaskValues, judge_masks, look_at, looks_up, stored_values
 from .phantoms import write_manifest
 
@@ -132,14 +132,17 @@ class Pair:
     fold: int | None = None
 
 # %% ../nbs/17_preparation.ipynb #preparation030
-Reader = Callable[[Sequence[Path], "tuple[int, int] | None", list[str]], np.ndarray]  # (mask files, image's size, notes) -> mask
+# (mask files, image's size, notes) -> mask
+Reader = Callable[[Sequence[Path], "tuple[int, int] | None", list[str]], np.ndarray]
 
 
 @dataclass
 class Found:
     """What a source holds: pairs, problems (sentences that forbid to go on) and notes (sentences worth knowing).
 
-    read: how these masks are read, where that is decided after a look at all of them; decided: what dataset.json says of it.
+    Args:
+        read: how these masks are read, where that is decided after a look at all of them.
+        decided: what dataset.json says of it.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -154,8 +157,8 @@ def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
     wanted = [name.lower() for name in names]
     for root in roots:
         folders = {path.parent for path in walk(root)[0] if "__MACOSX" not in path.parts}
-        found = [path for path in folders if [part.lower() for part in path.parts[-len(wanted):]] == wanted and list_pictures(path)]
-        if found:
+        named = [path for path in folders if [part.lower() for part in path.parts[-len(wanted):]] == wanted]
+        if found := [path for path in named if list_pictures(path)]:
             return sorted(found)
     return []
 
@@ -172,8 +175,8 @@ def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
     """The one such folder, with a note about what else is in it; without it, or with several, a problem and None."""
     folders = find_folders(roots, *names)
     if len(folders) == 1:
-        kept = {*list_pictures(folders[0]), *(folders[0] / name for name in NOBODYS)}
-        others = sorted(path.name for path in folders[0].iterdir() if path not in kept and not path.name.startswith("."))
+        kept = {path.name for path in list_pictures(folders[0])} | NOBODYS
+        others = sorted(name for name in os.listdir(folders[0]) if name not in kept and not name.startswith("."))
         found.notes += [passed_over(folders[0], others, "no pictures")] * bool(others)
         return folders[0]
     name = "/".join(names)
@@ -183,7 +186,7 @@ def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
 
 # %% ../nbs/17_preparation.ipynb #preparation037
 def name_of(path: Path, folder: Path | None = None) -> str:
-    """The name by which an image and its mask are compared: without extension, in one Unicode form, with the path below `folder`."""
+    """The name by which an image and its mask are compared: the path below `folder` without extension, in one form."""
     stem = path.name if path.suffix[1:].isdigit() else path.stem  # IM.0001 is a whole name
     return same_form(stem if folder is None else (path.parent.relative_to(folder) / stem).as_posix())
 
@@ -211,11 +214,12 @@ def pair_up(found: Found, images: Iterable[Path], masks: Iterable[Path], of: Cal
         else:
             several_masks = f"several masks, {', '.join(mask.name for mask in own)}"
             found.problems.append(f"{image}: {several_masks if own else 'no mask'}")
-    found.problems += [f"{mask}: mask without an image" for name in sorted(by_image.keys() - names) for mask in by_image[name]]
+    lonely = [mask for name in sorted(by_image.keys() - names) for mask in by_image[name]]
+    found.problems += [f"{mask}: mask without an image" for mask in lonely]
 
 # %% ../nbs/17_preparation.ipynb #preparation038
 def bad_names(found: Found) -> list[str]:
-    """A problem for every id that is not safe in a table, or that differs from another by upper and lower case at most."""
+    """A problem for every id that is not safe in a table, or that differs from another by capitals at most."""
     by_id: dict[str, list[str]] = {}
     for pair in found.pairs:
         by_id.setdefault(pair.id.strip().casefold(), []).append(str(pair.image))
@@ -232,7 +236,8 @@ def pictures_below(found: Found, folder: Path) -> list[Path]:
     files, passed = walk(folder)
     pictures = [path for path in files if meant(path) or is_picture(path)]
     found.problems += [f"{path}: {reason}" for path, reason in passed if meant(path) and reason != "hidden"]
-    passed = [one for one in passed if not meant(one[0])] + [(path, "no picture") for path in sorted(set(files) - set(pictures))]
+    passed = [one for one in passed if not meant(one[0])]
+    passed += [(path, "no picture") for path in sorted(set(files) - set(pictures))]
     for reason in sorted({reason for _, reason in passed} - {"hidden"}):
         found.notes.append(passed_over(folder, [path.name for path, why in passed if why == reason], reason))
     return pictures
@@ -240,7 +245,7 @@ def pictures_below(found: Found, folder: Path) -> list[Path]:
 
 def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Sequence[int | str] = (),
           ignore_value: int | str | None = None, workers: int | None = None) -> None:
-    """Decide from all masks how each is read (judge_masks has the arguments): sets found.read and found.decided, or adds problems."""
+    """Decide from all masks how each is read: sets found.read and found.decided, or adds problems. See judge_masks."""
     look_up = looks_up(masks, mask_values, ignore_value)
 
     def look(path: Path) -> MaskValues | None:
@@ -257,10 +262,12 @@ def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Se
     found.problems += problems
     found.notes += notes
     found.read = partial(_read_as, reading)
-    found.decided = {"ignore": IGNORE if reading and reading.ignore is not None else None, "mask_values": list(mask_values)}
+    ignore = IGNORE if reading and reading.ignore is not None else None
+    found.decided = {"ignore": ignore, "mask_values": list(mask_values)}
 
 
-def _read_as(reading: MaskReading | None, paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+def _read_as(reading: MaskReading | None, paths: Sequence[Path], shape: tuple[int, int] | None,
+             notes: list[str]) -> np.ndarray:
     """A Reader of one mask per image; where the set's masks are refused, it only looks whether the file can be read."""
     picture = decoded(paths[0])
     try:
@@ -271,9 +278,9 @@ def _read_as(reading: MaskReading | None, paths: Sequence[Path], shape: tuple[in
 
 # %% ../nbs/17_preparation.ipynb #preparation041
 def slices(pairs: list[Pair], folds: int | None) -> list[str]:
-    """Give each pair its fold (see fold_of_each): equal slices by name within each stratum, or whole patients; returns notes.
+    """Give each pair its fold: equal slices by name within each stratum, or whole patients; returns notes.
 
-    Names are sorted as plain strings: "a (10)" comes before "a (2)". ValueError if there are too few images or patients.
+    Names are sorted as plain strings: "a (10)" comes before "a (2)". Raises what fold_of_each raises.
     """
     notes: list[str] = []
     for pair, fold in zip(pairs, fold_of_each(Survey(Path(), "", pairs), None, folds, notes)):
@@ -298,9 +305,11 @@ def held_out(pairs: list[Pair], folds: int | None, share: float = 0.1, seed: int
 
 # %% ../nbs/17_preparation.ipynb #preparation049
 def label(found: Found, column: str, pattern: str) -> None:
-    """Take the patient or the stratum (`column`) of each pair from its id; ids in which nothing is found become a problem.
+    """Take the patient or the stratum of each pair from its id; ids in which nothing is found become a problem.
 
-    pattern: a regular expression; what its first pair of brackets matched counts, or all that matched where it has none.
+    Args:
+        column: "patient" or "stratum".
+        pattern: a regular expression; what its first brackets matched counts, or all that matched where it has none.
     """
     lost = []
     for pair in found.pairs:
@@ -318,7 +327,7 @@ def label(found: Found, column: str, pattern: str) -> None:
 
 # %% ../nbs/17_preparation.ipynb #preparation052
 class Seen(NamedTuple):
-    """What one image file is like: format, bits of a channel, lowest and highest value, pages or frames, turned by EXIF."""
+    """What one image file is like: bits of a channel, lowest and highest value, pages or frames, turned by EXIF, …"""
 
     format: str
     bits: int
@@ -329,8 +338,13 @@ class Seen(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One pair, written: its row of the manifest, pixels per class and ignored ones last, the image file's digest and what was
-    seen in it; or what is wrong with it.
+    """One pair, written, or what is wrong with it.
+
+    Args:
+        row: of the manifest.
+        pixels: of each class, and the ignored ones last.
+        hash: the image file's digest.
+        seen: what the image file is like.
     """
 
     row: dict
@@ -363,7 +377,8 @@ def drop_twins(pairs: list[Pair], done: list[Done]) -> tuple[set[str], list[str]
         torn = [same for same in several if len({getattr(pair, kind) for pair in same}) > 1]
         if torn:
             names = "; ".join(" = ".join(pair.id for pair in same) for same in torn[:5])
-            notes.append(f"WARNING: {len(torn)} image file(s) belong to two {what} ({names}{'; …' * (len(torn) > 5)}): is one of them wrong?")
+            names += "; …" * (len(torn) > 5)
+            notes.append(f"WARNING: {len(torn)} image file(s) belong to two {what} ({names}): is one of them wrong?")
     return dropped, notes
 
 # %% ../nbs/17_preparation.ipynb #preparation058
@@ -391,7 +406,7 @@ def copyable(picture: Picture, data: bytes) -> str | None:
 
 
 def as_shown(picture: Picture) -> np.ndarray:
-    """A decoded picture as grey [H, W] or RGB [H, W, 3], uint8 or uint16: palettes looked up, bits made black and white."""
+    """A decoded picture as grey [H, W] or RGB [H, W, 3]: palettes looked up, bits made black and white."""
     if picture.palette is not None:
         return picture.palette[picture.values]
     return picture.values * np.uint8(255) if picture.bits == 1 else picture.values
@@ -423,13 +438,15 @@ def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     if picture is not None and mask is not None and mask.shape != shape:
         problems.append(f"{pair.image}: {shape[1]}x{shape[0]} pixels, but its mask {pair.masks[0].name} has "
                         f"{mask.shape[1]}x{mask.shape[0]}")
-    problems += [f"{pair.image}: its mask {path.name} is the same file" for path in pair.masks if _same_file(path, pair.image)]
+    same = [path.name for path in pair.masks if _same_file(path, pair.image)]
+    problems += [f"{pair.image}: its mask {name} is the same file" for name in same]
     row = None if problems else _try(problems, _write_pair, pair, picture, mask, folder)
     if problems:
         return Done({}, [], "", problems, notes)
     pixels = [int(np.count_nonzero(mask == index)) for index in (*range(classes), IGNORE)]
-    bits = picture.bits if picture.values.dtype == np.uint16 else min(picture.bits, 8)  # a DICOM of 12 bits is written with 8
-    seen = Seen(picture.format, bits, int(picture.values.min()), int(picture.values.max()), picture.frames, picture.turned)
+    values = picture.values
+    bits = picture.bits if values.dtype == np.uint16 else min(picture.bits, 8)  # a DICOM of 12 bits is written with 8
+    seen = Seen(picture.format, bits, int(values.min()), int(values.max()), picture.frames, picture.turned)
     return Done(row, pixels, picture.digest, [], notes, seen)
 
 
@@ -448,7 +465,8 @@ def _write_pair(pair: Pair, picture: Picture, mask: np.ndarray, folder: Path) ->
     height, width = mask.shape
     row = {"id": pair.id, "image": f"images/{pair.id}{extension or '.png'}", "mask": f"masks/{pair.id}.png",
            "height": height, "width": width}
-    for name, content in ((row["image"], data if extension else as_png(as_shown(picture))), (row["mask"], as_png(mask))):
+    image = data if extension else as_png(as_shown(picture))
+    for name, content in ((row["image"], image), (row["mask"], as_png(mask))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)  # an id may hold the name of a sub-folder
         (folder / name).write_bytes(content)
     return row
@@ -493,9 +511,9 @@ def write_on(sheet: np.ndarray, text: str, x: int, y: int, colour: tuple[int, in
 # %% ../nbs/17_preparation.ipynb #preparation072
 def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], workers: int = 1, most: int = 24,
                   white: int = 65535) -> np.ndarray:
-    """A picture [H, W, 3] of up to `most` pairs as they stand in the folder, evenly chosen by stratum and name, masks outlined.
+    """A picture [H, W, 3] of up to `most` pairs as they stand in the folder, masks outlined.
 
-    white: the stored value that is shown white, for images of 16 bits.
+    They are chosen evenly by stratum and name. white: the stored value that is shown white, for images of 16 bits.
     """
     def thumbnail(row: dict) -> np.ndarray:
         return outlined(read_image(folder / row["image"], white), decoded(folder / row["mask"]).values)
@@ -533,7 +551,7 @@ def table(rows: list[dict]) -> str:
 
 # %% ../nbs/17_preparation.ipynb #preparation076
 def summary(rows: list[dict], done: list[Done], class_names: Sequence[str]) -> list[str]:
-    """What a prepared set holds, in lines: counts, sizes, values, share of each class (mean over images), empty and full masks."""
+    """What a prepared set holds, in lines: counts, sizes, values, share of each class, empty and full masks."""
     sizes = Counter((row["width"], row["height"]) for row in rows)
     (width, height), count = max(sizes.items(), key=lambda item: (item[1], item[0]))
     low, high = min(sizes, key=lambda size: size[0] * size[1]), max(sizes, key=lambda size: size[0] * size[1])
@@ -541,13 +559,13 @@ def summary(rows: list[dict], done: list[Done], class_names: Sequence[str]) -> l
     shares = pixels[:, :-1] / np.maximum(pixels[:, :-1].sum(axis=1, keepdims=True), 1)
     held = [f"{name} {100 * shares[:, i].mean():.2f} % (in {np.count_nonzero(shares[:, i])} images)"
             for i, name in enumerate(class_names) if i]
-    ignored = np.count_nonzero(pixels[:, -1])
+    empty, ignored = np.count_nonzero(shares[:, 1:].sum(axis=1) == 0), np.count_nonzero(pixels[:, -1])
     return [
         *table(rows).splitlines(),
         f"sizes: {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels, most often {width}x{height} ({count} images)",
         *_values(done),
-        f"share of the pixels, mean over images: {', '.join(held)}; {np.count_nonzero(shares[:, 1:].sum(axis=1) == 0)} masks are "
-        f"empty, {np.count_nonzero(pixels[:, 0] == 0)} without background, {ignored} with ignored pixels"]
+        f"share of the pixels, mean over images: {', '.join(held)}; {empty} masks are empty, "
+        f"{np.count_nonzero(pixels[:, 0] == 0)} without background, {ignored} with ignored pixels"]
 
 
 def _values(done: list[Done]) -> list[str]:
@@ -562,7 +580,7 @@ def _values(done: list[Done]) -> list[str]:
 
 # %% ../nbs/17_preparation.ipynb #preparation076a
 def white_of(done: list[Done]) -> int:
-    """The stored value that is white in the images of more than 8 bits, for the whole set: the least of WHITES that none exceeds."""
+    """What is white in images of more than 8 bits, for the whole set: the least of WHITES that none exceeds."""
     highest = max((one.seen.high for one in done if one.seen.bits > 8), default=65535)
     return next(white for white in WHITES if white >= highest)
 
@@ -578,7 +596,7 @@ def alarms(pairs: list[Pair], done: list[Done], class_names: Sequence[str]) -> l
     if full := np.flatnonzero(pixels[:, 0] == 0).tolist():
         found.append(f"{len(full)} masks are without background: {named(full)}")
     if paged := [row for row, one in enumerate(done) if one.seen.frames > 1]:
-        found.append(f"{len(paged)} image files hold more pages or frames than the first, which alone was read: {named(paged)}")
+        found.append(f"{len(paged)} image files hold several pages or frames; the first alone was read: {named(paged)}")
     depths = Counter(max(one.seen.bits, 8) for one in done)
     if len(depths) > 1:
         rare = min(depths, key=depths.get)
@@ -649,7 +667,7 @@ def fingerprint(source: Path) -> list:
 
 # %% ../nbs/17_preparation.ipynb #preparation087
 def made_from(folder: Path) -> dict | None:
-    """What a finished prepared folder says it was made with, or None where there is none. ValueError if dataset.json is damaged."""
+    """What a finished prepared folder says it was made with, or None. ValueError if its dataset.json is damaged."""
     if not ((folder / "manifest.csv").is_file() and (folder / "dataset.json").is_file()):
         return None
     try:
@@ -683,14 +701,15 @@ def _short(text: str, private: Path, sources: Iterable[Path]) -> str:
 # %% ../nbs/17_preparation.ipynb #preparation092
 def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | None, workers: int,
             progress: bool) -> tuple[Found, list[Done]]:
-    """Find the pairs, write them all, give each its fold or split: (what was found, what was written). Raises DataProblems."""
+    """Find the pairs, write them all, give each its fold or split: (found, written). Raises DataProblems."""
     try:
         found = dataset.find(gather(sources, private / "unpacked", dataset.archives, progress))
         found.pairs.sort(key=lambda pair: pair.id)  # plain string order: slices and held_out build on it
         problems = found.problems + bad_names(found)
         if not found.pairs and not problems:
             problems = ["no pairs of image and mask"]
-        done = convert_all(found.pairs, private, found.read or dataset.read, len(dataset.class_names), workers, progress)
+        read, classes = found.read or dataset.read, len(dataset.class_names)
+        done = convert_all(found.pairs, private, read, classes, workers, progress)
         problems += [problem for result in done for problem in result.problems]
         found.notes += [note for result in done for note in result.notes]
         found.notes += [] if problems else dataset.assign(found.pairs, folds)
@@ -717,7 +736,8 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
     (private / "LICENCE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
     (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, names, workers, white=white)))
     shutil.rmtree(private / "unpacked", ignore_errors=True)
-    write_manifest(private, rows, dataset.name, names,  # ids stay exact, even "=1+1": they are names of files, not formulas
+    # ids stay exact in the table, even "=1+1": they are names of files, and have to be found again
+    write_manifest(private, rows, dataset.name, names,
                    title=dataset.title, licence=dataset.licence, citation=dataset.citation, page=dataset.page,
                    notes=found.notes + twins + alarms(pairs, done, names), summary=summary(rows, done, names),
                    white=white, **found.decided, prepared=wishes)
@@ -736,11 +756,12 @@ def keep_safe(folder: Path) -> None:
         ours = MADE
     made = manifest.stat().st_mtime_ns
     paths = [Path(place) / name for place, _, names in os.walk(folder) for name in names if name not in NOBODYS]
-    others = [name for path in paths if (name := same_form(path.relative_to(folder).as_posix())) not in ours
-              or path.lstat().st_mtime_ns > made]
+    others = sorted(name for path in paths if (name := same_form(path.relative_to(folder).as_posix())) not in ours
+                    or path.lstat().st_mtime_ns > made)
     if others:
-        raise ValueError(f"{folder} holds {len(others)} file(s) that are not as a data script made them ({', '.join(sorted(others)[:5])}"
-                         f"{', …' * (len(others) > 5)}): move them elsewhere, or remove the folder yourself, then run this again")
+        names = ", ".join(others[:5]) + ", …" * (len(others) > 5)
+        raise ValueError(f"{folder} holds {len(others)} file(s) that are not as a data script made them ({names}): "
+                         "move them elsewhere, or remove the folder yourself, then run this again")
 
 
 def set_aside(folder: Path) -> None:
@@ -788,7 +809,8 @@ def report(folder: Path) -> str:
     said = read_json(folder / "dataset.json")
     lists = {key: said[key] if isinstance(said.get(key), list) else [] for key in ("summary", "notes", "classes")}
     notes = [str(note) if str(note).startswith("WARNING") else f"note: {note}" for note in lists["notes"]]
-    lines = [f"{folder}: {said.get('title', folder.name)}", *lists["summary"], *sorted(notes, key=lambda note: note.startswith("WARNING")),
+    notes.sort(key=lambda note: note.startswith("WARNING"))
+    lines = [f"{folder}: {said.get('title', folder.name)}", *lists["summary"], *notes,
              f"look at {folder / 'contact_sheet.png'}",
              f'use it: SegmentationData.from_prepared("{folder}", classes={len(lists["classes"])})']
     return "\n".join(map(printable, lines))
@@ -802,7 +824,8 @@ def command_line(title: str, download: bool = True) -> argparse.ArgumentParser:
         parser.add_argument("--from", dest="sources", nargs="+", metavar="FILE_OR_FOLDER",
                             help="what you already have: the archive(s) as downloaded, or the unpacked folder; downloads nothing")
         parser.add_argument("--download-only", action="store_true", help="download and stop")
-    parser.add_argument("--folds", type=int, help="number of folds; 0 for none (default: as published)")
+    usual = "as published" if download else "5"
+    parser.add_argument("--folds", type=int, help=f"number of folds; 0 for none (default: {usual})")
     parser.add_argument("--workers", type=int, help="threads (default: one per core)")
     parser.add_argument("--force", action="store_true", help="prepare again, even if it is there already")
     return parser
