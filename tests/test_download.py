@@ -1024,6 +1024,16 @@ def test_a_name_twice_is_refused(tmp_path):
     assert "would be one file" in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
 
 
+def packed_by(method: int):
+    """A function that makes a .zip by another method of compression."""
+    def make(path: Path, files: dict[str, bytes]) -> Path:
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return path
+    return make
+
+
 @pytest.mark.parametrize("make", [make_zip, packed_by(zipfile.ZIP_LZMA), packed_by(zipfile.ZIP_BZIP2), *(
     lambda path, files, mode=mode: make_tar(path, files, mode=f"w:{mode}") for mode in ("gz", "bz2", "xz"))],
     ids=["zip", "zip lzma", "zip bz2", "gz", "bz2", "xz"])
