@@ -157,7 +157,8 @@ class Forms:
         """A copy for inference on fixed weights: BatchNorm folded into the convolutions, no gradients for parameters.
 
         Attention, mask head and blocks take the faster forms of chapter 22.
-        In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`).
+        In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`). The copy keeps
+        weights sorted; after a write to a weight's `.data`, which PyTorch does not count, call `qtseg.speed.forget_kept`.
         """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         for module in twin.modules():
