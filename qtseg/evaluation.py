@@ -13,7 +13,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -23,8 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -32,22 +33,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import (Preprocessing, SegmentationData, Split, cache_root, find_source, fitted_size, new_folder,
-                        normalise, outline, private_name, read_image, read_preprocessing, resample, survey_folder)
+from .colors import PREDICTION, TARGET
+from .data import (Preprocessing, SegmentationData, Split, Survey, assign_splits, cache_root, find_source, fitted_size,
+                        normalise, outline, read_image, read_preprocessing, resample, survey_folder)
+from .files import csv_cell, escape, new_folder, private_name, printable, read_json
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
-from .model import Baseline, QTSeg, load_network
+from .model import Baseline, QTSeg, find_checkpoint, load_network
 from .speed import operations
-from .training import COLOURS, TrainConfig, choose_device, hardware, keep_freed_memory, open_data, versions
+from .training import TrainConfig, choose_device, hardware, keep_freed_memory, open_data, versions
 
 # %% auto #0
-__all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'PARTS', 'LABELS', 'class_probabilities', 'undo_resize',
-           'decide', 'own_size_mask', 'rates_in_percent', 'surface_scores', 'mask_scores', 'calibration_counts',
-           'calibration_error', 'threshold_counts', 'bootstrap_means', 'bootstrap_interval', 'Protocol', 'ImageScores',
-           'score_image', 'predict_batch', 'choose_splits', 'EvaluationData', 'Evaluation', 'group_rows',
-           'threshold_rows', 'evaluate_network', 'table_rows', 'aligned', 'markdown', 'outlined', 'ranked',
-           'own_size_picture', 'draw_gallery', 'draw_calibration', 'draw_thresholds', 'multiply_adds', 'network_cost',
-           'cost_rows', 'to_dict', 'write_evaluation', 'read_checkpoint', 'open_for', 'evaluate_checkpoint',
-           'weights_sha256', 'find_checkpoints', 'report', 'main']
+__all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'FREQUENCY_IMAGES', 'SIZES', 'PARTS', 'LABELS', 'FILES',
+           'class_probabilities', 'undo_resize', 'decide', 'own_size_mask', 'rates_in_percent', 'surface_scores',
+           'mask_scores', 'lesion_counts', 'calibration_counts', 'calibration_error', 'threshold_counts', 'Units',
+           'sampling_units', 'bootstrap_means', 'student_quantile', 'bootstrap_interval', 'Protocol',
+           'class_frequencies', 'constant_counts', 'ImageScores', 'score_image', 'predict_batch', 'choose_splits',
+           'EvaluationData', 'Evaluation', 'stratum_rows', 'threshold_rows', 'evaluate_network', 'table_rows',
+           'aligned', 'markdown', 'outlined', 'ranked', 'own_size_picture', 'draw_gallery', 'draw_calibration',
+           'draw_thresholds', 'multiply_adds', 'network_cost', 'cost_rows', 'to_dict', 'write_evaluation',
+           'require_replaceable', 'replaced_results', 'read_checkpoint', 'open_for', 'training_notes',
+           'evaluate_checkpoint', 'weights_sha256', 'find_checkpoints', 'report', 'main']
 
 # %% ../nbs/12_evaluation.ipynb #evaluation010
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -110,13 +115,15 @@ def rates_in_percent(counts: Tensor) -> Tensor:
     """Turn counts [..., 4] (TP, FP, FN, TN) into rates [..., 3] (precision, recall, specificity): percent, float64.
 
     Precision: share of the predicted pixels that are right; recall: share of the target that was found; specificity: share of
-    the background left alone. 0/0 is 100 where prediction and target agree that there is nothing, else NaN: undefined.
+    the background left alone. 0/0 is 100 where prediction and target agree that there is nothing, else NaN: undefined, as where
+    no pixel was counted.
     """
     tp, fp, fn, tn = counts.cpu().double().unbind(dim=-1)  # each [...]
 
     def rate(right: Tensor, wrong: Tensor, other: Tensor) -> Tensor:
         """right / (right + wrong); `other` is what the other mask alone holds, 0 if both are empty."""
-        return torch.where(right + wrong > 0, right / (right + wrong), torch.where(other > 0, torch.nan, 1.0))
+        undefined = (other > 0) | (tp + fp + fn + tn == 0)
+        return torch.where(right + wrong > 0, right / (right + wrong), torch.where(undefined, torch.nan, 1.0))
 
     return 100 * torch.stack([rate(tp, fp, fn), rate(tp, fn, fp), rate(tn, fp, fn)], dim=-1)
 
@@ -144,11 +151,11 @@ def surface_scores(prediction: np.ndarray, target: np.ndarray, tolerance: float 
     """95 % Hausdorff distance (pixels) and normalised surface Dice (percent) of two boolean masks [H, W], by MONAI.
 
     hd95: the larger of the two directed 95th percentiles of the distance from border to border; nsd: the share of both borders
-    that lies within `tolerance` pixels of the other. Both masks empty: 0 and 100. One empty: NaN, no distance exists, and 0.
+    that lies within `tolerance` pixels of the other. Both masks empty: 0 and 100. One empty: the image's diagonal, and 0.
     ModuleNotFoundError without MONAI. Source: monai.metrics; Nikolov et al., arXiv 1809.04430, for nsd, here over pixels.
     """
     if not prediction.any() or not target.any():
-        return (math.nan, 0.0) if prediction.any() or target.any() else (0.0, 100.0)
+        return (math.hypot(*target.shape), 0.0) if prediction.any() or target.any() else (0.0, 100.0)
     pair = [torch.from_numpy(mask.astype(np.float32))[None, None] for mask in _crop(prediction, target)]  # [1, 1, h, w]
     hausdorff_distance, surface_dice = _surface_functions()
     distance = hausdorff_distance(*pair, include_background=True, percentile=95)
@@ -160,17 +167,41 @@ SCORES = MEASURES + RATES + SURFACES  # the columns of every table of scores
 
 
 def mask_scores(prediction: np.ndarray, target: np.ndarray, classes: int, *, legacy: bool = False, surface: bool = True,
-                tolerance: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+                tolerance: float = 2.0, ignore_index: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Score a mask, class index uint8 [H, W], against its target -> counts [foreground classes, 4], scores [.., len(SCORES)].
 
-    In the order of SCORES: percent, hd95 in pixels; NaN where undefined, or where `surface` is False. `legacy`: see
-    `scores_in_percent`; `tolerance`: see `surface_scores`. ValueError for masks of different shapes.
+    Args:
+        legacy: see `scores_in_percent`.
+        surface: whether to measure hd95 and nsd.
+        tolerance: see `surface_scores`.
+        ignore_index: the label of target pixels that count nowhere; for distances they are background in both masks.
+
+    Returns:
+        Counts, and scores in the order of SCORES: percent, hd95 in pixels; NaN where undefined or not measured.
     """
     masks, targets = (torch.from_numpy(mask.astype(np.int64))[None] for mask in (prediction, target))  # [1, H, W]
-    counts = confusion_counts(masks, targets, classes)[0]  # [foreground classes, 4]
-    surfaces = [surface_scores(prediction == label, target == label, tolerance) if surface else (math.nan, math.nan)
-                for label in range(1, max(classes, 2))]
+    counts = confusion_counts(masks, targets, classes, ignore_index)[0]  # [foreground classes, 4]
+    counted = True if ignore_index is None else target != ignore_index
+    surfaces = [surface_scores((prediction == label) & counted, (target == label) & counted, tolerance)
+                if surface and counts[0].any() else (math.nan, math.nan) for label in range(1, max(classes, 2))]
     return counts.numpy(), np.hstack([scores_in_percent(counts, legacy), rates_in_percent(counts), surfaces])
+
+# %% ../nbs/12_evaluation.ipynb #evaluation041c
+def lesion_counts(prediction: np.ndarray, target: np.ndarray, overlap: float = 0.1) -> np.ndarray:
+    """Count lesions, the connected components (8 neighbors) of boolean masks [H, W] -> int64 [4].
+
+    Args:
+        overlap: the share of a lesion's area that the prediction must cover for the lesion to count as found.
+
+    Returns:
+        Lesions of the target, how many of them were found, regions of the prediction, how many of them touch no lesion.
+    """
+    lesions, labels = cv2.connectedComponents(target.astype(np.uint8), connectivity=8)
+    area, covered = (np.bincount(found, minlength=lesions)[1:] for found in (labels.ravel(), labels[prediction]))
+    regions, own = cv2.connectedComponents(prediction.astype(np.uint8), connectivity=8)
+    touching = len(np.unique(own[prediction & target]))
+    found = (covered > 0) & (covered >= overlap * area - 1e-9)  # 7 of 70 pixels are 10 %, whatever 0.1 * 70 is rounded to
+    return np.array([lesions - 1, found.sum(), regions - 1, regions - 1 - touching])
 
 # %% ../nbs/12_evaluation.ipynb #evaluation043
 BINS = 15
@@ -189,21 +220,21 @@ def calibration_counts(foreground: np.ndarray, target: np.ndarray) -> np.ndarray
 def calibration_error(counts: np.ndarray) -> float:
     """Expected calibration error of counts [BINS, 3], in percent: mean over pixels of |probability - share| of their bin."""
     pixels, probabilities, foreground = counts.T
-    return float(100 * np.abs(probabilities - foreground).sum() / pixels.sum())
+    return float(100 * np.abs(probabilities - foreground).sum() / max(pixels.sum(), 1))
 
 # %% ../nbs/12_evaluation.ipynb #evaluation046
 THRESHOLDS = np.arange(1, 20, dtype=np.float32) / 20  # 0.05, 0.10, … 0.95
 
 
 def threshold_counts(probabilities: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Counts TP, FP, FN, TN of `decide(probabilities, t)` for every t of THRESHOLDS: [H, W, K] -> [len(THRESHOLDS), K - 1, 4].
+    """Counts TP, FP, FN, TN of `decide(probabilities, t)` for every t of THRESHOLDS: [..., K] -> [len(THRESHOLDS), K - 1, 4].
 
     One pass over the pixels: each is sorted by how many thresholds lie below its foreground probability.
     """
-    foreground = probabilities[..., 1] if probabilities.shape[2] == 2 else 1 - probabilities[..., 0]
-    best, level = probabilities[..., 1:].argmax(axis=2) + 1, np.searchsorted(THRESHOLDS, foreground)  # [H, W]
+    foreground = probabilities[..., 1] if probabilities.shape[-1] == 2 else 1 - probabilities[..., 0]
+    best, level = probabilities[..., 1:].argmax(axis=-1) + 1, np.searchsorted(THRESHOLDS, foreground)  # [...]
     counts = []
-    for label in range(1, probabilities.shape[2]):
+    for label in range(1, probabilities.shape[-1]):
         true, chosen = target == label, best == label
         predicted, tp = (np.bincount(level[pixels], minlength=len(THRESHOLDS) + 1)[::-1].cumsum()[-2::-1]
                          for pixels in (chosen, chosen & true))  # pixels above each threshold
@@ -212,36 +243,59 @@ def threshold_counts(probabilities: np.ndarray, target: np.ndarray) -> np.ndarra
     return np.stack(counts, axis=1)
 
 # %% ../nbs/12_evaluation.ipynb #evaluation051
-def _units(groups: Sequence[str]) -> np.ndarray:
-    """Number the things that are drawn by the bootstrap: one per group, one per image that has no group; int64 [images].
+class Units(NamedTuple):
+    """What the bootstrap draws: patients, or images that have no patient."""
 
-    A group that all images share tells nothing apart: then each image counts.
-    """
-    whole = len(set(groups)) == 1
-    names = [("group", group) if group and not whole else ("image", place) for place, group in enumerate(groups)]
+    of_image: np.ndarray  # int64 [images]: the unit of each image
+    stratum: np.ndarray  # int64 [units]: the stratum of each unit
+    name: str  # "patients" or "images"
+
+    @property
+    def strata(self) -> int:
+        """The number of strata."""
+        return len(np.unique(self.stratum))
+
+    @property
+    def effective(self) -> float:
+        """How many units of equal size would say as much about a mean over images (Kish's effective size)."""
+        images = np.bincount(self.of_image)
+        return float(images.sum() ** 2 / (images**2).sum())
+
+
+def sampling_units(images: int, strata: Sequence[str] | None = None, patients: Sequence[str] | None = None) -> Units:
+    """Say what is drawn of so many images, given the stratum and the patient of each ("": none)."""
+    strata, patients = strata or [""] * images, patients or [""] * images
+    names = [("patient", patient) if patient else ("image", place) for place, patient in enumerate(patients)]
     number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    return np.array([number[name] for name in names])
-
-
-def _unit_name(groups: Sequence[str]) -> str:
-    """What is drawn, in the plural: images, unless some belong together."""
-    return "groups" if len(set(_units(groups))) < len(groups) else "images"
+    of_image = np.array([number[name] for name in names])
+    inside: list[set[str]] = [set() for _ in number]
+    for unit, stratum in zip(of_image, strata):
+        inside[unit].add(stratum)
+    _, stratum = np.unique(["\n".join(sorted(found)) for found in inside], return_inverse=True)  # a name has no line break
+    sizes = np.bincount(stratum)
+    alone = np.flatnonzero(sizes == 1)
+    if len(alone) and len(sizes) > 1:  # joined with one another, or with the largest
+        stratum[np.isin(stratum, alone)] = alone[0] if len(alone) > 1 else sizes.argmax()
+    return Units(of_image, np.unique(stratum, return_inverse=True)[1], "patients" if any(patients) else "images")
 
 # %% ../nbs/12_evaluation.ipynb #evaluation054
-def bootstrap_means(values: np.ndarray, groups: Sequence[str], draws: int = 2000, seed: int = 1996) -> np.ndarray:
+def bootstrap_means(values: np.ndarray, strata: Sequence[str] | None = None, patients: Sequence[str] | None = None,
+                    draws: int = 2000, seed: int = 1996) -> np.ndarray:
     """Means of resampled sets: values [images, ...] -> [draws, ...], NaN left out of every mean.
 
-    Each draw takes as many groups as there are, with replacement, each with all its images; an image whose group is "" is a
-    group of its own. All NaN for a single image. Source: Efron, Annals of Statistics 7 (1979).
+    Each draw takes from every stratum as many patients as it has, with replacement, each with all their images; an image whose
+    patient is "" is drawn by itself. All NaN for a single patient or image. Source: Efron, Annals of Statistics 7 (1979).
     """
-    units, rng = _units(groups), np.random.default_rng(seed)
+    units, rng = sampling_units(len(values), strata, patients), np.random.default_rng(seed)
     flat = values.reshape(len(values), -1)
-    sums, defined = (np.zeros((units.max() + 1, flat.shape[1])) for _ in range(2))
-    np.add.at(sums, units, np.nan_to_num(flat))
-    np.add.at(defined, units, ~np.isnan(flat))
+    sums, defined = (np.zeros((len(units.stratum), flat.shape[1])) for _ in range(2))
+    np.add.at(sums, units.of_image, np.nan_to_num(flat))
+    np.add.at(defined, units.of_image, ~np.isnan(flat))
+    members = [np.flatnonzero(units.stratum == stratum) for stratum in range(units.strata)]
     means = np.full((draws, flat.shape[1]), np.nan)
     for row in means if len(sums) > 1 else ():  # a single unit says nothing about how much units differ
-        weights = np.bincount(rng.integers(len(sums), size=len(sums)), minlength=len(sums)).astype(np.float64)
+        drawn = np.concatenate([inside[rng.integers(len(inside), size=len(inside))] for inside in members])
+        weights = np.bincount(drawn, minlength=len(sums)).astype(np.float64)
         np.divide(weights @ sums, count := weights @ defined, out=row, where=count > 0)
     return means.reshape(draws, *values.shape[1:])
 
@@ -252,12 +306,39 @@ def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     return np.divide(np.nansum(values, axis=axis), defined, out=np.full(defined.shape, np.nan), where=defined > 0)
 
 
-def bootstrap_interval(means: np.ndarray, level: float = 95.0) -> np.ndarray:
-    """The percentile interval of bootstrap means [draws, ...] -> [2, ...] (low, high); NaN where no mean is defined."""
-    tail = (100 - level) / 2
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice")
-        return np.nanpercentile(means, [tail, 100 - tail], axis=0)
+def student_quantile(share: float, degrees: float) -> float:
+    """The quantile of Student's t distribution, to about 1 % from 3 degrees of freedom (Abramowitz and Stegun, 26.7.5)."""
+    z = NormalDist().inv_cdf(share)
+    return (z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3))
+
+
+def _percentiles(draws: np.ndarray, level: float, units: Units | None) -> list[float]:
+    """Between which two percentiles of the draws [draws] the interval lies."""
+    if units is None:
+        return [50 - level / 2, 50 + level / 2]
+    degrees = max(units.effective - units.strata, 1.0)
+    wide = math.sqrt((degrees + units.strata) / degrees) * student_quantile(0.5 + level / 200, degrees)
+    deviation = draws - np.nanmean(draws)
+    spread = np.sqrt(np.nanmean(deviation**2))
+    bias = float(np.nanmean(deviation**3) / spread**3 / 6) if spread > 0 else 0.0  # the bias and the acceleration of a mean
+    bent = [bias + (bias + z) / max(1 - bias * (bias + z), 1e-9) for z in (-wide, wide)]
+    return [100 * NormalDist().cdf(z) for z in bent]
+
+
+def bootstrap_interval(means: np.ndarray, level: float = 95.0, units: Units | None = None) -> np.ndarray:
+    """The percentile interval of bootstrap means [draws, ...] -> [2, ...] (low, high); NaN where no mean is defined.
+
+    Args:
+        level: in percent.
+        units: what was drawn, see `sampling_units`. Plain percentiles (None) hold the truth too rarely when units are few.
+
+    Reference:
+        T. Hesterberg, The American Statistician 69 (2015), section 5; B. Efron, JASA 82 (1987), for skewed draws.
+    """
+    columns = means.reshape(len(means), -1).T
+    ends = [(np.nan, np.nan) if np.isnan(draws).all() else np.nanpercentile(draws, _percentiles(draws, level, units)) for draws in columns]
+    return np.array(ends).T.reshape(2, *means.shape[1:])
 
 # %% ../nbs/12_evaluation.ipynb #evaluation058
 def _wanted(choice: bool | None, module: str, purpose: str) -> bool:
@@ -270,9 +351,10 @@ def _wanted(choice: bool | None, module: str, purpose: str) -> bool:
 # %% ../nbs/12_evaluation.ipynb #evaluation059
 @dataclass(frozen=True)
 class Protocol:
-    """How masks are made, scored and averaged: see `decide`, `mask_scores` and `bootstrap_means`.
+    """How masks are made, scored and averaged: see `decide`, `mask_scores`, `lesion_counts` and `bootstrap_means`.
 
-    surface: whether hd95 and nsd are computed, None: if MONAI is installed; tolerance: of nsd, in pixels of the size at hand.
+    surface: whether hd95 and nsd are computed, None: if MONAI is installed; tolerance: of nsd, in pixels of the size at hand;
+    lesion_overlap: the share of a lesion's area that must be covered for it to count as found.
     ValueError for values that can never be right, ModuleNotFoundError for surface=True without MONAI.
     """
 
@@ -280,6 +362,7 @@ class Protocol:
     legacy: bool = False
     surface: bool | None = None
     tolerance: float = 2.0
+    lesion_overlap: float = 0.1
     draws: int = 2000
     seed: int = 1996
 
@@ -288,6 +371,8 @@ class Protocol:
             raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold!r}")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance must be a number of pixels of at least 0, got {self.tolerance!r}")
+        if not 0 < self.lesion_overlap <= 1:
+            raise ValueError(f"lesion_overlap is a share of a lesion's area, above 0 and at most 1, got {self.lesion_overlap!r}")
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws!r}")
         object.__setattr__(self, "surface", _wanted(self.surface, "monai", "hd95 and nsd"))  # frozen, but None must be settled
@@ -296,6 +381,37 @@ class Protocol:
     def measures(self) -> tuple[str, ...]:
         """The scores that are computed, in the order of SCORES."""
         return SCORES if self.surface else MEASURES + RATES
+
+# %% ../nbs/12_evaluation.ipynb #evaluation061b
+FREQUENCY_IMAGES = 1000  # the most masks that are read to find the most frequent class of each pixel
+
+
+def class_frequencies(splits: Sequence[Split], classes: int, ignore_index: int | None = None) -> np.ndarray:
+    """How often each class lies at each pixel of the splits' masks at training size: float32 [size, size, classes], 0 to 1.
+
+    Of more than FREQUENCY_IMAGES images, that many are taken, evenly spread. Ignored pixels are left out.
+    """
+    places = [(split, position) for split in splits for position in range(len(split))]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), FREQUENCY_IMAGES)).round().astype(int))
+    counts: np.ndarray | int = 0
+    for split, position in (places[place] for place in chosen):
+        mask = split.batch([position]).masks[0].numpy()
+        counts = counts + (mask[..., None] == np.arange(classes))  # an ignored pixel is of no class
+    return (counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)).astype(np.float32)
+
+
+def constant_counts(frequent: np.ndarray, target: np.ndarray, classes: int, ignore_index: int | None = None) -> np.ndarray:
+    """Counts of masks that look at no image against a target [H, W] -> int64 [classes + 1, classes - 1, 4].
+
+    First, for each class, the mask that holds it everywhere; last `frequent`, the most frequent class of each pixel [H, W].
+    """
+    counted = target if ignore_index is None else target[target != ignore_index]
+    there = np.bincount(counted.ravel(), minlength=classes)  # pixels of each class
+    pixels, true = there.sum(), there[1:]
+    alike = np.arange(classes)[:, None] == np.arange(1, classes)  # [mask, class]
+    tp, fp, fn = np.where(alike, true, 0), np.where(alike, pixels - true, 0), np.where(alike, 0, true)
+    everywhere = np.stack([tp, fp, fn, pixels - tp - fp - fn], axis=2)  # [classes, classes - 1, 4]
+    return np.concatenate([everywhere, mask_scores(frequent, target, classes, surface=False, ignore_index=ignore_index)[0][None]])
 
 # %% ../nbs/12_evaluation.ipynb #evaluation062
 SIZES = ("training", "own")  # the network's square, the image's own size
@@ -306,39 +422,63 @@ class ImageScores:
     """What is kept of an image, or stacked of many: counts and scores by size, and what the two curves need.
 
     counts [2, C, 4] and scores [2, C, len(SCORES)] for C foreground classes, sizes in the order of SIZES;
+    lesions [2, C, 4], see `lesion_counts`; constants [2, C + 2, C, 4], see `constant_counts`;
     calibration [BINS, 3]; thresholds [len(THRESHOLDS), C, 4], both at training size.
     """
 
     counts: np.ndarray
     scores: np.ndarray
+    lesions: np.ndarray
+    constants: np.ndarray
     calibration: np.ndarray
     thresholds: np.ndarray
 
 # %% ../nbs/12_evaluation.ipynb #evaluation063
 def score_image(probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray, own_target: np.ndarray, resize: str,
-                protocol: Protocol) -> ImageScores:
-    """Score one image at both sizes: probabilities [size, size, K], mask and target uint8 [size, size], own_target [H, W]."""
-    classes = probabilities.shape[2]
-    own = own_size_mask(probabilities, *own_target.shape, resize, protocol.threshold)
-    options = dict(legacy=protocol.legacy, surface=protocol.surface, tolerance=protocol.tolerance)
-    counts, scores = zip(*(mask_scores(*pair, classes, **options) for pair in ((mask, target), (own, own_target))))
+                protocol: Protocol, frequencies: np.ndarray, ignore_index: int | None = None) -> ImageScores:
+    """Score one image at both sizes.
+
+    Args:
+        probabilities: of the network, float32 [size, size, K].
+        mask, target: class indices at training size, uint8 [size, size].
+        own_target: the target at the image's own size, uint8 [H, W].
+        frequencies: of the classes in the training masks, [size, size, K], see `class_frequencies`.
+        ignore_index: the label of target pixels that count nowhere.
+    """
+    classes, (height, width) = probabilities.shape[2], own_target.shape
+    own = own_size_mask(probabilities, height, width, resize, protocol.threshold)
+    options = dict(legacy=protocol.legacy, surface=protocol.surface, tolerance=protocol.tolerance, ignore_index=ignore_index)
+    pairs = ((mask, target), (own, own_target))
+    counts, scores = zip(*(mask_scores(*pair, classes, **options) for pair in pairs))
+    lesions = [[lesion_counts((found == label) & (true != ignore_index), true == label, protocol.lesion_overlap)
+                for label in range(1, classes)] for found, true in pairs]
+    constants = [constant_counts(frequent, true, classes, ignore_index) for frequent, true in
+                 ((decide(frequencies), target), (own_size_mask(frequencies, height, width, resize), own_target))]
+    counted = target != ignore_index  # everywhere, where no label is ignored
     foreground = probabilities[..., 1] if classes == 2 else 1 - probabilities[..., 0]
-    return ImageScores(np.stack(counts), np.stack(scores), calibration_counts(foreground, target),
-                       threshold_counts(probabilities, target))
+    return ImageScores(np.stack(counts), np.stack(scores), np.array(lesions), np.array(constants),
+                       calibration_counts(foreground[counted], target[counted]),
+                       threshold_counts(probabilities[counted], target[counted]))
 
 # %% ../nbs/12_evaluation.ipynb #evaluation066
 @torch.no_grad()
 def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size], on the CPU."""
+    """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size], on the CPU.
+
+    FloatingPointError if the network returns NaN or infinity: such a mask would look like an empty one.
+    """
     logits = network(normalise(images)).float()
+    if not logits.isfinite().all():
+        raise FloatingPointError("the network returns logits that are not finite (NaN or infinity)")
     probabilities = class_probabilities(logits).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # [B, size, size, K]
     masks = hard_masks(logits).to(torch.uint8).cpu().numpy() if threshold is None else decide(probabilities, threshold)
     return probabilities, masks
 
 # %% ../nbs/12_evaluation.ipynb #evaluation069
-def _score_all(network: nn.Module, splits: Sequence[Split], resize: str, protocol: Protocol, batch: int, device: torch.device,
-               progress: bool) -> list[ImageScores]:
+def _score_all(network: nn.Module, splits: Sequence[Split], batch: int, device: torch.device, progress: bool,
+               resize: str, protocol: Protocol, frequencies: np.ndarray, ignore_index: int | None = None) -> list[ImageScores]:
     """Score every image of the splits; threads score a batch while the network computes the next. Keeps no picture."""
+    options = dict(resize=resize, protocol=protocol, frequencies=frequencies, ignore_index=ignore_index)
     scored: list[ImageScores] = []
     waiting: deque[list[Future]] = deque()
     if protocol.surface:
@@ -358,7 +498,7 @@ def _score_all(network: nn.Module, splits: Sequence[Split], resize: str, protoco
                 probabilities, masks = predict_batch(network, part.images, protocol.threshold)
                 targets = part.masks.cpu().numpy()
                 waiting.append([pool.submit(_score_position, split, position + row, probabilities[row], masks[row], targets[row],
-                                            resize, protocol) for row in range(len(masks))])
+                                            **options) for row in range(len(masks))])
                 position += len(masks)
                 if len(waiting) > 1:
                     collect()
@@ -367,10 +507,10 @@ def _score_all(network: nn.Module, splits: Sequence[Split], resize: str, protoco
     return scored
 
 
-def _score_position(split: Split, position: int, probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray, resize: str,
-                    protocol: Protocol) -> ImageScores:
+def _score_position(split: Split, position: int, probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray,
+                    **options) -> ImageScores:
     """`score_image` for an image of a split; the target at its own size is read here, in the thread."""
-    return score_image(probabilities, mask, target, split.original_mask(position), resize, protocol)
+    return score_image(probabilities, mask, target, split.original_mask(position), **options)
 
 # %% ../nbs/12_evaluation.ipynb #evaluation070
 PARTS = ("test", "valid", "train", "all")
@@ -395,22 +535,28 @@ def choose_splits(data: SegmentationData, split: str | None = None) -> tuple[str
 class EvaluationData:
     """Scores of a network on a split: a row per image, the scores at both sizes in the order of SIZES.
 
-    counts int64 [2, images, C, 4] and scores float64 [2, images, C, len(SCORES)] for C foreground classes; calibration
-    [BINS, 3]; thresholds [len(THRESHOLDS), images, C, 4]; split: one of PARTS; size: the network's square, in pixels;
-    image_sizes: (height, width); cost: rows of `network_cost`; folder: where it was written.
+    counts int64 [2, images, C, 4] and scores float64 [2, images, C, len(SCORES)] for C foreground classes;
+    lesions int64 [2, images, C, 4]; constants int64 [2, images, C + 2, C, 4]; calibration [BINS, 3];
+    thresholds [len(THRESHOLDS), images, C, 4]; split: one of PARTS; size: the network's square, in pixels;
+    patients, strata: of each image, "" where it has none; image_sizes: (height, width); frequencies_of: the images
+    whose masks gave the most frequent class of each pixel; cost: rows of `network_cost`; folder: where it was written.
     """
 
     split: str
     size: int
     class_names: tuple[str, ...]
     ids: list[str]
-    groups: list[str]
+    patients: list[str]
+    strata: list[str]
     image_sizes: list[tuple[int, int]]
     protocol: Protocol
     counts: np.ndarray
     scores: np.ndarray
+    lesions: np.ndarray
+    constants: np.ndarray
     calibration: np.ndarray
     thresholds: np.ndarray
+    frequencies_of: str
     notes: list[str] = field(default_factory=list)
     cost: list[dict] = field(default_factory=list)
     checkpoint: Path | None = None
@@ -421,7 +567,7 @@ class Evaluation(EvaluationData):
     """An `EvaluationData` that answers questions."""
 
     def dice(self, size: str = "own") -> np.ndarray:
-        """Dice of each image in percent, mean over foreground classes: [images]."""
+        """Dice of each image in percent, mean over foreground classes, NaN where every pixel is ignored: [images]."""
         return self.scores[SIZES.index(size), :, :, SCORES.index("dice")].mean(axis=1)
 
     @cached_property
@@ -431,8 +577,21 @@ class Evaluation(EvaluationData):
 
     @cached_property
     def missed(self) -> dict[str, dict[str, int]]:
-        """size -> how many of the lesions (target not empty) were missed (no pixel found), and false alarms among the rest."""
-        return {size: _missed(counts) for size, counts in zip(SIZES, self.counts)}
+        """size -> lesions and how many were missed, predicted regions and how many are false alarms, and empty targets.
+
+        See `lesion_counts`; "marked" counts the empty targets in whose image something was predicted.
+        """
+        return {size: _missed(counts, lesions) for size, counts, lesions in zip(SIZES, self.counts, self.lesions)}
+
+    @cached_property
+    def constant(self) -> dict:
+        """The constant mask with the best Dice at own size: "mask", its name; "scores", size -> measure -> mean."""
+        return _best_constant(self)
+
+    @cached_property
+    def units(self) -> Units:
+        """What the intervals' bootstrap draws."""
+        return sampling_units(len(self.ids), self.strata, self.patients)
 
     @property
     def calibration_error(self) -> float:
@@ -441,50 +600,66 @@ class Evaluation(EvaluationData):
 
     def rows(self) -> Iterator[dict]:
         """A row per image, foreground class and size, as in images.csv."""
-        for index, (name, group, (height, width)) in enumerate(zip(self.ids, self.groups, self.image_sizes)):
+        columns = zip(self.ids, self.patients, self.strata, self.image_sizes)
+        for index, (name, patient, stratum, (height, width)) in enumerate(columns):
             for label, class_name in enumerate(self.class_names[1:]):
                 for number, size in enumerate(SIZES):
                     shape = (height, width) if size == "own" else (self.size, self.size)
                     tp, fp, fn, _ = self.counts[number, index, label].tolist()
-                    yield {"id": name, "group": group, "class": class_name, "size": size, "height": shape[0], "width": shape[1],
-                           "target_pixels": tp + fn, "predicted_pixels": tp + fp,
+                    lesions, found, regions, alarms = self.lesions[number, index, label].tolist()
+                    yield {"id": name, "patient": patient, "stratum": stratum, "class": class_name, "size": size,
+                           "height": shape[0], "width": shape[1], "target_pixels": tp + fn, "predicted_pixels": tp + fp,
+                           "lesions": lesions, "missed": lesions - found, "regions": regions, "false_alarms": alarms,
                            **dict(zip(self.protocol.measures, self.scores[number, index, label].tolist()))}
 
 # %% ../nbs/12_evaluation.ipynb #evaluation075
 def _summary(scores: np.ndarray, evaluation: EvaluationData) -> dict[str, dict[str, dict[str, float]]]:
     """Means over images, then over classes, of scores [images, C, len(SCORES)], with intervals; each class beside the mean."""
     protocol, names = evaluation.protocol, evaluation.class_names[1:]
-    means, draws = _mean(scores, 0), bootstrap_means(scores, evaluation.groups, protocol.draws, protocol.seed)  # [.., C, scores]
-    defined = (~np.isnan(scores)).sum(axis=0)  # [C, scores]
-    parts = {"mean": (_mean(means, 0), bootstrap_interval(_mean(draws, 1)), defined.sum(axis=0))}
+    draws = bootstrap_means(scores, evaluation.strata, evaluation.patients, protocol.draws, protocol.seed)  # [draws, C, scores]
+    interval = partial(bootstrap_interval, units=evaluation.units)
+    means, defined = _mean(scores, 0), (~np.isnan(scores)).sum(axis=0)  # [C, scores]
+    parts = {"mean": (_mean(means, 0), interval(_mean(draws, 1)), defined.sum(axis=0))}
     if len(names) > 1:
-        parts |= {name: (means[c], bootstrap_interval(draws[:, c]), defined[c]) for c, name in enumerate(names)}
+        parts |= {name: (means[c], interval(draws[:, c]), defined[c]) for c, name in enumerate(names)}
     return {name: {measure: {"mean": float(mean[i]), "low": float(low[i]), "high": float(high[i]), "defined": int(count[i])}
                    for i, measure in enumerate(protocol.measures)}
             for name, (mean, (low, high), count) in parts.items()}
 
 
-def _missed(counts: np.ndarray) -> dict[str, int]:
-    """Count, over images and classes, lesions without a single true pixel, and empty targets in which something was predicted."""
-    tp, fp, fn, _ = np.moveaxis(counts, -1, 0)  # each [images, C]
-    lesions = tp + fn > 0
-    return {"lesions": int(lesions.sum()), "missed": int((lesions & (tp == 0)).sum()),
-            "empty": int((~lesions).sum()), "false_alarms": int((~lesions & (fp > 0)).sum())}
+def _best_constant(evaluation: EvaluationData) -> dict:
+    """`Evaluation.constant`: means over images, then over classes, as in the summary."""
+    scores = scores_in_percent(torch.from_numpy(evaluation.constants), evaluation.protocol.legacy).numpy()
+    means = _mean(_mean(scores, 1), 2)  # [2, images, masks, C, 4] -> [2, masks, C, 4] -> [2, masks, 4]
+    dice = np.nan_to_num(means[1, :, MEASURES.index("dice")])  # NaN where every pixel of every image is ignored
+    names = [*(f"all {name}" for name in evaluation.class_names),
+             f"each pixel's most frequent class in {evaluation.frequencies_of}"]
+    return {"mask": names[dice.argmax()],
+            "scores": {size: dict(zip(MEASURES, row[dice.argmax()].tolist())) for size, row in zip(SIZES, means)}}
+
+
+def _missed(counts: np.ndarray, lesions: np.ndarray) -> dict[str, int]:
+    """Sum over images and classes what `lesion_counts` counted, and count empty targets: two [images, C, 4]."""
+    tp, fp, fn, tn = np.moveaxis(counts, -1, 0)  # each [images, C]
+    empty = (tp + fn == 0) & (fp + tn > 0)
+    there, found, regions, alarms = lesions.sum(axis=(0, 1)).tolist()
+    return {"lesions": there, "missed": there - found, "regions": regions, "false_alarms": alarms,
+            "empty": int(empty.sum()), "marked": int((empty & (fp > 0)).sum())}
 
 # %% ../nbs/12_evaluation.ipynb #evaluation076
-def group_rows(evaluation: EvaluationData) -> list[dict]:
-    """A row per size and group, as in groups.csv: images, and the mean of each score over images, then classes.
+def stratum_rows(evaluation: EvaluationData) -> list[dict]:
+    """A row per size and stratum, as in strata.csv: images, and the mean of each score over images, then classes.
 
-    Empty where no image has a group; the images of a mixed split that have none come as "".
+    Empty where no image has a stratum; the images of a mixed split that have none come as "".
     """
-    if not any(evaluation.groups):
+    if not any(evaluation.strata):
         return []
-    groups, rows = np.array(evaluation.groups), []
+    strata, rows = np.array(evaluation.strata), []
     for size, scores in zip(SIZES, evaluation.scores):
-        for group in sorted(set(evaluation.groups)):
-            chosen = groups == group
+        for stratum in sorted(set(evaluation.strata)):
+            chosen = strata == stratum
             means = _mean(_mean(scores[chosen], 0), 0)  # [scores]
-            rows.append({"size": size, "group": group, "images": int(chosen.sum()),
+            rows.append({"size": size, "stratum": stratum, "images": int(chosen.sum()),
                          **dict(zip(evaluation.protocol.measures, means.tolist()))})
     return rows
 
@@ -514,38 +689,48 @@ def evaluate_network(network: nn.Module, data: SegmentationData, split: str | No
                      batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
     """Score a network, images float [B, 3, size, size] in [-1, 1] -> logits [B, data.classes, size, size], on a split.
 
-    split: see `choose_splits`. Moves the network to the device. ValueError for a split that is not there.
+    split: see `choose_splits`. Moves the network to the device. ValueError for a split that is not there, FloatingPointError
+    for logits that are not finite.
     """
     name, splits = choose_splits(data, split)
-    protocol, device = protocol or Protocol(), torch.device(device)
+    protocol, device, ignored = protocol or Protocol(), torch.device(device), data.ignore_index
+    masks_of, where = (splits, "the scored images") if name == "all" else ([data.train], "the training split")
+    frequencies = class_frequencies(masks_of, max(data.classes, 2), ignored)
     with _evaluating(network, device):
-        scored = _score_all(network, splits, data.resize, protocol, batch, device, progress)
-    ids, groups, sizes = ([entry for part in splits for entry in getattr(part, column)]
-                          for column in ("ids", "groups", "original_sizes"))
-    return Evaluation(name, data.size, data.class_names, ids, groups, sizes, protocol,
-                      counts=np.stack([image.counts for image in scored], axis=1),
-                      scores=np.stack([image.scores for image in scored], axis=1),
-                      calibration=sum(image.calibration for image in scored),
-                      thresholds=np.stack([image.thresholds for image in scored], axis=1), notes=list(data.notes))
+        scored = _score_all(network, splits, batch, device, progress, data.resize, protocol, frequencies, ignored)
+    ids, patients, strata, sizes = ([entry for part in splits for entry in getattr(part, column)]
+                                    for column in ("ids", "patients", "strata", "original_sizes"))
+    notes = list(dict.fromkeys([*data.notes, *data.census.warnings]))
+    stacked = {name: np.stack([getattr(image, name) for image in scored], axis=1)
+               for name in ("counts", "scores", "lesions", "constants", "thresholds")}
+    return Evaluation(name, data.size, data.class_names, ids, patients, strata, sizes, protocol, frequencies_of=where,
+                      calibration=sum(image.calibration for image in scored), notes=notes, **stacked)
 
 # %% ../nbs/12_evaluation.ipynb #evaluation082
 LABELS = {"mae": "MAE, %", "acc": "accuracy, %", "dice": "Dice, %", "iou": "IoU, %", "precision": "precision, %",
-          "recall": "recall, %", "specificity": "specificity, %", "hd95": "HD95, pixels", "nsd": "surface Dice, %"}
+          "recall": "recall, %", "specificity": "specificity, %", "nsd": "surface Dice, %",
+          "hd95": "HD95, pixels (one mask empty: the diagonal)"}
 
 
 def table_rows(evaluations: dict[str, Evaluation]) -> list[list[str]]:
     """Evaluations by name as a table of texts, head first: a row per measure, for each evaluation a column per size.
 
-    "mean [low, high]"; with "of" where a score is undefined for some; below, missed lesions and false alarms.
+    "mean [low, high]"; with "of" where a score is undefined for some; below, the best constant mask, missed lesions and false
+    alarms. A lesion is missed if less of its area is covered than its evaluation's `Protocol.lesion_overlap`.
     """
     columns = [(name, evaluation, size) for name, evaluation in evaluations.items() for size in SIZES]
     measures = [measure for measure in SCORES if all(measure in evaluation.protocol.measures for _, evaluation, _ in columns)]
     head = ["", *(f"{name} at {evaluation.size}x{evaluation.size}" if size == "training" else f"{name} at own size"
                   for name, evaluation, size in columns)]
     rows = [[LABELS[measure], *(_cell(evaluation, size, measure) for _, evaluation, size in columns)] for measure in measures]
+    constant = [[f"best constant mask: {LABELS[measure]}", *(f"{evaluation.constant['scores'][size][measure]:.2f}"
+                                                             for _, evaluation, size in columns)] for measure in ("dice", "iou")]
+    covered = " or ".join(dict.fromkeys(f"{evaluation.protocol.lesion_overlap:.0%}" for evaluation in evaluations.values()))
     counts = [[title, *(f"{evaluation.missed[size][key]} of {evaluation.missed[size][of]}" for _, evaluation, size in columns)]
-              for title, key, of in (("missed lesions", "missed", "lesions"), ("false alarms", "false_alarms", "empty"))]
-    return [head, *rows, *counts]
+              for title, key, of in ((f"missed lesions (under {covered} of the area covered)", "missed", "lesions"),
+                                     ("false alarms (regions that touch no lesion)", "false_alarms", "regions"),
+                                     ("empty targets with a prediction", "marked", "empty"))]
+    return [head, *rows, *constant, *counts]
 
 
 def _cell(evaluation: Evaluation, size: str, measure: str) -> str:
@@ -556,14 +741,16 @@ def _cell(evaluation: Evaluation, size: str, measure: str) -> str:
 
 # %% ../nbs/12_evaluation.ipynb #evaluation083
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts for a terminal."""
+    """A table of texts for a terminal; control characters in them are shown, not obeyed."""
+    rows = [[printable(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, head first, for a notebook."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    """A table of texts, head first, for a notebook; they stay texts, whatever HTML or Markdown they hold."""
+    head, *rest = (["| " + " | ".join(map(escape, row)) + " |" for row in rows])
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *rest])
 
 # %% ../nbs/12_evaluation.ipynb #evaluation088
 def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, longest: int = 360) -> np.ndarray:
@@ -574,15 +761,16 @@ def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, long
     scale = longest / max(image.shape[:2])
     width = max(1, round(1.5 / scale))  # pixels of the full size
     picture = image.copy()
-    for mask, colour in ((target, COLOURS["target"]), (prediction, COLOURS["prediction"])):
+    for mask, colour in ((target, TARGET), (prediction, PREDICTION)):
         outline(picture, mask, colour, width)
     rows, columns = (max(1, round(side * scale)) for side in image.shape[:2])
     return resample(picture, rows, columns) if scale < 1 else picture
 
 # %% ../nbs/12_evaluation.ipynb #evaluation089
 def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:
-    """Positions of the best, the middle and the worst images by Dice at own size, best first in each."""
-    order = np.argsort(-evaluation.dice(), kind="stable").tolist()
+    """Positions of the best, the middle and the worst images by Dice at own size, best first in each; none without a Dice."""
+    dice = evaluation.dice()
+    order = [place for place in np.argsort(-dice, kind="stable").tolist() if not math.isnan(dice[place])]
     count = min(count, len(order))
     middle = (len(order) - count) // 2
     return {"best": order[:count], "median": order[middle:middle + count], "worst": order[-count:]}
@@ -590,10 +778,11 @@ def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:
 
 def own_size_picture(network: nn.Module, data: SegmentationData, split: Split, position: int, threshold: float | None,
                      device: str | torch.device) -> np.ndarray:
-    """Predict one image of a split anew and draw it at its own size, see `outlined`."""
-    image, target = read_image(split.paths[position][0]), split.original_mask(position)
+    """Predict one image of a split anew and draw it at its own size, see `outlined`; nothing is drawn on ignored pixels."""
+    image, target = read_image(split.paths[position][0], data.preprocessing.white), split.original_mask(position)
     probabilities, _ = predict_batch(network, split.batch([position]).images.to(device), threshold)
-    return outlined(image, target, own_size_mask(probabilities[0], *target.shape, data.resize, threshold))
+    prediction = own_size_mask(probabilities[0], *target.shape, data.resize, threshold)
+    return outlined(image, *(np.where(target == data.ignore_index, 0, mask) for mask in (target, prediction)))
 
 # %% ../nbs/12_evaluation.ipynb #evaluation090
 def draw_gallery(evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: str | torch.device = "cpu"):
@@ -670,7 +859,12 @@ def multiply_adds(network: nn.Module, size: int) -> int:
     A multiply-add is two of the floating-point operations that `torch.utils.flop_counter` reports.
     """
     twin = (network.naive() if hasattr(network, "naive") else copy.deepcopy(network)).cpu().eval().requires_grad_(False)
-    return operations(lambda: twin(torch.zeros(1, 3, size, size))) // 2
+    return operations(lambda: twin(torch.zeros(1, _channels(network), size, size))) // 2
+
+
+def _channels(network: nn.Module) -> int:
+    """How many channels the network's images have: what its configuration says, else 3."""
+    return getattr(network, "config", {}).get("in_channels", 3)
 
 # %% ../nbs/12_evaluation.ipynb #evaluation098
 def network_cost(network: nn.Module, size: int, *, batch: int = 8, device: str | torch.device = "cpu",
@@ -682,7 +876,7 @@ def network_cost(network: nn.Module, size: int, *, batch: int = 8, device: str |
     device = torch.device(device)
     fast = (network.fuse() if hasattr(network, "fuse") else copy.deepcopy(network)).to(device).eval()
     with torch.inference_mode():
-        single, many = (torch.zeros(images, 3, size, size, device=device) for images in (1, batch))
+        single, many = (torch.zeros(images, _channels(network), size, size, device=device) for images in (1, batch))
         latency, together = (_median_seconds(lambda: fast(images), device, budget) for images in (single, many))
     machine = hardware(device)
     named = f"{machine['processor']}, threads: {machine['threads']}" if device.type == "cpu" else machine["device"]
@@ -711,14 +905,15 @@ def _plain(value):
 
 
 def to_dict(evaluation: Evaluation) -> dict:
-    """Everything but the rows of images.csv and groups.csv, in plain values fit for JSON; undefined scores are None."""
+    """Everything but the rows of images.csv and strata.csv, in plain values fit for JSON; undefined scores are None."""
     pixels, probabilities, foreground = evaluation.calibration.T.tolist()
-    units = len(set(_units(evaluation.groups)))
+    units = evaluation.units
     return _plain({
         "checkpoint": evaluation.checkpoint, "split": evaluation.split, "images": len(evaluation.ids),
         "class_names": evaluation.class_names, "size": evaluation.size, "protocol": asdict(evaluation.protocol),
-        "scores": evaluation.summary, "missed": evaluation.missed,
-        "intervals": {"level": 95, "resampled": _unit_name(evaluation.groups), "number": units},
+        "scores": evaluation.summary, "missed": evaluation.missed, "constant": evaluation.constant,
+        "undefined_hd95": "the image's diagonal where one of the two masks is empty",
+        "intervals": {"level": 95, "resampled": units.name, "number": len(units.stratum), "strata": units.strata},
         "calibration": {"error": evaluation.calibration_error, "pixels": pixels, "probabilities": probabilities,
                         "foreground": foreground},
         "thresholds": threshold_rows(evaluation), "cost": evaluation.cost, "notes": evaluation.notes, "versions": versions()})
@@ -732,39 +927,75 @@ def _write_csv(path: Path, rows: Iterable[dict]) -> None:
         writer = csv.DictWriter(file, list(first), lineterminator="\n")
         writer.writeheader()
         for row in (first, *rows):
-            writer.writerow({key: "" if value != value else value for key, value in row.items()})
+            writer.writerow({key: "" if value != value else csv_cell(value) for key, value in row.items()})
+
+
+FILES = ("evaluation.json", "images.csv", "strata.csv", "gallery.png", "calibration.png", "thresholds.png")
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, figures: dict) -> None:
-    """Write evaluation.json, images.csv, groups.csv where there are groups, and each figure as NAME.png into a folder."""
+    """Write evaluation.json, images.csv, strata.csv where there are strata, and each figure as NAME.png into a folder."""
     _write_csv(folder / "images.csv", evaluation.rows())
-    if groups := group_rows(evaluation):
-        _write_csv(folder / "groups.csv", groups)
+    if strata := stratum_rows(evaluation):
+        _write_csv(folder / "strata.csv", strata)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
     (folder / "evaluation.json").write_text(json.dumps(to_dict(evaluation), indent=2) + "\n", encoding="utf-8")
 
 # %% ../nbs/12_evaluation.ipynb #evaluation106
-def _check_output(folder: Path) -> None:
-    """Raise FileExistsError if a folder holds something that no evaluation wrote: a result is replaced, nothing else is."""
-    if folder.exists() and not (folder.is_dir() and ((folder / "evaluation.json").is_file() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} exists and holds no evaluation: name another output folder")
+def _own_files(folder: Path, marker: str, names: Iterable[str]) -> set[str]:
+    """The files in `folder` that its marker lists; without a list (an older result) those that are about to be replaced."""
+    try:
+        listed = read_json(folder / marker).get("files", [*names])
+    except (OSError, ValueError):
+        listed = []
+    plain = {name for name in listed if isinstance(name, str) and name == Path(name).name} if isinstance(listed, list) else set()
+    return {name for name in plain | {marker} if not (folder / name).is_dir()}
 
 
+def require_replaceable(folder: Path, marker: str, names: Iterable[str] = ()) -> None:
+    """Raise FileExistsError if writing `names` into a folder would overwrite what no earlier result with this marker wrote."""
+    if not folder.exists():
+        return
+    if not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} exists and holds no {marker}: name another output folder")
+    own = _own_files(folder, marker, names)
+    if foreign := [name for name in names if os.path.lexists(folder / name) and name not in own]:
+        raise FileExistsError(f"{folder} holds {', '.join(foreign)}, which its {marker} does not list and a new result would "
+                              "overwrite: move that, or name another output folder")
+
+# %% ../nbs/12_evaluation.ipynb #evaluation106b
 @contextmanager
-def _replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a private folder that takes the place of `folder` at the end, whole; if anything is raised, the old one stays."""
-    finished, old = private_name(folder.parent), private_name(folder.parent)
+def replaced_results(folder: Path, marker: str) -> Iterator[Path]:
+    """Yield a private folder for files; at the end they replace those of an earlier result in `folder`, the marker last.
+
+    Args:
+        folder: of the results; it may hold other files, which stay.
+        marker: the JSON file among them that gets their list, as "files". Only what an earlier marker lists is removed.
+
+    Raises:
+        FileExistsError: see `require_replaceable`. If anything is raised, the earlier result stays as it was.
+    """
+    finished = private_name(folder.parent)
     with new_folder(finished) as private:
         yield private
-    if folder.exists():
-        folder.rename(old)
-    finished.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        names = sorted(path.name for path in private.iterdir())
+        require_replaceable(folder, marker, names)
+        content = read_json(private / marker) | {"files": names}
+        (private / marker).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not folder.exists():
+        finished.rename(folder)
+        return
+    for name in _own_files(folder, marker, names) - set(names):
+        (folder / name).unlink(missing_ok=True)
+    for name in sorted(names, key=marker.__eq__):
+        os.replace(finished / name, folder / name)
+    finished.rmdir()
 
 # %% ../nbs/12_evaluation.ipynb #evaluation109
 def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Preprocessing]:
-    """Network and preprocessing of a checkpoint folder. FileNotFoundError, ValueError: missing, damaged, or at odds."""
+    """Network and preprocessing of a checkpoint or run. FileNotFoundError, ValueError: missing, damaged, or at odds."""
+    folder = find_checkpoint(folder)
     network, preprocessing = load_network(folder), read_preprocessing(folder)
     classes = network.config["classes"]
     if len(preprocessing.class_names) != max(classes, 2):
@@ -773,16 +1004,66 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Prepro
     return network, preprocessing
 
 # %% ../nbs/12_evaluation.ipynb #evaluation110
-def _run_data(checkpoint: Path, progress: bool) -> SegmentationData:
-    """The data of the run that a checkpoint lies in; FileNotFoundError, ValueError where there is no such run."""
-    path = checkpoint.absolute().parent / "config.json"
+def _run_config(checkpoint: Path) -> TrainConfig | None:
+    """The configuration of the run that a checkpoint lies in; None where it lies in none. ValueError if it cannot be read.
+
+    A relative path to the data counts from where the run was started: its folders are tried upwards, then the one we are in.
+    """
+    run = checkpoint.absolute().parent
+    path = run / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint} lies in no run ({path} is missing): name the data to evaluate on")
+        return None
     try:
-        config = TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        config = TrainConfig.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path} does not say which data the run had ({error}): name the data to evaluate on") from None
-    return open_data(replace(config, progress=progress))
+    if str(config.data).startswith("phantoms") or Path(config.data).expanduser().is_absolute():
+        return config
+    found = next((parent / config.data for parent in run.parents if (parent / config.data).exists()), config.data)
+    return replace(config, data=str(found))
+
+
+def _survey_of(config: TrainConfig) -> Survey:
+    """The pairs of a run's data, without reading a picture."""
+    return survey_folder(*find_source(config.data, cache_root(config.cache), config.size))
+
+
+def _split_of(config: TrainConfig, survey: Survey) -> dict[str, list[Path]]:
+    """The image files that a configuration trains, validates and tests on, given the pairs of its data."""
+    parts, _ = assign_splits(survey, config.fold, config.folds, config.valid_share, config.seed)
+    return {name: [survey.records[row].image for row in rows] for name, rows in parts.items()}
+
+# %% ../nbs/12_evaluation.ipynb #evaluation110b
+def _same_files(some: Iterable[Path], others: Iterable[Path]) -> set[Path]:
+    """Those of `some` that are files of `others` or equal one of them byte for byte; only files of equal size are read."""
+    digest = cache(lambda path: hashlib.blake2b(path.read_bytes(), digest_size=12).digest())
+    by_size: dict[int, list[Path]] = {}
+    for path in map(Path.resolve, others):
+        by_size.setdefault(path.stat().st_size, []).append(path)
+
+    def known(path: Path) -> bool:
+        alike = by_size.get(path.stat().st_size, [])
+        return path in alike or any(digest(path) == digest(other) for other in alike)
+
+    return {path for path in some if known(path.resolve())}
+
+
+def _is_data_of(config: TrainConfig, survey: Survey, checkpoint: Path) -> bool:
+    """Whether pairs are the data of a run: its folder, a copy of it, or, where that is gone, one of its name and numbers."""
+    images = [record.image for record in survey.records]
+    try:
+        own = _survey_of(config)
+        if own.folder.resolve() == survey.folder.resolve():
+            return True
+        ids = [[record.id for record in each.records] for each in (own, survey)]
+        return ids[0] == ids[1] and len(_same_files(images, [record.image for record in own.records])) == len(images)
+    except FileNotFoundError:  # moved
+        metrics = checkpoint.absolute().parent / "metrics.json"
+        if Path(config.data).stem != survey.name or not metrics.is_file():
+            return False
+        return {name: len(paths) for name, paths in _split_of(config, survey).items()} == read_json(metrics).get("images")
+    except ValueError:
+        return False
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111
 def _refuse_other_classes(checkpoint: Path, preprocessing: Preprocessing, names: Sequence[str], source: object) -> None:
@@ -793,23 +1074,74 @@ def _refuse_other_classes(checkpoint: Path, preprocessing: Preprocessing, names:
                          f"({', '.join(preprocessing.class_names)}), {source} has {len(names)} ({', '.join(names)}): "
                          f"evaluate it on data with its own classes{remedy}")
 
+# %% ../nbs/12_evaluation.ipynb #evaluation111a
+def _open_run(config: TrainConfig, given: dict, progress: bool) -> SegmentationData:
+    """The data of a run, split as the run split it except for what is given; a note says so."""
+    data = open_data(replace(config, progress=progress, **given))
+    parts = {name: getattr(config, name) for name in ("fold", "folds", "valid_share", "seed")} | given
+    how = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+    data.notes.append(f"{data.folder} is the data of the run {config.name}: split as there"
+                      f"{' except for what was asked' if given else ''} ({how})")
+    return data
 
-def open_for(checkpoint: str | os.PathLike, source: str | os.PathLike | None = None, *, progress: bool = False,
-             **options) -> SegmentationData:
-    """Open data the way a checkpoint wants it: None for that of its run, or a source and options of `SegmentationData.open`.
 
-    FileNotFoundError, ValueError: no run, no data, or classes that do not fit; DataProblems for what is wrong in the data.
-    """
-    checkpoint, preprocessing = Path(checkpoint), read_preprocessing(checkpoint)
+def _open(checkpoint: Path, source: str | os.PathLike | None, progress: bool,
+          options: dict) -> tuple[SegmentationData, str | None]:
+    """`open_for`, and the split to score where none is asked for: "all" for data without splits, else None."""
+    preprocessing, config = read_preprocessing(checkpoint), _run_config(checkpoint)
+    given = {name: value for name, value in options.items() if value is not None and (name, value) != ("masks", "auto")}
+    if source is None and config is None:
+        raise FileNotFoundError(f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is missing): "
+                                "name the data to evaluate on")
     if source is None:
-        data = _run_data(checkpoint, progress)
+        data = _open_run(config, given, progress)
         _refuse_other_classes(checkpoint, preprocessing, data.class_names, data.folder)
-        return data
+        return data, None
     survey = survey_folder(*find_source(source, cache_root(options.get("cache")), preprocessing.size))
     if options.get("masks") != "any":
         _refuse_other_classes(checkpoint, preprocessing, survey.class_names, source)
-    return SegmentationData.open(source, classes=len(preprocessing.class_names), size=preprocessing.size,
-                                 resize=preprocessing.resize, colour=preprocessing.colour, progress=progress, **options)
+    if config is not None and _is_data_of(config, survey, checkpoint):
+        return _open_run(replace(config, data=str(source)), given, progress), None
+    data = SegmentationData.open(source, classes=len(preprocessing.class_names), size=preprocessing.size,
+                                 resize=preprocessing.resize, colour=preprocessing.colour, progress=progress, **given)
+    divided = any(record.split or record.fold is not None for record in survey.records) or {"fold", "folds"} & given.keys()
+    if divided:
+        return data, None
+    data.notes[:] = [note for note in data.notes if not note.startswith(("no validation split", "no test part"))]
+    data.notes.append(f"{data.folder} has no splits: every image is scored")
+    return data, "all"
+
+# %% ../nbs/12_evaluation.ipynb #evaluation111a2
+def open_for(checkpoint: str | os.PathLike, source: str | os.PathLike | None = None, *, progress: bool = False,
+             **options) -> SegmentationData:
+    """Open data the way a checkpoint wants it, and if it is the data of its run, split as the run split it.
+
+    Args:
+        checkpoint: a checkpoint folder, or the folder of a run.
+        source: a source of `SegmentationData.open`; None: the data of the run.
+        options: of `SegmentationData.open`; what is given goes before what the run had.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, no data, or classes that do not fit; DataProblems: what is wrong in the data.
+    """
+    return _open(find_checkpoint(checkpoint), source, progress, options)[0]
+
+# %% ../nbs/12_evaluation.ipynb #evaluation111c
+def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
+    """A sentence if images of these splits trained a checkpoint of a run, or if that cannot be known; else nothing."""
+    images = [path for split in splits for path, _ in split.paths]
+    try:
+        config = _run_config(checkpoint)
+        if config is None:
+            return []
+        known = _same_files(images, _split_of(config, _survey_of(config))["train"])
+    except (OSError, ValueError):
+        return ["the data of this checkpoint's run is not here: whether the scored images trained the network was not checked"]
+    if not known:
+        return []
+    names = ", ".join(sorted(path.name for path in known)[:5]) + (", …" if len(known) > 5 else "")
+    warning = f"WARNING: {len(known)} of the {len(images)} scored images trained this network ({names})"
+    return [f"{warning}: these scores say nothing about new images"]
 
 # %% ../nbs/12_evaluation.ipynb #evaluation112
 def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, data: SegmentationData) -> None:
@@ -820,31 +1152,57 @@ def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, da
                          f"{data.preprocessing}: open it with open_for(checkpoint, source)")
 
 # %% ../nbs/12_evaluation.ipynb #evaluation115
+def _check_sizes(sizes: Sequence[int]) -> None:
+    """Raise ValueError for sizes of the cost table that no image has or no machine can hold."""
+    for size in sizes:
+        if not isinstance(size, int) or not 32 <= size <= 4096:
+            raise ValueError(f"sizes for the cost table are whole numbers of pixels from 32 to 4096, got {size!r}")
+
+
+def _figures(evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: torch.device) -> dict:
+    """The three pictures of an evaluation, by the names of their files."""
+    return {"gallery": draw_gallery(evaluation, network, data, device), "calibration": draw_calibration(evaluation),
+            "thresholds": draw_thresholds(evaluation)}
+
+# %% ../nbs/12_evaluation.ipynb #evaluation115b
 def evaluate_checkpoint(checkpoint: str | os.PathLike, data: SegmentationData | str | os.PathLike | None = None,
                         output: str | os.PathLike | None = None, *, split: str | None = None, protocol: Protocol | None = None,
                         batch: int = 16, device: str = "auto", sizes: Sequence[int] = (), pictures: bool | None = None,
                         progress: bool = False, **options) -> Evaluation:
-    """Score a checkpoint folder on a split, write everything into a folder, and return it.
+    """Score a checkpoint on a split, write everything into a folder, and return it.
 
-    data: opened, or a source with `options` for `SegmentationData.open`, or None: that of the run the checkpoint lies in;
-    output: <checkpoint>/evaluation_<split> unless named, an earlier evaluation there is replaced; sizes: for the cost table, in
-    pixels, the checkpoint's own first; pictures: None means if matplotlib is installed. FileNotFoundError, ValueError
-    (checkpoint, data, split), DataProblems, FileExistsError (output holds something else), ModuleNotFoundError, OSError.
+    Args:
+        checkpoint: a checkpoint folder, or a run (its selected checkpoint).
+        data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all of it is scored.
+        output: <checkpoint>/evaluation_<split> unless named; the files of an earlier evaluation there are replaced.
+        sizes: for the cost table, in pixels; the checkpoint's own comes first.
+        pictures: None means if matplotlib is installed.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint, data, split, logits that are not finite; DataProblems.
+        FileExistsError: output holds something else. ModuleNotFoundError, OSError.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = find_checkpoint(checkpoint)
     network, preprocessing = read_checkpoint(checkpoint)
     pictures, place = _wanted(pictures, "matplotlib", "pictures"), choose_device(device)
+    _check_sizes(sizes)
     if not isinstance(data, SegmentationData):
-        data = open_for(checkpoint, data, progress=progress, **options)
+        data, whole = _open(checkpoint, data, progress, options)
+        split = split or whole
     _refuse_other_preparation(checkpoint, preprocessing, data)
-    folder = Path(output or checkpoint / f"evaluation_{choose_splits(data, split)[0]}")
-    _check_output(folder)
-    evaluation = evaluate_network(network, data, split, protocol, batch=batch, device=place, progress=progress)
+    name, splits = choose_splits(data, split)
+    folder = Path(output or checkpoint / f"evaluation_{name}")
+    require_replaceable(folder, "evaluation.json", FILES)
+    try:
+        evaluation = evaluate_network(network, data, name, protocol, batch=batch, device=place, progress=progress)
+    except FloatingPointError as error:
+        raise ValueError(f"{checkpoint}: {error}; its training diverged or its images have other values: choose another "
+                         "checkpoint") from error
     evaluation.checkpoint, evaluation.folder, evaluation.class_names = checkpoint, folder, preprocessing.class_names
+    evaluation.notes += training_notes(checkpoint, splits)
     evaluation.cost = [network_cost(network, size, device=place) for size in dict.fromkeys((preprocessing.size, *sizes))]
-    figures = {"gallery": draw_gallery(evaluation, network, data, place), "calibration": draw_calibration(evaluation),
-               "thresholds": draw_thresholds(evaluation)} if pictures else {}
-    with _replaced_folder(folder) as private:
+    figures = _figures(evaluation, network, data, place) if pictures else {}
+    with replaced_results(folder, "evaluation.json") as private:
         write_evaluation(evaluation, private, figures)
     return evaluation
 
@@ -881,16 +1239,20 @@ def _parser() -> argparse.ArgumentParser:
                                      "training size and at the images' own size; write tables and pictures beside it.")
     parser.add_argument("checkpoint", help="a checkpoint folder (best_dice, last, …) or the folder of a run")
     parser.add_argument("--data", help="a folder, a .zip or phantoms:family:n, as for training; else the run's own")
-    parser.add_argument("--split", choices=PARTS, help="images to score (test, or valid where there is no test split)")
-    parser.add_argument("--masks", default="auto", help="with --data: how masks are read: auto, index, binary, any (auto)")
-    parser.add_argument("--fold", type=int, help="with --data: the fold that validates")
-    parser.add_argument("--folds", type=int, help="with --data: make this many folds where the data has none")
+    parser.add_argument("--split", choices=PARTS, help="images to score (test, or valid where there is no test split; all of "
+                        "other data that has no splits)")
+    parser.add_argument("--masks", default="auto", help="how masks are read: auto, index, binary, any (as in the run, or auto)")
+    parser.add_argument("--ignore-value", type=int, help="the value in masks of pixels that count nowhere")
+    parser.add_argument("--fold", type=int, help="the fold that validates (as in the run)")
+    parser.add_argument("--folds", type=int, help="make this many folds where the data has none (as in the run)")
     parser.add_argument("--output", help="folder for the results (CHECKPOINT/evaluation_SPLIT)")
     parser.add_argument("--batch", type=int, default=16, help="images per step (16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
     parser.add_argument("--legacy", action="store_true", help="accuracy, Dice and IoU with the official code's quirk")
     parser.add_argument("--threshold", type=float, help="foreground where its probability is above this (most probable class)")
     parser.add_argument("--tolerance", type=float, default=2.0, help="of the surface Dice, in pixels (2)")
+    parser.add_argument("--lesion-overlap", type=float, default=0.1, metavar="SHARE",
+                        help="share of a lesion's area that must be covered for it to count as found (0.1)")
     parser.add_argument("--no-surface", action="store_true", help="leave out HD95 and surface Dice, which take the longest")
     parser.add_argument("--no-pictures", action="store_true", help="write numbers only")
     parser.add_argument("--sizes", type=int, nargs="+", default=[], metavar="PIXELS", help="further sizes for the cost table")
@@ -900,18 +1262,21 @@ def _parser() -> argparse.ArgumentParser:
 # %% ../nbs/12_evaluation.ipynb #evaluation120
 def _evaluate_all(chosen: argparse.Namespace) -> dict[str, Evaluation]:
     """Evaluate what the command line asks for -> evaluations by the checkpoint's name; says which share their weights."""
-    protocol = Protocol(chosen.threshold, chosen.legacy, False if chosen.no_surface else None, chosen.tolerance)
+    protocol = Protocol(chosen.threshold, chosen.legacy, False if chosen.no_surface else None, chosen.tolerance,
+                        chosen.lesion_overlap)
+    _check_sizes(chosen.sizes)
     found = find_checkpoints(chosen.checkpoint)
     for checkpoint in found:
         read_checkpoint(checkpoint)  # refusals that cost nothing come before the data is opened
-    options = {} if chosen.data is None else {"masks": chosen.masks, "fold": chosen.fold, "folds": chosen.folds}
-    data, evaluations = open_for(next(iter(found)), chosen.data, progress=not chosen.no_progress, **options), {}
+    options = {name: getattr(chosen, name) for name in ("masks", "ignore_value", "fold", "folds")}
+    data, whole = _open(next(iter(found)), chosen.data, not chosen.no_progress, options)
+    evaluations = {}
     for checkpoint, twins in found.items():
         if twins:
-            print(f"{', '.join(twins)}: same weights as {checkpoint.name}")
+            print(printable(f"{', '.join(twins)}: same weights as {checkpoint.name}"))
         output = chosen.output and Path(chosen.output, *([checkpoint.name] if len(found) > 1 else []))
         evaluations[checkpoint.name] = evaluate_checkpoint(
-            checkpoint, data, output, split=chosen.split, protocol=protocol, batch=chosen.batch, device=chosen.device,
+            checkpoint, data, output, split=chosen.split or whole, protocol=protocol, batch=chosen.batch, device=chosen.device,
             sizes=chosen.sizes, pictures=False if chosen.no_pictures else None, progress=not chosen.no_progress)
     return evaluations
 
@@ -919,16 +1284,19 @@ def _evaluate_all(chosen: argparse.Namespace) -> dict[str, Evaluation]:
 def report(evaluations: dict[str, Evaluation]) -> str:
     """What qtseg-evaluate prints: what was scored, the table, the cost, and where the files are."""
     first = next(iter(evaluations.values()))
-    units, number = _unit_name(first.groups), len(set(_units(first.groups)))
-    lines = [f"{len(first.ids)} images ({first.split} split); mean over images"
-             f"{', then over classes' if len(first.class_names) > 2 else ''} [95 % interval, {number} {units} resampled]", "",
+    units = first.units
+    within = f" within {units.strata} strata" if units.strata > 1 else ""
+    scored = (f"{len(first.ids)} images ({first.split} split); mean over images"
+              f"{', then over classes' if len(first.class_names) > 2 else ''} "
+              f"[95 % interval, {len(units.stratum)} {units.name} resampled{within}]")
+    lines = [*map(printable, first.notes), scored, f"best constant mask: {printable(first.constant['mask'])}", "",
              aligned(table_rows(evaluations)), ""]
     if first.protocol.legacy:
         lines.insert(1, "accuracy, Dice and IoU by the official code's rule (legacy): a missed lesion scores above 0")
     if not first.protocol.surface:
         lines += ["without HD95 and surface Dice: for these pip install monai, and leave out --no-surface", ""]
     lines += [aligned(cost_rows(first.cost)), ""]
-    return "\n".join(lines + [f"{name}: {evaluation.folder}" for name, evaluation in evaluations.items()])
+    return "\n".join(lines + [printable(f"{name}: {evaluation.folder}") for name, evaluation in evaluations.items()])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -944,5 +1312,5 @@ def main(arguments: list[str] | None = None) -> int:
         trouble = str(error)
     except KeyboardInterrupt:
         trouble = "interrupted; nothing was written for the checkpoint at work"
-    print(f"qtseg-evaluate: {trouble}", file=sys.stderr)
+    print(f"qtseg-evaluate: {printable(trouble)}", file=sys.stderr)
     return 1

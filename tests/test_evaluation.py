@@ -20,10 +20,13 @@ from torch import nn
 
 from qtseg import evaluation as module
 from qtseg.data import SegmentationData, fitted_size
-from qtseg.evaluation import (BINS, SCORES, SIZES, THRESHOLDS, Protocol, bootstrap_interval, bootstrap_means, calibration_counts,
-                              calibration_error, choose_splits, class_probabilities, decide, draw_gallery, evaluate_checkpoint,
-                              evaluate_network, find_checkpoints, group_rows, main, mask_scores, multiply_adds, network_cost, open_for,
-                              own_size_mask, surface_scores, table_rows, threshold_counts, threshold_rows, to_dict, undo_resize)
+from qtseg.evaluation import (BINS, FILES, SCORES, SIZES, THRESHOLDS, Protocol, aligned, bootstrap_interval, bootstrap_means,
+                              calibration_counts, calibration_error, choose_splits, class_frequencies, class_probabilities,
+                              constant_counts, decide, draw_gallery, evaluate_checkpoint, evaluate_network, find_checkpoints,
+                              lesion_counts, main, markdown, mask_scores, multiply_adds, network_cost, open_for, own_size_mask,
+                              predict_batch, replaced_results, require_replaceable, sampling_units, score_image, stratum_rows,
+                              student_quantile, surface_scores, table_rows, threshold_counts, threshold_rows, to_dict,
+                              training_notes, undo_resize)
 from qtseg.metrics import MEASURES, confusion_counts, hard_masks
 from qtseg.model import QTSeg
 from qtseg.phantoms import write_prepared
@@ -258,14 +261,14 @@ def test_own_size_scores_of_real_images_equal_an_independent_computation(resize,
 EMPTY, SPOT, FULL = np.zeros((6, 6), np.uint8), np.zeros((6, 6), np.uint8), np.ones((6, 6), np.uint8)
 SPOT[2:4, 2:4] = 1
 OTHER = np.roll(SPOT, 2, axis=0)
-NAN = math.nan
+NAN, DIAGONAL = math.nan, math.hypot(6, 6)
 
 
 @needs_monai
 @pytest.mark.parametrize("prediction, target, expected", [
     (EMPTY, EMPTY, {"dice": 100, "iou": 100, "precision": 100, "recall": 100, "specificity": 100, "hd95": 0, "nsd": 100}),
-    (EMPTY, SPOT, {"dice": 0, "iou": 0, "precision": NAN, "recall": 0, "specificity": 100, "hd95": NAN, "nsd": 0}),
-    (SPOT, EMPTY, {"dice": 0, "iou": 0, "precision": 0, "recall": NAN, "specificity": 100 * 32 / 36, "hd95": NAN, "nsd": 0}),
+    (EMPTY, SPOT, {"dice": 0, "iou": 0, "precision": NAN, "recall": 0, "specificity": 100, "hd95": DIAGONAL, "nsd": 0}),
+    (SPOT, EMPTY, {"dice": 0, "iou": 0, "precision": 0, "recall": NAN, "specificity": 100 * 32 / 36, "hd95": DIAGONAL, "nsd": 0}),
     (OTHER, SPOT, {"dice": 0, "iou": 0, "precision": 0, "recall": 0, "specificity": 100 * 28 / 32, "hd95": 2, "nsd": 100}),
     (SPOT, SPOT, {"dice": 100, "iou": 100, "precision": 100, "recall": 100, "specificity": 100, "hd95": 0, "nsd": 100}),
     (FULL, FULL, {"dice": 100, "iou": 100, "precision": 100, "recall": 100, "specificity": 100, "hd95": 0, "nsd": 100}),
@@ -276,6 +279,99 @@ def test_conventions(prediction, target, expected):
     scores = dict(zip(SCORES, mask_scores(prediction, target, 2)[1][0]))
     assert {name: scores[name] for name in expected} == pytest.approx(expected, nan_ok=True)
     assert scores["mae"] + scores["acc"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("shape, classes", [((30, 40), 2), ((12, 5), 4)])
+def test_a_missed_lesion_costs_the_images_diagonal(shape, classes):
+    target = np.zeros(shape, np.uint8)
+    target[1:3, 1:3] = 1
+    nothing = np.zeros_like(target)
+    for pair in ((nothing, target), (target, nothing)):
+        scores = mask_scores(*pair, classes)[1][:, SCORES.index("hd95")]
+        assert scores.tolist() == [math.hypot(*shape)] + [0.0] * (classes - 2)  # absent and not claimed: perfect
+
+
+# ------------------------------------------------------------------------------------------------ lesions, one by one
+def test_a_lesion_is_found_by_its_share_that_is_covered():
+    """A stray pixel used to find it; now 10 % of its area must be covered, to the pixel."""
+    target, prediction = np.zeros((2, 30, 30), bool)
+    target[5:15, 5:12] = True  # 70 pixels
+    for pixels in range(9):
+        prediction[:] = False
+        prediction[5, 5:5 + pixels] = True  # eight pixels, the last one beside it
+        assert lesion_counts(prediction, target).tolist() == [1, int(pixels >= 7), int(pixels > 0), 0], pixels
+    assert lesion_counts(prediction, target, overlap=7 / 70)[1] == 1 and lesion_counts(prediction, target, overlap=0.11)[1] == 0
+    assert lesion_counts(target, target, overlap=1.0).tolist() == [1, 1, 1, 0]
+
+
+def test_lesions_are_counted_one_by_one_and_may_touch_at_a_corner():
+    target, prediction = np.zeros((2, 40, 40), bool)
+    target[2:6, 2:6] = target[6, 6] = True  # one: 8 neighbors
+    target[20:24, 2:6] = target[30:34, 20:24] = True  # two more
+    prediction[2:6, 2:6] = prediction[20:24, 2:6] = prediction[30, 20] = True  # two found, one 6 % covered
+    prediction[10, 30] = prediction[12, 32] = True  # two false alarms
+    assert lesion_counts(prediction, target).tolist() == [3, 2, 5, 2]
+    assert lesion_counts(prediction, target, overlap=1 / 16).tolist() == [3, 3, 5, 2]
+    assert lesion_counts(target, np.zeros_like(target)).tolist() == [0, 0, 3, 3]
+    assert lesion_counts(np.ones_like(target), target).tolist() == [3, 3, 1, 0]
+
+
+@pytest.mark.parametrize("overlap", [0.0, -0.1, 1.5, NAN])
+def test_impossible_overlaps_are_refused(overlap):
+    with pytest.raises(ValueError, match="share of a lesion's area"):
+        Protocol(lesion_overlap=overlap, surface=False)
+
+
+# ------------------------------------------------------------------------------------------------ masks that look at no image
+def test_constant_masks_are_counted_as_masks_are():
+    rng = np.random.default_rng(4)
+    target = rng.integers(0, 3, (14, 17)).astype(np.uint8)
+    target[:, :4] = 255
+    frequent = rng.integers(0, 3, (14, 17)).astype(np.uint8)
+    counts = constant_counts(frequent, target, 3, ignore_index=255)
+    expected = [mask_scores(mask, target, 3, surface=False, ignore_index=255)[0]
+                for mask in (*(np.full_like(target, label) for label in range(3)), frequent)]
+    np.testing.assert_array_equal(counts, expected)
+
+
+# ------------------------------------------------------------------------------------------------ pixels that count nowhere
+def test_scores_are_those_of_the_pixels_that_count():
+    rng = np.random.default_rng(6)
+    prediction, target = rng.integers(0, 3, (2, 20, 24)).astype(np.uint8)
+    part = target.copy()
+    part[:, 15:] = 255
+    found, scores = mask_scores(prediction, part, 3, surface=False, ignore_index=255)
+    counts, expected = mask_scores(prediction[:, :15], target[:, :15], 3, surface=False)
+    np.testing.assert_array_equal(found, counts)
+    np.testing.assert_array_equal(scores, expected)
+    nothing = np.full_like(target, 255)
+    assert np.isnan(mask_scores(prediction, nothing, 3, surface=False, ignore_index=255)[1]).all(), "no pixel counts: no score, not 100"
+    with pytest.raises(ValueError, match="ignore_index=255"):
+        mask_scores(prediction, part, 3, surface=False)
+
+
+@needs_monai
+def test_every_number_of_an_image_leaves_ignored_pixels_out():
+    """An image of which the right part is ignored is scored as its left part, whatever the network says on the right."""
+    rng = np.random.default_rng(7)
+    soft = cv2.GaussianBlur(rng.random((32, 32)).astype(np.float32), (0, 0), 3)
+    soft = (soft - soft.min()) / np.ptp(soft)
+    maps = np.stack([1 - soft, soft], axis=2)
+    target = (cv2.GaussianBlur(rng.random((32, 32)), (0, 0), 3) > 0.5).astype(np.uint8)
+    target[:, 18:22] = 0  # background at the border of what is ignored: no region is cut
+    maps[:, 18:] = (1, 0)
+    part = target.copy()
+    part[:, 20:] = 255
+    loud = maps.copy()
+    loud[:, 20:] = (0.02, 0.98)  # false alarms, were they counted
+    even = np.full((32, 32, 2), 0.5, np.float32)
+    quiet, ignored = (score_image(given, decide(given), true, true, "squash", Protocol(), even, ignore)
+                      for given, true, ignore in ((maps[:, :], np.where(part == 255, 0, part), None), (loud, part, 255)))
+    assert ignored.lesions.tolist() == quiet.lesions.tolist() and ignored.counts[..., :3].tolist() == quiet.counts[..., :3].tolist()
+    assert ignored.counts.sum(axis=-1).tolist() == [[32 * 20]] * 2 and ignored.calibration[:, 0].sum() == 32 * 20
+    assert (ignored.thresholds.sum(axis=2) == 32 * 20).all() and (ignored.constants.sum(axis=3) == 32 * 20).all()
+    for name in ("dice", "iou", "recall", "precision", "hd95", "nsd"):
+        assert ignored.scores[..., SCORES.index(name)] == pytest.approx(quiet.scores[..., SCORES.index(name)]), name
 
 
 @needs_monai
@@ -336,43 +432,109 @@ def test_threshold_counts_equal_deciding_again_and_again(classes):
 
 
 # ------------------------------------------------------------------------------------------------ intervals
-def test_bootstrap_equals_drawing_images_by_hand():
+def test_bootstrap_equals_drawing_patients_by_hand():
     values = np.random.default_rng(0).normal(80, 10, (12, 2))
-    groups = ["a", "a", "a", "b", "b", "c", "", "", "d", "d", "d", "d"]
-    means = bootstrap_means(values, groups, draws=50, seed=7)
+    patients = ["a", "a", "a", "b", "b", "c", "", "", "d", "d", "d", "d"]
+    means = bootstrap_means(values, patients=patients, draws=50, seed=7)
     units = [[0, 1, 2], [3, 4], [5], [6], [7], [8, 9, 10, 11]]
     rng = np.random.default_rng(7)
     for row in means:
         drawn = [image for unit in rng.integers(len(units), size=len(units)) for image in units[unit]]
         assert row == pytest.approx(values[drawn].mean(axis=0))
-    assert (means == bootstrap_means(values, groups, draws=50, seed=7)).all()
+    assert (means == bootstrap_means(values, patients=patients, draws=50, seed=7)).all()
 
 
-def test_the_interval_covers_the_truth_about_19_times_in_20():
-    rng, hits = np.random.default_rng(1), 0
-    for trial in range(300):
-        values = 100 * rng.beta(8, 2, (60, 1))
-        low, high = bootstrap_interval(bootstrap_means(values, [""] * 60, 200, trial))
-        hits += int(low[0] <= 80 <= high[0])
-    assert 0.88 <= hits / 300 <= 0.98
+def test_bootstrap_equals_drawing_patients_within_strata_by_hand():
+    values = np.random.default_rng(0).normal(80, 10, (10, 1))
+    patients = ["a", "a", "b", "", "c", "c", "d", "e", "e", "f"]
+    strata = ["x", "x", "x", "x", "y", "y", "y", "x", "y", "y"]  # "e" has images in both: joined with the largest stratum
+    units = {"x": [[0, 1], [2], [3], [7, 8]], "y": [[4, 5], [6], [9]]}
+    rng = np.random.default_rng(7)
+    for row in bootstrap_means(values, strata, patients, draws=50, seed=7):
+        drawn = [image for inside in units.values() for unit in rng.integers(len(inside), size=len(inside)) for image in inside[unit]]
+        assert row == pytest.approx(values[drawn].mean(axis=0))
+
+
+def test_strata_are_kept_and_are_no_patients():
+    """Shared case 13: two strata drawn as two patients gave an interval from one stratum's mean to the other's."""
+    rng = np.random.default_rng(0)
+    dice = np.r_[rng.normal(92, 4, 60), rng.normal(72, 4, 40)]
+    strata = ["benign"] * 60 + ["malignant"] * 40
+    low, high = bootstrap_interval(bootstrap_means(dice, strata))
+    draws = [np.r_[rng.choice(dice[:60], 60), rng.choice(dice[60:], 40)].mean() for _ in range(2000)]
+    assert [low, high] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.1) and high - low < 2
+    all_of_them = bootstrap_interval(bootstrap_means(dice))
+    assert np.diff(all_of_them) > 2 * (high - low), "the strata's shares are no matter of chance"
+
+
+@pytest.mark.parametrize("strata, patients, strata_of_units", [
+    (["x", "x", "y", "y"], None, [0, 0, 1, 1]),
+    (["x", "y", "x", "y", "x", "y"], ["a", "a", "b", "b", "c", "c"], [0, 0, 0]),  # every patient in both
+    (["x", "y", "z"], None, [0, 0, 0]),  # a stratum of one is no stratum: all joined
+    (["x", "x", "x", "y"], None, [0, 0, 0, 0]),
+    (["x", "x", "y", "y", "z", "w"], None, [1, 1, 2, 2, 0, 0]),
+    (["", "", "x", "x"], None, [0, 0, 1, 1]),
+])
+def test_strata_of_units(strata, patients, strata_of_units):
+    units = sampling_units(len(strata), strata, patients)
+    assert units.stratum.tolist() == strata_of_units and units.name == ("patients" if patients else "images")
+    means = bootstrap_means(np.arange(float(len(strata))), strata, patients, draws=200)
+    assert means.std() > 0, "something is drawn"
+
+
+def simulated(seed: int, strata: bool, sets: int = 500) -> tuple[np.ndarray, list[str] | None, list[str], float]:
+    """Dice of 40 patients with 1 to 8 images each, [images, sets], strata, patients and the true mean; skewed as Dice scores are."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(1, 9, 40)
+    who, hard = np.repeat(np.arange(40), images), np.arange(40) >= (24 if strata else 40)  # 16 patients of a harder kind
+
+    def scores(patients, count):
+        effect = (2.0 - hard)[patients, None]
+        patient, noise = rng.normal(0, 0.9, (40, count))[patients], rng.normal(0, 0.7, (len(patients), count))
+        return 100 / (1 + np.exp(-(effect + patient + noise)))
+
+    means = scores(np.arange(40), 20_000).mean(axis=1)  # of each patient's population
+    truth = (means[~hard].mean() * images[~hard].sum() + (means[hard].mean() if hard.any() else 0) * images[hard].sum()) / images.sum()
+    names = [f"patient {number}" for number in who]
+    return scores(who, sets), ["hard" if hard[number] else "easy" for number in who] if strata else None, names, truth
+
+
+@pytest.mark.parametrize("strata", [False, True], ids=["one stratum", "two strata"])
+def test_the_interval_covers_the_truth_about_19_times_in_20(strata):
+    covered = {"widened": [], "plain": [], "images": []}
+    for seed in range(4):
+        values, kinds, patients, truth = simulated(seed, strata)
+        draws = bootstrap_means(values, kinds, patients, draws=1000)
+        for name, means, units in (("widened", draws, sampling_units(len(values), kinds, patients)), ("plain", draws, None),
+                                   ("images", bootstrap_means(values, kinds, draws=1000), None)):
+            low, high = bootstrap_interval(means, units=units)
+            covered[name].append(100 * ((low <= truth) & (truth <= high)).mean())
+    assert all(93 <= share <= 97 for share in covered["widened"]), covered["widened"]  # on average 93.9, with strata 95.4
+    assert np.mean(covered["plain"]) < np.mean(covered["widened"]) and np.mean(covered["images"]) < 80
+
+
+def test_student_quantiles():
+    for degrees, quantile in ((3, 3.1824), (5, 2.5706), (10, 2.2281), (39, 2.0227), (1e6, 1.96)):
+        assert student_quantile(0.975, degrees) == pytest.approx(quantile, rel=0.012)
 
 
 def test_images_of_one_patient_widen_the_interval():
     rng = np.random.default_rng(4)
     values = (rng.normal(80, 10, (20, 1)) + rng.normal(0, 1, (20, 10))).reshape(200, 1)  # 20 patients, 10 images each
-    groups = [f"patient {index // 10}" for index in range(200)]
-    width = {name: np.diff(bootstrap_interval(bootstrap_means(values, chosen, 500)), axis=0).item()
-             for name, chosen in {"patients": groups, "images": [""] * 200}.items()}
+    patients = [f"patient {index // 10}" for index in range(200)]
+    width = {name: np.diff(bootstrap_interval(bootstrap_means(values, patients=chosen, draws=500)), axis=0).item()
+             for name, chosen in {"patients": patients, "images": None}.items()}
     assert width["patients"] > 2.5 * width["images"]
 
 
 def test_undefined_scores_are_left_out_and_one_unit_gives_no_interval():
     values = np.array([[80.0, NAN], [90.0, NAN], [NAN, NAN]])
-    means = bootstrap_means(values, ["", "", ""], 300)
-    interval = bootstrap_interval(means)
-    assert 80 <= interval[0, 0] <= interval[1, 0] <= 90 and np.isnan(interval[:, 1]).all()
-    np.testing.assert_array_equal(bootstrap_means(values, ["p", "p", "p"], 300), means, "one group for all tells nothing apart")
-    assert np.isnan(bootstrap_interval(bootstrap_means(values[:1], [""], 10))).all()
+    means = bootstrap_means(values, draws=300)
+    for units in (None, sampling_units(3)):
+        interval = bootstrap_interval(means, units=units)
+        assert 80 <= interval[0, 0] <= interval[1, 0] <= 90 and np.isnan(interval[:, 1]).all()
+    for one in (bootstrap_means(values[:1], draws=10), bootstrap_means(values, patients=["p", "p", "p"], draws=10)):
+        assert np.isnan(bootstrap_interval(one, units=sampling_units(1))).all(), "one patient says nothing about others"
 
 
 # ------------------------------------------------------------------------------------------------ a network on a split
@@ -426,7 +588,7 @@ def test_training_size_equals_trainings_own_evaluation(endoscopy):
             assert summary[name][measure]["mean"] == pytest.approx(expected[f"{measure}_{label}"], abs=1e-9)
 
 
-def test_rows_groups_and_counts_of_three_classes(endoscopy):
+def test_rows_strata_and_counts_of_three_classes(endoscopy):
     result = evaluate_network(Guess(3), endoscopy, "all", Protocol(**QUICK), batch=5)
     rows = list(result.rows())
     assert len(rows) == 16 * 2 * 2 and [row["size"] for row in rows[:2]] == list(SIZES)
@@ -435,12 +597,14 @@ def test_rows_groups_and_counts_of_three_classes(endoscopy):
     for row in rows:
         tp = row["dice"] / 200 * (row["target_pixels"] + row["predicted_pixels"])
         assert row["target_pixels"] == 0 or row["recall"] == pytest.approx(100 * tp / row["target_pixels"])
-    assert result.missed["own"]["lesions"] == sum(row["target_pixels"] > 0 for row in rows if row["size"] == "own")
-    assert result.missed["own"]["missed"] == sum(row["target_pixels"] > 0 and row["dice"] == 0 for row in rows if row["size"] == "own")
-    assert result.missed["own"]["false_alarms"] == sum(row["target_pixels"] == 0 < row["predicted_pixels"] for row in rows if row["size"] == "own")
-    groups = group_rows(result)
-    assert [(row["size"], row["group"], row["images"]) for row in groups] == [(size, "endoscopy", 16) for size in SIZES]
-    assert groups[1]["dice"] == pytest.approx(result.summary["own"]["mean"]["dice"]["mean"])
+    own = [row for row in rows if row["size"] == "own"]
+    for key in ("lesions", "missed", "regions", "false_alarms"):
+        assert result.missed["own"][key] == sum(row[key] for row in own), key
+    assert result.missed["own"]["marked"] == sum(row["target_pixels"] == 0 < row["predicted_pixels"] for row in own)
+    assert all((row["lesions"] > 0) == (row["target_pixels"] > 0) for row in rows) and result.missed["own"]["lesions"] > 0
+    strata = stratum_rows(result)
+    assert [(row["size"], row["stratum"], row["images"]) for row in strata] == [(size, "endoscopy", 16) for size in SIZES]
+    assert strata[1]["dice"] == pytest.approx(result.summary["own"]["mean"]["dice"]["mean"])
     assert threshold_rows(result)[9]["threshold"] == 0.5 and len(threshold_rows(result)) == len(THRESHOLDS)
     json.dumps(to_dict(result), allow_nan=False)
 
@@ -469,6 +633,52 @@ def test_splits(endoscopy):
         choose_splits(endoscopy, "validation")
 
 
+def test_the_best_constant_mask_stands_in_every_table(endoscopy):
+    result = evaluate_network(Guess(3), endoscopy, "test", Protocol(**QUICK))
+    majority = decide(class_frequencies([endoscopy.train], 3))
+    training = [split.batch(range(len(split))).masks.numpy() for split in (endoscopy.train, endoscopy.test)]
+    np.testing.assert_array_equal(majority, (training[0][..., None] == np.arange(3)).sum(axis=0).argmax(axis=2))
+    dice = [np.mean([mask_scores(mask, target, 3, surface=False)[1][:, SCORES.index("dice")].mean() for target in training[1]])
+            for mask in (*(np.full((64, 64), label, np.uint8) for label in range(3)), majority)]
+    found = result.constant
+    names = ["all background", *(f"all {name}" for name in endoscopy.class_names[1:]), "each pixel's most frequent class in the training split"]
+    assert found["scores"]["training"]["dice"] == pytest.approx(dice[names.index(found["mask"])])
+    assert found["scores"]["training"]["dice"] >= max(dice) - 1, "the best one, chosen at own size"
+    table = {row[0]: row[1:] for row in table_rows({"guess": result})}
+    assert table["best constant mask: Dice, %"] == [f"{found['scores'][size]['dice']:.2f}" for size in SIZES]
+    assert to_dict(result)["constant"] == found
+
+
+def test_logits_that_are_not_finite_are_refused(run, tmp_path, endoscopy):
+    class Diverged(nn.Module):
+        def forward(self, images):
+            logits = torch.zeros(len(images), 3, *images.shape[2:])
+            logits[-1, 1, 3, 4] = self.value
+            return logits
+
+    for value in (NAN, math.inf, -math.inf):
+        network = Diverged()
+        network.value = value
+        with pytest.raises(FloatingPointError, match="not finite"):
+            predict_batch(network, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+        with pytest.raises(FloatingPointError, match="not finite"):
+            evaluate_network(network, endoscopy, "test", Protocol(**QUICK))
+
+
+def test_a_checkpoint_whose_logits_overflow_is_named(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("evaluation_*"))
+    network = QTSeg.from_pretrained(copy / "best_dice")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1e30)  # finite, and still too much for float32
+    network.save_pretrained(copy / "best_dice")
+    assert main([str(copy / "best_dice"), *FAST]) == 1
+    error = capsys.readouterr().err
+    assert "best_dice: the network returns logits that are not finite" in error and error.count("\n") == 1
+    assert not (copy / "best_dice" / "evaluation_test").exists()
+
+
 def test_gallery_has_nine_pictures_or_as_many_as_there_are(endoscopy):
     network = Guess(3)
     for split, count in (("all", 9), ("valid", 3 * min(3, len(endoscopy.valid)))):
@@ -478,6 +688,9 @@ def test_gallery_has_nine_pictures_or_as_many_as_there_are(endoscopy):
 
 def test_cost_counts_what_the_model_chapter_counts():
     assert multiply_adds(QTSeg(), 512) == pytest.approx(2.256e9, rel=1e-3)
+    for channels in (1, 4):  # as many as the network was built for
+        network = QTSeg(width=4, depths=[1, 1, 1], mlp_width=32, in_channels=channels)
+        assert multiply_adds(network, 32) > 0 and network_cost(network, 32, batch=1, budget=0)["parameters"] > 0
     cost = network_cost(QTSeg(width=4, depths=[1, 1, 1], mlp_width=32), 32, batch=2, budget=0.01)
     assert cost["latency_ms"] > 0 and cost["images_per_second"] > 0 and cost["device"] and cost["batch"] == 2
 
@@ -490,8 +703,10 @@ def test_checkpoint_of_a_run_is_scored_on_the_runs_test_split(run):
     for measure in MEASURES:
         assert result.summary["training"]["mean"][measure]["mean"] == pytest.approx(expected[measure], abs=1e-9)
     files = {path.name for path in result.folder.iterdir()}
-    assert files == {"evaluation.json", "images.csv", "groups.csv", "gallery.png", "calibration.png", "thresholds.png"}
+    assert files == set(FILES)
     stored = json.loads((result.folder / "evaluation.json").read_text())
+    assert stored["files"] == sorted(FILES) and stored["protocol"]["lesion_overlap"] == 0.1 and "diagonal" in stored["undefined_hd95"]
+    assert stored["notes"] and set(result.notes) >= set(open_for(run / "best_dice").notes)
     assert stored["scores"]["own"]["mean"]["dice"]["mean"] == result.summary["own"]["mean"]["dice"]["mean"]
     assert stored["cost"][0]["parameters"] == sum(p.numel() for p in QTSeg.from_pretrained(run / "best_dice").parameters())
     with (result.folder / "images.csv").open(newline="") as file:
@@ -522,6 +737,170 @@ def test_an_old_result_stays_until_the_new_one_is_whole(run, tmp_path, monkeypat
     again(split="valid")
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["split"] == "valid"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ------------------------------------------------------------------------------------------------ what is replaced, and what stays
+def results(folder: Path, *names: str) -> None:
+    """Write a result of some files into a folder."""
+    with replaced_results(folder, "marker.json") as private:
+        for name in (*names, "marker.json"):
+            (private / name).write_text(json.dumps({"made of": names}))
+
+
+def test_only_files_of_the_earlier_result_are_replaced(tmp_path):
+    """A user's notes and folder beside the results were deleted."""
+    out = tmp_path / "out"
+    results(out, "a.csv", "b.png")
+    (out / "notes.txt").write_text("mine")
+    (out / "drafts").mkdir()
+    (out / "drafts" / "b.png").write_text("mine, too")
+    results(out, "b.png", "c.csv")
+    assert sorted(path.name for path in out.iterdir()) == ["b.png", "c.csv", "drafts", "marker.json", "notes.txt"]
+    assert (out / "notes.txt").read_text() == "mine" and (out / "drafts" / "b.png").read_text() == "mine, too"
+    assert json.loads((out / "marker.json").read_text()) == {"made of": ["b.png", "c.csv"], "files": ["b.png", "c.csv", "marker.json"]}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("content", ["mine", None], ids=["file", "folder"])
+def test_a_file_that_no_result_lists_is_not_overwritten(content, tmp_path):
+    out = tmp_path / "out"
+    results(out, "a.csv")
+    (out / "b.png").write_text(content) if content else (out / "b.png").mkdir()
+    before = {path.name: path.is_file() and path.read_text() for path in out.iterdir()}
+    with pytest.raises(FileExistsError, match="b.png, which its marker.json does not list"):
+        results(out, "a.csv", "b.png")
+    assert {path.name: path.is_file() and path.read_text() for path in out.iterdir()} == before and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("files", [["../thesis.txt", "a.csv"], [["a.csv"], 7, "drafts"], "thesis.txt", {"a.csv": 1}])
+def test_a_forged_list_reaches_no_other_file(files, tmp_path):
+    out = tmp_path / "out"
+    results(out, "a.csv")
+    (out / "drafts").mkdir()
+    (tmp_path / "thesis.txt").write_text("mine")
+    (out / "marker.json").write_text(json.dumps({"files": files}))
+    if "a.csv" not in files or not isinstance(files, list):
+        with pytest.raises(FileExistsError, match="a.csv"):
+            results(out, "a.csv")
+    results(out, "c.csv")
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and (out / "drafts").is_dir()
+
+
+def test_a_damaged_marker_is_replaced_and_nothing_else(tmp_path):
+    results(tmp_path, "a.csv")
+    (tmp_path / "marker.json").write_text("[" * 100_000)
+    with pytest.raises(FileExistsError, match="a.csv"):
+        require_replaceable(tmp_path, "marker.json", ["a.csv"])
+    results(tmp_path, "b.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv", "marker.json"]
+
+
+def test_evaluating_twice_leaves_notes_alone(run, tmp_path, no_stopwatch):
+    out = tmp_path / "out"
+    for _ in range(2):
+        evaluate_checkpoint(run / "best_dice", output=out, protocol=Protocol(**QUICK), device="cpu", pictures=False)
+        (out / "notes.txt").write_text("mine")
+    assert {path.name for path in out.iterdir()} == {"evaluation.json", "images.csv", "strata.csv", "notes.txt"}
+    (out / "gallery.png").write_text("mine: none was written, without pictures")
+    with pytest.raises(FileExistsError, match="gallery.png"):
+        evaluate_checkpoint(run / "best_dice", output=out, protocol=Protocol(**QUICK), device="cpu")
+    assert (out / "gallery.png").read_text().startswith("mine")
+
+
+# ------------------------------------------------------------------------------------------------ which data, split how
+def pictures(folder: Path, count: int, seed: int = 0) -> Path:
+    """images/ and masks/ without splits: ellipses in 40x40 pixels."""
+    rng = np.random.default_rng(seed)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for number in range(count):
+        mask = cv2.ellipse(np.zeros((40, 40), np.uint8), (20, 20), (6 + number % 7, 9), 10 * number, 0, 360, 255, -1)
+        image = (rng.integers(120, 256, (40, 40, 3)) - mask[..., None] // 3).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{number:02d}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def trained(run, tmp_path, monkeypatch):
+    """A function: a run folder with a recipe of its own, on 30 pictures without splits. Only its weights are from another run."""
+    monkeypatch.setenv("QTSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    data = pictures(tmp_path / "d", 30)
+    config = json.loads((run / "config.json").read_text()) | {"data": str(data), "cache": None}
+
+    def make(**recipe) -> Path:
+        folder = tmp_path / "runs" / f"run{len(list(tmp_path.glob('runs/*')))}"
+        shutil.copytree(run / "best_dice", folder / "best_dice", ignore=shutil.ignore_patterns("evaluation_*"))
+        (folder / "config.json").write_text(json.dumps(config | recipe))
+        return folder
+
+    return make
+
+
+RECIPES = {"seed": {"seed": 5}, "fold": {"folds": 3, "fold": 2}, "share": {"valid_share": 0.3}}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_runs_own_data_is_split_as_the_run_split_it(recipe, trained, tmp_path):
+    """Shared case 11: --data with the run's folder scored images that had trained the network."""
+    folder = trained(**RECIPES[recipe])
+    own = open_for(folder / "best_dice")
+    shutil.copytree("d", "copy")
+    for source in ("d", tmp_path / "d", tmp_path / "copy" / ".." / "d", "copy"):
+        named = open_for(folder, source)  # a run is accepted where a checkpoint is
+        assert named.valid.ids == own.valid.ids and named.train.ids == own.train.ids
+        assert any("split as there" in note for note in named.notes)
+    assert not training_notes(folder / "best_dice", [own.valid])
+
+
+def test_what_is_asked_for_goes_before_the_run(trained):
+    folder = trained(folds=3, fold=2)
+    assert open_for(folder, "d", fold=0).valid.ids == open_for(trained(folds=3, fold=0)).valid.ids
+    assert len(open_for(folder, "d", folds=5).valid) == 6
+    warned = training_notes(folder / "best_dice", [open_for(folder, fold=0).valid])
+    assert warned and warned[0].startswith("WARNING: 10 of the 10 scored images trained this network (00.png")
+
+
+def test_paths_survive_another_working_folder(trained, tmp_path, monkeypatch):
+    folder = trained(data="d", seed=5)
+    expected = open_for(folder).valid.ids
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pictures(tmp_path / "elsewhere" / "d", 12, seed=9)  # another set of that name, which is not the run's
+    assert open_for(folder).valid.ids == expected and open_for("../runs/run0").valid.ids == expected
+
+
+def test_moved_data_is_known_by_name_and_numbers(trained, tmp_path):
+    folder = trained(seed=5)
+    expected = open_for(folder).valid.ids
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "d").rename(tmp_path / "disk" / "d")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_for(folder)
+    (folder / "metrics.json").write_text(json.dumps({"images": {"train": 27, "valid": 3, "test": 0}}))
+    assert open_for(folder, "disk/d").valid.ids == expected
+    assert "not checked" in training_notes(folder / "best_dice", [open_for(folder, "disk/d").valid])[0]
+    (folder / "metrics.json").write_text(json.dumps({"images": {"train": 270, "valid": 30, "test": 0}}))
+    assert "every image is scored" in open_for(folder, "disk/d").notes[-1]
+
+
+def test_a_set_without_splits_is_a_test_set_whole_and_known_images_are_counted(trained, tmp_path, no_stopwatch, capsys):
+    folder = trained(seed=5)
+    other = pictures(tmp_path / "other", 8, seed=3)
+    known = [path for path, _ in open_for(folder).train.paths[:4]]
+    for number, path in enumerate(known):  # copies of training images under other names
+        shutil.copy(path, other / "images" / f"new{number}.png")
+        shutil.copy(path.parents[1] / "masks" / path.name, other / "masks" / f"new{number}.png")
+    result = evaluate_checkpoint(folder, other, tmp_path / "out", protocol=Protocol(**QUICK), device="cpu", pictures=False)
+    assert result.split == "all" and len(result.ids) == 12 and not any("held out" in note for note in result.notes)
+    warning = "WARNING: 4 of the 12 scored images trained this network (new0.png, new1.png, new2.png, new3.png)"
+    assert any(note.startswith(warning) for note in json.loads((tmp_path / "out" / "evaluation.json").read_text())["notes"])
+    assert main([str(folder), "--data", str(other), "--output", str(tmp_path / "out"), *FAST]) == 0
+    output = capsys.readouterr().out
+    assert warning in output and "12 images (all split)" in output
+    assert main([str(folder), "--data", str(other), "--folds", "3", "--output", str(tmp_path / "folds"), *FAST]) == 0
+    assert "4 images (valid split)" in capsys.readouterr().out, "folds that are asked for make a split"
 
 
 def test_other_data_is_opened_as_the_checkpoint_wants_it(run, tmp_path, no_stopwatch):
@@ -558,7 +937,7 @@ def test_command_scores_every_checkpoint_in_one_table(run, tmp_path, capsys, no_
     found = find_checkpoints(run)
     head = next(line for line in output.splitlines() if " at own size" in line)
     assert all(f"{checkpoint.name} at 32x32" in head and f"{checkpoint.name} at own size" in head for checkpoint in found)
-    assert output.count("Dice, %") == 1 and "missed lesions" in output and "pip install monai" in output
+    assert output.count("\nDice, %") == 1 and "missed lesions (under 10% of the area covered)" in output and "pip install monai" in output
     for checkpoint in found:
         folder = tmp_path / "out" / checkpoint.name if len(found) > 1 else tmp_path / "out"
         assert (folder / "evaluation.json").is_file()
@@ -592,6 +971,14 @@ def foreign_folder(run: Path) -> None:
     (run / "best_dice" / "evaluation_test" / "thesis.txt").write_text("do not lose me")
 
 
+def deep_config(run: Path) -> None:
+    (run / "config.json").write_text('{"data": ' + "[" * 100_000)
+
+
+def huge_number(run: Path) -> None:
+    (run / "config.json").write_text('{"seed": ' + "9" * 5000 + "}")
+
+
 WRONG = {
     "no such folder": (None, ["{run}/nothing"], "nothing is no folder"),
     "no checkpoint": (None, ["{empty}"], "config.json is missing"),
@@ -602,10 +989,17 @@ WRONG = {
     "the run's data is gone": (move_the_data, ["{run}/best_dice"], "nowhere/at/all does not exist"),
     "no such data": (None, ["{run}/best_dice", "--data", "{run}/nothing"], "does not exist"),
     "other classes": (None, ["{run}/best_dice", "--data", "phantoms:endoscopy:8"], "tells 2 classes apart"),
-    "another folder's output": (foreign_folder, ["{run}/best_dice"], "holds no evaluation"),
+    "another folder's output": (foreign_folder, ["{run}/best_dice"], "holds no evaluation.json"),
     "impossible threshold": (None, ["{run}/best_dice", "--threshold", "1.5"], "between 0 and 1"),
     "impossible device": (None, ["{run}/best_dice", "--device", "abacus"], "abacus"),
     "empty batches": (None, ["{run}/best_dice", "--batch", "0"], "batch must be at least 1"),
+    "no number": (None, ["{run}/best_dice", "--threshold", "nan"], "between 0 and 1"),
+    "a device without values": (None, ["{run}/best_dice", "--device", "meta"], "meta"),
+    "negative sizes": (None, ["{run}/best_dice", "--sizes", "64", "-5"], "from 32 to 4096, got -5"),
+    "no size": (None, ["{run}/best_dice", "--sizes", "0"], "from 32 to 4096, got 0"),
+    "impossible overlap": (None, ["{run}/best_dice", "--lesion-overlap", "10"], "share of a lesion's area"),
+    "a deep configuration": (deep_config, ["{run}/best_dice"], "name the data to evaluate on"),
+    "a number of 5000 digits": (huge_number, ["{run}/best_dice"], "name the data to evaluate on"),
 }
 
 
@@ -639,3 +1033,24 @@ def test_table_says_how_many_scores_are_defined(endoscopy):
     undefined = int(np.isnan(result.scores[1, ..., SCORES.index("recall")]).sum())
     assert undefined > 0 and table["recall, %"][1].endswith(f", {32 - undefined} of 32")
     assert table["Dice, %"][1].count("of") == 0 and list(itertools.islice(table, 1)) == [""]
+
+
+# ------------------------------------------------------------------------------------------------ names are text
+SCRIPT = "<img src=x onerror=alert(1)>"
+
+
+def test_names_stay_text_in_tables():
+    rows = [["", SCRIPT], ["a|b", "[link](javascript:alert(1))"]]
+    table = markdown(rows)
+    assert "<" not in table and "](" not in table and table.count("\n") == 2 and all(line.count("|") == 3 for line in table.split("\n"))
+    assert "\x1b" not in aligned([["a\x1b[31m", "b"]]) and aligned([["a", "bbb"], ["cc", "d"]]) == "a   bbb\ncc  d"
+
+
+def test_formulas_in_names_stay_text_in_csv(endoscopy, tmp_path):
+    result = evaluate_network(Guess(3), endoscopy, "test", Protocol(**QUICK))
+    result.ids[0], result.strata[0], result.patients[0] = "=1+1", "@SUM(A1)", "+patient\x1b"
+    module.write_evaluation(result, tmp_path, {})
+    with (tmp_path / "images.csv").open(newline="") as file:
+        first = next(csv.DictReader(file))
+    assert (first["id"], first["stratum"]) == ("'=1+1", "'@SUM(A1)") and first["patient"].startswith("'+patient") and "\x1b" not in first["patient"]
+    assert float(first["dice"]) >= 0 and "'@SUM(A1)" in (tmp_path / "strata.csv").read_text()

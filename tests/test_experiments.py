@@ -29,14 +29,16 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_evaluate_scores_a_checkpoint(checkpoint, tmp_path):
-    done = papermill("evaluate", tmp_path / "evaluated.ipynb", "-p", "checkpoint", str(checkpoint), "-p", "split", "valid", "-p", "output",
-                     str(tmp_path / "result"), "-p", "progress", "False")
+    done = papermill("evaluate", tmp_path / "evaluated.ipynb", "-p", "checkpoint", str(checkpoint.parent), "-p", "split", "valid", "-p", "output",
+                     str(tmp_path / "result"), "-p", "progress", "False")  # a run is taken for its checkpoint
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result/evaluation.json").read_text())
     rows = list(csv.DictReader((tmp_path / "result/images.csv").open()))
     dice = [float(row["dice"]) for row in rows if row["size"] == "own"]
     assert result["images"] == len(dice) > 2 and result["scores"]["own"]["mean"]["dice"]["mean"] == pytest.approx(sum(dice) / len(dice))
     assert {"gallery.png", "calibration.png", "thresholds.png"} <= {path.name for path in (tmp_path / "result").iterdir()}
+    shown = (tmp_path / "evaluated.ipynb").read_text()
+    assert "best constant mask: Dice, %" in shown and f"{result['constant']['scores']['own']['dice']:.2f}" in shown
 
 
 def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
