@@ -287,7 +287,7 @@ def test_the_card_says_what_the_run_knows(exported):
     assert result["dataset"] == {"type": "phantoms:dermoscopy:91", "name": "phantoms:dermoscopy:91", "split": "test"}
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"dice": 87.6543, "iou": 81.5, "acc": 95.75, "mae": 4.25}
     for fact in ("| 87.65 | 81.50 | 95.75 | 4.25 |", "60 train, 20 valid, 11 test", "11 images of the test split", "3 epochs, batch 4", "12.6 minutes",
-                 "A \\| processor", "torch 2.15.0", "64×64", "ycrcb", weights_sha256(exported[0]), "Not for clinical use", "Predictor.from_checkpoint",
+                 "A &#124; processor", "torch 2.15.0", "64×64", "ycrcb", weights_sha256(exported[0]), "Not for clinical use", "Predictor.from_checkpoint",
                  "None was found beside this checkpoint"):
         assert fact in card
     assert "unknown" not in card.lower().replace("errors are unknown", "") and "flatter" not in card and "Linux-secret" not in card
