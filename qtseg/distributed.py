@@ -9,7 +9,9 @@ import argparse
 import contextlib
 import os
 import re
+import stat
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +21,12 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .training import T, Team, TrainConfig, choose_device, fit
+from .files import printable
+from .training import T, Team, TrainConfig, choose_device, fit, keep_freed_memory
 
 # %% auto #0
-__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team', 'read_yaml', 'read_parameters', 'main']
+__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'MAX_YAML_BYTES', 'MAX_YAML_VALUES', 'TeamError', 'TorchTeam', 'joined_team',
+           'read_yaml', 'read_parameters', 'main']
 
 # %% ../nbs/19_distributed.ipynb #c016
 class TeamError(RuntimeError):
@@ -128,14 +132,28 @@ def joined_team(device: str = "auto", patience: timedelta = timedelta(hours=2)) 
         torch.distributed.destroy_process_group()
 
 # %% ../nbs/19_distributed.ipynb #c032a
+MAX_YAML_BYTES, MAX_YAML_VALUES = 2**18, 100_000  # parameter files have a few kB
+
+
+def _count_values(node, counted: dict[int, int]) -> int:
+    """How many values a YAML document stands for, its aliases followed. ValueError for one that lies in what it names."""
+    if id(node) not in counted:
+        counted[id(node)] = -1  # until its parts are counted
+        pairs = node.value if isinstance(node.value, list) else []
+        counted[id(node)] = 1 + sum(_count_values(part, counted) for pair in pairs
+                                    for part in (pair if isinstance(pair, tuple) else (pair,)))
+    if counted[id(node)] < 0:
+        raise ValueError("an alias names something that it lies in")
+    return counted[id(node)]
+
+
 def _repeated_keys(node) -> list[str]:
     """Keys that stand twice in one mapping of a YAML document: YAML itself would silently drop the first."""
-    if node is None or not isinstance(node.value, list):
+    if not isinstance(node.value, list):
         return []
     pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in node.value]
-    keys = [key.value for key, _ in pairs if key is not None]
-    twice = [str(key) for number, key in enumerate(keys) if key in keys[:number]]
-    return twice + [key for _, part in pairs for key in _repeated_keys(part)]
+    keys = Counter(str(key.value) for key, _ in pairs if key is not None)
+    return [key for key, times in keys.items() if times > 1] + [key for _, part in pairs for key in _repeated_keys(part)]
 
 
 def _yaml_content(text: str) -> tuple[object, list[str]]:
@@ -149,14 +167,20 @@ def _yaml_content(text: str) -> tuple[object, list[str]]:
         """Reads 1e-3, as JSON and everybody writes it, as the number that it is; YAML 1.1 has it as a text."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
-    loader = Loader(text)
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
-        return (None, []) if node is None else (loader.construct_document(node), _repeated_keys(node))
+        if node is None:
+            return None, []
+        if _count_values(node, {}) > MAX_YAML_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES:,} values")
+        return loader.construct_document(node), _repeated_keys(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{getattr(error, 'problem', None) or error}") from None
+        raise ValueError(where + printable(" ".join(str(getattr(error, "problem", None) or error).split()))[:300]) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 # %% ../nbs/19_distributed.ipynb #c032b
 def read_yaml(path: str | os.PathLike) -> dict:
@@ -164,12 +188,15 @@ def read_yaml(path: str | os.PathLike) -> dict:
 
     FileNotFoundError; ModuleNotFoundError without PyYAML.
     """
+    kind = os.stat(path)
+    if not stat.S_ISREG(kind.st_mode) or kind.st_size > MAX_YAML_BYTES:
+        raise ValueError(f"{path} is no file of at most {MAX_YAML_BYTES // 1024} kB, as a YAML file of parameters is")
     try:
         values, twice = _yaml_content(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if twice:
-        raise ValueError(f"{path} says twice: {', '.join(twice)}")
+        raise ValueError(f"{path} says twice: {printable(', '.join(twice))[:300]}")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping `key: value`")
     return values
@@ -195,6 +222,7 @@ def read_parameters(path: str | Path | None, changes: Sequence[str] = ()) -> Tra
 def _train_in_a_team(path: str | None, changes: Sequence[str]) -> str:
     """One process's part of a run -> the sentence that tells of its result."""
     config = read_parameters(path, changes)
+    keep_freed_memory()  # this process has nothing else to do
     with joined_team(config.device) as team:
         result = fit(config, team=team)
     return (f"{team.size} processes, test Dice {result.metrics['test']['dice']:.2f} ({result.metrics['test_is']}); "
