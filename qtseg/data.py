@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture, require_space,
+from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, read_json, read_picture, require_space,
                          same_form, walk)
-from .masks import IGNORE, LOSSY, MASKS, MaskReading, MaskValues, judge_masks, look_at, looks_up, stored_values, value_code
+from .masks import (IGNORE, LOSSY, MASKS, MaskReading, MaskValues, judge_masks, look_at, looks_up, stored_values,
+                         value_code)
 from .phantoms import write_prepared
 
 # %% auto #0
@@ -105,7 +106,8 @@ def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, m
     picture = _picture(path)
     try:
         codes = stored_values(picture, looks_up(masks, mask_values, ignore_value))
-        reading, problems, _ = judge_masks([look_at(Path(path).name, codes, picture.format in LOSSY)], masks, classes, mask_values, ignore_value)
+        seen = look_at(Path(path).name, codes, picture.format in LOSSY)
+        reading, problems, _ = judge_masks([seen], masks, classes, mask_values, ignore_value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if reading is None:
@@ -145,10 +147,11 @@ def resize_image(image: np.ndarray, size: int, resize: str = "squash") -> np.nda
 
 
 def nearest_pixels(mask: np.ndarray, size: int, resize: str = "squash") -> np.ndarray:
-    """Shrink or enlarge a mask (uint8, uint16 or uint32 [H, W]) by the nearest pixel centre to what it fills of size x size, without padding."""
+    """Bring a mask (uint8, uint16 or uint32 [H, W]) to what it fills of size x size, by the nearest pixel centre; not padded."""
     rows, columns = fitted_size(*mask.shape, size, resize)
     planes = mask.view(np.uint8).reshape(*mask.shape, 4) if mask.dtype == np.uint32 else mask  # OpenCV knows no 32-bit masks
-    return np.ascontiguousarray(cv2.resize(planes, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)).view(mask.dtype).reshape(rows, columns)
+    small = cv2.resize(planes, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.ascontiguousarray(small).view(mask.dtype).reshape(rows, columns)
 
 
 def resize_pair(image: np.ndarray, mask: np.ndarray, size: int, resize: str = "squash") -> tuple[np.ndarray, np.ndarray]:
@@ -220,8 +223,8 @@ class Preprocessing:
 
     def __post_init__(self):
         if not _whole_number(self.size, 32, LARGEST_SIZE) or self.resize not in RESIZES or self.colour not in COLOURS:
-            raise ValueError(f"size is a whole number from 32 to {LARGEST_SIZE}, resize one of {RESIZES}, colour one of {tuple(COLOURS)}; "
-                             f"got {self.size!r}, {self.resize!r}, {self.colour!r}")
+            raise ValueError(f"size is a whole number from 32 to {LARGEST_SIZE}, resize one of {RESIZES}, colour one of "
+                             f"{tuple(COLOURS)}; got {self.size!r}, {self.resize!r}, {self.colour!r}")
         if not _whole_number(self.white, 1, 65535):
             raise ValueError(f"white is a whole number from 1 to 65535, got {self.white!r}")
         if len(self.class_names) < 2 or not all(isinstance(name, str) for name in self.class_names):
@@ -426,7 +429,8 @@ def _read_manifest(survey: Survey) -> None:
         survey.problems.append(f"manifest.csv {error}")
         return
     if "group" in columns and "stratum" not in columns:  # its name before patient and stratum were told apart
-        columns, rows = ["stratum" if name == "group" else name for name in columns], [row | {"stratum": row.pop("group")} for row in rows]
+        columns = ["stratum" if name == "group" else name for name in columns]
+        rows = [row | {"stratum": row.pop("group")} for row in rows]
         survey.notes.append("manifest.csv: the column group is read as stratum (a kind of case, spread evenly over folds); "
                             "if it names patients, rename it to patient: their images then stay together")
     missing = [column for column in ("id", "image", "mask") if column not in columns]
@@ -522,7 +526,8 @@ def _torn_patients(survey: Survey) -> list[str]:
         if patient and len(by_part) > 1:
             where = "; ".join(f"{part}: {', '.join(record.id for record in records[:3])}{', …' * (len(records) > 3)}"
                               for part, records in by_part.items())
-            problems.append(f"patient {patient!r} is in {len(by_part)} parts ({where}): give all images of a patient one fold or split")
+            problems.append(f"patient {patient!r} is in {len(by_part)} parts ({where}): give all images of a patient one fold "
+                            "or split")
     return problems
 
 # %% ../nbs/01_data.ipynb #data076
@@ -589,8 +594,8 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
         raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
     strata = any(record.stratum for record in survey.records)
     if patients:
-        notes.append(f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} patients in one of "
-                     f"them{', strata spread evenly' if strata else ''}")
+        notes.append(f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} patients in "
+                     f"one of them{', strata spread evenly' if strata else ''}")
     else:
         notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name{', within each stratum' if strata else ''}"
                      + (f"; the last {left} always train" if left else ""))
@@ -620,8 +625,8 @@ def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records
         return sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
     chosen = sorted(rows[i] for i in _even_share([records[row] for row in rows], count, seed))
     if not 0 < len(chosen) < len(rows):
-        raise ValueError(f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train with, because patients "
-                         "stay whole: choose another share, or name the split in the manifest")
+        raise ValueError(f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train with, "
+                         "because patients stay whole: choose another share, or name the split in the manifest")
     patients = len({records[row].patient for row in chosen} - {""})
     notes.append(f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({len(chosen)} of {len(rows)} images"
                  f"{f', {patients} whole patients' if patients else ''})")
@@ -765,7 +770,7 @@ def check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
             raise ValueError(f"{path} is refused: {member.filename!r} is encrypted")
         same = same_form("/".join(part for part in name.split("/") if part not in ("", "."))).casefold()
         if not member.is_dir() and seen.setdefault(same, member.filename) is not member.filename:
-            raise ValueError(f"{path} is refused: {member.filename!r} and {seen[same]!r} would be one file: rename one of them")
+            raise ValueError(f"{path} is refused: {member.filename!r} and {seen[same]!r} would be one file: rename one")
     total, packed = sum(member.file_size for member in members), path.stat().st_size
     if total > 256e6 and total > 100 * packed:
         raise ValueError(f"{path} is refused: {packed / 1e6:.1f} MB would swell to {total / 1e6:.0f} MB")
@@ -881,7 +886,8 @@ def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> 
     _check_sizes(survey, record, image, codes, problems)
     if problems or codes is None:
         return Prepared(None, None, seen, entry, problems)
-    small = _attempt(survey.short(record.image), problems, lambda: resize_image(rgb_of(image, white), settings.size, settings.resize))
+    small = _attempt(survey.short(record.image), problems,
+                     lambda: resize_image(rgb_of(image, white), settings.size, settings.resize))
     if small is None:
         return Prepared(None, None, seen, entry, problems)
     return Prepared(to_colour(small, settings.colour), nearest_pixels(codes, settings.size, settings.resize), seen, entry, [])
@@ -918,7 +924,7 @@ def _keep_one_channel(path: Path) -> None:
 
 # %% ../nbs/01_data.ipynb #data124
 ENTRY = [("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
-         ("frames", "u4"), ("turned", "?"), ("mask_frames", "u4"), ("mask_turned", "?"), ("ignored", "u8")]  # and ("pixels", "u8", classes)
+         ("frames", "u4"), ("turned", "?"), ("mask_frames", "u4"), ("mask_turned", "?"), ("ignored", "u8")]  # then the pixels per class
 
 
 class Read(NamedTuple):
@@ -953,12 +959,13 @@ def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, work
 
 def _white_of(entries: list[dict]) -> int:
     """The value that becomes 255 in images with more than 8 bits: the first of WHITES that nothing in the set exceeds."""
-    highest = max((max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0) for entry in entries if entry.get("deep")), default=0)
+    deep = [entry for entry in entries if entry.get("deep")]
+    highest = max((max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0) for entry in deep), default=0)
     return next(white for white in WHITES if highest <= white) if highest else 65535
 
-
+# %% ../nbs/01_data.ipynb #data124p
 def _write_masks(folder: Path, reading: MaskReading, read: Read, settings: Settings, ignored: bool) -> None:
-    """Translate the stored values of all masks into packed class indices: masks.npy. Ignored pixels get the code after the last class."""
+    """Translate the stored values of all masks into packed class indices, masks.npy; ignored ones follow the last class."""
     classes = max(settings.classes, 2)
     bits, size = mask_bits(classes + ignored), settings.size
     with (open(folder / "masks.stored", "rb") as stored,
@@ -989,8 +996,10 @@ def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progr
         ignored = any(entry["ignored"] for entry in read.entries)
         _write_masks(folder, judged.reading, read, settings, ignored)
         kind = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),))])
-        np.save(folder / "entries.npy", np.array([tuple(entry[name] for name in kind.names) for entry in read.entries], kind))
-        index = {"settings": asdict(settings), "reading": asdict(judged.reading), "ignored": ignored, "white": white, "notes": judged.notes}
+        rows = [tuple(entry[name] for name in kind.names) for entry in read.entries]
+        np.save(folder / "entries.npy", np.array(rows, kind))
+        index = {"settings": asdict(settings), "reading": asdict(judged.reading), "ignored": ignored, "white": white,
+                 "notes": judged.notes}
         (folder / "index.json").write_text(json.dumps(index))
     return [entry.get("hash", "") for entry in read.entries], problems
 
@@ -1089,7 +1098,10 @@ def _check_and_cache(survey: Survey, settings: Settings, folder: Path, workers: 
 
 # %% ../nbs/01_data.ipynb #data138
 class Batch(NamedTuple):
-    """Some pairs: images uint8 [B, 3, size, size] (channels_last in memory), masks uint8 [B, size, size] (IGNORE: counts nowhere), their ids."""
+    """Some pairs: images uint8 [B, 3, size, size] (channels_last in memory), masks uint8 [B, size, size], their ids.
+
+    Mask pixels that count nowhere are IGNORE.
+    """
 
     images: Tensor
     masks: Tensor
@@ -1109,10 +1121,28 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(images, masks, batch.ids)
 
 # %% ../nbs/01_data.ipynb #data142
+def _unpacked(cache: Cache, rows: np.ndarray, settings: Settings) -> np.ndarray:
+    """The masks of some rows of a cache: uint8 [B, size, size], IGNORE where ignored."""
+    classes = max(settings.classes, 2)
+    masks = unpack_masks(cache.masks[rows], mask_bits(classes + cache.ignored), settings.size)
+    if cache.ignored:
+        masks[masks == classes] = IGNORE
+    return masks
+
+
+def _check_batches(batch: int, start: int, shuffle: int | None) -> None:
+    """Raise ValueError for what cannot be meant: a bool is no seed, though Python would take it for one."""
+    if isinstance(shuffle, bool):
+        raise ValueError("shuffle is the seed of an order, such as the number of the epoch, or None for the order of the ids; "
+                         f"got {shuffle}")
+    if batch < 1 or start < 0:
+        raise ValueError(f"batch must be at least 1 and start at least 0, got {batch} and {start}")
+
+# %% ../nbs/01_data.ipynb #data142p
 class Split:
     """One part of a data set, on disk: len(), ids, patients, strata, original_sizes, paths, batch(), batches(), original_mask().
 
-    ids, patients, strata: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path); by order of id.
+    ids, patients, strata: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path).
     """
 
     def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings):
@@ -1133,16 +1163,12 @@ class Split:
         images = torch.from_numpy(self._cache.images[rows]).permute(0, 3, 1, 2)  # [B, size, size, C] -> [B, C, size, size], no copy
         if images.shape[1] == 1:  # a grey set
             images = images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        classes = max(self._settings.classes, 2)
-        masks = unpack_masks(self._cache.masks[rows], mask_bits(classes + self._cache.ignored), self._settings.size)
-        if self._cache.ignored:
-            masks[masks == classes] = IGNORE
+        masks = _unpacked(self._cache, rows, self._settings)
         return Batch(images, torch.from_numpy(masks), [self.ids[position] for position in positions])
 
     def original_mask(self, position: int) -> np.ndarray:
         """The target at the image's own size, read from its file anew: class index, uint8 [H, W], IGNORE where ignored."""
-        picture = _picture(self.paths[position][1])
-        reading = self._cache.reading
+        picture, reading = _picture(self.paths[position][1]), self._cache.reading
         return reading.classes_of(stored_values(picture, reading.look_up), picture.format in LOSSY)
 
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
@@ -1150,13 +1176,9 @@ class Split:
         """Go through the split once: Batch after Batch on `device`.
 
         shuffle: a seed for the order, None for the order of the ids; drop_last: leave out an incomplete batch; start: skip that
-        many batches, without reading them. To a GPU the copies go through pinned memory and do not wait.
-        ValueError for batch < 1, start < 0, or a bool as the seed.
+        many batches, without reading them. ValueError for batch < 1, start < 0, or a bool as the seed.
         """
-        if isinstance(shuffle, bool):
-            raise ValueError(f"shuffle is the seed of an order, such as the number of the epoch, or None for the order of the ids; got {shuffle}")
-        if batch < 1 or start < 0:
-            raise ValueError(f"batch must be at least 1 and start at least 0, got {batch} and {start}")
+        _check_batches(batch, start, shuffle)
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
         end = len(order) // batch * batch if drop_last else len(order)
         for first in range(start * batch, end, batch):
@@ -1177,9 +1199,11 @@ def _check_numbers(settings: Settings, fold: int | None, folds: int | None, vali
     if settings.size > LARGEST_SIZE:
         raise ValueError(f"size must be at most {LARGEST_SIZE} pixels, got {settings.size}")
     if settings.classes > 256 - (settings.ignore_value is not None):
-        raise ValueError(f"classes and the ignored pixels must be at most 256 together, one byte per pixel, got classes={settings.classes}")
+        raise ValueError("classes and the ignored pixels must be at most 256 together, one byte per pixel, got "
+                         f"classes={settings.classes}")
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1, got {valid_share!r}")
+    _check_values(settings)
 
 
 def _check_values(settings: Settings) -> None:
@@ -1190,9 +1214,11 @@ def _check_values(settings: Settings) -> None:
     if len(set(codes)) < len(codes):
         raise ValueError(f"mask_values names a value twice: {list(settings.mask_values)}")
     if settings.mask_values and settings.masks in ("binary", "any"):
-        raise ValueError(f"mask_values says which value is which class, and masks={settings.masks!r} says otherwise: leave one of them out")
+        raise ValueError(f"mask_values says which value is which class, and masks={settings.masks!r} says otherwise: leave one "
+                         "of them out")
     if settings.ignore_value is not None and value_code(settings.ignore_value) in codes:
-        raise ValueError(f"ignore_value={settings.ignore_value!r} is one of mask_values: a value is a class or is ignored, not both")
+        raise ValueError(f"ignore_value={settings.ignore_value!r} is one of mask_values: a value is a class or is ignored, "
+                         "not both")
 
 # %% ../nbs/01_data.ipynb #data146
 def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
@@ -1249,21 +1275,25 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def _counts_by_split(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
     """Rows of the table that have a number for each split: images, empty and full masks, classes."""
     pixels, sizes = entries["pixels"].astype(np.float64), entries["height"].astype(np.float64) * entries["width"]
-    counted = {"images": np.ones(len(entries), bool), "empty masks": pixels[:, 1:].sum(axis=1) == 0, "full masks": pixels[:, 0] == 0}
+    counted = {"images": np.ones(len(entries), bool), "empty masks": pixels[:, 1:].sum(axis=1) == 0,
+               "full masks": pixels[:, 0] == 0}
     counted |= {f"{name}: images": pixels[:, index] > 0 for index, name in enumerate(names) if index}
     groups = [*parts.values(), [row for rows in parts.values() for row in rows]]
     table = [["", *parts, "all"]] + [[name, *(str(int(values[rows].sum())) for rows in groups)] for name, values in counted.items()]
     shares = {f"{name}: % of pixels": pixels[:, index] for index, name in enumerate(names) if index}
     if entries["ignored"].any():
         shares["ignored: % of pixels"] = entries["ignored"].astype(np.float64)
-    return table + [[name, *(f"{100 * values[rows].sum() / sizes[rows].sum():.3g}" if rows else "" for rows in groups)] for name, values in shares.items()]
+    for name, values in shares.items():
+        table.append([name, *(f"{100 * values[rows].sum() / sizes[rows].sum():.3g}" if rows else "" for rows in groups)])
+    return table
 
-
+# %% ../nbs/01_data.ipynb #data148cp
 def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
     """Rows of the table that have one text for the whole set."""
     sizes = Counter(zip(entries["width"].tolist(), entries["height"].tolist()))
     ordered, (often, times) = sorted(sizes, key=lambda size: (size[0] * size[1], size)), sizes.most_common(1)[0]
-    facts = {"sizes": f"{ordered[0][0]}x{ordered[0][1]} to {ordered[-1][0]}x{ordered[-1][1]}, most often {often[0]}x{often[1]} ({times})",
+    facts = {"sizes": f"{ordered[0][0]}x{ordered[0][1]} to {ordered[-1][0]}x{ordered[-1][1]}, most often {often[0]}x{often[1]} "
+                      f"({times})",
              "bits": ", ".join(f"{bits} ({number})" for bits, number in sorted(Counter(entries["bits"].tolist()).items())),
              "values": f"{entries['low'].min()} to {entries['high'].max()}"}
     if entries["deep"].any():
@@ -1301,19 +1331,28 @@ def _file_warnings(survey: Survey, entries: np.ndarray) -> list[str]:
 
     found = []
     if (turned := entries["turned"] & ~entries["mask_turned"]).any():
-        found.append(f"{turned.sum()} images were turned upright, as their EXIF orientation says, but their masks carry no orientation "
-                     f"({ids(turned)}): look whether the masks fit")
+        found.append(f"{turned.sum()} images were turned upright, as their EXIF orientation says, but their masks carry no "
+                     f"orientation ({ids(turned)}): look whether the masks fit")
     if (turned := entries["mask_turned"] & ~entries["turned"]).any():
-        found.append(f"{turned.sum()} masks were turned, as their EXIF orientation says, but their images carry none ({ids(turned)}): look whether they fit")
+        found.append(f"{turned.sum()} masks were turned, as their EXIF orientation says, but their images carry none "
+                     f"({ids(turned)}): look whether they fit")
     if (several := np.maximum(entries["frames"], entries["mask_frames"]) > 1).any():
         found.append(f"{several.sum()} files hold several pages or frames, of which only the first is read ({ids(several)})")
     if entries["deep"].any() and not entries["deep"].all():
-        found.append(f"{entries['deep'].sum()} images have more than 8 bits, {(~entries['deep']).sum()} have 8 ({ids(entries['deep'])}; "
-                     f"{ids(~entries['deep'])}): are they equally bright?")
-    lost = [f"{name} ({reason})" for name, reason in survey.passed if reason not in ("hidden", "no picture", "no images and masks side by side")]
+        deep = entries["deep"]
+        found.append(f"{deep.sum()} images have more than 8 bits, {(~deep).sum()} have 8 ({ids(deep)}; {ids(~deep)}): "
+                     "are they equally bright?")
+    usual = ("hidden", "no picture", "no images and masks side by side")
+    lost = [f"{name} ({reason})" for name, reason in survey.passed if reason not in usual]
     if lost:
         found.append(f"passed over: {_some(lost)}")
     return found
+
+# %% ../nbs/01_data.ipynb #data148dp
+def _white_note(cache: Cache) -> list[str]:
+    """What is said about images with more than 8 bits, if there are any."""
+    note = f"images with more than 8 bits: {cache.white} becomes white, because no value exceeds it"
+    return [note] if cache.entries["deep"].any() else []
 
 
 def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names: Sequence[str]) -> Census:
@@ -1380,26 +1419,17 @@ class SegmentationData(OpenedData):
         """Find, check, split and cache a data set.
 
         Args:
-            source: a prepared folder, the official layout, images/ and masks/, a .zip of one of these, or "phantoms[:family[:n]]".
-            classes: how many, the background included.
-            size: side of the cached squares, in pixels (32 to LARGEST_SIZE).
-            fold, folds, valid_share, seed: see assign_splits and hold_out.
-            resize, colour: see Preprocessing.
+            source: a prepared folder, the official layout, images/ and masks/, a .zip of these, or "phantoms[:family[:n]]".
+            fold, folds, valid_share, seed: see assign_splits and hold_out; size, resize, colour: see Preprocessing.
             masks: as in read_mask; "auto" is "index" for prepared folders and for classes > 2, else "binary".
             mask_values: the stored value (int) or color ("#rrggbb") of class 0, 1, 2, …
-            ignore_value: the stored value or color that counts nowhere; None: 255 where masks hold 0 … classes - 1 and 255.
-            cache: see cache_root.
+            ignore_value: the stored value or color that counts nowhere; None: 255 beside 0 … classes - 1.
             workers: threads; None: one per core.
-            progress: whether a bar is shown.
 
-        Raises:
-            DataProblems: everything that is wrong with the set.
-            ValueError, FileNotFoundError: arguments and sources that cannot be meant.
-            OSError: no space.
+        Raises: DataProblems (everything that is wrong with the set), ValueError, FileNotFoundError, OSError (no space).
         """
         settings = Settings(size, resize, colour, masks, classes, tuple(mask_values or ()), ignore_value)
         _check_numbers(settings, fold, folds, valid_share, workers)
-        _check_values(settings)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
         settings = _settle_masks(settings, survey)
@@ -1409,11 +1439,10 @@ class SegmentationData(OpenedData):
         cached = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
         parts = _leave_out_twins(survey, cached.hashes, parts, notes)
         census = take_census(survey, cached, parts, names)
-        if cached.entries["deep"].any():
-            notes.append(f"images with more than 8 bits: {cached.white} becomes white, because no value exceeds it")
+        notes += _white_note(cached) + cached.notes + census.warnings
         train, valid, test = (Split(survey.records, cached, parts[part], settings) for part in SPLITS)
-        return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes + cached.notes + census.warnings, survey.folder,
-                   folder, train, valid, test or None, IGNORE if cached.ignored else None, cached.white, census)
+        return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes, survey.folder, folder, train, valid,
+                   test or None, IGNORE if cached.ignored else None, cached.white, census)
 
     @classmethod
     def from_prepared(cls, folder: str | os.PathLike, fold: int | None = 0, size: int = 512, **options) -> SegmentationData:

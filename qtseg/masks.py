@@ -113,7 +113,7 @@ def _count(codes: np.ndarray) -> dict[int, int]:
     kept = np.sort(np.argsort(-counts, kind="stable")[:4096])
     return dict(zip(found[kept].tolist(), counts[kept].tolist()))
 
-
+# %% ../nbs/reference/masks.ipynb #masks011p
 def look_at(name: str, codes: np.ndarray, lossy: bool = False) -> MaskValues:
     """Count what one mask holds.
 
@@ -138,23 +138,16 @@ def look_at(name: str, codes: np.ndarray, lossy: bool = False) -> MaskValues:
 class MaskReading:
     """How stored values become classes, the same for all masks of a set.
 
-    Args:
-        kind: "index" (the code is the class), "binary" (1 above the threshold), "any" (1 where the code is not 0), or "values".
-        classes: how many, the background included.
-        values: for "values": the code of class 0, 1, 2, …
-        threshold: for "binary".
-        mixed: for "binary": files that hold 0 and 1 stand beside files that hold 0 and 255 (or 65535).
-        ignore: the code of pixels that count nowhere, or None.
-        look_up: whether a palette's color counts, not its index.
+    kind: "index" (the code is the class), "binary" (1 above the threshold), "any" (1 where the code is not 0), or "values".
     """
 
     kind: str
     classes: int = 2
-    values: tuple[int, ...] = ()
-    threshold: int = 0
-    mixed: bool = False
-    ignore: int | None = None
-    look_up: bool = False
+    values: tuple[int, ...] = ()  # for "values": the code of class 0, 1, 2, …
+    threshold: int = 0  # for "binary"
+    mixed: bool = False  # for "binary": files that hold 0 and 1 stand beside files that hold 0 and 255 (or 65535)
+    ignore: int | None = None  # the code of pixels that count nowhere
+    look_up: bool = False  # whether a palette's color counts, not its index
 
     def classes_of(self, codes: np.ndarray, lossy: bool = False, top: int | None = None) -> np.ndarray:
         """Codes [H, W] of one file -> class index, uint8 [H, W], IGNORE where ignored.
@@ -166,33 +159,35 @@ class MaskReading:
         """
         if codes.dtype == np.uint32:
             found, where = np.unique(codes, return_inverse=True)
-            return self._table(found, int(brightness(found).max()) if top is None else top, lossy)[where.reshape(codes.shape)]
+            top = int(brightness(found).max()) if top is None else top
+            return _table(self, found, top, lossy)[where.reshape(codes.shape)]
         highest = int(codes.max())
-        table = self._table(np.arange(highest + 1), highest if top is None else top, lossy)
+        table = _table(self, np.arange(highest + 1), highest if top is None else top, lossy)
         return cv2.LUT(codes, np.resize(table, 256)) if codes.dtype == np.uint8 else table[codes]
-
-    def _table(self, codes: np.ndarray, top: int, lossy: bool) -> np.ndarray:
-        """The class of each code [N], in a file whose brightest value is `top`: uint8 [N]."""
-        if self.kind == "binary":
-            own = next(white // 2 for white in (1, 255, 65535) if top <= white)
-            table = brightness(codes) > (own if self.mixed and not lossy else self.threshold)
-        elif self.kind == "any":
-            table = codes > 0
-        elif self.kind == "index":
-            table = codes
-        else:
-            table = _nearest(codes, self.values)
-        table = table.astype(np.uint8)
-        if self.ignore is not None:
-            table[codes == self.ignore] = IGNORE
-        return table
 
     def pixels(self, seen: MaskValues) -> tuple[list[int], int]:
         """How many pixels of a mask each class has, and how many are ignored."""
         codes = np.array(list(seen.counts), np.uint32)
-        table, counts = self._table(codes, seen.top, seen.lossy), np.array(list(seen.counts.values()))
+        table, counts = _table(self, codes, seen.top, seen.lossy), np.array(list(seen.counts.values()))
         ignored = np.zeros(len(codes), bool) if self.ignore is None else codes == self.ignore
         return [int(counts[(table == index) & ~ignored].sum()) for index in range(self.classes)], int(counts[ignored].sum())
+
+# %% ../nbs/reference/masks.ipynb #masks014p
+def _table(reading: MaskReading, codes: np.ndarray, top: int, lossy: bool) -> np.ndarray:
+    """The class of each code [N], in a file whose brightest value is `top`: uint8 [N]."""
+    if reading.kind == "binary":
+        own = next(white // 2 for white in (1, 255, 65535) if top <= white)
+        table = brightness(codes) > (own if reading.mixed and not lossy else reading.threshold)
+    elif reading.kind == "any":
+        table = codes > 0
+    elif reading.kind == "index":
+        table = codes
+    else:
+        table = _nearest(codes, reading.values)
+    table = table.astype(np.uint8)
+    if reading.ignore is not None:
+        table[codes == reading.ignore] = IGNORE
+    return table
 
 
 def _rgb(codes: np.ndarray) -> np.ndarray:
@@ -258,7 +253,8 @@ def _looks_like_photograph(seen: MaskValues, top: int) -> bool:
     if len(seen.counts) < 32 or seen.steady > 0.7:
         return False
     middle, bright = _spread(seen, top)
-    middle -= sum(sorted((count for code, count in seen.counts.items() if top / 8 < code <= top * 7 / 8), reverse=True)[:3])  # flat classes
+    between = sorted(count for code, count in seen.counts.items() if top / 8 < code <= top * 7 / 8)
+    middle -= sum(between[-3:])  # classes that fill regions
     return max(seen.counts) >= COLORED or middle > 0.25 * seen.pixels or (middle > 0.05 * seen.pixels and middle > bright)
 
 
@@ -275,13 +271,14 @@ def _not_masks(files: Sequence[MaskValues]) -> list[str]:
     top = max(seen.top for seen in files)
     if photographs := [seen for seen in files if _looks_like_photograph(seen, top)]:
         most = max(len(seen.counts) for seen in photographs)
-        return [f"{len(photographs)} of {len(files)} masks look like photographs, not like masks ({named(photographs)}): up to {most} values "
-                "spread over the whole range; are the folders of images and masks mixed up?"]
+        return [f"{len(photographs)} of {len(files)} masks look like photographs, not like masks ({named(photographs)}): up to "
+                f"{most} values spread over the whole range; are the folders of images and masks mixed up?"]
     if numbered := [seen for seen in files if _looks_numbered(seen)]:
         largest = max(_total(files))
         each = f", or classes={largest + 1} if each number is a class" if largest < 255 else ""
-        return [f"{len(numbered)} of {len(files)} masks hold many flat values ({named(numbered)}: {spell(numbered[0].counts)}), as maps of "
-                f'numbered instances do: pass masks="any" to read every number but 0 as foreground (data_scripts/own.py: --instances){each}']
+        return [f"{len(numbered)} of {len(files)} masks hold many flat values ({named(numbered)}: {spell(numbered[0].counts)}), "
+                'as maps of numbered instances do: pass masks="any" to read every number but 0 as foreground '
+                f"(data_scripts/own.py: --instances){each}"]
     return []
 
 # %% ../nbs/reference/masks.ipynb #masks020
@@ -294,7 +291,8 @@ def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) 
     strays = [code for code in total if code >= classes and code != ignore]
     marked = [seen for seen in files if 255 in seen.counts]
     if strays == [255] and ignore is None and any(0 < code < classes for seen in marked for code in seen.counts):
-        return Judgement(MaskReading("index", classes, ignore=255), [], [_ignored_note(files, marked, [code for code in total if code != 255])])
+        note = _ignored_note(files, marked, [code for code in total if code != 255])
+        return Judgement(MaskReading("index", classes, ignore=255), [], [note])
     if not strays:
         return Judgement(MaskReading("index", classes, ignore=ignore), [], [])
     holding = [seen for seen in files if not set(strays).isdisjoint(seen.counts)]
@@ -302,14 +300,15 @@ def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) 
         return Judgement(None, [_colored(holding, classes)], [])
     if problems := _not_masks(files):
         return Judgement(None, problems, [])
-    return Judgement(None, [f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to {classes - 1}: "
-                            + _index_remedy(list(total), classes)], [])
+    return Judgement(None, [f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to "
+                            f"{classes - 1}: {_index_remedy(list(total), classes)}"], [])
 
 
 def _index_remedy(found: list[int], classes: int) -> str:
     """What to do about values above the highest class."""
     if found[0] > 0 and found[-1] - found[0] < classes:
-        return f"the labels begin with {found[0]} instead of 0: pass mask_values=[{spell(range(found[0], found[0] + classes), 12)}]"
+        values = spell(range(found[0], found[0] + classes), 12)
+        return f"the labels begin with {found[0]} instead of 0: pass mask_values=[{values}]"
     if len(found) <= 2:
         return 'pass masks="binary" if this is black background and white foreground'
     if found[-1] < 32:
@@ -322,18 +321,19 @@ def _index_remedy(found: list[int], classes: int) -> str:
 def _ignored_note(files: Sequence[MaskValues], marked: Sequence[MaskValues], classes: Sequence[int]) -> str:
     """What is said where 255 was taken for "ignore"."""
     share = sum(seen.counts[255] for seen in marked) / sum(seen.pixels for seen in files)
-    return (f"masks: the value 255 beside {spell(classes)} is read as \"ignore\": {100 * share:.2g} % of all pixels, in {len(marked)} of {len(files)} "
-            f"masks ({named(marked)}), count nowhere, neither in training nor in scores (ignore_value=255); if 255 is a class, pass "
-            f"classes={len(classes) + 1} and mask_values=[{spell([*classes, 255], 12)}]")
+    return (f"masks: the value 255 beside {spell(classes)} is read as \"ignore\": {100 * share:.2g} % of all pixels, in "
+            f"{len(marked)} of {len(files)} masks ({named(marked)}), count nowhere, neither in training nor in scores "
+            f"(ignore_value=255); if 255 is a class, pass classes={len(classes) + 1} and "
+            f"mask_values=[{spell([*classes, 255], 12)}]")
 
-
+# %% ../nbs/reference/masks.ipynb #masks020p
 def _colored(files: Sequence[MaskValues], classes: int) -> str:
     """The refusal of colored masks."""
     total = _total(files)
     codes = sorted(total, key=lambda code: (code > 0, -total[code]))  # black first, then the most frequent
     if len(codes) > FEW:
-        return (f"{named(files)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG make them: save it "
-                "with its few exact colors (PNG, nearest neighbor), then name them with mask_values")
+        return (f"{named(files)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG make them: save "
+                "it with its few exact colors (PNG, nearest neighbor), then name them with mask_values")
     black = 'if this is black background and one color, pass masks="binary"; ' if len(codes) == 2 and codes[0] == 0 else ""
     return f"{named(files)}: a colored mask, with the colors {spell(codes, 12)}: {black}{_remedies(codes)}"
 
@@ -363,7 +363,7 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
             levels.append(peak)
     return sorted(levels)
 
-
+# %% ../nbs/reference/masks.ipynb #masks022p
 def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Two levels in the whole set, of which the darker is background."""
     total, lossy = _total(files), any(seen.lossy for seen in files)
@@ -374,13 +374,15 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     if problems := _not_masks(files):
         return Judgement(None, problems, [])
     if lossy and 0 < max(total) < 32:
-        return Judgement(None, [f"{named(files)}: a JPEG whose brightest value is {max(total)}, the noise of an empty mask: save it as PNG"], [])
+        return Judgement(None, [f"{named(files)}: a JPEG whose brightest value is {max(total)}, the noise of an empty mask: save it "
+                                "as PNG"], [])
     notes: list[str] = []
     levels = _levels(files, notes)
-    indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= max(total) // 4]  # class indices beside black and white
+    indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= max(total) // 4]  # beside black and white
     if indexed or len(levels) > 2:
         levels = sorted({*levels, *(code for seen in indexed for code in seen.counts)})
-        return Judgement(None, [f"masks hold {len(levels)} flat values, which are no black and white ({_kinds(files)}): {_remedies(levels)}"], [])
+        return Judgement(None, [f"masks hold {len(levels)} flat values, which are no black and white ({_kinds(files)}): "
+                                + _remedies(levels)], [])
     if len(levels) == 2 and levels[0] > (max(total) // 8 if lossy or len(total) > FEW else 0):
         return Judgement(None, [f"masks hold {spell(levels)} and no 0 ({_kinds(files)}): if {levels[0]} is the background, pass "
                                 f"mask_values=[{spell(levels)}]"], [])
@@ -393,7 +395,9 @@ def _judge_by_white(files: Sequence[MaskValues], ignore: int | None) -> Judgemen
              for low, white in ((0, 1), (1, 255), (255, 65535))}
     kinds = {white: members for white, members in kinds.items() if members}
     apart = len(kinds) > 1 and all(max(seen.top for seen in members) > white // 2 for white, members in kinds.items())
-    if not apart or max(_total(files)) >= COLORED or any(1 in seen.counts and len(seen.counts) > 2 for seen in files if seen.top == 255) and len(_total(files)) <= FEW:
+    total = _total(files)
+    ignoring = len(total) <= FEW and any(1 in seen.counts and len(seen.counts) > 2 for seen in files if seen.top == 255)
+    if not apart or ignoring or max(total) >= COLORED:
         return _judge_binary(files, ignore)
     judged = [_judge_binary(members, ignore) for members in kinds.values()]
     problems = [problem for one in judged for problem in one.problems]
@@ -402,7 +406,7 @@ def _judge_by_white(files: Sequence[MaskValues], ignore: int | None) -> Judgemen
     reading = MaskReading("binary", 2, mixed=True, ignore=ignore)
     return Judgement(None if problems else reading, problems, [*(text for one in judged for text in one.notes), note])
 
-
+# %% ../nbs/reference/masks.ipynb #masks022q
 def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Black and one color, softened edges between them included."""
     total = _total(files)
@@ -424,9 +428,11 @@ def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: 
     exact, notes = [seen for seen in strays if not seen.lossy], []
     if exact:
         codes = sorted(code for code in _total(exact) if code not in known)
-        share = sum(seen.counts[code] for seen in exact for code in codes if code in seen.counts) / sum(seen.pixels for seen in exact)
-        return Judgement(None, [f"{named(exact)}: holds {spell(codes)} ({100 * share:.2g} % of the pixels), which mask_values=[{spell(values, 12)}] does "
-                                "not name: add them, name one with ignore_value, or save the mask without softened edges"], [])
+        total = _total(exact)
+        share = sum(total[code] for code in codes) / sum(seen.pixels for seen in exact)
+        return Judgement(None, [f"{named(exact)}: holds {spell(codes)} ({100 * share:.2g} % of the pixels), which "
+                                f"mask_values=[{spell(values, 12)}] does not name: add them, name one with ignore_value, or save "
+                                "the mask without softened edges"], [])
     if strays:
         notes.append(f"masks: {named(strays)}: compression changed the values; each pixel takes the nearest of mask_values")
     return Judgement(MaskReading("values", len(values), values, ignore=ignore), [], notes)
@@ -436,7 +442,7 @@ def looks_up(masks: str, mask_values: Sequence[int | str] = (), ignore_value: in
     """Whether a palette's colors count, not its indices: where black and white are wanted, and where colors are named."""
     return masks == "binary" or any(isinstance(value, str) for value in (*mask_values, ignore_value))
 
-
+# %% ../nbs/reference/masks.ipynb #masks023p
 def judge_masks(files: Iterable[MaskValues], masks: str = "binary", classes: int = 2, mask_values: Sequence[int | str] = (),
                 ignore_value: int | str | None = None) -> Judgement:
     """Decide how all masks of one set are read.
@@ -469,9 +475,10 @@ def judge_masks(files: Iterable[MaskValues], masks: str = "binary", classes: int
         found = _judge_index(judged, count, ignore)
     reading = found.reading and replace(found.reading, look_up=look_up)
     missing = ignore is not None and not any(ignore in seen.counts for seen in files)
-    return found._replace(reading=reading, notes=[*found.notes, *[f"masks: ignore_value={ignore_value!r} occurs in no mask"] * missing])
+    notes = [*found.notes, f"masks: ignore_value={ignore_value!r} occurs in no mask"] if missing else found.notes
+    return found._replace(reading=reading, notes=notes)
 
-
+# %% ../nbs/reference/masks.ipynb #masks023q
 def _judge_any(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Everything but 0 is foreground."""
     if lossy := [seen for seen in files if seen.lossy]:
@@ -483,6 +490,6 @@ def _judge_any(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
         return Judgement(None, _not_masks(files), [])
     total = _total(files)
     if len(total) > 1 and min(total) > 0:
-        return Judgement(None, [f"masks hold {spell(total)} and no 0 ({_kinds(files)}): every pixel would be foreground; if {spell([min(total)])} is "
-                                f"the background, pass mask_values=[{spell(total, 12)}] and classes={len(total)}"], [])
+        return Judgement(None, [f"masks hold {spell(total)} and no 0 ({_kinds(files)}): every pixel would be foreground; if "
+                                f"{spell([min(total)])} is the background, pass mask_values=[{spell(total, 12)}] and classes={len(total)}"], [])
     return Judgement(MaskReading("any", 2, ignore=ignore), [], [])
