@@ -12,11 +12,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS := runs
 
-.PHONY: help demo test lab mlflow sync clean
+.PHONY: help demo test audit lab mlflow sync clean
 
 help:
 	@echo "make demo   set up, then train on phantom images, evaluate, and name the notebook and the figures to open"
 	@echo "make test   set up, then run everything that must pass"
+	@echo "make audit  look for unsafe code (ruff's S rules) and for requirements with known vulnerabilities (pip-audit, which asks PyPI)"
 	@echo "make lab    set up, then open the front page and the chapters in JupyterLab"
 	@echo "make mlflow open the tracked runs (track: true) in the browser"
 	@echo "make sync   after editing a chapter: export modules, clean notebooks, write links and README.md"
@@ -66,6 +67,12 @@ test: $(READY)
 	echo "==> Running everything that must pass: repository, chapters, network, data, training, evaluation, prediction, export, widgets"
 	# One thread for each process: twice as fast as two for one. Bytecode is kept, for a hundred processes import the package.
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+audit: $(READY)
+	@echo "==> Unsafe code: ruff's S rules; exceptions and their reasons stand in pyproject.toml"
+	$(BIN)/ruff check --select S --exclude _modidx.py qtseg tools data_scripts
+	echo "==> Requirements with known vulnerabilities: pip-audit"
+	$(BIN)/python tools/audit.py
 
 lab: $(READY)
 	@echo "==> Opening the chapters in JupyterLab; stop with Ctrl-C"

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import audit
 import nbformat
 import notebooks as tool
 import pytest
@@ -113,7 +114,7 @@ def test_readme_is_the_rendered_index():
 
 
 def test_relative_links_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS]:
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *NOTEBOOKS]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".ipynb":  # what a cell prints is no link of the chapter
             text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
@@ -168,6 +169,20 @@ def test_no_undefined_names():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "E9,F63,F7,F82,F401", "qtseg", "tools", "tests", "data_scripts",
                            "--exclude", "_modidx.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_unsafe_code():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "S", "qtseg", "tools", "data_scripts", "--exclude", "_modidx.py"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_audit_without_answers_is_not_clean():
+    sound, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}
+    bad = {"name": "c", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]}
+    assert audit.judge([unknown]) == audit.judge([]) and audit.judge([])[1] == 2
+    assert audit.judge([sound])[1] == 0 and audit.judge([sound, unknown])[1] == 0 and "b" in audit.judge([sound, unknown])[0][0]
+    assert audit.judge([sound, bad])[1] == 1 and "CVE-1" in audit.judge([sound, bad])[0][0]
 
 
 def test_import_needs_only_the_runtime_requirements():
