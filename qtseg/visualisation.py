@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .colors import FALSE_NEGATIVE, FALSE_POSITIVE, PREDICTION, TARGET, WRONG_CLASS, Color, class_colors
 from .data import outline, resample
+from .files import printable
 from .training import draw_curves
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def _panel(axes: Axes, picture: np.ndarray, title: str = "") -> None:
 # %% ../nbs/14_visualisation.ipynb #visualisation051
 def _plain(name: object) -> str:
     """A name as a figure shows it, letter by letter: matplotlib takes $…$ for mathematics and hides labels that begin with _."""
-    text = str(name).replace("$", r"\$")
+    text = printable(name).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text  # a space without width
 
 

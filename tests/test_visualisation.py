@@ -430,8 +430,8 @@ def test_stratum_boxes_order_by_median_and_count_what_is_left_out():
 
 
 def test_names_stand_in_figures_letter_by_letter():
-    name = r"_a$\frac{$b"  # broken mathematics for matplotlib, and hidden from legends by its first letter
-    seen = "\u200b" + name
+    name = "_a$\\frac{$b\x00"  # broken mathematics for matplotlib, and hidden from legends by its first letter
+    seen = "\u200b" + name.replace("\x00", r"\x00")
     curves = v.training_curves({name: HISTORY, "two": HISTORY})
     boxes = v.stratum_boxes([{"stratum": name, "dice": 1.0}])
     key = v.colour_key(["background", name])
