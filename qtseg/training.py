@@ -394,12 +394,12 @@ def _stored_config(path: Path) -> TrainConfig:
 def _same_recipe(config: TrainConfig, before: TrainConfig) -> None:
     """Raise ValueError when a run would go on with another recipe than it began with.
 
-    More epochs are allowed, and another path to the data: `_load_state` sees whether the images are the same.
+    Another number of epochs is allowed, and another path to the data: `_load_state` sees whether the images are the same.
     """
-    more = {"epochs": config.epochs} if config.epochs > before.epochs else {}
+    allowed = {"epochs": config.epochs}
     if is_path(before.data) and is_path(config.data):
-        more["data"] = config.data
-    changed = recipe_changes(config, dataclasses.replace(before, **more))
+        allowed["data"] = config.data
+    changed = recipe_changes(config, dataclasses.replace(before, **allowed))
     if changed:
         raise ValueError(f"{config.folder} was begun with another configuration ({'; '.join(changed)}): "
                          "resume with the same values, or choose another name")
@@ -926,6 +926,7 @@ def _load_state(trainer: Trainer) -> None:
     for name in ("model", "optimiser", "scheduler", "scaler"):
         getattr(trainer, name).load_state_dict(state[name])
     trainer.progress = Progress(**state["progress"])
+    trainer.config = dataclasses.replace(trainer.config, epochs=max(trainer.config.epochs, trainer.progress.epoch))
     for key in ("T_max", "total_iters"):  # what cosine and polynomial call the number of epochs
         before = state["scheduler"].get(key, trainer.config.epochs)
         if trainer.config.scheduler in ("cosine", "polynomial") and before != trainer.config.epochs:
@@ -1193,7 +1194,7 @@ def fit(config: TrainConfig, data: SegmentationData | None = None,
     `data`: opened already (else `open_data(config)`). `on_epoch(history, picture of validation masks)` follows every epoch.
     `team`: the processes that train together, each of which calls `fit`; the leader alone writes, prints and calls `on_epoch`.
     Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it stopped, to the
-    same result, or to more epochs. What is alarming in the data is a warning. On CPUs, `keep_freed_memory()` before it saves time.
+    same result, or to another number of epochs. What is alarming in the data is a warning. On CPUs, `keep_freed_memory()` before it saves time.
     ValueError (configuration, data), FileExistsError (a run is there), FloatingPointError (loss not finite, with the images'
     ids), OSError (disk). Source: training recipe of the official repository, release v0.1.0.
     """
@@ -1202,6 +1203,7 @@ def fit(config: TrainConfig, data: SegmentationData | None = None,
     team.lead(partial(_refuse_other_runs, config))
     trainer = Trainer(config, data if data is not None else _open_in_turn(config, team), team)
     _load_state(trainer)
+    config = trainer.config  # a run that has done more epochs than asked ends where it is
     team.lead(partial(_write_config, config))
     for sentence in trainer.data.census.warnings if team.leads else ():
         warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=2)

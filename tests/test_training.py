@@ -452,8 +452,8 @@ def test_a_finished_run_goes_on_to_more_epochs_as_if_it_had_had_them_all(tiny, u
     more = fit(tiny(epochs=4, resume=True))
     assert timeless(more.history) == timeless(whole.history) and scores(more.folder) == scores(whole.folder)
     assert json.loads((more.folder / "config.json").read_text())["epochs"] == 4 and not any("epochs became" in note for note in more.metrics["notes"])
-    with pytest.raises(ValueError, match=r"another configuration \(epochs: 4 -> 3\)"):
-        fit(tiny(epochs=3, resume=True))
+    less = fit(tiny(epochs=3, resume=True))  # done already: it stays what it is
+    assert len(less.history) == 4 and scores(less.folder) == scores(whole.folder) and less.metrics["config"]["epochs"] == 4
 
 
 @pytest.mark.parametrize("name", ["cosine", "polynomial"])
@@ -528,7 +528,7 @@ def test_a_single_image_and_a_teams_shares_of_one_are_told_too(tiny):
     assert "drop_last" not in str(caught.value), "which would leave no batch at all"
 
 
-@pytest.mark.parametrize("changes", [{"size": 64}, {"size": 33}, {"freeze_norm": True, "model": "unet", "encoder": "mobilenet_v2"}])
+@pytest.mark.parametrize("changes", [{"size": 64}, {"size": 33}])
 def test_a_batch_of_one_that_can_train_does(tiny, changes):
     assert np.isfinite(fit(tiny(epochs=1, **{"size": 32, "batch": 5, "drop_last": False} | changes)).history[0]["train_loss"])
 
