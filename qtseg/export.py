@@ -155,7 +155,10 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
     compared with PyTorch through ONNX Runtime before it gets its name. Raises FileNotFoundError, ValueError (checkpoint, more
     than PARITY apart), ModuleNotFoundError (onnx, onnxscript, onnxruntime).
     """
-    _need("exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
+    onnx, *_ = _need("exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
+    newest = onnx.defs.onnx_opset_version()
+    if not 18 <= opset <= newest:
+        raise ValueError(f"opset is a version of ONNX's operations from 18 to {newest}, not {opset}")
     checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
     network, in_channels, difference = model.fuse(), model.config["in_channels"], 0.0

@@ -665,6 +665,13 @@ def test_what_is_no_checkpoint_is_one_sentence(checkpoint, capsys, prepare, word
     assert said.startswith("qtseg-export: ") and said.count("\n") == 1 and word in said
 
 
+@pytest.mark.parametrize("opset", ["-5", "17", "999"])
+def test_an_opset_that_is_none_is_one_sentence(tmp_path, capsys, opset):
+    assert main([str(save_checkpoint(tmp_path / "ck", small_network())), "--onnx", "--opset", opset]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qtseg-export: opset is a version of ONNX's operations from 18 to ") and said.count("\n") == 1
+
+
 def test_wrong_usage_exits_with_2():
     for arguments in ([], ["x", "--what"], ["x", "--opset", "new"]):
         with pytest.raises(SystemExit) as caught:
