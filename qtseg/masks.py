@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -63,19 +63,38 @@ def stored_values(picture: Picture, look_up: bool = False) -> np.ndarray:
 def _codes(colors: np.ndarray, tolerance: int = 0) -> np.ndarray:
     """RGB [H, W, 3] -> codes [H, W]; grey where no two channels differ by more than the tolerance."""
     red, green, blue = cv2.split(colors)
-    grey = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue) <= tolerance
-    if grey.all():
+    if max(cv2.absdiff(*pair).max() for pair in ((red, green), (green, blue), (blue, red))) <= tolerance:
         return green
-    if colors.dtype != np.uint8:
-        raise ValueError("is a colored mask of 16 bits: save it with 8 bits a channel")
-    return np.where(grey, green, red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue | COLORED).astype(np.uint32)
+    codes = np.empty(colors.shape[:2], np.uint32)
+    for band in _bands(colors):
+        red, green, blue = cv2.split(colors[band])
+        grey = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue) <= tolerance
+        if colors.dtype != np.uint8 and not grey.all():
+            raise ValueError("is a colored mask of 16 bits: save it with 8 bits a channel")
+        colored = red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue | COLORED
+        codes[band] = np.where(grey, green, colored)
+    return codes
+
+
+def _bands(pixels: np.ndarray) -> Iterable[slice]:
+    """Slices of rows with some four million pixels each, so that what is computed for colors stays small."""
+    rows = max(1, (1 << 22) // pixels.shape[1])
+    return (slice(first, first + rows) for first in range(0, len(pixels), rows))
+
+
+def _runs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and lengths of the runs of equal codes, row after row: drawn masks have few."""
+    row = codes.reshape(-1)
+    starts = np.concatenate([[0], np.flatnonzero(row[1:] != row[:-1]) + 1])
+    return row[starts], np.diff(starts, append=row.size)
 
 
 def _narrow(codes: np.ndarray) -> np.ndarray:
-    """The same codes in uint8 where they fit."""
-    return codes if codes.dtype == np.uint8 or codes.max(initial=0) > 255 else codes.astype(np.uint8)
+    """The same codes in uint8 or uint16 where they fit."""
+    highest = codes.max(initial=0)
+    return codes.astype(np.uint8 if highest < 256 else np.uint16) if highest < 65536 else codes
 
-
+# %% ../nbs/reference/masks.ipynb #masks008p
 def brightness(codes: np.ndarray) -> np.ndarray:
     """The brightest channel of colors, and grey values as they are."""
     if codes.dtype != np.uint32:
@@ -109,9 +128,12 @@ def _count(codes: np.ndarray) -> dict[int, int]:
     if codes.dtype == np.uint16:
         counts = np.bincount(codes.reshape(-1))
         return {int(code): int(counts[code]) for code in np.flatnonzero(counts)}
-    found, counts = np.unique(codes, return_counts=True)
-    kept = np.sort(np.argsort(-counts, kind="stable")[:4096])
-    return dict(zip(found[kept].tolist(), counts[kept].tolist()))
+    total: Counter = Counter()
+    for band in _bands(codes):
+        values, lengths = _runs(codes[band])
+        found, where = np.unique(values, return_inverse=True)
+        total.update(dict(zip(found.tolist(), np.bincount(where, lengths).astype(np.int64).tolist())))
+    return dict(sorted(total.most_common(4096)))
 
 # %% ../nbs/reference/masks.ipynb #masks011p
 def look_at(name: str, codes: np.ndarray, lossy: bool = False) -> MaskValues:
@@ -158,9 +180,13 @@ class MaskReading:
             top: the file's brightest value, if `codes` is a smaller copy that may lack it.
         """
         if codes.dtype == np.uint32:
-            found, where = np.unique(codes, return_inverse=True)
-            top = int(brightness(found).max()) if top is None else top
-            return _table(self, found, top, lossy)[where.reshape(codes.shape)]
+            top = int(max(brightness(codes[band]).max() for band in _bands(codes))) if top is None else top
+            classes = np.empty(codes.shape, np.uint8)
+            for band in _bands(codes):
+                values, lengths = _runs(codes[band])
+                found, where = np.unique(values, return_inverse=True)
+                classes[band] = np.repeat(_table(self, found, top, lossy)[where], lengths).reshape(classes[band].shape)
+            return classes
         highest = int(codes.max())
         table = _table(self, np.arange(highest + 1), highest if top is None else top, lossy)
         return cv2.LUT(codes, np.resize(table, 256)) if codes.dtype == np.uint8 else table[codes]
