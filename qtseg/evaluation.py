@@ -326,8 +326,10 @@ def _percentiles(draws: np.ndarray, level: float, units: Units | None) -> list[f
     return [100 * NormalDist().cdf(z) for z in bent]
 
 
-def bootstrap_interval(means: np.ndarray, level: float = 95.0, units: Units | None = None) -> np.ndarray:
-    """The percentile interval of bootstrap means [draws, ...] -> [2, ...] (low, high); NaN where no mean is defined.
+def bootstrap_interval(means: np.ndarray, level: float = 95.0, units: Units | None = None) -> np.ndarray | tuple[float, float]:
+    """The percentile interval of bootstrap means [draws, ...] -> low and high, [2, ...]; NaN where no mean is defined.
+
+    Of means [draws] the interval is two plain numbers.
 
     Args:
         level: in percent.
@@ -338,7 +340,7 @@ def bootstrap_interval(means: np.ndarray, level: float = 95.0, units: Units | No
     """
     columns = means.reshape(len(means), -1).T
     ends = [(np.nan, np.nan) if np.isnan(draws).all() else np.nanpercentile(draws, _percentiles(draws, level, units)) for draws in columns]
-    return np.array(ends).T.reshape(2, *means.shape[1:])
+    return tuple(map(float, ends[0])) if means.ndim == 1 else np.array(ends).T.reshape(2, *means.shape[1:])
 
 # %% ../nbs/12_evaluation.ipynb #evaluation058
 def _wanted(choice: bool | None, module: str, purpose: str) -> bool:
@@ -1017,7 +1019,7 @@ def _run_config(checkpoint: Path) -> TrainConfig | None:
         config = TrainConfig.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path} does not say which data the run had ({error}): name the data to evaluate on") from None
-    if str(config.data).startswith("phantoms") or Path(config.data).expanduser().is_absolute():
+    if str(config.data).split(":")[0] == "phantoms" or Path(config.data).expanduser().is_absolute():
         return config
     found = next((parent / config.data for parent in run.parents if (parent / config.data).exists()), config.data)
     return replace(config, data=str(found))
@@ -1050,19 +1052,21 @@ def _same_files(some: Iterable[Path], others: Iterable[Path]) -> set[Path]:
 
 def _is_data_of(config: TrainConfig, survey: Survey, checkpoint: Path) -> bool:
     """Whether pairs are the data of a run: its folder, a copy of it, or, where that is gone, one of its name and numbers."""
-    images = [record.image for record in survey.records]
     try:
         own = _survey_of(config)
+    except (OSError, ValueError):  # moved
+        own = None
+    try:
+        if own is None:
+            numbers = {name: len(paths) for name, paths in _split_of(config, survey).items()}
+            metrics = read_json(checkpoint.absolute().parent / "metrics.json")
+            return Path(config.data).stem == survey.name and numbers == metrics.get("images")
         if own.folder.resolve() == survey.folder.resolve():
             return True
-        ids = [[record.id for record in each.records] for each in (own, survey)]
-        return ids[0] == ids[1] and len(_same_files(images, [record.image for record in own.records])) == len(images)
-    except FileNotFoundError:  # moved
-        metrics = checkpoint.absolute().parent / "metrics.json"
-        if Path(config.data).stem != survey.name or not metrics.is_file():
-            return False
-        return {name: len(paths) for name, paths in _split_of(config, survey).items()} == read_json(metrics).get("images")
-    except ValueError:
+        images, theirs = ([record.image for record in each.records] for each in (survey, own))
+        return ([record.id for record in survey.records] == [record.id for record in own.records]
+                and len(_same_files(images, theirs)) == len(images))
+    except (OSError, ValueError):
         return False
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111
@@ -1088,7 +1092,13 @@ def _open_run(config: TrainConfig, given: dict, progress: bool) -> SegmentationD
 def _open(checkpoint: Path, source: str | os.PathLike | None, progress: bool,
           options: dict) -> tuple[SegmentationData, str | None]:
     """`open_for`, and the split to score where none is asked for: "all" for data without splits, else None."""
-    preprocessing, config = read_preprocessing(checkpoint), _run_config(checkpoint)
+    preprocessing = read_preprocessing(checkpoint)
+    try:
+        config = _run_config(checkpoint)
+    except ValueError:
+        if source is None:
+            raise
+        config = None  # the data is named, so that the run need not be readable; `training_notes` says what was not checked
     given = {name: value for name, value in options.items() if value is not None and (name, value) != ("masks", "auto")}
     if source is None and config is None:
         raise FileNotFoundError(f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is missing): "

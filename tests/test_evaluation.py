@@ -885,6 +885,14 @@ def test_moved_data_is_known_by_name_and_numbers(trained, tmp_path):
     assert "every image is scored" in open_for(folder, "disk/d").notes[-1]
 
 
+def test_a_damaged_run_does_not_stand_in_the_way_of_named_data(trained, tmp_path):
+    folder = trained()
+    for damage in (deep_config, huge_number):
+        damage(folder)
+        data = open_for(folder / "best_dice", "d")
+        assert len(data.train) + len(data.valid) == 30 and "not checked" in training_notes(folder / "best_dice", [data.valid])[0]
+
+
 def test_a_set_without_splits_is_a_test_set_whole_and_known_images_are_counted(trained, tmp_path, no_stopwatch, capsys):
     folder = trained(seed=5)
     other = pictures(tmp_path / "other", 8, seed=3)
