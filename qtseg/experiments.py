@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -36,16 +37,18 @@ import torch
 from .data import SegmentationData, normalise
 from .distributed import read_yaml
 from .evaluation import aligned, multiply_adds
+from .files import printable, read_json, write_then_rename
 from .metrics import hard_masks
-from .model import load_network, write_then_rename
-from .training import RESUMABLE, Result, TrainConfig, build_network, fit, mask_pictures
+from .model import load_network
+from .training import BEST, RESUMABLE, Result, TrainConfig, build_network, fit, mask_pictures
 from .visualisation import read_history
 
 # %% auto #0
-__all__ = ['CONNECT_SECONDS', 'GONE', 'NOTEBOOKS', 'Run', 'Study', 'grid_arms', 'read_study', 'exclusive', 'locked', 'run_arm',
-           'config_rows', 'network_rows', 'score_rows', 'validation_masks', 'run_row', 'study_table', 'state_rows',
-           'arm_rows', 'Screen', 'Job', 'execute_run', 'local_client', 'remote_client', 'slurm_client', 'Sweep',
-           'find_notebooks', 'run_study', 'main']
+__all__ = ['MOST_ARMS', 'MOST_RUNS', 'LARGEST_SEED', 'CONNECT_SECONDS', 'GONE', 'NOTEBOOKS', 'Run', 'Study', 'is_folder_name',
+           'grid_arms', 'read_study', 'exclusive', 'locked', 'run_arm', 'config_rows', 'network_rows', 'score_rows',
+           'validation_masks', 'last_error', 'run_row', 'study_table', 'state_rows', 'arm_rows', 'Screen', 'Job',
+           'execute_run', 'local_client', 'remote_client', 'slurm_client', 'Sweep', 'find_notebooks', 'run_study',
+           'main']
 
 # %% ../nbs/20_experiments.ipynb #experiments012
 @dataclass(frozen=True)
@@ -109,11 +112,27 @@ _FORM = {"study": str, "question": str, "common": dict, "arms": dict, "grid": di
 _KINDS = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
 _OWN = {"seed": "seeds", "fold": "folds", "folds": "folds_of", "runs": "the runs folder", "name": "the arm's name",
         "resume": "the sweep"}  # what a study decides itself, and by which of its keys
-_NAME = re.compile(r"[A-Za-z0-9][\w.,=+-]*")  # one folder, on every system
+MOST_ARMS, MOST_RUNS, LARGEST_SEED = 1000, 10_000, 2**63 - 1
+
+
+def is_folder_name(text) -> bool:
+    """Whether a value can name one folder on every system: at most 100 letters, digits and . , = + - _."""
+    return isinstance(text, str) and len(text) <= 100 and re.fullmatch(r"[A-Za-z0-9][\w.,=+-]*", text) is not None
 
 
 def _is(value, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _brief(value) -> str:
+    """A value as a message shows it: on one line, control characters escaped, not longer than 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _word(value) -> str:
+    """A key or name as a message shows it: without quotes, where it needs none."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 100 else _brief(value)
 
 # %% ../nbs/20_experiments.ipynb #experiments024
 def _numbers(values: dict, key: str) -> list[str]:
@@ -121,17 +140,17 @@ def _numbers(values: dict, key: str) -> list[str]:
     given = values.get(key)
     if given is None:
         return [] if key == "folds" else [f"{key} lists at least one whole number"]
-    wrong = [repr(item) for item in given if not _is(item, int) or item < 0]
+    wrong = [_brief(item) for item in given if not _is(item, int) or not 0 <= item <= LARGEST_SEED]
     return ([f"{key} lists at least one whole number"] if not given else []) + (
-        [f"{key} are whole numbers from 0, not {', '.join(wrong)}"] if wrong else
-        [f"{key} lists a number twice: {given}"] if len(set(given)) < len(given) else [])
+        [f"{key} are whole numbers from 0, not {', '.join(wrong[:10])}"] if wrong else
+        [f"{key} lists a number twice: {_brief(given)}"] if len(set(given)) < len(given) else [])
 
 
 def _ill_formed(values: dict) -> list[str]:
     """What is wrong with the keys of a study and with the kinds of their values."""
-    unknown = [str(key) for key in values if key not in _FORM]
-    found = [f"unknown keys: {', '.join(unknown)}; known: {', '.join(_FORM)}"] if unknown else []
-    found += [f"{key} is {_KINDS[kind]}, not {values[key]!r}" for key, kind in _FORM.items()
+    unknown = [_word(key) for key in values if key not in _FORM]
+    found = [f"unknown keys: {', '.join(unknown[:10])}; known: {', '.join(_FORM)}"] if unknown else []
+    found += [f"{key} is {_KINDS[kind]}, not {_brief(values[key])}" for key, kind in _FORM.items()
               if values.get(key) is not None and not _is(values[key], kind)]
     found += [f"{key} is missing" for key in ("study", "reference", "seeds") if values.get(key) is None]
     if not values.get("arms") and not values.get("grid"):
@@ -142,63 +161,91 @@ def _ill_formed(values: dict) -> list[str]:
 def _short(value) -> str:
     """A value as a part of an arm's name: [1, 2, 3] -> 1-2-3, True -> true, None -> null."""
     if isinstance(value, Mapping):
-        return "+".join(key if number == 1 else f"{key}{number}" for key, number in value.items())
+        return "+".join(str(key) if number == 1 else f"{key}{number}" for key, number in value.items())
     if isinstance(value, (list, tuple)):
         return "-".join(map(_short, value))
-    return json.dumps(value).strip('"')
+    return json.dumps(value, ensure_ascii=False, default=str).strip('"')
 
 
 def grid_arms(grid: Mapping[str, Sequence]) -> dict[str, dict]:
-    """Every combination of a grid's values as an arm, named by them: {"heads": [4, 8]} -> "heads=4" and "heads=8"."""
-    keys = list(grid)
-    combinations = [dict(zip(keys, values)) for values in itertools.product(*grid.values())]
-    return {",".join(f"{key}={_short(value)}" for key, value in arm.items()): arm for arm in combinations}
+    """Every combination of a grid's values as an arm, named by them: {"heads": [4, 8]} -> "heads=4" and "heads=8".
+
+    Raises:
+        ValueError: more than MOST_ARMS arms, or two of the same name.
+    """
+    count = math.prod(len(values) for values in grid.values())
+    if count > MOST_ARMS:
+        raise ValueError(f"the grid has more than {MOST_ARMS:,} arms: leave out keys or values")
+    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    arms = {",".join(f"{key}={_short(value)}" for key, value in arm.items()): arm for arm in combinations}
+    if len(arms) < count:
+        raise ValueError("the grid lists a value twice, or two values that give an arm the same name")
+    return arms
 
 # %% ../nbs/20_experiments.ipynb #experiments028
 def _arms(values: dict, problems: list[str]) -> dict[str, dict]:
     """The arms of `arms` and of `grid` together; what is wrong with their form is added to `problems`."""
     arms, grid = values.get("arms") or {}, values.get("grid") or {}
-    for key, choices in grid.items():
-        if not isinstance(choices, list) or not choices:
-            problems.append(f"grid: {key} lists its values, not {choices!r}")
-    for name, changes in arms.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            problems.append(f"the arm {name!r} needs a name of letters, digits and . , = + - _ (a number in quotes)")
-        if changes is not None and not isinstance(changes, dict):
-            problems.append(f"the arm {name} is a mapping of what it changes, not {changes!r}")
-    if problems:
-        return {}
-    made = grid_arms(grid) if grid else {}
+    problems += [f"grid: {_word(key)} lists its values, not {_brief(choices)}" for key, choices in grid.items()
+                 if not isinstance(choices, list) or not choices]
+    problems += [f"the arm {_word(name)} is a mapping of what it changes, not {_brief(changes)}"
+                 for name, changes in arms.items() if changes is not None and not isinstance(changes, dict)]
+    try:
+        made = grid_arms(grid) if grid and not problems else {}
+    except ValueError as error:
+        problems.append(str(error))
+        made = {}
+    form = "needs a name of at most 100 letters, digits and . , = + - _"
+    problems += [f"the arm {_brief(name)} {form} (a number in quotes)" for name in arms if not is_folder_name(name)]
+    problems += [f"the arm {_brief(name)}, made by grid, {form}: list it under arms" for name in made
+                 if not is_folder_name(name)]
     problems += [f"the arm {name} stands in arms and in grid" for name in arms if name in made]
-    return {name: dict(changes or {}) for name, changes in arms.items()} | made
+    return {} if problems else {name: dict(changes or {}) for name, changes in arms.items()} | made
 
 # %% ../nbs/20_experiments.ipynb #experiments031
 def _differences(now: dict, before: dict) -> list[str]:
     """What decides a run and differs between two configurations, as "epochs: 3 -> 5"."""
     before = TrainConfig().to_dict() | before  # a run of an older version lacks what was not there to choose
-    return [f"{key}: {before[key]!r} -> {now[key]!r}" for key in now if key not in RESUMABLE and before[key] != now[key]]
+    return [f"{key}: {_brief(before[key])} -> {_brief(now[key])}" for key in now
+            if key not in RESUMABLE and before[key] != now[key]]
 
 # %% ../nbs/20_experiments.ipynb #experiments032
 def _unusable(study: Study) -> list[str]:
     """What is wrong with the content of a well-formed study."""
-    found = [f"{place} sets {key}, which {_OWN[key]} of the study decide" if _OWN[key].endswith("s") else
-             f"{place} sets {key}, which {_OWN[key]} decides"
-             for place, values in [("common", study.common), *((f"the arm {name}", arm) for name, arm in study.arms.items())]
-             for key in values if key in _OWN]
+    found = []
+    for place, values in [("common", study.common), *((f"the arm {name}", arm) for name, arm in study.arms.items())]:
+        found += [f"{place} sets {key}, which {_OWN[key]} of the study decide" if _OWN[key].endswith("s") else
+                  f"{place} sets {key}, which {_OWN[key]} decides" for key in values if key in _OWN]
+        found += [f"{place} has the key {_brief(key)}, which is no text" for key in values if not isinstance(key, str)]
     if study.reference not in study.arms:
-        found.append(f"reference names the arm {study.reference!r}, which is not there: {', '.join(study.arms)}")
-    if len({name.lower() for name in study.arms}) < len(study.arms):
+        known = ", ".join(list(study.arms)[:10])
+        found.append(f"reference names the arm {_brief(study.reference)}, which is not there: {known}")
+    if len({name.casefold() for name in study.arms}) < len(study.arms):
         found.append("two arms' names differ in nothing but capitals, which some file systems do not tell apart")
-    configs: dict[str, TrainConfig] = {}
-    for arm in study.arms if not found else ():
+    if len(study.arms) > MOST_ARMS or len(study.arms) * len(study.seeds) * len(study.folds or [None]) > MOST_RUNS:
+        found.append(f"more than {MOST_ARMS:,} arms or {MOST_RUNS:,} runs: make several studies of it")
+    return found or _alike_or_unusable(study)
+
+
+def _alike_or_unusable(study: Study) -> list[str]:
+    """Arms whose values make no configuration, and arms that do not differ from another."""
+    found, first = [], {}
+    for arm in study.arms:
         try:
-            configs[arm] = study.config(Run(arm, study.seeds[0], study.folds and study.folds[0]))
+            values = study.config(Run(arm, study.seeds[0], study.folds and study.folds[0])).to_dict()
         except ValueError as error:
             found.append(f"the arm {arm}: {error}")
-    for one, two in itertools.combinations(configs, 2):
-        if not _differences(configs[one].to_dict(), configs[two].to_dict()):
-            found.append(f"the arms {one} and {two} are alike")
+            continue
+        same = first.setdefault(_frozen({key: value for key, value in values.items() if key not in RESUMABLE}), arm)
+        found += [f"the arms {same} and {arm} are alike"] * (same != arm)
     return found
+
+
+def _frozen(value):
+    """Equal for equal configurations, and hashable: each arm is looked up once instead of compared with all others."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _frozen(item)) for key, item in value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/20_experiments.ipynb #experiments033
 def read_study(source: str | os.PathLike | Mapping) -> Study:
@@ -207,20 +254,25 @@ def read_study(source: str | os.PathLike | Mapping) -> Study:
     ValueError names the file and everything that is wrong: unknown keys, arms whose values make no `TrainConfig`, two arms
     alike, seeds that are no whole numbers, no reference. FileNotFoundError if there is no such file.
     """
-    values, where = (dict(source), "this mapping") if isinstance(source, Mapping) else (read_yaml(source), str(source))
+    if isinstance(source, Mapping):
+        values, where = dict(source), "this mapping"
+    else:
+        values, where = (read_json if Path(source).suffix == ".json" else read_yaml)(source), str(source)
     problems = _ill_formed(values)
     if not problems:
         for key in ("seeds", "folds"):
             problems += _numbers(values, key)
-        if not _NAME.fullmatch(values["study"]):
-            problems.append(f"study is the name of one folder (letters, digits and . , = + - _), not {values['study']!r}")
+        if not is_folder_name(values["study"]):
+            problems.append("study is the name of one folder (at most 100 letters, digits and . , = + - _), "
+                            f"not {_brief(values['study'])}")
         arms = _arms(values, problems)
     if not problems:
         study = Study(values["study"], values.get("common") or {}, arms, values["reference"], list(values["seeds"]),
                       values.get("folds"), values.get("folds_of"), values.get("question") or "")
         problems = _unusable(study)
     if problems:
-        raise ValueError(f"{where} is no study: " + "; ".join(problems))
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError(f"{where} is no study: " + "; ".join(problems[:10] + more))
     return study
 
 # %% ../nbs/20_experiments.ipynb #experiments036
@@ -237,6 +289,14 @@ def _lock(file: TextIO, *, wait: bool, shared: bool = False) -> bool:
     return True
 
 # %% ../nbs/20_experiments.ipynb #experiments037
+def _open_here(path: Path) -> TextIO:
+    """Open a file to append to, or make it. OSError for a link, which would change a file elsewhere."""
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link to another file: delete the link")
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path` alone: True; with `wait=False`, False if another process holds it.
@@ -244,7 +304,7 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
     The system releases the lock when its process ends, however it ends: no lock outlives a crash. The file names the process
     and its host. ModuleNotFoundError on Windows, which has no such locks.
     """
-    with path.open("a+", encoding="utf-8") as file:
+    with _open_here(path) as file:
         if not _lock(file, wait=False):
             if not wait:
                 yield False
@@ -265,23 +325,25 @@ def locked(path: Path) -> bool:
         return not _lock(file, wait=False, shared=True)
 
 # %% ../nbs/20_experiments.ipynb #experiments041
-def _stored(path: Path) -> dict:
-    """A JSON file of a run. ValueError names it if it is damaged."""
+def _metrics(folder: Path) -> dict:
+    """metrics.json of a finished run, with the parts that a study needs. ValueError names it if it is damaged."""
+    path = folder / "metrics.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: delete {path.parent} to repeat this run")
-    return values
+        metrics = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete {folder} to repeat this run") from None
+    numbers = [metrics.get(part, {}).get(key) if isinstance(metrics.get(part, {}), dict) else None
+               for part, key in (("test", "dice"), ("train", "seconds"))]
+    if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(metrics.get("config"), dict):
+        raise ValueError(f"{path} lacks test.dice, train.seconds or config: delete {folder} to repeat this run")
+    return metrics
 
 
 def _trained(config: TrainConfig) -> bool:
     """Has this very run come to its end? ValueError if another one has, under the same name."""
-    path = config.folder / "metrics.json"
-    if not path.is_file():
+    if not (config.folder / "metrics.json").is_file():
         return False
-    changed = _differences(config.to_dict(), _stored(path).get("config", {}))
+    changed = _differences(config.to_dict(), _metrics(config.folder)["config"])
     if changed:
         raise ValueError(f"{config.folder} holds a finished run with other values ({'; '.join(changed)}): "
                          "give the study another name, or delete that folder")
@@ -291,7 +353,7 @@ def _trained(config: TrainConfig) -> bool:
 def _note(folder: Path, event: str) -> None:
     """Add a line to RUNS/STUDY/log.txt: when, which run, what happened, where. Short appends never mix."""
     line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.name} {event} {socket.gethostname()} {os.getpid()}\n"
-    with (folder.parent / "log.txt").open("a", encoding="utf-8") as file:
+    with _open_here(folder.parent / "log.txt") as file:
         file.write(line)
 
 # %% ../nbs/20_experiments.ipynb #experiments044
@@ -299,9 +361,8 @@ def _tidy(folder: Path, keep: str, run: Run) -> None:
     """Write run.json, which says that the run is complete, then remove what only a continuation would need."""
     text = json.dumps(dataclasses.asdict(run)) + "\n"
     write_then_rename(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
-    for path in [*folder.glob("best_*"), folder / "last"]:
-        if path.name != keep:
-            shutil.rmtree(path, ignore_errors=True)
+    for name in {"last", *(f"best_{measure}" for measure in BEST)} - {keep}:
+        shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "resume.pt").unlink(missing_ok=True)
 
 # %% ../nbs/20_experiments.ipynb #experiments046
@@ -323,7 +384,7 @@ def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", on_epoch: 
             fit(config, on_epoch=on_epoch)
             _note(folder, "trained")
         _tidy(folder, checkpoint, run)
-    return Result(_stored(folder / "metrics.json"), folder / checkpoint, read_history(folder), folder)
+    return Result(_metrics(folder), folder / checkpoint, read_history(folder), folder)
 
 # %% ../nbs/20_experiments.ipynb #experiments049
 def config_rows(study: Study, arm: str) -> list[list[str]]:
@@ -366,6 +427,12 @@ def _complete(folder: Path) -> bool:
         folder / "error.txt").exists()
 
 
+def last_error(folder: Path) -> str:
+    """The first line of a failed run's error.txt, fit for a terminal."""
+    with (folder / "error.txt").open(encoding="utf-8", errors="replace") as file:
+        return printable(file.readline(2000).rstrip("\n"))
+
+
 def _state(folder: Path) -> str:
     if _complete(folder):
         return "done"
@@ -379,12 +446,12 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
     row = {"run": run.name, "arm": run.arm, "seed": run.seed, "fold": run.fold, "state": _state(folder), "epochs": config.epochs,
            "epoch": 0, "dice": None, "seconds": None, "error": ""}
     if history.is_file():
-        row["epoch"] = max(0, history.read_text(encoding="utf-8").count("\n") - 1)
+        row["epoch"] = max(0, history.read_bytes().count(b"\n") - 1)
     if row["state"] == "done":
-        metrics = _stored(folder / "metrics.json")
+        metrics = _metrics(folder)
         row |= {"dice": metrics["test"]["dice"], "seconds": metrics["train"]["seconds"]}
     if row["state"] == "failed":
-        row["error"] = (folder / "error.txt").read_text(encoding="utf-8").partition("\n")[0]
+        row["error"] = last_error(folder)
     return row
 
 
@@ -499,8 +566,9 @@ _ASKED: set[int] = set()  # kernels that were asked to stop; on a worker
 
 @contextlib.contextmanager
 def _environment(job: Job, worker: object) -> Iterator[None]:
-    """What the kernel shall inherit: its share of the cores, and its own GPU where there are several."""
-    names = {"OMP_NUM_THREADS": job.threads and str(job.threads), "MKL_NUM_THREADS": job.threads and str(job.threads)}
+    """What the kernel inherits: its share of the cores, its own GPU where there are several, no modules of its folder."""
+    names = {"OMP_NUM_THREADS": job.threads and str(job.threads), "MKL_NUM_THREADS": job.threads and str(job.threads),
+             "PYTHONSAFEPATH": "1"}
     if job.devices:
         names["CUDA_VISIBLE_DEVICES"] = job.devices[int(worker) % len(job.devices)]
     before = {name: os.environ.get(name) for name in names}
@@ -591,13 +659,24 @@ def _deaf_to_interrupts():
     return Deaf()
 
 # %% ../nbs/20_experiments.ipynb #experiments086
+# Dask's web servers, which know no TLS key, tell nothing
+_NO_PAGES = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
+
+
+def _temporary_security():
+    """TLS for scheduler, workers and client, with a key that exists in memory only."""
+    _need("cryptography")
+    return _need("distributed").Security.temporary()
+
+
 @contextlib.contextmanager
 def local_client(workers: int) -> Iterator:
-    """A Dask client with a cluster on this machine: so many processes, one thread each, no dashboard."""
-    distributed = _need("distributed")
-    with distributed.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0,
-                                  dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
-                                  silence_logs=logging.CRITICAL) as cluster, distributed.Client(cluster) as client:
+    """A Dask client with a cluster on this machine, closed to other users: so many processes, one thread each."""
+    dask, distributed = _need("dask"), _need("distributed")
+    with dask.config.set(_NO_PAGES), tempfile.TemporaryDirectory(prefix="qtseg-") as private, distributed.LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, security=_temporary_security(),
+            dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False}, local_directory=private,
+            silence_logs=logging.CRITICAL) as cluster, distributed.Client(cluster) as client:
         client.register_plugin(_deaf_to_interrupts())
         yield client
 
@@ -618,26 +697,46 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def remote_client(address: str) -> Iterator:
-    """A Dask client of somebody's scheduler. ConnectionError, one sentence, if none answers there."""
+def remote_client(address: str, insecure: bool = False) -> Iterator:
+    """A Dask client of a scheduler that runs already; the TLS key comes from Dask's settings.
+
+    Args:
+        address: tls://host:port
+        insecure: allow an address without TLS
+    Raises:
+        ValueError: no TLS, and not allowed
+        ConnectionError: no scheduler answers there
+    """
     distributed = _need("distributed")
+    if distributed.comm.parse_address(address)[0] not in ("tls", "inproc") and not insecure:
+        raise ValueError(f"whoever reaches {address} can run code under your name: start the scheduler and its workers "
+                         "with TLS (tls://host:port, chapter 20), or allow this with insecure=True (--insecure)")
     with _quiet("distributed.client"):
         try:
             client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, TimeoutError) as error:
-            raise ConnectionError(f"no Dask scheduler answers at {address} ({str(error).splitlines()[0]}): start one with "
-                                  "`dask scheduler`, and workers with `dask worker ADDRESS --nthreads 1`") from None
+        except (OSError, ValueError, TypeError, TimeoutError) as error:
+            raise ConnectionError(f"no Dask scheduler answers at {address} ({str(error).splitlines()[0]}): start "
+                                  "one with `dask scheduler --protocol tls`, workers with `dask worker ADDRESS "
+                                  "--nthreads 1`, all with the same TLS key in Dask's settings (chapter 20)") from None
         with client:
             yield client
 
 # %% ../nbs/20_experiments.ipynb #experiments089
 @contextlib.contextmanager
-def slurm_client(values: Mapping, workers: int) -> Iterator:
-    """A Dask client whose workers are SLURM jobs, as dask_jobqueue.SLURMCluster describes them in `values`."""
+def slurm_client(values: Mapping, workers: int, folder: Path) -> Iterator:
+    """A Dask client whose workers are SLURM jobs, as dask_jobqueue.SLURMCluster describes them in `values`.
+
+    TLS with a temporary key. It lies meanwhile in files in `folder` that only this user may read; the jobs see them.
+    """
     dask, jobqueue, distributed = _need("dask"), _need("dask_jobqueue"), _need("distributed")
-    with dask.config.set({"distributed.scheduler.allowed-failures": 20}):  # a job that reaches its time limit is no failure
+    settings = _NO_PAGES | {"distributed.scheduler.allowed-failures": 20}  # reaching a time limit is no failure
+    options = {"dashboard": False, "dashboard_address": "127.0.0.1:0"} | dict(values.get("scheduler_options") or {})
+    prologue = [*(values.get("job_script_prologue") or []), "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'"]
+    own = {"security": _temporary_security(), "protocol": "tls://", "shared_temp_directory": str(folder),
+           "scheduler_options": options, "job_script_prologue": prologue}
+    with dask.config.set(settings):
         try:
-            cluster = jobqueue.SLURMCluster(**values)
+            cluster = jobqueue.SLURMCluster(**{**values, **own})
         except (TypeError, ValueError) as error:
             raise ValueError(f"the SLURM settings make no cluster: {str(error).splitlines()[0]}") from None
         with cluster, distributed.Client(cluster) as client:
@@ -770,22 +869,20 @@ def _stop(sweep: Sweep, patience: float = 60.0) -> None:
 NOTEBOOKS = {"qtseg": "ablation.ipynb"}  # which notebook trains a model; every other model is a baseline
 
 
-def find_notebooks(study: Study, folder: str | os.PathLike | None = None, beside: Path | None = None) -> dict[str, Path]:
-    """The notebook that trains each arm: in `folder`, else beside the study's file or one above, else in the repository.
+def find_notebooks(study: Study, folder: str | os.PathLike | None = None) -> dict[str, Path]:
+    """The notebook that trains each arm: in `folder`, or else in the repository, never beside the study's file.
 
-    FileNotFoundError names what is missing and where it was looked for.
+    Raises:
+        FileNotFoundError: names what is missing and where it was looked for
     """
-    repository = Path(import_module("qtseg").__file__).resolve().parent.parent / "nbs" / "experiments"
-    places = [Path(folder)] if folder else [*([beside, beside.parent] if beside else []), repository]
+    repository = Path(import_module("qtseg").__file__).resolve().parent.parent
+    place = Path(folder) if folder else repository / "nbs" / "experiments"
     found = {}
     for arm in study.arms:
-        model = study.config(Run(arm, study.seeds[0])).model
-        name = NOTEBOOKS.get(model, "baselines.ipynb")
-        paths = [place / name for place in places if (place / name).is_file()]
-        if not paths:
-            raise FileNotFoundError(f"{name} is in none of {', '.join(map(str, places))}: name its folder with "
-                                    "notebooks=… (--notebooks)")
-        found[arm] = paths[0].resolve()
+        path = place / NOTEBOOKS.get(study.config(Run(arm, study.seeds[0])).model, "baselines.ipynb")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: name the notebooks' folder with notebooks=… (--notebooks)")
+        found[arm] = path.resolve()
     return found
 
 # %% ../nbs/20_experiments.ipynb #experiments105
@@ -794,9 +891,9 @@ def _refuse_changed_arms(study: Study, runs: Path) -> None:
     for run in study.runs():
         config = study.config(run, runs)
         if (config.folder / "metrics.json").is_file():
-            stored = _stored(config.folder / "metrics.json").get("config", {})
+            stored = _metrics(config.folder)["config"]
         elif all((config.folder / name).is_file() for name in ("resume.pt", "config.json")):
-            stored = _stored(config.folder / "config.json")
+            stored = read_json(config.folder / "config.json")
         else:
             continue
         changed = _differences(config.to_dict(), stored)
@@ -822,40 +919,52 @@ def _begin(study: Study, root: Path) -> None:
     write_then_rename(root / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 # %% ../nbs/20_experiments.ipynb #experiments107
-def _connect(workers: int | None, scheduler: str | None, slurm: Mapping | str | os.PathLike | None, threads: int | None,
-             most: int) -> tuple[Callable, int | None, list[str]]:
-    """Where the runs are executed -> how to get a client, the threads of a run (None: the worker's choice), the GPUs to share."""
+def _connect(workers: int | None, scheduler, slurm: Mapping | str | os.PathLike | None, threads: int | None,
+             insecure: bool, root: Path, most: int) -> tuple[Callable, int | None, list[str]]:
+    """Where the runs are executed: how to get a client, threads of a run (None: the worker's choice), GPUs to share."""
     if (scheduler is not None) + (slurm is not None) + (workers is not None and scheduler is not None) > 1:
         raise ValueError("scheduler excludes slurm and workers: a scheduler brings its own workers")
     if workers is not None and workers < 1 or threads is not None and threads < 1:
         raise ValueError("workers and threads are at least 1")
     if scheduler is not None:
-        return lambda: remote_client(scheduler), threads, []
+        address = isinstance(scheduler, str)
+        client = contextlib.nullcontext(scheduler)
+        return (lambda: remote_client(scheduler, insecure) if address else client), threads, []
     if slurm is not None:
         values = dict(slurm) if isinstance(slurm, Mapping) else read_yaml(slurm)
         share = max(1, values.get("cores", 1) // values.get("processes", 1))
-        return lambda: slurm_client(values, workers or 1), threads or share, []
+        return lambda: slurm_client(values, workers or 1, root), threads or share, []
     devices = _devices()
     workers = workers or len(devices) or _cores()
     return lambda: local_client(min(workers, most)), threads or max(1, _cores() // workers), devices
 
 # %% ../nbs/20_experiments.ipynb #experiments108
-def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLike = "runs", *, workers: int | None = None,
-              scheduler: str | None = None, slurm: Mapping | str | os.PathLike | None = None,
-              notebooks: str | os.PathLike | None = None, threads: int | None = None) -> list[dict]:
-    """Execute every run of a study that is not finished, each through papermill on a Dask worker -> `study_table` at the end.
+def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLike = "runs", *,
+              workers: int | None = None, scheduler=None, slurm: Mapping | str | os.PathLike | None = None,
+              notebooks: str | os.PathLike | None = None, threads: int | None = None,
+              insecure: bool = False) -> list[dict]:
+    """Execute every run of a study that is not finished, each through papermill on a Dask worker.
 
-    By default on this machine, with a worker per GPU, or per core where there is none; `scheduler`: the address of a running
-    one; `slurm`: what dask_jobqueue.SLURMCluster takes, as a mapping or a YAML file, with `workers` jobs. `threads`: of each run.
-    A failed run does not stop the others and is tried again the next time. ValueError: the study, or one that contradicts runs
-    that are there. ConnectionError: no scheduler. KeyboardInterrupt: after all running ones were saved.
+    A failed run does not stop the others and is tried again the next time.
+
+    Args:
+        workers: runs at a time on this machine (a worker per GPU, or per core where there is none), or SLURM jobs
+        scheduler: a connected Dask client, or the address of a scheduler, tls://host:port, instead of this machine
+        slurm: what dask_jobqueue.SLURMCluster takes, as a mapping or a YAML file
+        notebooks: the folder of the notebooks that train; by default the repository's
+        threads: of each run
+        insecure: allow the address of a scheduler without TLS
+    Returns:
+        the rows of `study_table` at the end
+    Raises:
+        ValueError: the study, or one that contradicts runs that are there, or a scheduler without TLS
+        ConnectionError: no scheduler
+        KeyboardInterrupt: after all running ones were saved
     """
-    beside = None if isinstance(study, (Study, Mapping)) else Path(study).resolve().parent
     study = study if isinstance(study, Study) else read_study(study)
-    found, runs = find_notebooks(study, notebooks, beside), Path(runs).absolute()
-    todo = [row for row in study_table(study, runs) if row["state"] != "done"]
-    connect, threads, devices = _connect(workers, scheduler, slurm, threads, len(todo))
-    root = runs / study.name
+    found, runs = find_notebooks(study, notebooks), Path(runs).absolute()
+    todo, root = [row for row in study_table(study, runs) if row["state"] != "done"], runs / study.name
+    connect, threads, devices = _connect(workers, scheduler, slurm, threads, insecure, root, len(todo))
     root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / ".lock", wait=False) as alone:
         if not alone:
@@ -875,9 +984,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", default="runs", help="folder for RUNS/STUDY/RUN (runs)")
     parser.add_argument("--workers", type=int, help="runs at a time (one per GPU, or per core where there is none)")
     parser.add_argument("--threads", type=int, help="threads of a run (cores / workers)")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tcp://host:8786, instead of this machine")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tls://host:port, not this machine")
+    parser.add_argument("--insecure", action="store_true",
+                        help="allow a scheduler without TLS: whoever reaches it can run code under your name")
     parser.add_argument("--slurm", metavar="FILE", help="YAML for dask_jobqueue.SLURMCluster (queue, cores, memory, walltime, …)")
-    parser.add_argument("--notebooks", metavar="FOLDER", help="where ablation.ipynb and baselines.ipynb are")
+    parser.add_argument("--notebooks", metavar="FOLDER",
+                        help="where ablation.ipynb and baselines.ipynb are (the repository)")
     parser.add_argument("--list", action="store_true", help="only show the state of every run")
     return parser
 
@@ -903,9 +1015,9 @@ def main(arguments: list[str] | None = None) -> int:
         with _terminated_as_interrupted():
             rows = study_table(read_study(chosen.study), chosen.runs) if chosen.list else run_study(
                 chosen.study, chosen.runs, workers=chosen.workers, scheduler=chosen.scheduler, slurm=chosen.slurm,
-                notebooks=chosen.notebooks, threads=chosen.threads)
+                notebooks=chosen.notebooks, threads=chosen.threads, insecure=chosen.insecure)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"qtseg-study: {error}", file=sys.stderr)
+        print(f"qtseg-study: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; to go on: qtseg-study " + shlex.join(arguments or sys.argv[1:]), file=sys.stderr)

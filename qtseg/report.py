@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .evaluation import _replaced_folder, markdown, multiply_adds
-from .experiments import Run
+from .evaluation import markdown, multiply_adds, replaced_results, require_replaceable
+from .experiments import MOST_RUNS, Run, is_folder_name, last_error
+from .files import csv_cell, escape, printable, read_json
 from .metrics import MEASURES
 from .model import load_network
-from .training import TrainConfig, choose_device, hardware, versions
+from .training import BEST, TrainConfig, choose_device, hardware, versions
 from .visualisation import _drawn, _figure, class_colour, read_history
 
 if TYPE_CHECKING:
@@ -38,9 +40,9 @@ __all__ = ['MOST_FLIPS', 'COLUMNS', 'NAMES', 'INKS', 'LATEX', 'DATA_SETS', 'PUBL
            'RECIPE_KEYS', 'Paired', 'paired_interval', 'sign_flip_p', 'holm', 'read_metrics', 'read_runs', 'finished',
            'summarise', 'paired_differences', 'compare', 'arm_networks', 'interleaved_seconds', 'costs', 'draw_runs',
            'draw_differences', 'draw_costs', 'learning_curves', 'describe_curves', 'draw_learning', 'summary_rows',
-           'comparison_rows', 'arm_cost_rows', 'latex', 'what_differs', 'beside_published', 'published_rows',
-           'unfinished', 'caveats', 'describe_scores', 'describe_differences', 'describe_costs', 'Report',
-           'build_report', 'report_markdown', 'write_report']
+           'comparison_rows', 'arm_cost_rows', 'latex_text', 'latex', 'what_differs', 'beside_published',
+           'published_rows', 'unfinished', 'caveats', 'describe_scores', 'describe_differences', 'describe_costs',
+           'Report', 'build_report', 'report_markdown', 'write_report']
 
 # %% ../nbs/21_report.ipynb #report020
 def _library(module: str):
@@ -115,42 +117,62 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return corrected
 
 # %% ../nbs/21_report.ipynb #report036
-def _read_json(path: Path, remedy: str) -> dict:
+def _read(path: Path, remedy: str) -> dict:
     """A JSON object; ValueError, with file and remedy, for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (it holds no object): {remedy}")
-    return value
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from None
+
+
+def _numbers(values) -> bool:
+    """Whether a table can hold these: finite numbers, and no larger than float64 counts exactly."""
+    return all(isinstance(value, (int, float)) and abs(value) < 2**53 for value in values)
 
 
 def _read_study(folder: Path) -> dict:
     """study.json of a study's folder. FileNotFoundError, ValueError: no study, or one that says too little."""
-    path = folder / "study.json"
+    path, remedy = folder / "study.json", "start the study again, which writes it anew"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name the folder of a study, RUNS/STUDY, that qtseg-study wrote")
-    study = _read_json(path, "start the study again, which writes it anew")
+    study = _read(path, remedy)
     missing = [key for key in ("study", "arms", "reference", "seeds") if not study.get(key)]
-    if missing or study["reference"] not in study["arms"]:
-        wrong = f"it lacks {', '.join(missing)}" if missing else f"its reference {study['reference']!r} is none of its arms"
-        raise ValueError(f"{path} is damaged ({wrong}): start the study again, which writes it anew")
+    if missing:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}): {remedy}")
+    lists = [study["seeds"], study.get("folds") or []]
+    if not (isinstance(study["arms"], dict) and all(isinstance(found, list) and _numbers(found) for found in lists)):
+        raise ValueError(f"{path} is damaged (arms is no mapping, or seeds or folds no list of numbers): {remedy}")
+    if len(study["arms"]) * len(lists[0]) * max(1, len(lists[1])) > MOST_RUNS:
+        raise ValueError(f"{path} plans more than {MOST_RUNS:,} runs: make several studies of it")
+    if not all(map(is_folder_name, [study["study"], *study["arms"]])):
+        raise ValueError(f"{path} is damaged (the study or an arm has a name that is no folder's): {remedy}")
+    if study["reference"] not in list(study["arms"]):
+        raise ValueError(f"{path} is damaged (its reference {study['reference']!r:.100} is none of its arms): {remedy}")
     return study
 
 # %% ../nbs/21_report.ipynb #report037
-def read_metrics(path: str | os.PathLike) -> dict:
-    """metrics.json of a finished run, as `fit` wrote it. ValueError, naming the file, if it lacks what a report needs."""
-    path, remedy = Path(path), "delete it and start the study again, which repeats this run alone"
-    metrics = _read_json(path, remedy)
+def _lacking(metrics: dict) -> str:
+    """What a report needs and this metrics.json does not have, in words; "" if all is there."""
     needed = {"test": MEASURES, "train": ("seconds", "epochs"), "images": ("train", "valid", "test"),
               "config": ("size", "seed"), "hardware": ("device",)}
     lacking = [f"{part}.{key}" for part, keys in needed.items() for key in keys
                if not isinstance(metrics.get(part), dict) or key not in metrics[part]]
     if lacking:
-        raise ValueError(f"{path} is damaged (it lacks {', '.join(lacking)}): {remedy}")
-    if not all(isinstance(metrics["test"][name], (int, float)) and math.isfinite(metrics["test"][name]) for name in MEASURES):
-        raise ValueError(f"{path} is damaged (a score is no finite number): {remedy}")
+        return f"it lacks {', '.join(lacking)}"
+    if not _numbers(metrics[part][key] for part, keys in needed.items() if part != "hardware" for key in keys):
+        return "a score, a count or a time is no finite number"
+    operations = metrics["config"].get("operations") or []
+    if not isinstance(operations, list) or metrics.get("selected_by", "dice") not in list(BEST):
+        return "operations is no list, or selected_by no measure"
+    return ""
+
+
+def read_metrics(path: str | os.PathLike) -> dict:
+    """metrics.json of a finished run, as `fit` wrote it. ValueError names the file if it lacks what a report needs."""
+    path, remedy = Path(path), "delete it and start the study again, which repeats this run alone"
+    metrics = _read(path, remedy)
+    if lacking := _lacking(metrics):
+        raise ValueError(f"{path} is damaged ({lacking}): {remedy}")
     return metrics
 
 # %% ../nbs/21_report.ipynb #report040
@@ -160,8 +182,9 @@ def _run_folders(folder: Path, study: Mapping) -> dict[Run, Path]:
     found: dict[Run, Path] = {}
     for path in sorted(folder.glob("*/run.json")):
         remedy = "delete its folder and start the study again, which repeats this run alone"
-        said = _read_json(path, remedy)
-        if said.keys() != {"arm", "seed", "fold"}:
+        said = _read(path, remedy)
+        if said.keys() != {"arm", "seed", "fold"} or not is_folder_name(said["arm"]) or not _numbers(
+                [said["seed"], said["fold"] or 0]):
             raise ValueError(f"{path} is damaged (it holds no arm, seed and fold): {remedy}")
         if (run := Run(**said)) in found:
             raise ValueError(f"{found[run]} and {path.parent} both call themselves {run.name}: delete the copy")
@@ -171,9 +194,9 @@ def _run_folders(folder: Path, study: Mapping) -> dict[Run, Path]:
 # %% ../nbs/21_report.ipynb #report041
 def _unscored(folder: Path) -> dict:
     """How far a run without metrics.json came, and its last error: the first line of error.txt."""
-    error = folder / "error.txt"
-    note = error.read_text(encoding="utf-8", errors="replace").partition("\n")[0] if error.is_file() else ""
-    return {"state": "failed" if error.is_file() else "unfinished" if folder.is_dir() else "waiting", "note": note}
+    failed = (folder / "error.txt").is_file()
+    return {"state": "failed" if failed else "unfinished" if folder.is_dir() else "waiting",
+            "note": last_error(folder) if failed else ""}
 
 
 def _row(run: Run, folder: Path) -> dict:
@@ -210,7 +233,7 @@ def read_runs(folders: str | os.PathLike | Sequence[str | os.PathLike]) -> DataF
         for run, place in _run_folders(folder, study).items():
             try:
                 rows.append({"study": study["study"], "reference": study["reference"], **_row(run, place)})
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 problems.append(str(error))
     if problems:
         raise ValueError("; ".join(problems))
@@ -645,15 +668,23 @@ def arm_cost_rows(table: DataFrame) -> list[list[str]]:
 # %% ../nbs/21_report.ipynb #report076
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#",
                        "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$",
-                       "|": r"\textbar{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "²": r"$^2$", "\n": " "})
+                       "|": r"\textbar{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "²": r"$^2$", '"': r"{\char34}",
+                       "'": "{'}", "`": r"\textasciigrave{}"})
+
+
+def latex_text(text: str) -> str:
+    """A text that LaTeX prints as it stands: no command, no comment, no ligature such as -- for a dash."""
+    parts = re.split("(?<=-)(?=-)|(?<=,)(?=,)", printable(" ".join(text.split())))
+    return "{}".join(part.translate(LATEX) for part in parts)
 
 
 def latex(rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
     """A table of texts, head first, as a LaTeX table (package booktabs): special characters escaped, numbers to the right."""
-    escaped = [" & ".join(text.translate(LATEX) for text in row) + r" \\" for row in rows]
+    # after the \\ of the row above, [ and * would be that command's arguments
+    escaped = ["{}" * (row[0][:1] in ("[", "*")) + " & ".join(map(latex_text, row)) + r" \\" for row in rows]
     sides = "l" + "".join("r" if all(text[:1] in "+−–<[0123456789" for text in column[1:]) else "l"
                           for column in list(zip(*rows))[1:])
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(LATEX)}}}", rf"\label{{{label}}}",
+    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}", rf"\label{{{label}}}",
                       rf"\begin{{tabular}}{{{sides}}}", r"\toprule", escaped[0], r"\midrule", *escaped[1:], r"\bottomrule",
                       r"\end{tabular}", r"\end{table}", ""])
 
@@ -891,16 +922,17 @@ def build_report(studies: str | os.PathLike | Sequence[str | os.PathLike], measu
 def report_markdown(report: Report) -> str:
     """The whole report as Markdown that shows the figures beside it."""
     tables = {name: markdown(rows) if len(rows) > 1 else "" for name, (rows, _) in report.tables().items()}
-    lines = [f"# Report: {_several(report.runs['study'])}", "",
+    lines = [f"# Report: {escape(_several(report.runs['study']))}", "",
              f"{int((report.runs['state'] == 'done').sum())} finished runs of {len(report.runs)}.", ""]
     for title, part, figure, table in (
             ("Scores", "scores", "dots", "summary"), ("Differences", "differences", "differences", "comparison"),
             ("Costs", "costs", "bubble", "costs"), ("Learning curves", "curves", "curves", "")):
-        lines += [f"## {title}", "", *report.sentences[part], ""]
+        lines += [f"## {title}", "", *map(escape, report.sentences[part]), ""]
         lines += [f"![{title}]({figure}.png)", ""] if figure in report.figures else []
         lines += [tables[table], "", report.tables()[table][1], ""] if tables.get(table) else []
     lines += ["## Beside the paper", "", tables["published"] or "The paper has no results on this data.", "",
-              "## Before you believe it", "", *(f"* {sentence}" for sentence in report.caveats or ["Nothing stood out."]), ""]
+              "## Before you believe it", "",
+              *(f"* {escape(sentence)}" for sentence in report.caveats or ["Nothing stood out."]), ""]
     return "\n".join(lines)
 
 # %% ../nbs/21_report.ipynb #report095
@@ -909,21 +941,33 @@ def _records(table: DataFrame) -> list[dict]:
     return json.loads(table.to_json(orient="records", double_precision=15))
 
 
-def write_report(report: Report, output: str | os.PathLike) -> Path:
-    """Write a report into a folder, whole or not at all -> the folder; a report that was there before is replaced.
+def _harmless(table: DataFrame) -> DataFrame:
+    """A table whose texts do nothing in a spreadsheet."""
+    numeric = _library("pandas").api.types.is_numeric_dtype
+    return table.assign(**{name: column.map(csv_cell) for name, column in table.items() if not numeric(column)})
 
-    runs, summary, comparison, costs and published .csv, the last four as .tex too, report.json, report.md, and each figure as
-    NAME.png. FileExistsError if the folder holds anything but a report; OSError.
+
+def write_report(report: Report, output: str | os.PathLike) -> Path:
+    """Write a report into a folder, whole or not at all; an earlier report's files are replaced, all others stay.
+
+    Args:
+        report: of `build_report`
+        output: the folder; it gets runs, summary, comparison, costs and published .csv, the last four as .tex too,
+            report.json, report.md, and each figure as NAME.png
+    Returns:
+        the folder
+    Raises:
+        FileExistsError: the folder holds other files and no report
+        OSError: it cannot be written
     """
     folder = Path(output)
-    if folder.exists() and not (folder.is_dir() and ((folder / "report.json").is_file() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} exists and holds no report: name another output folder")
+    require_replaceable(folder, "report.json")
     frames = {name: getattr(report, name) for name in ("runs", "summary", "comparison", "costs", "published")}
     everything = {"measure": report.measure, **{name: _records(table) for name, table in frames.items()},
                   "sentences": report.sentences, "caveats": report.caveats, "versions": versions()}
-    with _replaced_folder(folder) as private:
+    with replaced_results(folder, "report.json") as private:
         for name, table in frames.items():
-            table.to_csv(private / f"{name}.csv", index=False, lineterminator="\n")
+            _harmless(table).to_csv(private / f"{name}.csv", index=False, lineterminator="\n")
         for name, (rows, caption) in report.tables().items():
             (private / f"{name}.tex").write_text(latex(rows, caption, f"tab:{name}"), encoding="utf-8")
         for name, figure in report.figures.items():

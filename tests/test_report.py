@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from qtseg.files import escape
 from qtseg.model import QTSeg
 from qtseg.training import TrainConfig
 
@@ -170,10 +172,42 @@ def test_every_damaged_file_is_named_at_once(tmp_path):
     (folder / "qtseg-seed3/metrics.json").write_text(text.replace('"dice": 92.0', '"dice": NaN'))
     with pytest.raises(ValueError) as error:
         report.read_runs(folder)
-    for words in ("qtseg-seed1/metrics.json is damaged", "qtseg-seed2/metrics.json is damaged (it lacks test.mae",
-                  "qtseg-seed3/metrics.json is damaged (a score is no finite number)", "repeats this run alone"):
+    for words in ("qtseg-seed1/metrics.json is no JSON that can be read", "qtseg-seed2/metrics.json is damaged (it lacks test.mae",
+                  "qtseg-seed3/metrics.json is damaged (a score, a count or a time is no finite number)", "repeats this run alone"):
         assert words in str(error.value)
     assert "seed4" not in str(error.value)
+
+
+DEEP, LONG = "[" * 100_000, "9" * 5000
+
+
+@pytest.mark.parametrize("name, text", [
+    *((name, text) for name in ("study.json", "a-seed1/run.json", "a-seed1/metrics.json") for text in (f'{{"a": {DEEP}', f'{{"a": {LONG}}}', "[1]", "\x00")),
+    ("study.json", '{"study": "tiny", "arms": ["a"], "reference": "a", "seeds": [1]}'), ("study.json", '{"study": "tiny", "arms": {"a": {}}, "reference": "a", "seeds": 1}'),
+    ("study.json", '{"study": "tiny", "arms": {"../a": {}}, "reference": "../a", "seeds": [1]}'),
+    ("study.json", '{"study": "<b>", "arms": {"a": {}}, "reference": "a", "seeds": [1]}'), ("study.json", '{"study": "tiny", "arms": {"a": {}}, "reference": ["a"], "seeds": [1]}'),
+    ("study.json", '{"study": "tiny", "arms": {"a": {}}, "reference": "a", "seeds": [%s]}' % ", ".join(map(str, range(20_000)))),
+    ("a-seed1/run.json", '{"arm": ["a"], "seed": 1, "fold": null}'), ("a-seed1/run.json", '{"arm": "a", "seed": "1", "fold": null}')])
+def test_a_hostile_file_of_a_study_is_one_sentence(tmp_path, name, text):
+    folder = write_study(tmp_path, by_seed(a=[90.0]))
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=name) as error:
+        report.read_runs(folder)
+    assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("part, key, value", [("config", "size", "32"), ("train", "seconds", 10**400), ("images", "train", None), ("test", "iou", True),
+                                              ("config", "operations", {"flip": 1}), ("selected_by", None, "../../elsewhere"), ("hardware", None, [])])
+def test_metrics_with_values_of_another_kind_are_refused(tmp_path, part, key, value):
+    folder = write_study(tmp_path, by_seed(a=[90.0]))
+    metrics = json.loads((folder / "a-seed1/metrics.json").read_text())
+    metrics[part] = metrics[part] | {key: value} if key else value
+    (folder / "a-seed1/metrics.json").write_text(json.dumps(metrics))
+    if value is True:  # a number, after all
+        assert report.read_runs(folder)["iou"].tolist() == [1.0]
+    else:
+        with pytest.raises(ValueError, match="a-seed1/metrics.json is "):
+            report.read_runs(folder)
 
 
 def test_a_copied_run_and_a_folder_that_is_no_study_are_refused(tmp_path):
@@ -326,6 +360,8 @@ def test_latex_escapes_every_special_character():
                   r"a\textbar{}b $<$ c & -- \\", r"\caption{100 \% of it\_}", r"\label{tab:x}", r"\bottomrule"):
         assert words in text
     assert text.count("{") == text.count("}") and text.isascii()
+    odd = report.latex([["arm", "Dice"], ["[2cm] \\input{/etc/passwd}", "``a--b'' \"\x1b[2J\r\n,,"]], "", "tab:x")
+    assert r"{}[2cm] \textbackslash{}input\{/etc/passwd\} & \textasciigrave{}\textasciigrave{}a-{}-b{'}{'} {\char34}\textbackslash{}x1b[2J ,{}, \\" in odd
 
 
 def test_sentences_follow_the_numbers(tmp_path):
@@ -356,15 +392,20 @@ FILES = {*(f"{name}.csv" for name in ("runs", "summary", "comparison", "costs", 
          "report.json", "report.md", "dots.png", "differences.png", "bubble.png", "curves.png"}
 
 
-def test_a_report_is_written_whole_and_replaces_only_reports(tmp_path, checkpoint, monkeypatch):
-    folder = write_study(tmp_path, by_seed(a=[90.0, 91.0], b_1=[91.0, 93.5]), checkpoint=checkpoint)
-    whole, output = report.build_report(folder, rounds=1), tmp_path / "out"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, checkpoint) -> report.Report:
+    """The report of a study of two arms with two seeds each."""
+    return report.build_report(write_study(tmp_path_factory.mktemp("whole"), by_seed(a=[90.0, 91.0], b_1=[91.0, 93.5]), checkpoint=checkpoint), rounds=1)
+
+
+def test_a_report_is_written_whole_and_replaces_only_reports(tmp_path, whole, monkeypatch):
+    output = tmp_path / "out"
     assert report.write_report(whole, output) == output and {path.name for path in output.iterdir()} == FILES
     told = json.loads((output / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert told["comparison"][0]["difference"] == 1.75 and told["runs"][0]["fold"] is None and told["sentences"] == whole.sentences
     assert [row["arm"] for row in csv.DictReader((output / "runs.csv").open())] == ["a", "a", "b_1", "b_1"]
     text = (output / "report.md").read_text()
-    assert all(sentence in text for part in whole.sentences.values() for sentence in part) and "The paper has no results on this data." in text
+    assert all(escape(sentence) in text for part in whole.sentences.values() for sentence in part) and "The paper has no results on this data." in text
     before = (output / "report.md").stat().st_mtime_ns
 
     def break_off(_):
@@ -374,9 +415,39 @@ def test_a_report_is_written_whole_and_replaces_only_reports(tmp_path, checkpoin
     with pytest.raises(OSError, match="disk full"):
         report.write_report(whole, output)
     assert {path.name for path in output.iterdir()} == FILES and (output / "report.md").stat().st_mtime_ns == before
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "out"}, "nothing half-written stays"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}, "nothing half-written stays"
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/study.json").touch()
     with pytest.raises(FileExistsError, match="holds no report"):
-        report.write_report(whole, folder)
+        report.write_report(whole, tmp_path / "study")
+
+
+def test_what_the_report_did_not_write_stays_and_what_it_no_longer_writes_goes(tmp_path, whole):
+    output = tmp_path / "out"
+    report.write_report(whole, output)
+    (output / "pictures").mkdir()
+    (output / "pictures/mine.png").touch()
+    (output / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine.txt").touch()
+    (output / "caught").symlink_to(tmp_path / "elsewhere")
+    report.write_report(dataclasses.replace(whole, figures={name: figure for name, figure in whole.figures.items() if name != "curves"}), output)
+    assert {path.name for path in output.iterdir()} == FILES - {"curves.png"} | {"pictures", "notes.txt", "caught"}
+    assert (output / "notes.txt").read_text() == "mine" and (output / "pictures/mine.png").is_file() and (tmp_path / "elsewhere/mine.txt").is_file()
+
+
+def test_texts_of_a_study_stay_texts_in_markdown_and_in_spreadsheets(tmp_path):
+    folder = write_study(tmp_path, by_seed(a=[90.0, 91.0], b=[None, None]))
+    (folder / "b-seed1").mkdir()
+    (folder / "b-seed1/error.txt").write_text('=HYPERLINK("x") <img src=x onerror=alert(1)> \x1b[2J | [a](javascript:b)\n')
+    frame = report.read_runs(folder)
+    whole = report.Report("dice", frame, report.summarise(frame), report.compare(frame), priced(frame), report.beside_published(frame, priced(frame)),
+                          report.caveats(frame), {"scores": report.describe_scores(report.summarise(frame)), "differences": [], "costs": [], "curves": []}, {})
+    report.write_report(whole, tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "onerror" in text and "<img" not in text and "](" not in text and "\x1b" not in text
+    note = next(row["note"] for row in csv.DictReader((tmp_path / "out/runs.csv").open()) if row["state"] == "failed")
+    assert note.startswith("'=HYPERLINK") and note.isprintable()
 
 
 def test_a_single_arm_is_reported_without_comparison(tmp_path, checkpoint):

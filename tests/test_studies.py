@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -11,16 +12,20 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import nbformat
 import papermill
+import psutil
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from distributed import LocalCluster, Security
 from nbformat.v4 import new_code_cell, new_notebook
 
 from qtseg import experiments
-from qtseg.experiments import Run, arm_rows, exclusive, find_notebooks, local_client, main, read_study, run_arm, run_study, study_table
+from qtseg.experiments import (Run, arm_rows, exclusive, find_notebooks, local_client, main, read_study, run_arm, run_study,
+                               slurm_client, study_table)
 from qtseg.losses import weighted_loss
 from qtseg.training import TrainConfig
 
@@ -92,6 +97,50 @@ def test_all_problems_come_at_once():
     assert all(word in str(caught.value) for word in ("epochs is at least 1", "width is a whole number"))
 
 
+@pytest.mark.parametrize("changes, said", [
+    ({"arms": {"plain": {}, "..": {"heads": 4}}}, "the arm '..' needs a name"),
+    ({"arms": {"plain": {}, "a\x1b[2J": {"heads": 4}}}, r"the arm 'a\x1b[2J' needs a name"),
+    ({"arms": {"plain": {}, "a" * 101: {"heads": 4}}}, "needs a name of at most 100"),
+    ({"study": "../tiny"}, "study is the name of one folder"), ({"\x1b[2J": 1}, r"unknown keys: '\x1b[2J'"),
+    ({"grid": {"data": ["../../elsewhere"]}}, "the arm 'data=../../elsewhere', made by grid, needs a name"),
+    ({"grid": {"heads": [2, 2]}}, "the grid lists a value twice"), ({"grid": {"data": [True, "true"]}}, "the grid lists a value twice"),
+    ({"grid": {key: list(range(10)) for key in "abcdef"}}, "the grid has more than 1,000 arms"),
+    ({"grid": {f"k{number}": [1, 2] for number in range(20_000)}}, "the grid has more than 1,000 arms"),
+    ({"arms": {f"a{number}": {} for number in range(1001)}, "reference": "a1"}, "more than 1,000 arms or 10,000 runs"),
+    ({"seeds": list(range(6000))}, "more than 1,000 arms or 10,000 runs"), ({"seeds": [10**4000]}, "seeds are whole numbers from 0, not 1000"),
+    ({"arms": {"plain": {1: 2, "heads": 4}}}, "the arm plain has the key 1, which is no text"),
+    ({"arms": {f"a{number}": [number] for number in range(30)}}, "and 20 more"), ({"question": ["why"] * 10**6}, "question is a text"),
+    ({"arms": {"plain": {}, "lr": {"lr": 2e-3}, "LR1": {"lr": 0.002}}}, "the arms lr and LR1 are alike"),
+])
+def test_a_study_from_a_stranger_is_refused_in_a_sentence(changes, said):
+    began = time.process_time()
+    with pytest.raises(ValueError) as caught:
+        read_study(TINY | changes)
+    text = str(caught.value)
+    assert said in text and len(text) < 3000 and text.isprintable() and time.process_time() - began < 5
+
+
+def test_400_arms_are_read_at_once():
+    arms = {f"lr{number}": {"lr": number / 1000} for number in range(1, 401)}
+    began = time.process_time()
+    assert len(read_study(TINY | {"arms": arms, "reference": "lr1"}).arms) == 400
+    assert time.process_time() - began < 10, "arms were compared pairwise: 40 s"
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{number}: &a{number} [*a{number - 1}, *a{number - 1}]\n" for number in range(1, 40))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("study.yaml", LAUGHS), ("study.yaml", LAUGHS.replace("[x, x]", "{x: 1}").replace(": &a", ": &a").replace("[*", "{<<: [*").replace("]\n", "]}\n")),
+    ("study.yaml", "a: &a [*a]"), ("study.yaml", "a: " + "[" * 3000), ("study.yaml", "a: " + "9" * 5000), ("study.yaml", "a: \x07"),
+    ("study.json", '{"a": ' + "[" * 100_000), ("study.json", '{"a": ' + "9" * 5000 + "}"), ("study.json", "[1]"), ("study.json", "")])
+def test_a_hostile_study_file_is_one_sentence(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name) as caught:
+        read_study(tmp_path / name)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+
+
 def test_a_key_that_stands_twice_is_not_silently_dropped(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("arms:\n  conv: {decoder: conv}\n  conv: {bridge: identity}\n")
@@ -151,6 +200,40 @@ def test_run_arm_goes_on_with_a_half_way_run_and_waits_for_its_lock(tiny, tmp_pa
     assert [event for _, event in events(tmp_path / "tiny")] == ["begun", "continued", "trained"]
 
 
+def test_a_planted_link_and_folders_of_the_user_survive(tiny, tmp_path, capsys):
+    folder, precious = tmp_path / "tiny/plain-seed1", tmp_path / "precious.txt"
+    (folder / "best_pictures").mkdir(parents=True)
+    precious.write_text("mine")
+    for link in (folder / ".lock", tmp_path / "tiny/log.txt"):
+        link.symlink_to(precious)
+        with pytest.raises(FileExistsError, match="is a link to another file: delete the link"):
+            run_arm(tiny, Run("plain", 1), tmp_path)
+        link.unlink()
+    run_arm(tiny, Run("plain", 1), tmp_path)
+    assert precious.read_text() == "mine" and (folder / "best_pictures").is_dir()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"test": {"dice": ' + "9" * 5000 + "}}", '{"test": 3, "config": {}}', "[]", "\x00"])
+def test_a_damaged_run_is_one_sentence_with_a_remedy(stand_in, tmp_path, capsys, text):
+    study, folder = stand_in("plain", seeds=[1]), tmp_path / "runs/tiny/plain-seed1"
+    folder.mkdir(parents=True)
+    for name in ("metrics.json", "run.json", "notebook.ipynb"):
+        (folder / name).write_text(text)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(study.to_dict()))
+    assert main([str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--list"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "plain-seed1/metrics.json" in said and f"delete {folder} to repeat this run" in said and said.isprintable()
+
+
+def test_an_error_is_shown_in_the_terminal_without_its_control_characters(stand_in, tmp_path, capsys):
+    study, folder = stand_in("plain", seeds=[1]), tmp_path / "runs/tiny/plain-seed1"
+    folder.mkdir(parents=True)
+    (folder / "error.txt").write_bytes(b"ValueError: no image \x1b[2J\xff.png\nmore")
+    (tmp_path / "tiny.yaml").write_text(json.dumps(study.to_dict()))
+    assert main([str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--list"]) == 0
+    assert "ValueError: no image \\x1b[2J\ufffd.png" in capsys.readouterr().out
+
+
 def test_a_run_killed_before_its_first_state_begins_again(tiny, tmp_path):
     folder = tmp_path / "tiny" / "plain-seed1"
     folder.mkdir(parents=True)
@@ -175,9 +258,8 @@ if arm == "exits" and not mended:
     sys.exit(0)
 if arm == "dies" and not mended:
     os.kill(os.getpid(), 9)
-if arm == "long" and seed == 1:
-    time.sleep(6)
-time.sleep(0.3)
+while arm == "waits" and not (folder.parent / "go").exists():
+    time.sleep(0.05)
 config = json.loads((folder.parent.parent / "configs.json").read_text())[folder.name]
 (folder / "metrics.json").write_text(json.dumps({"test": {"dice": 50.0 + seed}, "train": {"seconds": 0.3}, "config": config}))
 (folder / "run.json").write_text("{}")
@@ -207,9 +289,9 @@ def stand_in(tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The address of the scheduler of a local cluster of two workers, which the tests share."""
+    """The client of a local cluster of two workers, which the tests share."""
     with local_client(2) as client:
-        yield client.scheduler.address
+        yield client
 
 
 def states(rows: list[dict]) -> dict[str, str]:
@@ -266,6 +348,93 @@ def log_lines(root: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+INTRUDER = """
+import asyncio, json, os, sys, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from distributed import Security
+from distributed.core import rpc
+
+async def ask(port, protocol, patience):
+    security = Security.temporary() if protocol == "tls" else Security()
+    async with rpc(f"{protocol}://127.0.0.1:{port}", timeout=patience, connection_args=security.get_connection_args("client")) as worker:
+        return await worker.identity()
+
+def answer(probe):
+    port, what, patience = probe
+    try:
+        if what in ("tcp", "tls"):
+            return bool(asyncio.run(asyncio.wait_for(ask(port, what, patience), patience)))
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/{what}", timeout=patience).read())
+    except Exception:
+        return False
+
+probes = json.loads(sys.argv[1])
+if os.getuid() == 0:  # only now: root's interpreter may lie where nobody else can read
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+with ThreadPoolExecutor(40) as pool:
+    print(json.dumps({"user": os.getuid(), "answers": [probe[:2] for probe, yes in zip(probes, pool.map(answer, probes)) if yes]}))
+"""
+
+
+def listening() -> set[int]:
+    """The ports on which this process and all its children listen; none of them may be open to other machines."""
+    own = psutil.Process()
+    found = [connection.laddr for process in [own, *own.children(recursive=True)] for connection in process.net_connections("inet")
+             if connection.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in found} <= {"127.0.0.1"}
+    return {address.port for address in found}
+
+
+def test_another_user_gets_nothing_from_a_running_study(stand_in, tmp_path, cluster):
+    """Every port of the cluster and of a running kernel is tried: as another user, where this one may become another (root)."""
+    study, rows = stand_in("waits", seeds=[1]), []
+    sweep = threading.Thread(target=lambda: rows.extend(run_study(study, tmp_path / "runs", scheduler=cluster, notebooks=tmp_path)))
+    sweep.start()
+    try:
+        wait_for(lambda: log_lines(tmp_path / "runs/tiny"))
+        guarded = listening()
+        with LocalCluster(n_workers=0, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address="127.0.0.1:0") as open_one:
+            yardstick = [[open_one.scheduler.port, "tcp"], [open_one.scheduler.http_server.port, "json/counts.json"]]  # these have to answer
+            probes = [[*probe, 60] for probe in yardstick] + [
+                [port, what, 3] for port in guarded for what in ("tcp", "tls", "info/main/workers.html", "json/counts.json", "metrics", "health")]
+            ran = subprocess.run([sys.executable, "-c", INTRUDER, json.dumps(probes)], cwd="/", env={"PATH": os.environ["PATH"], "HOME": "/"},
+                                 capture_output=True, text=True, timeout=200)
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(ran.stdout) == {"user": os.getuid() or 65534, "answers": yardstick} and len(guarded) >= 5
+        folders = [Path(worker["local_directory"]).parent.parent for worker in cluster.scheduler_info()["workers"].values()]
+        assert len(folders) == 2 and all(folder.stat().st_mode & 0o077 == 0 for folder in folders)
+    finally:
+        (tmp_path / "runs/tiny/go").touch()
+        sweep.join(240)
+    assert states(rows) == {"waits-seed1": "done"}
+
+
+def test_jobs_of_a_batch_system_get_a_temporary_key(tmp_path, monkeypatch):
+    """dask-jobqueue's place is taken by a module that notes what it is given."""
+    given = {}
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", type(sys)("dask_jobqueue"))
+    monkeypatch.setattr(sys.modules["dask_jobqueue"], "SLURMCluster", lambda **values: given.update(values) or 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError), slurm_client({"cores": 1, "protocol": "tcp://", "security": None,
+                                                         "scheduler_options": {"port": 1}}, 1, tmp_path):
+        pass
+    assert given["security"].require_encryption and given["protocol"] == "tls://" and given["shared_temp_directory"] == str(tmp_path)
+    assert given["scheduler_options"] == {"dashboard": False, "dashboard_address": "127.0.0.1:0", "port": 1} and given["cores"] == 1
+
+
+def test_a_notebook_beside_the_study_file_is_not_executed(stand_in, tmp_path, monkeypatch):
+    executed, path = [], tmp_path / "mine/tiny.yaml"
+    path.parent.mkdir()
+    path.write_text(json.dumps(stand_in("plain").to_dict()))  # the stand-in notebook lies one folder above
+    write_notebook(path.parent / "ablation.ipynb", STAND_IN)
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(experiments, "local_client", lambda workers: contextlib.nullcontext())
+    monkeypatch.setattr(experiments, "_sweep", lambda sweep: executed.extend(sweep.notebooks.values()))
+    run_study(path, tmp_path / "runs")
+    assert executed == [ROOT / "nbs/experiments/ablation.ipynb"]
+
+
 def alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -274,37 +443,57 @@ def alive(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path("/proc").is_dir() else True
 
 
-def test_a_killed_worker_loses_nothing_and_nothing_is_completed_twice(stand_in, tmp_path, capfd):
-    dask, ready = [sys.executable, "-m", "dask"], tmp_path / "scheduler.json"
-    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    processes = [subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(ready)], **quiet)]
-    study, rows = stand_in("long", "plain", seeds=[1, 2]), []
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    """Dask's settings with a TLS key in files, as chapter 20 sets them up; in tmp_path/dask, too, for processes of their own."""
+    key, names = Security.temporary(), {"key": str(tmp_path / "key.pem"), "cert": str(tmp_path / "cert.pem")}
+    Path(names["key"]).write_text(key.tls_worker_key)
+    Path(names["cert"]).write_text(key.tls_ca_file)
+    comm = {"require-encryption": True, "tls": {"ca-file": names["cert"], "scheduler": names, "worker": names, "client": names}}
+    (tmp_path / "dask").mkdir()
+    (tmp_path / "dask/tls.yaml").write_text(json.dumps({"distributed": {"comm": comm}}))
+    return {"distributed.comm.require-encryption": True, **{f"distributed.comm.tls.{name}": value for name, value in comm["tls"].items()}}
+
+
+def test_a_killed_worker_loses_nothing_and_nothing_is_completed_twice(stand_in, tmp_path, settings, capfd):
+    command, ready = [sys.executable, "-m", "dask"], tmp_path / "scheduler.json"
+    quiet = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"DASK_CONFIG": str(tmp_path / "dask")}}
+    processes = [subprocess.Popen([*command, "scheduler", "--protocol", "tls", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+                                   "--scheduler-file", str(ready)], **quiet)]
+    study, rows = stand_in("waits", "plain", seeds=[1]), []
     try:
         address = wait_for(lambda: ready.is_file() and ready.stat().st_size and json.loads(ready.read_text()))["address"]
-        processes += [subprocess.Popen([*dask, "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"], **quiet) for _ in range(2)]
-        sweep = threading.Thread(target=lambda: rows.extend(run_study(study, tmp_path / "runs", scheduler=address, notebooks=tmp_path)))
-        sweep.start()
-        kernel, worker = map(int, wait_for(lambda: [line[3:] for line in log_lines(tmp_path / "runs/tiny") if line[1:3] == ["long-seed1", "begun"]])[0])
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: not alive(kernel), 30)  # the kernel does not survive its worker
-        sweep.join(240)
+        processes += [subprocess.Popen([*command, "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"], **quiet) for _ in range(2)]
+        with dask.config.set(settings):
+            sweep = threading.Thread(target=lambda: rows.extend(run_study(study, tmp_path / "runs", scheduler=address, notebooks=tmp_path)))
+            sweep.start()
+            found = wait_for(lambda: [line[3:] for line in log_lines(tmp_path / "runs/tiny") if line[1:3] == ["waits-seed1", "begun"]])
+            kernel, worker = map(int, found[0])
+            os.kill(worker, signal.SIGKILL)
+            wait_for(lambda: not alive(kernel), 30)  # the kernel does not survive its worker
+            (tmp_path / "runs/tiny/go").touch()
+            sweep.join(240)
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert set(states(rows).values()) == {"done"}
     count = collections.Counter(events(tmp_path / "runs/tiny"))
-    assert count["long-seed1", "begun"] == 2 and all(count[run.name, "trained"] == 1 for run in study.runs())
-    assert "is gone; Dask repeats long-seed1 on another" in capfd.readouterr().out
+    assert count["waits-seed1", "begun"] == 2 and all(count[run.name, "trained"] == 1 for run in study.runs())
+    assert "is gone; Dask repeats waits-seed1 on another" in capfd.readouterr().out
 
 
-def test_an_unreachable_scheduler_is_one_sentence(stand_in, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("address, options, said", [
+    ("tcp://127.0.0.1:9", [], "whoever reaches tcp://127.0.0.1:9 can run code under your name"), ("host.example:8786", [], "whoever reaches host.example"),
+    ("tcp://127.0.0.1:9", ["--insecure"], "no Dask scheduler answers at tcp://127.0.0.1:9"),
+    ("tls://127.0.0.1:9", [], "no Dask scheduler answers at tls://127.0.0.1:9"), ("tls://a:b:c", [], "no Dask scheduler answers at tls://a:b:c")])
+def test_a_scheduler_without_tls_or_without_an_answer_is_one_sentence(stand_in, tmp_path, capsys, monkeypatch, address, options, said):
     monkeypatch.setattr(experiments, "CONNECT_SECONDS", 0.5)
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(stand_in("plain").to_dict()))
-    assert main([str(path), "--runs", str(tmp_path / "runs"), "--notebooks", str(tmp_path), "--scheduler", "tcp://127.0.0.1:9"]) == 1
+    assert main([str(path), "--runs", str(tmp_path / "runs"), "--notebooks", str(tmp_path), "--scheduler", address, *options]) == 1
     message = capsys.readouterr().err.strip()
-    assert message.startswith("qtseg-study: no Dask scheduler answers at tcp://127.0.0.1:9") and "\n" not in message
+    assert message.startswith(f"qtseg-study: {said}") and "\n" not in message
 
 
 def test_list_runs_nothing(stand_in, tmp_path, capsys):
