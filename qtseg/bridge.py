@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .blocks import ConvBNAct, watched, TwoForms
+from .blocks import ConvBNAct, TwoForms, watched
 
 # %% auto #0
 __all__ = ['BRIDGES', 'UpConv', 'UpConvBNAct', 'MLFF', 'IdentityBridge', 'ProjectionBridge', 'SingleLevelBridge']
