@@ -395,7 +395,9 @@ def test_another_user_gets_nothing_from_a_running_study(stand_in, tmp_path, clus
     try:
         wait_for(lambda: log_lines(tmp_path / "runs/tiny"))
         guarded = listening()
-        with LocalCluster(n_workers=0, processes=False, protocol="tcp://", host="127.0.0.1", dashboard_address="127.0.0.1:0") as open_one:
+        pages = {"distributed.scheduler.http.routes": ["distributed.http.scheduler.json"]}
+        with dask.config.set(pages), LocalCluster(n_workers=0, processes=False, protocol="tcp://", host="127.0.0.1",
+                                                  dashboard_address="127.0.0.1:0") as open_one:
             yardstick = [[open_one.scheduler.port, "tcp"], [open_one.scheduler.http_server.port, "json/counts.json"]]  # these have to answer
             probes = [[*probe, 60] for probe in yardstick] + [
                 [port, what, 3] for port in guarded for what in ("tcp", "tls", "info/main/workers.html", "json/counts.json", "metrics", "health")]
