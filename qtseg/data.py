@@ -550,7 +550,7 @@ def _units(records: Sequence[Record]) -> list[str]:
 def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     """Deterministic folds of whole patients, strata spread evenly; None for test images."""
     try:
-        from sklearn.model_selection import StratifiedGroupKFold
+        from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("folds that keep patients together need scikit-learn: pip install scikit-learn") from error
     pool = [i for i, record in enumerate(records) if record.split != "test"]
@@ -561,9 +561,10 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     strata = [records[i].stratum for i in pool]
     if max(Counter(strata).values()) < folds:
         raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
+    splitter = StratifiedGroupKFold(folds) if len(set(strata)) > 1 else GroupKFold(folds)  # of one stratum, the more even one
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a stratum with fewer images than folds is spread as far as it goes
-        for fold, (_, members) in enumerate(StratifiedGroupKFold(folds).split(pool, strata, units)):
+        for fold, (_, members) in enumerate(splitter.split(pool, strata, units)):
             for member in members:
                 fold_of[pool[member]] = fold
     return fold_of
@@ -801,7 +802,7 @@ def _unzip(path: Path, root: Path) -> Path:
             require_space(private, sum(member.file_size for member in wanted))
             for member in wanted:
                 archive.extract(member, private)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, *LZMA) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError, *LZMA) as error:
         raise ValueError(f"{path} is no complete .zip ({printable(error)[:200]}): download it again") from error
     except OSError as error:
         if error.errno in NO_SPACE:

@@ -40,19 +40,18 @@ from .files import csv_cell, escape, new_folder, private_name, printable, read_j
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from .model import Baseline, QTSeg, find_checkpoint, load_network
 from .speed import operations
-from .training import TrainConfig, choose_device, hardware, keep_freed_memory, open_data, versions
+from .training import TrainConfig, choose_device, class_frequencies, hardware, keep_freed_memory, open_data, versions
 
 # %% auto #0
-__all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'FREQUENCY_IMAGES', 'SIZES', 'PARTS', 'LABELS', 'FILES',
-           'class_probabilities', 'undo_resize', 'decide', 'own_size_mask', 'rates_in_percent', 'surface_scores',
-           'mask_scores', 'lesion_counts', 'calibration_counts', 'calibration_error', 'threshold_counts', 'Units',
-           'sampling_units', 'bootstrap_means', 'student_quantile', 'bootstrap_interval', 'Protocol',
-           'class_frequencies', 'constant_counts', 'ImageScores', 'score_image', 'predict_batch', 'choose_splits',
-           'EvaluationData', 'Evaluation', 'stratum_rows', 'threshold_rows', 'evaluate_network', 'table_rows',
-           'aligned', 'markdown', 'outlined', 'ranked', 'own_size_picture', 'draw_gallery', 'draw_calibration',
-           'draw_thresholds', 'multiply_adds', 'network_cost', 'cost_rows', 'to_dict', 'write_evaluation',
-           'require_replaceable', 'replaced_results', 'read_checkpoint', 'open_for', 'training_notes',
-           'evaluate_checkpoint', 'weights_sha256', 'find_checkpoints', 'report', 'main']
+__all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'PARTS', 'LABELS', 'FILES', 'class_probabilities',
+           'undo_resize', 'decide', 'own_size_mask', 'rates_in_percent', 'surface_scores', 'mask_scores',
+           'lesion_counts', 'calibration_counts', 'calibration_error', 'threshold_counts', 'Units', 'sampling_units',
+           'bootstrap_means', 'student_quantile', 'bootstrap_interval', 'Protocol', 'constant_counts', 'ImageScores',
+           'score_image', 'predict_batch', 'choose_splits', 'EvaluationData', 'Evaluation', 'stratum_rows',
+           'threshold_rows', 'evaluate_network', 'table_rows', 'aligned', 'markdown', 'outlined', 'ranked',
+           'own_size_picture', 'draw_gallery', 'draw_calibration', 'draw_thresholds', 'multiply_adds', 'network_cost',
+           'cost_rows', 'to_dict', 'write_evaluation', 'require_replaceable', 'replaced_results', 'read_checkpoint',
+           'open_for', 'training_notes', 'evaluate_checkpoint', 'weights_sha256', 'find_checkpoints', 'report', 'main']
 
 # %% ../nbs/12_evaluation.ipynb #evaluation010
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -385,23 +384,6 @@ class Protocol:
         return SCORES if self.surface else MEASURES + RATES
 
 # %% ../nbs/12_evaluation.ipynb #evaluation061b
-FREQUENCY_IMAGES = 1000  # the most masks that are read to find the most frequent class of each pixel
-
-
-def class_frequencies(splits: Sequence[Split], classes: int, ignore_index: int | None = None) -> np.ndarray:
-    """How often each class lies at each pixel of the splits' masks at training size: float32 [size, size, classes], 0 to 1.
-
-    Of more than FREQUENCY_IMAGES images, that many are taken, evenly spread. Ignored pixels are left out.
-    """
-    places = [(split, position) for split in splits for position in range(len(split))]
-    chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), FREQUENCY_IMAGES)).round().astype(int))
-    counts: np.ndarray | int = 0
-    for split, position in (places[place] for place in chosen):
-        mask = split.batch([position]).masks[0].numpy()
-        counts = counts + (mask[..., None] == np.arange(classes))  # an ignored pixel is of no class
-    return (counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)).astype(np.float32)
-
-
 def constant_counts(frequent: np.ndarray, target: np.ndarray, classes: int, ignore_index: int | None = None) -> np.ndarray:
     """Counts of masks that look at no image against a target [H, W] -> int64 [classes + 1, classes - 1, 4].
 

@@ -40,7 +40,7 @@ from .evaluation import aligned, multiply_adds
 from .files import printable, read_json, write_then_rename
 from .metrics import hard_masks
 from .model import load_network
-from .training import BEST, RESUMABLE, Result, TrainConfig, build_network, fit, mask_pictures
+from .training import BEST, RESUMABLE, Result, TrainConfig, build_network, fit, mask_pictures, recipe_changes
 from .visualisation import read_history
 
 # %% auto #0
@@ -203,11 +203,12 @@ def _arms(values: dict, problems: list[str]) -> dict[str, dict]:
     return {} if problems else {name: dict(changes or {}) for name, changes in arms.items()} | made
 
 # %% ../nbs/20_experiments.ipynb #experiments031
-def _differences(now: dict, before: dict) -> list[str]:
-    """What decides a run and differs between two configurations, as "epochs: 3 -> 5"."""
-    before = TrainConfig().to_dict() | before  # a run of an older version lacks what was not there to choose
-    return [f"{key}: {_brief(before[key])} -> {_brief(now[key])}" for key in now
-            if key not in RESUMABLE and before[key] != now[key]]
+def _differences(now: TrainConfig, stored: dict, folder: Path) -> list[str]:
+    """What decides a run and differs from what it was made with, as "epochs: 3 -> 5"; ValueError if that is no configuration."""
+    try:
+        return recipe_changes(now, TrainConfig.from_dict(stored))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no configuration of a run ({error}): delete it to repeat this run") from None
 
 # %% ../nbs/20_experiments.ipynb #experiments032
 def _unusable(study: Study) -> list[str]:
@@ -343,7 +344,7 @@ def _trained(config: TrainConfig) -> bool:
     """Has this very run come to its end? ValueError if another one has, under the same name."""
     if not (config.folder / "metrics.json").is_file():
         return False
-    changed = _differences(config.to_dict(), _metrics(config.folder)["config"])
+    changed = _differences(config, _metrics(config.folder)["config"], config.folder)
     if changed:
         raise ValueError(f"{config.folder} holds a finished run with other values ({'; '.join(changed)}): "
                          "give the study another name, or delete that folder")
@@ -896,7 +897,7 @@ def _refuse_changed_arms(study: Study, runs: Path) -> None:
             stored = read_json(config.folder / "config.json")
         else:
             continue
-        changed = _differences(config.to_dict(), stored)
+        changed = _differences(config, stored, config.folder)
         if changed:
             raise ValueError(f"the arm {run.arm} was changed after {config.folder} was trained ({'; '.join(changed)}): "
                              "give the study or the arm another name, or delete the arm's runs")

@@ -290,7 +290,7 @@ def _build(network: type[Segmenter], folder: Path) -> Segmenter:
     try:
         return network(**config)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # a word for a number, 0 heads, …
-        raise ValueError(printable(f"{path} describes no network that can be built ({error})")) from None
+        raise ValueError(printable(f"{path} describes no network that can be built ({str(error)[:300]})")) from None
 
 # %% ../nbs/08_model.ipynb #mdl-shapes
 class _RealLinspace(TorchFunctionMode):

@@ -16,6 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from .files import read_json
+
 # %% auto #0
 __all__ = ['CHANNELS', 'FAMILIES', 'CLASS_NAMES', 'COLUMNS', 'MOST', 'RECIPE', 'best_threshold', 'fit_to', 'noise', 'outline',
            'stretched', 'paint', 'share', 'blur', 'grid', 'colour', 'speckle', 'phantom', 'write_manifest',
@@ -435,8 +437,7 @@ def _split(rows: list[dict]) -> None:
 def _made_with(folder: Path) -> dict | None:
     """The arguments that a finished phantom folder was made with, or None where it is none."""
     try:
-        description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        return description["phantoms"] if (folder / "manifest.csv").exists() else None
+        return read_json(folder / "dataset.json")["phantoms"] if (folder / "manifest.csv").exists() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -52,10 +52,10 @@ from .speed import accelerate
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'COLOURS', 'T', 'ROW',
-           'ConfigProblems', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'choose_device',
+           'FREQUENCY_IMAGES', 'ConfigProblems', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'choose_device',
            'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures', 'Tracker', 'stop_signals',
-           'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'data_digest', 'Result', 'best_constant_mask',
-           'open_data', 'fit', 'draw_curves', 'LiveCurves']
+           'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'data_digest', 'Result', 'class_frequencies',
+           'best_constant_mask', 'open_data', 'fit', 'draw_curves', 'LiveCurves']
 
 # %% ../nbs/11_training.ipynb #c010
 OPTIMISERS: dict[str, Callable] = {
@@ -1056,17 +1056,40 @@ class Result:
     folder: Path
 
 # %% ../nbs/11_training.ipynb #c126a
-def best_constant_mask(split: Split, classes: int, *, batch: int = 16, ignore_index: int | None = None) -> dict[str, float]:
-    """The scores that no image need be looked at for: one class everywhere, the one with the highest Dice.
+FREQUENCY_IMAGES = 1000  # the most masks that are read to find the most frequent class of each pixel
+
+
+def class_frequencies(splits: Sequence[Split], classes: int, ignore_index: int | None = None) -> np.ndarray:
+    """How often each class lies at each pixel of the splits' masks at training size: float32 [size, size, classes], 0 to 1.
+
+    Of more than FREQUENCY_IMAGES images, that many are taken, evenly spread. Ignored pixels are left out.
+    """
+    places = [(split, position) for split in splits for position in range(len(split))]
+    chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), FREQUENCY_IMAGES)).round().astype(int))
+    counts: np.ndarray | int = 0
+    for split, position in (places[place] for place in chosen):
+        mask = split.batch([position]).masks[0].numpy()
+        counts = counts + (mask[..., None] == np.arange(classes))  # an ignored pixel is of no class
+    return (counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)).astype(np.float32)
+
+
+def best_constant_mask(data: SegmentationData, split: Split, *, batch: int = 16) -> dict:
+    """The scores that no image need be looked at for, at training size.
+
+    Tried are one class everywhere, and for each pixel the class that is most frequent there in the training masks.
 
     Returns:
-        {"class": its index, and the scores of `SegmentationMetrics`}. A network that is not above them has learned nothing.
+        {"mask": which of them has the highest Dice, and the scores of `SegmentationMetrics`}. A network that is not above them
+        has learned nothing.
     """
-    every = {index: SegmentationMetrics(classes, ignore_index=ignore_index) for index in range(max(classes, 2))}
+    frequent = torch.from_numpy(class_frequencies([data.train], len(data.class_names), data.ignore_index).argmax(axis=2))
+    masks = {f"all {name}": torch.full_like(frequent, index) for index, name in enumerate(data.class_names)}
+    masks["each pixel's most frequent class in the training split"] = frequent
+    every = {name: SegmentationMetrics(data.classes, ignore_index=data.ignore_index) for name in masks}
     for part in split.batches(batch):
-        for index, metrics in every.items():
-            metrics.update_masks(torch.full_like(part.masks, index), part.masks.long())
-    scores = [{"class": index, **metrics.compute()} for index, metrics in every.items()]
+        for name, metrics in every.items():
+            metrics.update_masks(masks[name].expand(part.masks.shape), part.masks.long())
+    scores = [{"mask": name, **metrics.compute()} for name, metrics in every.items()]
     return max(scores, key=lambda one: one["dice"])
 
 # %% ../nbs/11_training.ipynb #c127
@@ -1081,8 +1104,7 @@ def _final_metrics(trainer: Trainer) -> dict:
                     ignore_index=data.ignore_index)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
-    constant = {name: best_constant_mask(split, c.classes, batch=c.valid_batch, ignore_index=data.ignore_index)
-                for name, split in (("valid", data.valid), ("test", data.test)) if split}
+    constant = {name: best_constant_mask(data, split, batch=c.valid_batch) for name, split in (("valid", data.valid), ("test", data.test)) if split}
     seconds = sum(row["seconds"] for row in p.history)
     speed = sum(row["seconds"] * row["images_per_second"] for row in p.history) / seconds
     waited = sum(row["seconds"] * row["waited_percent"] for row in p.history) / seconds

@@ -531,6 +531,23 @@ def test_patients_of_different_sizes_and_images_of_nobody(opened, tmp_path):
         opened(source, folds=16)
 
 
+def test_a_zip_whose_names_are_no_text_is_one_sentence(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("images/é.png", b"x")
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace("é".encode(), b"\xff\xfe"))
+    with pytest.raises(ValueError, match="a.zip is no complete .zip") as refused:
+        module.find_source(tmp_path / "a.zip", tmp_path / "cache", 32)
+    assert not isinstance(refused.value, UnicodeError)
+
+
+def test_folds_of_patients_without_strata_are_even():
+    sizes = [1 + 7 * i % 20 for i in range(30)]
+    records = [module.Record(f"{i}-{k}", Path(), None, patient=f"p{i}") for i, size in enumerate(sizes) for k in range(size)]
+    folds = np.bincount(module.fold_of_each(module.Survey(Path(), "", records), None, 5, []))
+    assert folds.sum() == sum(sizes) and folds.max() - folds.min() <= 5
+
+
 def test_without_scikit_learn_folds_of_patients_say_what_to_install(opened, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
     source, _ = patients_of(tmp_path / "d", 8, 2)

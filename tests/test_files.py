@@ -532,7 +532,6 @@ def test_the_sweep_leaves_alone_what_it_did_not_make(tmp_path):
 READERS = {"Image.open", "cv2.imread", "cv2.imdecode", "plt.imread", "dcmread", "pydicom.dcmread", "json.load", "json.loads", "yaml.load", "torch.load"}
 ALLOWED = {
     ("download", "json.loads"): "what a process of our own answers",
-    ("phantoms", "json.loads"): "the description of a folder of phantoms, for a comparison with the one to be made",
     ("report", "json.loads"): "a table of pandas, in memory",
 }
 
