@@ -30,10 +30,11 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_JSON_BYTES', 'MAX_DEPTH',
-           'MAX_WHOLE_BYTES', 'SIGNATURES', 'FORMATS', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS', 'BIDI',
-           'NO_SPACE', 'limit', 'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_json', 'printable',
-           'escape', 'csv_cell', 'write_then_rename', 'require_space', 'private_name', 'new_folder']
+__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_DEPTH',
+           'MAX_WHOLE_BYTES', 'SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS',
+           'BIDI', 'NO_SPACE', 'limit', 'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_text',
+           'read_json', 'printable', 'escape', 'csv_cell', 'write_then_rename', 'require_space', 'private_name',
+           'new_folder']
 
 # %% ../nbs/reference/files.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression
@@ -41,7 +42,7 @@ MAX_PIXELS = 2**28  # a picture: 16384 x 16384
 MAX_SWELL = 100  # bytes in memory for one byte of the file, where a picture takes more than MAX_FREE_BYTES
 MAX_FREE_BYTES = 480_000_000  # memory that every picture may take while it is decoded
 MAX_PIECES = 2**16  # strips or tiles of a TIFF, scans of a JPEG, elements of a DICOM header, counted frames
-MAX_JSON_BYTES = 2**24
+MAX_TEXT_BYTES = 2**24
 MAX_DEPTH = 64  # folders inside folders
 MAX_WHOLE_BYTES = 2**26  # files up to this size are read at once; what a decoder takes at once
 
@@ -72,7 +73,8 @@ class Picture(NamedTuple):
     format: str  # "PNG", "JPEG", "TIFF", "DICOM", …
     bits: int  # of a channel, as stored: 1, 8, 12 (where the file says so), 16
     frames: int  # pages or frames in the file
-    turned: bool  # an EXIF orientation was carried out
+    turned: int  # the EXIF orientation that was carried out, 0 for none
+    alpha: tuple[int, int] | None  # lowest and highest value of an alpha channel that was dropped
     digest: str  # BLAKE2b of the file's bytes, 24 hexadecimal digits: equal files are twins
 
 # %% ../nbs/reference/files.ipynb #files-010
@@ -151,16 +153,16 @@ def _require_memory(width: int, height: int, plain: float, peak: float, size: in
 
 def _require_plausible(width: int, height: int, plain: float, frames: int, size: int) -> None:
     """Raise ValueError for a large file that is far larger than its pictures: hashing it would take longer than reading them."""
-    spare = size - int(64 * width * height * plain * max(1, frames))
+    spare = size - int((64 if frames > 1 else 2) * width * height * plain * max(1, frames))
     _require_within("MAX_WHOLE_BYTES", spare, f"has {size} bytes for {frames} picture(s) of {width} x {height} pixels, {max(0, spare)} of them to spare")
 
 
-def _memory(picture: Image.Image, deep: bool) -> tuple[int, int]:
+def _memory(picture: Image.Image, deep: bool, scans: int) -> tuple[int, int]:
     """How many bytes a pixel has in the result, and in all copies while it is decoded; `deep`: colors of 16 bits."""
     bands = len(picture.getbands())
     grey = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I": 4, "F": 4}.get(picture.mode, 1)
     plain = min(bands, 3) * grey * (1 + deep)
-    extra = {"WEBP": 16, "AVIF": 12, "JPEG2000": 8 * bands}.get(picture.format, 2 * bands if picture.info.get("progressive") else 0)
+    extra = {"WEBP": 16, "AVIF": 12, "JPEG2000": 8 * bands}.get(picture.format, 2 * bands * (scans > 1))
     return plain, plain + (8 + plain if deep else grey if bands == 1 else 4) + extra
 
 # %% ../nbs/reference/files.ipynb #files-015
@@ -174,46 +176,108 @@ def _open_header(source: BinaryIO, name: str) -> Image.Image:
     return Image.OPEN[name][0](source, "")  # as Image.open does, without its guard, which is one for all threads
 
 # %% ../nbs/reference/files.ipynb #files-0161
-def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, bytes]:
-    """Where the part after the one at `at` begins (0: parts end here) and, of a JPEG, its first bytes if they hold a directory."""
+SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG markers that state the picture's size
+
+
+def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
+    """Where the part after the one at `at` begins (0: parts end here), a JPEG's marker or whether it is pixels, and what we need of it."""
     source.seek(at)
     head = source.read(8)
     if name == "PNG":
         length, kind = struct.unpack(">I4s", head)
-        return (0 if kind == b"IEND" else at + 12 + length), b""
-    if name == "JPEG2000" and head[:1] != b"\xff":
+        return (0 if kind == b"IEND" else at + 12 + length), kind == b"IDAT", b""
+    if name == "JPEG2000":
         length, kind = struct.unpack(">I4s", head)
-        if kind == b"jp2c":
-            return at + (16 if length == 1 else 8), b""  # the codestream, a list of markers
-        return (at + max(8, struct.unpack(">Q", source.read(8))[0] if length == 1 else length) if length else 0), b""
+        length, own = (struct.unpack(">Q", source.read(8))[0], 16) if length == 1 else (length, 8)
+        return (at + own if kind == b"jp2c" else at + max(own, length) if length else 0), kind == b"jp2c", b""
     if head[0] != 0xFF or head[1] in (0, 0xFF):
-        return at + 1, b""  # padding, or what does not belong here
-    if head[1] in (0x01, 0x4F, *range(0xD0, 0xD9)):
-        return at + 2, b""
-    if head[1] in (0xDA, 0xD9, 0x90, 0x93):  # pixels begin
-        return 0, b""
+        return at + 1, 0, b""  # padding, or what does not belong here
+    if head[1] in (0x01, *range(0xD0, 0xD9)):
+        return at + 2, 0, b""
+    if head[1] in (0xDA, 0xD9):  # pixels begin
+        return 0, 0, b""
     length = struct.unpack(">H", head[2:4])[0]
     source.seek(at + 4)
-    return at + 2 + max(2, length), source.read(length - 2) if head[1] in (0xE1, 0xE2) and length > 2 else b""
+    return at + 2 + max(2, length), head[1], source.read(length - 2) if head[1] in (0xE1, 0xE2, *SIZES) and length > 2 else b""
 
 
-def _require_few_parts(name: str, source: BinaryIO, size: int) -> None:
-    """Raise ValueError for a PNG, JPEG or JPEG 2000 of far too many parts before its pixels, or of an absurd directory in them."""
-    most, parts, exif = limit("MAX_PIECES") + size // 4096, 0, b""
+def _require_few_parts(name: str, source: BinaryIO, size: int) -> int:
+    """Raise ValueError for far too many or too large parts beside the pixels of a PNG, JPEG or JPEG 2000, or for an absurd directory.
+
+    Returns:
+        How many values (pixels times channels) a JPEG or JPEG 2000 states; 0 if it states no size.
+    """
+    most, parts, beside, values, exif = limit("MAX_PIECES") + size // 4096, 0, 0, 0, b""
     at = {"PNG": 8, "JPEG": 2, "JPEG2000": 0}[name]
     try:
-        while at:
-            at, held = _next_part(name, source, at)
-            exif += held[6:] if held[:6] == b"Exif\0\0" else b""
-            if held[:4] == b"MPF\0":
-                _first_directory(io.BytesIO(held[4:]), len(held))
+        while at or not parts:
+            source.seek(at)
+            if name == "JPEG2000" and source.read(2) == b"\xff\x4f":
+                return _require_few_blocks(source, at)
+            here, (at, kind, held) = at, _next_part(name, source, at)
             parts += 1
+            beside += 0 if kind is True else max(0, at - here)
             if parts > most:
                 raise _Refusal(f"consists of more than {most} parts")
+            _require_within("MAX_WHOLE_BYTES", beside, f"has {beside} bytes beside its pixels")
+            if kind in SIZES:
+                height, width, channels = struct.unpack_from(">HHB", held, 1)
+                values = max(values, height * width * channels)
+            exif += held[6:] if held[:6] == b"Exif\0\0" else b""
+            if len(exif) > 2**22:
+                raise _Refusal("has an EXIF directory of more than 4 MB")
+            if held[:4] == b"MPF\0":
+                _first_directory(io.BytesIO(held[4:]), len(held))
     except (struct.error, IndexError):
         pass  # the file ends here, which the decoder will say
     if exif:
         _first_directory(io.BytesIO(exif), len(exif))
+    return values
+
+
+def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
+    """The markers of a JPEG 2000, those of its tiles included, with what each holds."""
+    at, end = at + 2, 0
+    while True:
+        source.seek(at)
+        lead, marker, length = struct.unpack(">BBH", source.read(4).ljust(4, b"\0"))
+        if lead == 0xFF and marker == 0x93:  # a tile's data follow
+            at, end = end, 0
+            if not at:
+                return
+            continue
+        if lead != 0xFF or not 0x50 <= marker <= 0x90 or length < 2:
+            return
+        body = source.read(length - 2)
+        if marker == 0x90:
+            long = struct.unpack_from(">I", body, 2)[0]
+            end = at + long if long > 14 else 0
+        yield marker, body
+        at += 2 + length
+
+
+def _require_few_blocks(source: BinaryIO, at: int) -> int:
+    """Raise ValueError for a JPEG 2000 of millions of tiles, precincts, code blocks or layers; returns how many values it states."""
+    values = tiles = 0
+    for step, (marker, body) in enumerate(_codestream(source, at)):
+        _require_within("MAX_PIECES", step, f"has {step} markers")
+        if marker == 0x51:
+            right, bottom, left, top, width, height, x, y, channels = struct.unpack_from(">8IH", body, 2)
+            values = max(0, right - left) * max(0, bottom - top) * channels
+            tiles = channels * -(-(right - x) // max(1, width)) * -(-(bottom - y) // max(1, height))
+        elif marker in (0x52, 0x53):  # of all channels, of one
+            first = 5 if marker == 0x52 else 2
+            layers = int.from_bytes(body[2:4], "big") if marker == 0x52 else 1
+            levels, across, down = body[first], (body[first + 1] & 15) + 2, (body[first + 2] & 15) + 2
+            sizes = body[first + 5:first + 6 + levels] if body[first - 5 if marker == 0x52 else first - 1] & 1 else b"\xff" * (levels + 1)
+            blocks = precincts = 0
+            for level, size in enumerate(sizes):
+                here = values >> 2 * (levels - level)
+                precincts += tiles + (here >> (size & 15) + (size >> 4))
+                blocks += tiles + (here >> min(across, size & 15) + min(down, size >> 4))
+            if blocks > limit("MAX_PIECES") + values // 256 or precincts * layers > 2**22:
+                raise _Refusal(f"is cut into {blocks} blocks and {layers} layers: save it as PNG")
+    return values
 
 # %% ../nbs/reference/files.ipynb #files-0162
 TIFF_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # of an entry's type; 1 for all others
@@ -325,7 +389,9 @@ def _array(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
-            raise _Refusal(f"holds values from {values.min()} to {values.max()}, outside 16 bits: save it with 8 or 16 bits")
+            remedy = "add an offset that makes them positive" if values.min() < 0 else "divide them"
+            raise _Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: {remedy}, and save "
+                           "it with 8 or 16 bits")
         return values.astype(np.uint16)
     if picture.mode in ("1", "L", "P", "LA", "La", "PA"):
         return np.array(picture.getchannel(0) if len(picture.getbands()) > 1 else picture).astype(np.uint8, copy=False)
@@ -382,23 +448,32 @@ def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
     return tags[0x0112][1] if 0x0112 in tags else int(stated[1]) if stated else 1
 
 
+def _scans(source: BinaryIO) -> int:
+    """How often a JPEG's decoder goes over the picture, at most (embedded previews are counted, too)."""
+    source.seek(0)
+    return sum(part.count(b"\xff\xda") for part in iter(lambda: source.read(2**20), b""))
+
+
+def _require_few_scans(scans: int, samples: int) -> None:
+    """Raise ValueError for a JPEG that its decoder would go over for minutes."""
+    if scans > 64 and scans * samples > 2**31:
+        raise _Refusal(f"is decoded in {scans} scans of {samples} values: save it as PNG")
+
+
 SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 
 def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int) -> None:
     """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
     width, height = picture.size
-    plain, peak = _memory(picture, deep)
+    scans = _scans(source) if picture.format in ("JPEG", "MPO") else 1
+    plain, peak = _memory(picture, deep, scans)
     _require_memory(width, height, plain, peak, size)
     _require_plausible(width, height, plain, frames, size)
     samples = width * height * len(picture.getbands())
     if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
         raise _Refusal(f"has {width} x {height} pixels in {size} bytes of a form that is read slowly: save it as PNG")
-    if picture.info.get("progressive"):
-        source.seek(0)
-        scans = sum(part.count(b"\xff\xda") for part in iter(lambda: source.read(2**20), b""))
-        if scans > 64 and scans * samples > 2**32:
-            raise _Refusal(f"is decoded in {scans} scans of {width} x {height} pixels: save it as PNG")
+    _require_few_scans(scans, samples)
 
 # %% ../nbs/reference/files.ipynb #files-021
 def _structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tuple[int, int]], int]:
@@ -430,22 +505,27 @@ def _indices(picture: Image.Image) -> np.ndarray | None:
     return np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
 
 
-def _raster(source: BinaryIO, name: str, size: int) -> tuple:
-    """Values, palette, format, bits, frames and whether it was turned, of a file of one of FORMATS."""
+def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tuple:
+    """The first fields of the Picture of a file of one of FORMATS."""
     tags, frames = _structure(name, source, size)
     with _open_header(source, name) as picture:
         bits = _depth(picture, source)
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
         frames = frames or getattr(picture, "n_frames", 1)
         _judge(picture, deep, frames, source, size)
+        highest = picture.tile[0][3][1:] if name == "PPM" and picture.tile and isinstance(picture.tile[0][3], tuple) else ()
         values = _deep_color(source) if deep else _values(picture)
+        if stored_values and highest:  # Pillow has brought them to the full range
+            values = np.rint(values * (highest[0] / np.iinfo(values.dtype).max)).astype(values.dtype)
         bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
         if values.dtype == np.uint16 and tags.get(262, (1, 1))[1] == 0:  # WhiteIsZero, which Pillow honors up to 8 bits
             values = np.uint16(2**bits - 1) - values
-        turn = UPRIGHT.get(_orientation(picture, tags))
+        orientation = _orientation(picture, tags)
+        turn = UPRIGHT.get(orientation)
+        alpha = picture.getextrema()[-1] if not deep and picture.getbands()[-1] in ("A", "a") else None
         if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):  # a TIFF is upright as it comes from Pillow or OpenCV
             values = np.ascontiguousarray(turn(values))
-        return values, _indices(picture), picture.format, bits, frames, turn is not None
+        return values, _indices(picture), picture.format, bits, frames, orientation if turn else 0, alpha
 
 # %% ../nbs/reference/files.ipynb #files-023
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -469,47 +549,71 @@ def _transfer_syntax(head: bytes) -> tuple[str, int]:
     raise _Refusal("cannot be read as DICOM (its file meta information is damaged)")
 
 
-def _inflated(source: BinaryIO, size: int) -> BinaryIO:
-    """A DICOM file whose data set is compressed, with the data set decompressed, within limits; any other file as it is."""
-    source.seek(0)
-    syntax, begin = _transfer_syntax(source.read(2**16))
-    if syntax != DEFLATED:
-        return source
-    source.seek(begin)
-    most = max(MAX_WHOLE_BYTES, limit("MAX_SWELL") * size)
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = inflater.decompress(source.read(), most)
-    if inflater.unconsumed_tail:
-        raise _Refusal(f"would swell from {size / 1e6:.1f} MB to more than {most / 1e6:.0f} MB: set the environment variable "
-                       f"QTSEG_MAX_SWELL to more than {limit('MAX_SWELL')} if you trust this file")
-    source.seek(0)
-    plain = DEFLATED[:-3] + "\0\0\0"  # the same without compression, as long
-    return io.BytesIO(source.read(begin).replace(DEFLATED.encode(), plain.encode()) + data)
+class _Inflating:
+    """Reads forward through a compressed DICOM data set, which is never in memory as a whole."""
+
+    def __init__(self, source: BinaryIO, size: int):
+        self.source, self.size, self.at, self.inflater = source, size, 0, zlib.decompressobj(-zlib.MAX_WBITS)
+        self.most = max(MAX_WHOLE_BYTES, limit("MAX_SWELL") * size)
+
+    def read(self, count: int) -> bytes:
+        parts = []
+        while count > 0 and not self.inflater.eof:
+            given = self.inflater.unconsumed_tail or self.source.read(2**12)
+            parts.append(self.inflater.decompress(given, count))
+            if not given and not parts[-1]:
+                break
+            self.at += len(parts[-1])
+            count -= len(parts[-1])
+        if self.at > self.most:
+            raise _Refusal(f"would swell from {self.size / 1e6:.1f} MB to more than {self.most / 1e6:.0f} MB: set the environment variable "
+                           f"QTSEG_MAX_SWELL to more than {limit('MAX_SWELL')} if you trust this file")
+        return b"".join(parts)
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, count: int, _: int) -> None:
+        end = self.at + count
+        while self.at < end and self.read(min(end - self.at, 2**20)):
+            pass
 
 # %% ../nbs/reference/files.ipynb #files-024
-def _frame_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that a JPEG or JPEG 2000 inside a DICOM file states itself; None for any other data."""
-    if data[:4] == b"\xff\x4f\xff\x51":
-        right, bottom, left, top = struct.unpack_from(">4I", data, 8)
-        return right - left, bottom - top
-    at = 2
-    while data[:2] == b"\xff\xd8" and data[at:at + 1] == b"\xff":
-        marker, length = struct.unpack_from(">BH", data, at + 1)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
-            return struct.unpack_from(">HH", data, at + 5)[::-1]
-        at += 2 + length
-    return None
+def _require_few_runs(frame: bytes, pixels: int) -> None:
+    """Raise ValueError for a frame in DICOM's run-length code that becomes far more than its pixels, or holds millions of runs."""
+    offsets = struct.unpack_from("<16I", frame)
+    left = 128 * limit("MAX_PIECES")
+    for at, end in zip(offsets[1:], (*offsets[2:], 0)):
+        end, room = min(end or len(frame), len(frame)), 2 * pixels + 2**16
+        while 64 <= at < end:
+            code = frame[at]
+            if code > 128:  # one byte, repeated
+                at, room = at + 2, room - 257 + code
+            else:  # bytes as they are; 128 means nothing
+                at, room = at + 1 + (code + 1) % 129, room - code - 1
+            left -= 1
+            if room < 0 or left < 0:
+                raise _Refusal(f"holds a frame of {pixels} pixels in far more or far longer runs: save it without compression")
 
 
-def _require_honest_frame(source: BinaryIO, at: int, rows: int, columns: int) -> None:
-    """Raise ValueError if a compressed first frame states more pixels than the header; the pixel data begin at `at`."""
-    source.seek(at + 12)
-    offsets = source.read(8)
-    if offsets[:4] == b"\xfe\xff\0\xe0":
-        source.seek(struct.unpack("<I", offsets[4:])[0] + 8, os.SEEK_CUR)
-        stated = _frame_size(source.read(2**16))
-        if stated and stated[0] * stated[1] > rows * columns:
-            raise _Refusal(f"states {columns} x {rows} pixels, and {stated[0]} x {stated[1]} inside its compressed frame")
+def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, rle: bool) -> int:
+    """Raise ValueError if a compressed frame of a DICOM states more than the header, or is cut into far too much.
+
+    Returns:
+        Bytes that its decoder needs for each value.
+    """
+    if rle:
+        _require_few_runs(frame, rows * columns)
+        return 0
+    name = _format(frame[:132])
+    if name not in ("JPEG", "JPEG2000"):
+        raise _Refusal("holds a compressed frame that is neither JPEG nor JPEG 2000")
+    source = io.BytesIO(frame)
+    values, scans = _require_few_parts(name, source, len(frame)), _scans(source) if name == "JPEG" else 1
+    if not 0 < values <= rows * columns * samples:
+        raise _Refusal(f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its compressed frame")
+    _require_few_scans(scans, values)
+    return 8 if name == "JPEG2000" else 2 * (scans > 1)
 
 # %% ../nbs/reference/files.ipynb #files-025
 def _window(header, values: np.ndarray) -> tuple[float, float]:
@@ -558,23 +662,39 @@ class _Elements:
     OPEN, ITEM, ITEM_END, SEQUENCE_END = 0xFFFFFFFF, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
     def __init__(self, source: BinaryIO, syntax: str):
-        self.source, self.steps = source, 0
+        self.source, self.steps, self.kept = source, 0, bytearray()
         self.implicit, self.order = syntax == "1.2.840.10008.1.2", "<>"[syntax == "1.2.840.10008.1.2.2"]
 
-    def head(self) -> tuple[int, bytes, int] | None:
+    def _read(self, count: int) -> bytes:
+        data = self.source.read(count)
+        self.kept += data
+        if len(self.kept) > 2**22:
+            raise _Refusal("describes its pixels in more than 4 MB")
+        return data
+
+    def head(self) -> tuple[int, str, int] | None:
         """Tag, kind of value and length of the element that begins here; None at the end of the file."""
         self.steps += 1
-        _require_within("MAX_PIECES", self.steps, f"has {self.steps} elements before its pixels")
-        data = self.source.read(8)
+        _require_within("MAX_PIECES", self.steps, f"has {self.steps} elements or fragments of pixels")
+        data = self._read(8)
         if len(data) < 8:
             return None
         group, element, kind, length = struct.unpack(self.order + "HH2sH", data)
         tag = group << 16 | element
         if self.implicit or group == 0xFFFE or not re.fullmatch(rb"[A-Z]{2}", kind):
-            return tag, b"", struct.unpack(self.order + "I", data[4:])[0]
-        return tag, kind, struct.unpack(self.order + "I", self.source.read(4))[0] if kind in self.LONG else length
+            return tag, "", struct.unpack(self.order + "I", data[4:])[0]
+        return tag, kind.decode(), struct.unpack(self.order + "I", self._read(4))[0] if kind in self.LONG else length
 
-    def skip(self) -> None:
+    def value(self, length: int, keep: bool) -> None:
+        """Pass over a value, or keep it."""
+        if length == self.OPEN:
+            self._sequence(keep)
+        elif keep:
+            self._read(min(length, 2**22 + 1))
+        else:
+            self.source.seek(length, os.SEEK_CUR)
+
+    def _sequence(self, keep: bool) -> None:
         """Pass over a sequence of unknown length, whatever is nested in it."""
         depth = 1
         while depth and (found := self.head()):
@@ -584,79 +704,119 @@ class _Elements:
             elif length == self.OPEN:
                 depth += 1
             else:
-                self.source.seek(length, os.SEEK_CUR)
+                self.value(length, keep)
+
+    def fragments(self) -> list[tuple[int, int]]:
+        """Where the fragments of compressed pixels are, and how long; the first is a table of frames."""
+        found = []
+        while (head := self.head()) and head[0] == self.ITEM:
+            found.append((self.source.tell(), head[2]))
+            self.source.seek(head[2], os.SEEK_CUR)
+        return found
 
 # %% ../nbs/reference/files.ipynb #files-0256
-class _Described(NamedTuple):
-    """A DICOM file's header without all that does not describe its pixels, and where its pixel data are."""
+def _describe(source: BinaryIO, size: int) -> tuple[bytes, _Elements, tuple[int, str, int]]:
+    """Walk over a DICOM file's elements up to its pixels; ValueError if there are too many, or no pixels.
 
-    head: bytes  # a DICOM file without pixels
-    source: BinaryIO
-    start: int  # of the pixel data element
-    value: int  # of the pixel data
-    length: int  # in bytes
-    compressed: bool
-
-
-def _describe(source: BinaryIO, size: int) -> _Described:
-    """Walk over a DICOM file's elements up to its pixels; ValueError if there are too many, or no pixels."""
-    source = _inflated(source, size)
+    Returns:
+        A DICOM file of what describes the pixels, the walk, and tag, kind and length of the pixels, which come next.
+    """
     source.seek(0)
     syntax, begin = _transfer_syntax(source.read(2**16))
     source.seek(0)
     head = source.read(begin)
-    walk = _Elements(source, syntax)
-    while (start := source.tell()) and (found := walk.head()):
+    if syntax == DEFLATED:
+        source, head = _Inflating(source, size), head.replace(DEFLATED.encode(), (DEFLATED[:-3] + "\0\0\0").encode())
+    walk, kept = _Elements(source, syntax), 0
+    while found := walk.head():
         tag, _, length = found
-        value = source.tell()
         if tag >= 0x7FE00008:
-            there = source.seek(0, os.SEEK_END) - value
-            if length != walk.OPEN and there < length:
-                raise _Refusal(f"cannot be read as DICOM (its pixel data are cut off: {there} of {length} bytes)")
-            return _Described(head, source, start, value, min(length, there), length == walk.OPEN)
-        walk.skip() if length == walk.OPEN else source.seek(length, os.SEEK_CUR)
-        end = source.tell()
-        if tag >> 16 in (0x28, 0x7FE0) and end - value <= 2**18:
-            source.seek(start)
-            head += source.read(end - start)
+            return head + walk.kept[:kept], walk, found
+        walk.value(length, keep := tag >> 16 == 0x28)
+        kept = len(walk.kept) if keep else kept
+        del walk.kept[kept:]
     raise _Refusal("cannot be read as DICOM (it holds no pixels)")
 
-# %% ../nbs/reference/files.ipynb #files-026
-def _dicom(source: BinaryIO, size: int) -> tuple:
-    """Values, palette, format, bits, frames and whether it was turned, of a DICOM file; needs pydicom 3."""
-    from pydicom import dcmread
-    from pydicom.pixels import apply_color_lut, pixel_array
 
-    found = _describe(source, size)
-    header = dcmread(io.BytesIO(found.head))
+def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
+    """The compressed first frame of a DICOM, whose fragments come next; ValueError if it has more than `most` bytes."""
+    source, fragments = walk.source, walk.fragments()
+    if len(fragments) < 2:
+        raise _Refusal("cannot be read as DICOM (it holds no compressed frame)")
+    table, length = fragments.pop(0)
+    source.seek(table)
+    end = struct.unpack("<II", source.read(8))[1] if length >= 8 else 0  # where the second frame begins
+    first = []
+    for at, length in fragments:
+        if end and at - fragments[0][0] >= end:
+            break
+        first.append((at, length))
+        source.seek(at + max(0, length - 10))
+        if not end and frames > 1 and (frames == len(fragments) or b"\xff\xd9" in source.read(min(length, 10))):
+            break
+    total = sum(length for _, length in first)
+    if total > most:
+        raise _Refusal(f"holds a compressed frame of {total} bytes, far more than its pixels")
+    parts = [source.read(length) for at, length in first if source.seek(at) >= 0]
+    if sum(map(len, parts)) < total:
+        raise _Refusal("cannot be read as DICOM (its pixel data are cut off)")
+    return b"".join(parts)
+
+# %% ../nbs/reference/files.ipynb #files-026
+def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
+    """Grey values of a DICOM [H, W] as they are stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative ones."""
+    if values.min() < 0 or values.max() > 65535:
+        raise _Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read as a mask")
+    values = values.astype(np.uint8 if bits <= 8 else np.uint16)
+    return values.dtype.type(2**bits - 1) - values if header.PhotometricInterpretation == "MONOCHROME1" else values
+
+
+def _dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
+    """The first fields of the Picture of a DICOM file; needs pydicom 3."""
+    from pydicom import dcmread
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.uid import RLELossless
+
+    head, walk, (tag, kind, length) = _describe(source, size)
+    header = dcmread(io.BytesIO(head))
     rows, columns, samples, stored, allocated = (
         int(header[key].value) for key in ("Rows", "Columns", "SamplesPerPixel", "BitsStored", "BitsAllocated"))
     each = samples * -(-allocated // 8)  # bytes of a pixel
+    most, syntax = rows * columns * each, header.file_meta.TransferSyntaxUID
     _require_memory(columns, rows, each, 2 * each + (24 if allocated > 16 else 2), size)
     frames = int(header.get("NumberOfFrames") or 1)
     _require_plausible(columns, rows, each, frames, size)
-    if found.compressed:
-        _require_within("MAX_FREE_BYTES", 2 * found.length, f"holds {found.length} bytes of compressed frames")
-    needed = found.length if found.compressed else min(found.length, rows * columns * each)  # the first frame is enough
-    found.source.seek(found.start)
-    whole = io.BytesIO(found.head + found.source.read(found.value - found.start + needed))
-    _require_honest_frame(whole, len(found.head), rows, columns)
-    values = pixel_array(whole, index=0)  # YBR has become RGB
+    if syntax.is_encapsulated:
+        frame = _first_frame(walk, frames, 2 * most + 2**20)
+        extra = samples * _require_honest_frame(frame, rows, columns, samples, syntax == RLELossless)
+        _require_memory(columns, rows, each, 4 * each + extra, size)
+        frame = encapsulate([frame])
+    elif length == walk.OPEN:
+        raise _Refusal("cannot be read as DICOM (it states no length of its pixel data)")
+    else:  # the first frame is enough
+        needed = min(most, -(-length // max(1, frames)))
+        frame = walk.source.read(needed)
+        if len(frame) < needed:
+            raise _Refusal(f"cannot be read as DICOM (its pixel data are cut off: {len(frame)} of {length} bytes)")
+    header.add_new(tag, kind or "OW", frame)
+    header.NumberOfFrames = 1
+    values = pixel_array(header, index=0)  # YBR has become RGB
     if header.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, header)
         values = values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
     elif values.ndim == 3:
         values = values if values.dtype == np.uint8 else (values >> max(stored - 8, 0)).astype(np.uint8)
     else:
-        values = _on_screen(values, header)
-    return np.ascontiguousarray(values), None, "DICOM", stored, frames, False
+        values = _as_stored(values, header, stored) if stored_values else _on_screen(values, header)
+    return np.ascontiguousarray(values), None, "DICOM", stored, frames, 0, None
 
 # %% ../nbs/reference/files.ipynb #files-027
 OTHERS = {"a PostScript (EPS) file": rb"%!PS|\xc5\xd0\xd3\xc6", "a PDF file": rb"%PDF", "a Photoshop file": rb"8BPS", "an icon": rb"\0\0[\x01\x02]\0",
           "a ZIP archive": rb"PK\x03\x04", "a gzip file": rb"\x1f\x8b", "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
 
 
-def _decode(source: BinaryIO, size: int) -> tuple:
+def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
     """What `_raster` or `_dicom` reads from a file; ValueError in one sentence, whatever a decoder raises."""
     head = source.read(132)
     name = _format(head)
@@ -664,7 +824,7 @@ def _decode(source: BinaryIO, size: int) -> tuple:
         other = next((other for other, pattern in OTHERS.items() if re.match(pattern, head)), "no image, or damaged at its very beginning")
         raise _Refusal(f"cannot be read ({other}): images are {', '.join(FORMATS)} and DICOM files")
     try:
-        return _dicom(source, size) if name == "DICOM" else _raster(source, name, size)
+        return _dicom(source, size, stored_values) if name == "DICOM" else _raster(source, name, size, stored_values)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('is a DICOM file, which needs pydicom: pip install "pydicom>=3"') from error
     except _Refusal:
@@ -673,21 +833,22 @@ def _decode(source: BinaryIO, size: int) -> tuple:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the picture
         reason = printable(" ".join(str(error).split()))[:300] or type(error).__name__
-        if isinstance(error, (struct.error, IndexError, EOFError)):
+        if isinstance(error, (struct.error, IndexError, EOFError)) or "requires a buffer" in reason:
             reason = "it ends too early, or its header is damaged"
         if isinstance(error, Image.DecompressionBombError):
             reason = "it has more pixels than Pillow reads of this format: save it as PNG or TIFF"
         raise ValueError(f"cannot be read {'as DICOM' if name == 'DICOM' else 'to its end'} ({reason})") from error
 
 
-def read_picture(path: str | os.PathLike) -> Picture:
+def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Picture:
     """Read one image file, whatever its name.
 
     Args:
         path: A PNG, JPEG, TIFF, … (`FORMATS`) or DICOM file, or a link to one.
+        stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must.
 
     Returns:
-        The `Picture`. Grey DICOM values are brought to 8 bits as a screen would show them.
+        The `Picture`. Unless `stored_values` is set, grey DICOM values are brought to 8 bits as a screen would show them.
 
     Raises:
         ValueError: The file is refused or damaged; the sentence continues "FILE ", which the caller puts in front.
@@ -697,7 +858,7 @@ def read_picture(path: str | os.PathLike) -> Picture:
     with _open_regular(path) as file:
         try:
             source, size = _source(file)
-            decoded = _decode(source, size)
+            decoded = _decode(source, size, stored_values)
         except _Refusal as error:
             raise ValueError(str(error)) from error.__cause__
         return Picture(*decoded, _digest(source))
@@ -760,7 +921,9 @@ def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]
             continue
         for entry in entries:
             path = place / entry.name
-            if not entry.name.startswith(".") and _is_folder(entry):
+            if entry.name in ("__MACOSX", "@eaDir"):  # of archives from a Mac, of a Synology server
+                passed.append((path, "hidden"))
+            elif not entry.name.startswith(".") and _is_folder(entry):
                 (links if entry.is_symlink() else folders).append((path, depth + 1))
             elif reason := _reason(entry):
                 passed.append((path, reason))
@@ -774,6 +937,22 @@ def same_form(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 # %% ../nbs/reference/files.ipynb #files-034
+def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
+    """Read a text file (UTF-8, with or without a byte order mark) of at most MAX_TEXT_BYTES; `errors` as in bytes.decode.
+
+    Raises:
+        ValueError: One sentence that names the file: no regular file, too large, not UTF-8.
+        OSError: It cannot be opened.
+    """
+    try:
+        with _open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            _require_within("MAX_TEXT_BYTES", size, f"has {size} bytes")
+            return file.read(size).decode("utf-8-sig", errors)
+    except ValueError as error:
+        raise ValueError(f"{path} is no text that can be read ({printable(error)[:300]})") from None
+
+
 def read_json(path: str | os.PathLike) -> dict:
     """Read a JSON object.
 
@@ -787,11 +966,8 @@ def read_json(path: str | os.PathLike) -> dict:
             raise ValueError("an object names a key twice")
         return entries
 
+    text = read_text(path)
     try:
-        with _open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            _require_within("MAX_JSON_BYTES", size, f"has {size} bytes")
-            text = file.read(size).decode("utf-8-sig")
         found = json.loads(text, object_pairs_hook=once)
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()  # half a character cannot be written again

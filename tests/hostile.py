@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless, generate_uid
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -19,15 +19,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def deflated(head: bytes, zeros: int) -> bytes:
-    """`head` and so many zeros in deflate's form: one compressed block again and again, which takes no time."""
+def deflated(head: bytes, zeros: int, tail: bytes = b"") -> bytes:
+    """`head`, so many zeros and `tail` in deflate's form: one compressed block again and again, which takes no time."""
     def packed(data: bytes, mode: int) -> bytes:
         packer = zlib.compressobj(9, wbits=-15)
         return packer.compress(data) + packer.flush(mode)
 
     block = 2**20
     return (packed(head, zlib.Z_FULL_FLUSH) + packed(bytes(block), zlib.Z_FULL_FLUSH) * (zeros // block)
-            + packed(bytes(zeros % block), zlib.Z_FINISH))
+            + packed(bytes(zeros % block) + tail, zlib.Z_FINISH))
 
 
 def png(width: int, height: int, depth: int = 8, color: int = 0, rows: int | None = None) -> bytes:
@@ -129,6 +129,93 @@ def _elements(count: int) -> bytes:
     return data[:at] + b"\x09\0\x10\0LO\0\0" * count + data[at:]
 
 
+def _described(count: int) -> Callable[[Path], None]:
+    """A DICOM header whose group 0028 is long; most of it is a hole in the file."""
+    def write(path: Path) -> None:
+        data = _elements(0)
+        at = data.index(b"\x28\0\x02\0US")
+        with path.open("wb") as stream:
+            stream.write(data[:at])
+            for i in range(count):
+                stream.write(struct.pack("<HH4sI", 0x28, 0x7000 + i, b"OB\0\0", 2**18))
+                stream.seek(2**18, os.SEEK_CUR)
+            stream.write(data[at:])
+    return write
+
+
+def _lying(change: Callable[[bytes], bytes], fragments: int = 1, mode: str = "L") -> Callable[[Path], None]:
+    """A DICOM of 8 x 8 pixels whose compressed frame, changed somehow, states 13000 x 13000."""
+    data = dicom(b"", JPEGBaseline8Bit)
+    data.PixelData = encapsulate([change(jpeg(8, 8, stated=(13000, 13000), mode=mode))], fragments_per_frame=fragments)
+    return save(data)
+
+
+def codestream(width: int, height: int, layers: int = 1, precinct: int = 0x77, tile: int = 0) -> bytes:
+    """A JPEG 2000 of one channel without any data."""
+    def part(marker: int, body: bytes) -> bytes:
+        return struct.pack(">HH", marker, len(body) + 2) + body
+
+    size = struct.pack(">H8IH", 0, width, height, 0, 0, tile or width, tile or height, 0, 0, 1) + b"\7\1\1"
+    coding = struct.pack(">BBHBBBBBBB", 1, 0, layers, 0, 0, 0, 0, 0, 1, precinct)
+    return (b"\xff\x4f" + part(0xFF51, size) + part(0xFF52, coding) + part(0xFF5C, b"\x40\x40")
+            + part(0xFF90, struct.pack(">HIBB", 0, 14, 0, 1)) + b"\xff\x93\xff\xd9")
+
+
+def _boxed(stream: bytes) -> bytes:
+    """A codestream in the boxes of a JPEG 2000 file."""
+    return b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">I4s", 0, b"jp2c") + stream
+
+
+def several_scans(width: int, height: int, times: int) -> bytes:
+    """A JPEG that is not progressive, with one scan for each color, again and again."""
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(stream, "JPEG", subsampling=0)
+    head = bytearray(stream.getvalue()[:stream.getvalue().index(b"\xff\xda")])
+    at = head.index(b"\xff\xc0")
+    head[at + 5:at + 9] = struct.pack(">HH", height, width)
+    scans = b"".join(b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, color, table, 0, 63, 0) + b"\0\0" for color, table in ((1, 0), (2, 0x11), (3, 0x11)))
+    return bytes(head) + scans * times + b"\xff\xd9"
+
+
+def comments_of_holes(path: Path) -> None:
+    """A JPEG of 8 x 8 pixels with half a gigabyte of comments."""
+    data = jpeg(8, 8)
+    with path.open("wb") as stream:
+        stream.write(data[:2])
+        for _ in range(8000):
+            stream.write(b"\xff\xfe\xff\xff")
+            stream.seek(65533, os.SEEK_CUR)
+        stream.write(data[2:])
+
+
+def chunk_of_a_hole(path: Path) -> None:
+    """A PNG of 16 x 16 pixels with a chunk of 900 MB that takes no place on the disk."""
+    data = png(16, 16)
+    with path.open("wb") as stream:
+        stream.write(data[:33] + struct.pack(">I", 900_000_000) + b"vpAg")
+        stream.seek(900_000_004, os.SEEK_CUR)
+        stream.write(data[33:])
+
+
+def pixels_of_a_hole(path: Path) -> None:
+    """A PNG whose pixels end early, in a chunk of 900 MB."""
+    data = png(4000, 4000, rows=4000)
+    at = data.index(b"IDAT")
+    with path.open("wb") as stream:
+        stream.write(data[:at - 4] + struct.pack(">I", 900_000_000) + data[at:-16])
+        stream.seek(900_000_000 + at + 4)
+        stream.write(bytes(4) + chunk(b"IEND", b""))
+
+
+def _deflated_beside(zeros: int, spare: int = 0) -> bytes:
+    """A deflated DICOM of 8 x 8 pixels with so many zeros in an element before them, and spare bytes behind."""
+    stream = io.BytesIO()
+    dicom(bytes(64), DeflatedExplicitVRLittleEndian).save_as(stream, enforce_file_format=True)
+    begin = 144 + struct.unpack_from("<I", stream.getvalue(), 140)[0]
+    plain = zlib.decompress(stream.getvalue()[begin:], -15)
+    return stream.getvalue()[:begin] + deflated(b"\x09\0\x01\x10OB\0\0" + struct.pack("<I", zeros), zeros, plain[plain.index(b"\x28\0\x02\0US"):]) + bytes(spare)
+
+
 def _nested(depth: int) -> bytes:
     """A DICOM header of sequences in sequences."""
     data = _elements(0)
@@ -178,6 +265,16 @@ FILES: dict[str, Callable[[Path], object]] = {
     "stated.webp": write(b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\x3f\0\xff\x3f\0VP8 \0\0\0\0"),
     "stated.jp2": write(b"\xff\x4f\xff\x51\0\x29\0\0" + struct.pack(">8IH", 2**30, 2**30, 0, 0, 2**30, 2**30, 0, 0, 1) + b"\7\1\1\xff\x90\0\x0a\0\0\0\0\0\0\0\1\xff\x93"),
     "tiny_tiles.jp2": write(b"\xff\x4f\xff\x51\0\x29\0\0" + struct.pack(">8IH", 16000, 16000, 0, 0, 1, 1, 0, 0, 1) + b"\7\1\1\xff\x90\0\x0a\0\0\0\0\0\0\0\1\xff\x93"),
+    "tiles.jp2": write(codestream(4000, 4000, tile=16)),
+    "precincts.jp2": write(codestream(6900, 6900, precinct=0x11)),
+    "boxed_precincts.jp2": write(_boxed(codestream(2000, 2000, precinct=0))),
+    "layers.jp2": write(codestream(600, 600, layers=65535, precinct=0x11)),
+    "several_scans.jpg": write(lambda: several_scans(8200, 8200, 1)),
+    "repeated_scans.jpg": write(lambda: several_scans(4000, 4000, 1000)),
+    "comments.jpg": comments_of_holes,
+    "exif.jpg": write(lambda: (data := jpeg(8, 8))[:2] + b"".join(b"\xff\xe1\xff\xffExif\0\0" + bytes(65527) for _ in range(900)) + data[2:]),
+    "chunk.png": chunk_of_a_hole,
+    "pixels.png": pixels_of_a_hole,
     "plain.ppm": write(lambda: b"P3 9000 1000 255\n" + b"0 " * 27_000_000),
     "maximum.ppm": write(lambda: b"P5 6000 6000 99\n" + bytes(36_000_000)),
     "runs.qoi": write(lambda: b"qoif" + struct.pack(">IIBB", 12000, 12000, 3, 0) + b"\xfd" * (12000 * 12000 // 62)),
@@ -206,6 +303,18 @@ FILES: dict[str, Callable[[Path], object]] = {
     "samples.dcm": save(dicom(bytes(64), Rows=8000, Columns=8000, SamplesPerPixel=60000)),
     "stated.dcm": save(dicom(bytes(64), Rows=65535, Columns=65535, BitsAllocated=32)),
     "lying_jpeg.dcm": save(dicom([jpeg(8, 8, stated=(65500, 2600))], JPEGBaseline8Bit)),
+    "deflated_beside.dcm": write(lambda: _deflated_beside(490_000_000)),
+    "deflated_beside_and_padded.dcm": write(lambda: _deflated_beside(490_000_000, 4_450_000)),
+    "described.dcm": _described(400),
+    "boxed.dcm": save(dicom([_boxed(codestream(5000, 5000))], JPEG2000Lossless)),
+    "comments.dcm": _lying(lambda data: data[:2] + (b"\xff\xfe\xff\xff" + bytes(65533)) * 2 + data[2:]),
+    "fill.dcm": _lying(lambda data: data[:2] + b"\xff" + data[2:]),
+    "fragments.dcm": _lying(lambda data: data, fragments=4),
+    "channels.dcm": save(dicom([jpeg(6000, 6000, mode="RGB")], JPEGBaseline8Bit, Rows=6000, Columns=6000)),
+    "precincts.dcm": save(dicom([codestream(6900, 6900, precinct=0x11)], JPEG2000Lossless, Rows=6900, Columns=6900)),
+    "scans.dcm": save(dicom([jpeg(4000, 4000, 3000)], JPEGBaseline8Bit, Rows=4000, Columns=4000)),
+    "runs.dcm": save(dicom([struct.pack("<16I", 1, 64, *[0] * 14) + bytes(24_000_000)], RLELossless, Rows=4000, Columns=3000)),
+    "runs_that_swell.dcm": save(dicom([rle(2**30)], RLELossless, Rows=4000, Columns=4000)),
     "elements.dcm": write(lambda: _elements(3_000_000)),
     "nested.dcm": write(lambda: _nested(100_000)),
     # damaged ones
