@@ -37,7 +37,7 @@ import torch
 from .data import SegmentationData, normalise
 from .distributed import read_yaml
 from .evaluation import aligned, multiply_adds
-from .files import printable, read_json, write_then_rename
+from .files import printable, read_json, read_text, write_then_rename
 from .metrics import hard_masks
 from .model import load_network
 from .training import BEST, RESUMABLE, Result, TrainConfig, build_network, fit, mask_pictures, recipe_changes
@@ -447,7 +447,8 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
     row = {"run": run.name, "arm": run.arm, "seed": run.seed, "fold": run.fold, "state": _state(folder), "epochs": config.epochs,
            "epoch": 0, "dice": None, "seconds": None, "error": ""}
     if history.is_file():
-        row["epoch"] = max(0, history.read_bytes().count(b"\n") - 1)
+        with history.open("rb") as file:
+            row["epoch"] = max(0, sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) - 1)
     if row["state"] == "done":
         metrics = _metrics(folder)
         row |= {"dice": metrics["test"]["dice"], "seconds": metrics["train"]["seconds"]}
@@ -635,7 +636,7 @@ def _interrupt(session: str, folders: Sequence[str]) -> None:
     children = {child.pid for child in _need("psutil").Process().children()}
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            owner, host = Path(folder, ".lock").read_text(encoding="utf-8").split()
+            owner, host = read_text(Path(folder, ".lock")).split()
             if host == socket.gethostname() and int(owner) in children - _ASKED:
                 _ASKED.add(int(owner))
                 os.kill(int(owner), signal.SIGINT)

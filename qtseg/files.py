@@ -5,6 +5,7 @@
 # %% ../nbs/reference/files.ipynb #files-003
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import io
@@ -33,8 +34,8 @@ from PIL import Image
 __all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_DEPTH',
            'MAX_WHOLE_BYTES', 'SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS',
            'BIDI', 'NO_SPACE', 'limit', 'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_text',
-           'read_json', 'printable', 'escape', 'csv_cell', 'write_then_rename', 'require_space', 'private_name',
-           'new_folder']
+           'read_json', 'read_rows', 'printable', 'escape', 'csv_cell', 'write_then_rename', 'require_space',
+           'private_name', 'new_folder']
 
 # %% ../nbs/reference/files.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression
@@ -976,6 +977,19 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no JSON object but {type(found).__name__}")
     return found
+
+
+def read_rows(path: str | os.PathLike, most: int = 100_000) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file, one at a time; ValueError (see `read_text`), also for more than `most` rows or 64 columns."""
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        head = rows.fieldnames or ()
+        for number, row in enumerate(rows if len(head) <= 64 else [{}]):
+            if number == most or len(head) > 64:
+                raise ValueError(f"it has more than {most} rows or 64 columns")
+            yield row
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is no table that can be read ({printable(error)[:300]})") from None
 
 # %% ../nbs/reference/files.ipynb #files-036
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"  # turn lines round, or break them

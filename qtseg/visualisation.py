@@ -5,7 +5,6 @@
 # %% ../nbs/14_visualisation.ipynb #visualisation003
 from __future__ import annotations
 
-import csv
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .colors import FALSE_NEGATIVE, FALSE_POSITIVE, PREDICTION, TARGET, WRONG_CLASS, Color, class_colors
 from .data import outline, resample
-from .files import printable
+from .files import printable, read_rows
 from .training import draw_curves
 
 if TYPE_CHECKING:
@@ -443,11 +442,10 @@ def read_history(run: str | os.PathLike) -> list[dict[str, float]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that a training run wrote")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in read_rows(path, most=20_000)]
         if not rows or any("epoch" not in row for row in rows):
             raise ValueError("no epoch")
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:  # a word for a number, a cell too many, a zero byte
+    except (ValueError, TypeError, AttributeError) as error:  # a word for a number, a cell too many, a zero byte
         raise ValueError(f"{path} is no training history ({error}): copy the run folder again") from None
     return rows
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import difflib
 import html
 import math
@@ -35,7 +34,7 @@ from .data import (IGNORE, SegmentationData, Split, list_pictures, normalise, re
                         to_colour)
 from .decoder import MQMDecoder, StageOutput
 from .evaluation import THRESHOLDS, class_probabilities, decide, mask_scores, threshold_counts
-from .files import escape, printable, read_json
+from .files import escape, printable, read_json, read_rows
 from .inference import SETTINGS_FILE, Predictor, as_rgb
 from .losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
@@ -582,10 +581,10 @@ class SavedPredictions:
         self.folder = Path(folder)
         try:
             settings = read_json(self.folder / SETTINGS_FILE)
-            rows = csv.DictReader((self.folder / "predictions.csv").read_text(encoding="utf-8").splitlines())
+            rows = read_rows(self.folder / "predictions.csv")
             self.masks = {Path(settings["images"]) / row["file"]: self.folder / row["mask"] for row in rows}
             self.class_names = tuple(settings["preprocessing"]["class_names"])
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} is no folder that qtseg-predict wrote ({error!r}): name such a folder") from None
 
     def read(self, image: Path | None) -> np.ndarray:

@@ -25,7 +25,7 @@ from pydicom.pixels import compress
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from qtseg import files
-from qtseg.files import csv_cell, escape, is_picture, printable, read_json, read_picture, same_form, walk, write_then_rename
+from qtseg.files import csv_cell, escape, is_picture, printable, read_json, read_picture, read_rows, same_form, walk, write_then_rename
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (20, 30, 3)).astype(np.uint8)
@@ -425,6 +425,28 @@ def test_json_from_odd_places(tmp_path):
         one_sentence(caught, str(path), words)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "nothing.json")
+
+
+def test_tables_of_strangers_are_bounded(tmp_path):
+    """A sparse file, millions of rows, of columns, a cell without an end; each through the two readers of this layer's neighbors."""
+    from qtseg.visualisation import read_history
+    from qtseg.widgets import SavedPredictions
+    path = tmp_path / "x.csv"
+    path.write_text("\ufeffid,dice\na,0.5\n\"b\nc\",1\n", encoding="utf-8")
+    assert list(read_rows(path)) == [{"id": "a", "dice": "0.5"}, {"id": "b\nc", "dice": "1"}]
+    cases = {"rows": b"a,b\n" + b"1,2\n" * 100_001, "columns": b"," * 3_000_000 + b"\n1\n", "field": b"a\n" + b"1" * 10**6, "utf-8": b"a\n\xff\n"}
+    for words, data in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(ValueError) as caught:
+            list(read_rows(path))
+        one_sentence(caught, str(path), words)
+    (tmp_path / "predictions.json").write_text("{}")
+    for name, read in (("history.csv", read_history), ("predictions.csv", SavedPredictions)):
+        (tmp_path / name).write_bytes(b"a\n")
+        os.truncate(tmp_path / name, 900_000_000)
+        with pytest.raises(ValueError) as caught:
+            read(tmp_path)
+        one_sentence(caught, "QTSEG_MAX_TEXT_BYTES")
 
 
 # Text
