@@ -64,7 +64,7 @@ def find(folders: list[Path], patient: str | None, stratum: str | None, **readin
     names = {name_of(image, folders[0]) for image in images}
     pair_up(found, images, masks, lambda name: name if name in names else SUFFIX.sub("", name), folders=tuple(folders))
     for column, pattern in (("patient", patient), ("stratum", stratum)):
-        if pattern:
+        if pattern is not None:
             label(found, column, pattern)
     judge(found, **reading)
     found.problems, found.notes = list(map(in_options, found.problems)), list(map(in_options, found.notes))
@@ -93,6 +93,8 @@ def describe(chosen: argparse.Namespace) -> DataSet:
     if not re.fullmatch(r"[\w-][\w.-]*", chosen.name):
         raise ValueError(f"--name must be the name of one folder, got {chosen.name!r}")
     for option, pattern in (("--patient", chosen.patient), ("--stratum", chosen.stratum)):
+        if pattern == "":
+            raise ValueError(f"{option} is empty: leave it out, or give a regular expression")
         try:
             re.compile(pattern or "")
         except re.error as error:

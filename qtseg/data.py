@@ -18,7 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,10 +41,10 @@ __all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE',
            'COLUMNS', 'SPLITS', 'LONGEST_MANIFEST', 'UNPACKING_TABLES', 'CACHE_VERSION', 'MOST_MEMBERS', 'ENTRY',
            'rgb_of', 'read_image', 'read_mask', 'resample', 'fitted_size', 'resize_image', 'nearest_pixels',
            'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing', 'read_preprocessing', 'Record', 'Survey',
-           'list_pictures', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits', 'pack_mask',
-           'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'check_members', 'find_source', 'Prepared',
-           'in_order', 'Read', 'Cache', 'DataProblems', 'Batch', 'normalise', 'Split', 'Census', 'take_census',
-           'OpenedData', 'SegmentationData']
+           'list_pictures', 'bare_name', 'namesakes', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits',
+           'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'check_members',
+           'find_source', 'Prepared', 'value_span', 'in_order', 'Read', 'Cache', 'DataProblems', 'Batch', 'normalise',
+           'Split', 'Census', 'inverted', 'take_census', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -63,10 +63,10 @@ def rgb_of(picture: Picture, white: int = 65535) -> np.ndarray:
     return values if values.ndim == 3 else np.repeat(values[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
 
 # %% ../nbs/01_data.ipynb #data019
-def _picture(path: str | os.PathLike) -> Picture:
+def _picture(path: str | os.PathLike, stored_values: bool = False) -> Picture:
     """`read_picture`; ValueError names the file."""
     try:
-        return read_picture(path)
+        return read_picture(path, stored_values)
     except MemoryError:
         raise ValueError(f"{path}: needs more memory than there is") from None
     except (ValueError, ImportError) as error:
@@ -103,10 +103,10 @@ def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, m
     """
     if masks not in MASKS[1:]:
         raise ValueError(f"masks must be one of {MASKS[1:]}, got {masks!r}")
-    picture = _picture(path)
+    picture = _picture(path, stored_values=True)
     try:
         codes = stored_values(picture, looks_up(masks, mask_values, ignore_value))
-        seen = look_at(Path(path).name, codes, picture.format in LOSSY)
+        seen = look_at(Path(path).name, codes, picture)
         reading, problems, _ = judge_masks([seen], masks, classes, mask_values, ignore_value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -321,21 +321,34 @@ def _pictures_below(survey: Survey, folder: Path) -> dict[str, list[Path]]:
     return by_name
 
 # %% ../nbs/01_data.ipynb #data055
+def bare_name(name: str) -> str:
+    """A name without all its extensions, in lower case: for a guess at what may be meant."""
+    return SUFFIX.sub("", re.sub(r"(\.[^./]+)+$", "", same_form(name))).casefold()
+
+
+def namesakes(folder: Path) -> dict[str, str]:
+    """Bare name -> the end of a sentence that says which file of a folder has it."""
+    files, passed = walk(folder)
+    names = [path.relative_to(folder).as_posix() for path in [*files, *(path for path, _ in passed)]]
+    return {bare_name(name): f"; there is {printable(name)}, whose capitals or extension do not fit" for name in names}
+
+
 def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
     """Match the images of one folder with the masks of another by name, and add records and problems to the survey."""
     by_name = _pictures_below(survey, masks)
     plain = {SUFFIX.sub("", name): name for name in reversed(sorted(by_name))}  # "a" before "a_mask", if there are both
-    unused = set(by_name)
+    unused, lacking = set(by_name), {}
     for name, path in ((name, path) for name, paths in sorted(_pictures_below(survey, images).items()) for path in paths):
         of_mask = name if name in by_name else plain.get(name)
         found = by_name.get(of_mask, [])
         unused.discard(of_mask)
         if not found:
-            survey.problems.append(f"{survey.short(path)}: no mask in {survey.short(masks)}/ "
-                                   "(of the same name, perhaps with _segmentation or _mask)")
+            lacking[name] = f"{survey.short(path)}: no mask in {survey.short(masks)}/ (of the same name, perhaps with _segmentation or _mask"
         elif len(found) > 1:
             survey.problems.append(f"{survey.short(path)}: several masks, {', '.join(survey.short(mask) for mask in found)}")
         survey.records.append(Record(name, path, found[0] if found else None, split=split))
+    near = namesakes(masks) if lacking else {}
+    survey.problems += [f"{problem}{near.get(bare_name(name), '')})" for name, problem in lacking.items()]
     for mask in (path for name in sorted(unused) for path in by_name[name]):
         survey.problems.append(f"{survey.short(mask)}: mask without an image in {survey.short(images)}/")
 
@@ -403,7 +416,7 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
     if row.get(None):
         problems.append("has more cells than there are columns")
     size = (height, width) if height and width else None
-    return (Record(name, image, mask, patient, stratum, fold, split, size) if image else None), problems
+    return (Record(name, image, mask, patient, stratum, fold, split if split in SPLITS else "", size) if image else None), problems
 
 # %% ../nbs/01_data.ipynb #data065
 LONGEST_MANIFEST = 2 ** 26  # bytes: a line for each of some 500,000 images
@@ -415,7 +428,7 @@ def _table(survey: Survey) -> tuple[list[str], list[dict]]:
     if path.stat().st_size > LONGEST_MANIFEST:
         raise ValueError(f"has {path.stat().st_size} bytes, more than {LONGEST_MANIFEST}: divide the set")
     try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), skipinitialspace=True)
         return list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"is not a CSV file in UTF-8 ({error})") from None
@@ -435,9 +448,13 @@ def _read_manifest(survey: Survey) -> None:
                             "if it names patients, rename it to patient: their images then stay together")
     missing = [column for column in ("id", "image", "mask") if column not in columns]
     unknown = [repr(column) for column in columns if column not in COLUMNS]
-    if missing:
+    if len(set(columns)) < len(columns):
+        survey.problems.append(f"manifest.csv has a column twice: {', '.join(columns)}")
+    if len(columns) == 1 and re.search("[;\t]", columns[0]):
+        survey.problems.append("manifest.csv separates its columns by semicolons or tabs: save it with commas")
+    elif missing:
         survey.problems.append(f"manifest.csv lacks the column(s) {', '.join(missing)}; it may have {', '.join(COLUMNS)}")
-    if unknown:
+    if unknown and len(columns) > 1:
         survey.problems.append(f"manifest.csv has the unknown column(s) {', '.join(unknown)}; it may have {', '.join(COLUMNS)}")
     for row in rows if not missing else ():
         record, problems = _record(survey.folder, row)
@@ -492,8 +509,10 @@ def survey_folder(folder: Path, name: str | None = None) -> Survey:
         survey = _look(inside[0], inside[0].name)
     if survey is None:
         found = ", ".join(path.name for path in inside[:8]) or "nothing"
+        apart = [path.name for path in inside if path.is_dir() and _pair_in(path)]
+        moved = f": move {apart[0]}/images to images/{apart[0]}, {apart[0]}/masks to masks/{apart[0]}, and so on" if apart else ""
         raise ValueError(f"{folder} holds {found}; expected manifest.csv with images/ and masks/, train/inputs with "
-                         "train/targets, or images/ with masks/")
+                         f"train/targets, or images/ with masks/{moved}")
     if not survey.records and not survey.problems:
         others = f"; passed over: {', '.join(name for name, _ in survey.passed[:8])}" if survey.passed else ""
         raise ValueError(f"{survey.folder} is empty: no images ({', '.join(EXTENSIONS)}, DICOM) in it{others}")
@@ -555,6 +574,9 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
         raise ModuleNotFoundError("folds that keep patients together need scikit-learn: pip install scikit-learn") from error
     pool = [i for i, record in enumerate(records) if record.split != "test"]
     units = [_units(records)[i] for i in pool]
+    if len(set(units)) < 2:
+        raise ValueError(f"all {len(pool)} images belong to one patient, who cannot train and validate: add other patients, or leave "
+                         "the patient out if that is wrong")
     if len(set(units)) < folds:
         raise ValueError(f"{len(set(units))} patients cannot make folds={folds}: choose at most {len(set(units))}")
     fold_of: list[int | None] = [None] * len(records)
@@ -625,6 +647,9 @@ def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records
         notes.append(f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({count} of {len(rows)} images)")
         return sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
     chosen = sorted(rows[i] for i in _even_share([records[row] for row in rows], count, seed))
+    if len(set(_units([records[row] for row in rows]))) < 2:
+        raise ValueError(f"all {len(rows)} training images belong to one patient, who cannot train and validate: add other patients, "
+                         "or name the split in the manifest")
     if not 0 < len(chosen) < len(rows):
         raise ValueError(f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train with, "
                          "because patients stay whole: choose another share, or name the split in the manifest")
@@ -719,7 +744,7 @@ def unpack_masks(packed: np.ndarray, bits: int, size: int) -> np.ndarray:
     return pixels[:, :size * size].reshape(-1, size, size)
 
 # %% ../nbs/01_data.ipynb #data096
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -733,6 +758,7 @@ class Settings:
     classes: int
     mask_values: tuple[int | str, ...] = ()
     ignore_value: int | str | None = None
+    white: int | None = None  # of images with more than 8 bits; None: what the set itself suggests
 
 
 def cache_key(survey: Survey, settings: Settings) -> str:
@@ -852,12 +878,19 @@ def _attempt(what: str, problems: list[str], function: Callable, *arguments) -> 
     return None
 
 # %% ../nbs/01_data.ipynb #data115
+def value_span(values: np.ndarray) -> int:
+    """How far the 0.1st percentile of some (of many: a sample of the) whole numbers is from the 99.9th."""
+    step = 1 + max(values.shape) // 2048
+    low, high = np.percentile(values[::step, ::step], (0.1, 99.9), method="nearest")
+    return int(high) - int(low)
+
+
 def _read_pair(survey: Survey, settings: Settings, record: Record,
                problems: list[str]) -> tuple[Picture | None, Picture | None, np.ndarray | None]:
     """The decoded image, the decoded mask and its stored values; what cannot be read is None, with a problem."""
     look_up = looks_up(settings.masks, settings.mask_values, settings.ignore_value)
     image = _attempt(survey.short(record.image), problems, read_picture, record.image)
-    mask = _attempt(survey.short(record.mask), problems, read_picture, record.mask) if record.mask else None
+    mask = _attempt(survey.short(record.mask), problems, read_picture, record.mask, True) if record.mask else None
     return image, mask, None if mask is None else _attempt(survey.short(record.mask), problems, stored_values, mask, look_up)
 
 
@@ -877,13 +910,14 @@ def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> 
     """Read, check and resize one pair; runs in several threads at once (decoding and resizing release Python's lock)."""
     problems: list[str] = []
     image, mask, codes = _read_pair(survey, settings, record, problems)
-    seen = None if codes is None else look_at(survey.short(record.mask), codes, mask.format in LOSSY)
+    seen = None if codes is None else look_at(survey.short(record.mask), codes, mask)
     if image is None:
         return Prepared(None, None, seen, {}, problems)
     height, width = image.values.shape[:2]
     entry = {"hash": image.digest, "height": height, "width": width, "bits": image.bits, "deep": image.values.dtype == np.uint16,
              "low": int(image.values.min()), "high": int(image.values.max()), "frames": image.frames, "turned": image.turned,
-             "mask_frames": mask.frames if mask else 1, "mask_turned": bool(mask and mask.turned)}
+             "mask_frames": mask.frames if mask else 1, "mask_turned": mask.turned if mask else 0}
+    entry["span"] = value_span(image.values) if entry["deep"] else 0
     _check_sizes(survey, record, image, codes, problems)
     if problems or codes is None:
         return Prepared(None, None, seen, entry, problems)
@@ -925,7 +959,7 @@ def _keep_one_channel(path: Path) -> None:
 
 # %% ../nbs/01_data.ipynb #data124
 ENTRY = [("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
-         ("frames", "u4"), ("turned", "?"), ("mask_frames", "u4"), ("mask_turned", "?"), ("ignored", "u8")]  # then the pixels per class
+         ("span", "u2"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"), ("ignored", "u8")]  # then the pixels per class
 
 
 class Read(NamedTuple):
@@ -965,28 +999,34 @@ def _white_of(entries: list[dict]) -> int:
     return next(white for white in WHITES if highest <= white) if highest else 65535
 
 # %% ../nbs/01_data.ipynb #data124p
-def _write_masks(folder: Path, reading: MaskReading, read: Read, settings: Settings, ignored: bool) -> None:
-    """Translate the stored values of all masks into packed class indices, masks.npy; ignored ones follow the last class."""
+def _write_masks(folder: Path, reading: MaskReading, read: Read, settings: Settings, ignored: bool) -> list[str]:
+    """Translate the stored values of all masks into packed class indices, masks.npy; ignored ones follow the last class.
+
+    Returns the names of the masks in which a class vanishes, because all its regions are smaller than a pixel.
+    """
     classes = max(settings.classes, 2)
-    bits, size = mask_bits(classes + ignored), settings.size
+    bits, size, vanished = mask_bits(classes + ignored), settings.size, []
     with (open(folder / "masks.stored", "rb") as stored,
           _start_array(folder / "masks.npy", (len(read.seen), -(-size * size * bits // 8))) as masks):
-        for seen in read.seen:
-            mask = reading.classes_of(np.lib.format.read_array(stored), seen.lossy, seen.top)
+        for seen, entry in zip(read.seen, read.entries):
+            mask = reading.classes_of(np.lib.format.read_array(stored), seen.lossy, reading.top_of(seen))
+            left = np.bincount(mask.reshape(-1), minlength=classes)
+            vanished += [seen.name] * any(pixels and not left[index] for index, pixels in enumerate(entry["pixels"]))
             if ignored:
                 mask[mask == IGNORE] = classes
             masks.write(pack_mask(_padded(mask, size), bits).tobytes())
     (folder / "masks.stored").unlink()
+    return vanished
 
 
 def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progress: bool) -> tuple[list[str], list[str]]:
     """Check every pair and write images.npy, masks.npy, entries.npy and, last, index.json; returns the images' hashes and problems."""
     require_space(folder, len(survey.records) * settings.size ** 2 * 5)  # three channels, the mask as stored, the mask packed
-    white, wanted = None, 65535
+    white, wanted = None, settings.white or 65535
     while wanted != white:
         white = wanted
         read = _read_all(folder, survey, settings, white, workers, progress)
-        wanted = _white_of(read.entries) if not read.problems else white
+        wanted = settings.white or (_white_of(read.entries) if not read.problems else white)
     judged = judge_masks(read.seen, settings.masks, settings.classes, settings.mask_values, settings.ignore_value)
     problems = read.problems + judged.problems
     if not problems and not survey.problems:
@@ -995,12 +1035,14 @@ def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progr
         for entry, seen in zip(read.entries, read.seen):
             entry["pixels"], entry["ignored"] = judged.reading.pixels(seen)
         ignored = any(entry["ignored"] for entry in read.entries)
-        _write_masks(folder, judged.reading, read, settings, ignored)
+        vanished = _write_masks(folder, judged.reading, read, settings, ignored)
+        note = (f"WARNING: at size={settings.size} a class vanishes from {len(vanished)} masks ({_some(vanished)}), because its "
+                "regions are smaller than a pixel there: choose a larger size")
         kind = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),))])
         rows = [tuple(entry[name] for name in kind.names) for entry in read.entries]
         np.save(folder / "entries.npy", np.array(rows, kind))
         index = {"settings": asdict(settings), "reading": asdict(judged.reading), "ignored": ignored, "white": white,
-                 "notes": judged.notes}
+                 "notes": judged.notes + [note] * bool(vanished)}
         (folder / "index.json").write_text(json.dumps(index))
     return [entry.get("hash", "") for entry in read.entries], problems
 
@@ -1141,9 +1183,9 @@ def _check_batches(batch: int, start: int, shuffle: int | None) -> None:
 
 # %% ../nbs/01_data.ipynb #data142p
 class Split:
-    """One part of a data set, on disk: len(), ids, patients, strata, original_sizes, paths, batch(), batches(), original_mask().
+    """One part of a data set, on disk: len(), batch(), batches(), original_mask(), and lists with an entry for each pair.
 
-    ids, patients, strata: lists of str; original_sizes: list of (height, width); paths: list of (image path, mask path).
+    ids, patients, strata, digests (of the image files): str; original_sizes: (height, width); paths: (image path, mask path).
     """
 
     def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings):
@@ -1151,6 +1193,7 @@ class Split:
         self.ids = [records[row].id for row in rows]
         self.patients = [records[row].patient for row in rows]
         self.strata = [records[row].stratum for row in rows]
+        self.digests = [cache.entries[row]["hash"].decode() for row in rows]
         self.original_sizes = [(int(cache.entries[row]["height"]), int(cache.entries[row]["width"])) for row in rows]
         self.paths = [(records[row].image, records[row].mask) for row in rows]
 
@@ -1169,7 +1212,7 @@ class Split:
 
     def original_mask(self, position: int) -> np.ndarray:
         """The target at the image's own size, read from its file anew: class index, uint8 [H, W], IGNORE where ignored."""
-        picture, reading = _picture(self.paths[position][1]), self._cache.reading
+        picture, reading = _picture(self.paths[position][1], stored_values=True), self._cache.reading
         return reading.classes_of(stored_values(picture, reading.look_up), picture.format in LOSSY)
 
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
@@ -1193,8 +1236,8 @@ def _check_numbers(settings: Settings, fold: int | None, folds: int | None, vali
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     for name, value, least in (("size", settings.size, 32), ("classes", settings.classes, 1), ("folds", folds, 2),
-                               ("fold", fold, 0), ("workers", workers, 1)):
-        optional = name in ("folds", "fold", "workers")
+                               ("fold", fold, 0), ("workers", workers, 1), ("white", settings.white, 1)):
+        optional = name in ("folds", "fold", "workers", "white")
         if not (optional and value is None) and not _whole_number(value, least):
             raise ValueError(f"{name} must be a whole number of at least {least}{', or None' * optional}, got {value!r}")
     if settings.size > LARGEST_SIZE:
@@ -1205,6 +1248,11 @@ def _check_numbers(settings: Settings, fold: int | None, folds: int | None, vali
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1, got {valid_share!r}")
     _check_values(settings)
+
+
+def _plain(values: Sequence[int | str] | None) -> tuple[int | str, ...]:
+    """mask_values as JSON knows them, also of an array."""
+    return () if values is None else tuple(value.item() if isinstance(value, np.generic) else value for value in values)
 
 
 def _check_values(settings: Settings) -> None:
@@ -1239,16 +1287,19 @@ def _settle_masks(settings: Settings, survey: Survey) -> Settings:
     return replace(settings, masks=by_layout if settings.masks == "auto" else settings.masks)
 
 
-def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float,
-          seed: int) -> tuple[dict[str, list[int]], list[str]]:
-    """assign_splits; where problems with the names may be why it fails, its complaint joins their list."""
+def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float, seed: int,
+          splits: Mapping[str, str] | None) -> tuple[dict[str, list[int]], list[str]]:
+    """The splits given by id, else assign_splits; where problems with the names may be why it fails, its complaint joins them."""
     survey.problems += _duplicates(survey) + _torn_patients(survey)
+    if splits is not None:
+        return {part: [row for row, record in enumerate(survey.records) if splits.get(record.id) == part]
+                for part in SPLITS}, list(survey.notes)
     try:
         return assign_splits(survey, fold, folds, valid_share, seed)
     except ValueError as error:
         if not survey.problems:
-            raise
-        survey.problems.append(str(error))
+            raise ValueError("; ".join([str(error), *survey.notes])) from error
+        survey.problems += [str(error)] * bool(survey.records)
         return {}, []
 
 # %% ../nbs/01_data.ipynb #data148c
@@ -1276,8 +1327,9 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def _counts_by_split(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
     """Rows of the table that have a number for each split: images, empty and full masks, classes."""
     pixels, sizes = entries["pixels"].astype(np.float64), entries["height"].astype(np.float64) * entries["width"]
-    counted = {"images": np.ones(len(entries), bool), "empty masks": pixels[:, 1:].sum(axis=1) == 0,
-               "full masks": pixels[:, 0] == 0}
+    empty, full = pixels[:, 1:].sum(axis=1) == 0, pixels[:, 0] == 0
+    counted = {"images": np.ones(len(entries), bool), "empty masks": empty & ~full, "full masks": full & ~empty}
+    counted |= {"ignored altogether": empty & full} if (empty & full).any() else {}
     counted |= {f"{name}: images": pixels[:, index] > 0 for index, name in enumerate(names) if index}
     groups = [*parts.values(), [row for rows in parts.values() for row in rows]]
     table = [["", *parts, "all"]] + [[name, *(str(int(values[rows].sum())) for rows in groups)] for name, values in counted.items()]
@@ -1303,7 +1355,7 @@ def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
     if (several > 1).any():
         facts["pages or frames"] = f"{(several > 1).sum()} files with up to {several.max()}; the first of each is read"
     if (entries["turned"] | entries["mask_turned"]).any():
-        facts["turned by EXIF"] = f"{entries['turned'].sum()} images, {entries['mask_turned'].sum()} masks"
+        facts["turned by EXIF"] = f"{(entries['turned'] > 0).sum()} images, {(entries['mask_turned'] > 0).sum()} masks"
     if survey.passed:
         facts["passed over"] = f"{len(survey.passed)}: {_some([f'{name} ({reason})' for name, reason in survey.passed], 6)}"
     return facts
@@ -1312,8 +1364,10 @@ def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
 def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[str]:
     """Sentences about classes that are missing, in the whole set or in a split."""
     pixels, found = entries["pixels"], []
+    found += [f"every pixel of {part} is ignored: there is nothing to learn from, or to score" for part, rows in parts.items()
+              if rows and not pixels[rows].any()]
     if not pixels[:, 1:].any():
-        return ["no mask holds any foreground: every mask is empty, and a network that finds nothing would score 100"]
+        return [*found, "no mask holds any foreground: every mask is empty, and a network that finds nothing would score 100"]
     if not pixels[:, 0].any():
         found.append("every mask is full: no pixel is background; if the labels begin with 1, name them with mask_values")
     for index, name in enumerate(names):
@@ -1325,20 +1379,41 @@ def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Seq
     return found
 
 
-def _file_warnings(survey: Survey, entries: np.ndarray) -> list[str]:
-    """Sentences about turned images, several pages, mixed depths, and files that could not be taken."""
+def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
+    """A sentence if foreground fills more than half of most masks, or of single ones as background does in the others.
+
+    Args:
+        shares: of foreground, for each mask [N], from 0 to 1.
+        ids: the masks' names.
+    """
+    much = (shares > 0.5) & (shares < 1)
+    if much.sum() > len(shares) / 2:
+        return [f"foreground fills more than half of {much.sum()} of {len(shares)} masks: if black and white are exchanged, name the "
+                "background's value first (mask_values; --classes of data_scripts/own.py)"]
+    usual = np.median(shares[~much]) if much.any() else 0.0
+    odd = much & (1 - shares < 2 * usual)
+    return [f"foreground fills {100 * shares[odd].mean():.0f} % of {odd.sum()} masks ({_some([ids[row] for row in np.flatnonzero(odd)])}) "
+            f"and {100 * usual:.2g} % of the others (median): are black and white exchanged there?"] if odd.any() else []
+
+
+def _file_warnings(survey: Survey, entries: np.ndarray, white: int) -> list[str]:
+    """Sentences about turned images, several pages, twins, depths, and files that could not be taken."""
     def ids(chosen: np.ndarray) -> str:
         return _some([survey.records[row].id for row in np.flatnonzero(chosen)])
 
     found = []
-    if (turned := entries["turned"] & ~entries["mask_turned"]).any():
-        found.append(f"{turned.sum()} images were turned upright, as their EXIF orientation says, but their masks carry no "
-                     f"orientation ({ids(turned)}): look whether the masks fit")
-    if (turned := entries["mask_turned"] & ~entries["turned"]).any():
-        found.append(f"{turned.sum()} masks were turned, as their EXIF orientation says, but their images carry none "
-                     f"({ids(turned)}): look whether they fit")
+    if (turned := entries["turned"] != entries["mask_turned"]).any():
+        found.append(f"{turned.sum()} images and their masks carry different EXIF orientations, and each was turned as its own says "
+                     f"({ids(turned)}): look whether the masks fit")
+    torn = [[survey.records[row] for row in rows] for rows in _twins([digest.decode() for digest in entries["hash"]])]
+    torn = [" = ".join(record.id for record in same) for same in torn if len({record.patient for record in same}) > 1]
+    if torn:
+        found.append(f"{len(torn)} image files belong to two patients ({_some(torn)}): if these are one person, give them one name")
     if (several := np.maximum(entries["frames"], entries["mask_frames"]) > 1).any():
         found.append(f"{several.sum()} files hold several pages or frames, of which only the first is read ({ids(several)})")
+    if (flat := entries["deep"] & (entries["span"] < white / 12)).any():
+        found.append(f"{flat.sum()} images keep fewer than 22 of 256 levels ({ids(flat)}): nearly all values lie within "
+                     f"{entries['span'][flat].max()} of each other, and {white} becomes white; rescale them, or remove stray values")
     if entries["deep"].any() and not entries["deep"].all():
         deep = entries["deep"]
         found.append(f"{deep.sum()} images have more than 8 bits, {(~deep).sum()} have 8 ({ids(deep)}; {ids(~deep)}): "
@@ -1352,8 +1427,9 @@ def _file_warnings(survey: Survey, entries: np.ndarray) -> list[str]:
 # %% ../nbs/01_data.ipynb #data148dp
 def _white_note(cache: Cache) -> list[str]:
     """What is said about images with more than 8 bits, if there are any."""
-    note = f"images with more than 8 bits: {cache.white} becomes white, because no value exceeds it"
-    return [note] if cache.entries["deep"].any() else []
+    highest = cache.entries["high"][cache.entries["deep"]].max(initial=0)
+    why = "because no value exceeds it" if highest <= cache.white else f"as asked; so does all above it, up to {highest}"
+    return [f"images with more than 8 bits: {cache.white} becomes white, {why}"] if highest else []
 
 
 def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names: Sequence[str]) -> Census:
@@ -1363,7 +1439,10 @@ def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names
     if any(patients.values()):
         table.insert(2, ["patients", *map(str, patients.values()), str(sum(patients.values()))])
     table += [[name, *[""] * len(parts), text] for name, text in _facts(survey, cache.entries, cache.white).items()]
-    return Census(table, _class_warnings(cache.entries, parts, names) + _file_warnings(survey, cache.entries))
+    found = [note.removeprefix("WARNING: ") for note in cache.notes if note.startswith("WARNING: ")]
+    shares = cache.entries["pixels"][:, 1:].sum(axis=1) / np.maximum(cache.entries["pixels"].sum(axis=1), 1)
+    found += inverted(shares, [record.id for record in survey.records]) if len(names) == 2 else []
+    return Census(table, found + _class_warnings(cache.entries, parts, names) + _file_warnings(survey, cache.entries, cache.white))
 
 # %% ../nbs/01_data.ipynb #data149
 @dataclass(repr=False)
@@ -1415,8 +1494,8 @@ class SegmentationData(OpenedData):
     def open(cls, source: str | os.PathLike, *, classes: int = 2, size: int = 512, fold: int | None = None,
              folds: int | None = None, resize: str = "squash", colour: str = "rgb", masks: str = "auto",
              mask_values: Sequence[int | str] | None = None, ignore_value: int | str | None = None, valid_share: float = 0.1,
-             seed: int = 1996, cache: str | os.PathLike | None = None, workers: int | None = None,
-             progress: bool = True) -> SegmentationData:
+             seed: int = 1996, cache: str | os.PathLike | None = None, workers: int | None = None, progress: bool = True,
+             splits: Mapping[str, str] | None = None, white: int | None = None) -> SegmentationData:
         """Find, check, split and cache a data set.
 
         Args:
@@ -1425,22 +1504,22 @@ class SegmentationData(OpenedData):
             masks: as in read_mask; "auto" is "index" for prepared folders and for classes > 2, else "binary".
             mask_values: the stored value (int) or color ("#rrggbb") of class 0, 1, 2, …
             ignore_value: the stored value or color that counts nowhere; None: 255 beside 0 … classes - 1.
-            workers: threads; None: one per core.
+            workers: threads; None: one per core. white: as in read_image; None: the least of WHITES that no value exceeds.
+            splits: "train", "valid" or "test" for each id, instead of fold and share; other images are in no split.
 
         Raises: DataProblems (everything that is wrong with the set), ValueError, FileNotFoundError, OSError (no space).
         """
-        settings = Settings(size, resize, colour, masks, classes, tuple(mask_values or ()), ignore_value)
+        settings = Settings(size, resize, colour, masks, classes, _plain(mask_values), ignore_value, white)
         _check_numbers(settings, fold, folds, valid_share, workers)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
-        settings = _settle_masks(settings, survey)
-        parts, notes = _plan(survey, fold, folds, valid_share, seed)
+        settings, (parts, notes) = _settle_masks(settings, survey), _plan(survey, fold, folds, valid_share, seed, splits)
         names = _class_names(survey, settings, notes)
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
         cached = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
         parts = _leave_out_twins(survey, cached.hashes, parts, notes)
         census = take_census(survey, cached, parts, names)
-        notes += _white_note(cached) + cached.notes + census.warnings
+        notes += _white_note(cached) + [note for note in cached.notes if not note.startswith("WARNING: ")] + census.warnings
         train, valid, test = (Split(survey.records, cached, parts[part], settings) for part in SPLITS)
         return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes, survey.folder, folder, train, valid,
                    test or None, IGNORE if cached.ignored else None, cached.white, census)

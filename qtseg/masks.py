@@ -38,10 +38,10 @@ def value_code(value: int | str) -> int:
     raise ValueError(f'a mask\'s value is a whole number from 0 to 65535 or a color "#rrggbb", got {value!r}')
 
 
-def spell(codes: Iterable[int], most: int = 6) -> str:
-    """Codes as a user writes them, in a list: numbers, or colors if one of them is a color."""
+def spell(codes: Iterable[int], most: int = 6, colors: bool = False) -> str:
+    """Codes as a user writes them, in a list: numbers, or colors if one of them is a color (or `colors` asks for them)."""
     codes = list(codes)
-    if any(code >= COLORED for code in codes):
+    if colors or any(code >= COLORED for code in codes):
         words = [f'"#{code - COLORED if code >= COLORED else min(code, 255) * 0x10101:06x}"' for code in codes]
     else:
         words = [str(code) for code in codes]
@@ -109,8 +109,15 @@ class MaskValues(NamedTuple):
     counts: dict[int, int]  # code -> pixels; of very many colors the 4096 most frequent
     flat: dict[int, int]  # grey code -> pixels in flat surroundings; empty for files of two values
     steady: float  # share of the pixels between the lowest and the highest value that equal their right neighbor
-    lossy: bool
     pixels: int
+    format: str = ""  # as files.Picture names it
+    palette: dict[int, int] = {}  # index -> code of its color, of the indices that occur
+    hidden: str = ""  # what an alpha channel over one single value holds
+
+    @property
+    def lossy(self) -> bool:
+        """Whether compression may have invented values."""
+        return self.format in LOSSY
 
     @property
     def top(self) -> int:
@@ -136,13 +143,13 @@ def _count(codes: np.ndarray) -> dict[int, int]:
     return dict(sorted(total.most_common(4096)))
 
 # %% ../nbs/reference/masks.ipynb #masks011p
-def look_at(name: str, codes: np.ndarray, lossy: bool = False) -> MaskValues:
+def look_at(name: str, codes: np.ndarray, picture: Picture | None = None) -> MaskValues:
     """Count what one mask holds.
 
     Args:
         name: the file, as messages shall call it.
         codes: what `stored_values` returned.
-        lossy: whether the file's format is one of LOSSY.
+        picture: the decoded file, whose format, palette and alpha channel are looked at as well.
     """
     counts, flat, steady = _count(codes), {}, 1.0
     if len(counts) > 2:
@@ -153,7 +160,13 @@ def look_at(name: str, codes: np.ndarray, lossy: bool = False) -> MaskValues:
             flat = _count(codes[span <= tolerance]) if (span <= tolerance).any() else {}
         inside = (codes[:, :-1] > min(counts)) & (codes[:, :-1] < max(counts))
         steady = float((codes[:, 1:] == codes[:, :-1])[inside].mean()) if inside.any() else 1.0
-    return MaskValues(name, counts, flat, steady, lossy, codes.size)
+    if picture is None:
+        return MaskValues(name, counts, flat, steady, codes.size)
+    colors = [] if picture.palette is None else _codes(picture.palette[None])[0].tolist()
+    palette = {index: colors[index] for index in _count(picture.values)} if colors else {}
+    low, high = picture.alpha or (0, 0)
+    return MaskValues(name, counts, flat, steady, codes.size, picture.format, palette,
+                      f"{low} to {high}" if len(counts) == 1 and low < high else "")
 
 # %% ../nbs/reference/masks.ipynb #masks014
 @dataclass(frozen=True)
@@ -180,22 +193,29 @@ class MaskReading:
             top: the file's brightest value, if `codes` is a smaller copy that may lack it.
         """
         if codes.dtype == np.uint32:
-            top = int(max(brightness(codes[band]).max() for band in _bands(codes))) if top is None else top
+            top = max(self._brightest(codes[band]) for band in _bands(codes)) if top is None else top
             classes = np.empty(codes.shape, np.uint8)
             for band in _bands(codes):
                 values, lengths = _runs(codes[band])
                 found, where = np.unique(values, return_inverse=True)
                 classes[band] = np.repeat(_table(self, found, top, lossy)[where], lengths).reshape(classes[band].shape)
             return classes
-        highest = int(codes.max())
-        table = _table(self, np.arange(highest + 1), highest if top is None else top, lossy)
+        table = _table(self, np.arange(int(codes.max()) + 1), self._brightest(codes) if top is None else top, lossy)
         return cv2.LUT(codes, np.resize(table, 256)) if codes.dtype == np.uint8 else table[codes]
+
+    def _brightest(self, codes: np.ndarray) -> int:
+        """The brightest value that is not ignored."""
+        return int(brightness(codes if self.ignore is None else codes[codes != self.ignore]).max(initial=0))
+
+    def top_of(self, seen: MaskValues) -> int:
+        """The brightest value of a mask that is not ignored, which `classes_of` needs for a smaller copy."""
+        return self._brightest(np.array(list(seen.counts), np.uint32))
 
     def pixels(self, seen: MaskValues) -> tuple[list[int], int]:
         """How many pixels of a mask each class has, and how many are ignored."""
         codes = np.array(list(seen.counts), np.uint32)
-        table, counts = _table(self, codes, seen.top, seen.lossy), np.array(list(seen.counts.values()))
-        ignored = np.zeros(len(codes), bool) if self.ignore is None else codes == self.ignore
+        table, counts = _table(self, codes, self._brightest(codes), seen.lossy), np.array(list(seen.counts.values()))
+        ignored = np.zeros(len(codes), bool) if self.ignore is None else table == IGNORE
         return [int(counts[(table == index) & ~ignored].sum()) for index in range(self.classes)], int(counts[ignored].sum())
 
 # %% ../nbs/reference/masks.ipynb #masks014p
@@ -209,7 +229,8 @@ def _table(reading: MaskReading, codes: np.ndarray, top: int, lossy: bool) -> np
     elif reading.kind == "index":
         table = codes
     else:
-        table = _nearest(codes, reading.values)
+        table = _nearest(codes, reading.values if reading.ignore is None else (*reading.values, reading.ignore))
+        table[table == len(reading.values)] = IGNORE
     table = table.astype(np.uint8)
     if reading.ignore is not None:
         table[codes == reading.ignore] = IGNORE
@@ -278,6 +299,8 @@ def _looks_like_photograph(seen: MaskValues, top: int) -> bool:
     """Many values, spread over the whole range or over many colors, and neighbors that differ."""
     if len(seen.counts) < 32 or seen.steady > 0.7:
         return False
+    if seen.lossy and max(seen.counts) >= COLORED:  # compression changes the colors of drawn regions, too
+        seen = _as_grey(seen)
     middle, bright = _spread(seen, top)
     between = sorted(count for code, count in seen.counts.items() if top / 8 < code <= top * 7 / 8)
     middle -= sum(between[-3:])  # classes that fill regions
@@ -295,10 +318,11 @@ def _looks_numbered(seen: MaskValues) -> bool:
 def _not_masks(files: Sequence[MaskValues]) -> list[str]:
     """A problem for photographs among the masks, or else one for maps of numbered instances."""
     top = max(seen.top for seen in files)
-    if photographs := [seen for seen in files if _looks_like_photograph(seen, top)]:
+    if photographs := [seen for seen in files if _looks_like_photograph(seen, seen.top if not seen.lossy else top)]:
         most = max(len(seen.counts) for seen in photographs)
         return [f"{len(photographs)} of {len(files)} masks look like photographs, not like masks ({named(photographs)}): up to "
-                f"{most} values spread over the whole range; are the folders of images and masks mixed up?"]
+                f"{most} values spread over the whole range; are the folders of images and masks mixed up? Soft masks (probabilities) "
+                "must be made black and white first"]
     if numbered := [seen for seen in files if _looks_numbered(seen)]:
         largest = max(_total(files))
         each = f", or classes={largest + 1} if each number is a class" if largest < 255 else ""
@@ -311,21 +335,22 @@ def _not_masks(files: Sequence[MaskValues]) -> list[str]:
 def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) -> Judgement:
     """Every code is a class; 255 beside the classes is ignored."""
     if lossy := [seen for seen in files if seen.lossy]:
-        return Judgement(None, [f'{named(lossy)}: a JPEG, whose compression invents class indices: save it as PNG, or pass '
-                                'masks="binary"'], [])
+        return Judgement(None, [_lossy(lossy)], [])
     total = _total(files)
     strays = [code for code in total if code >= classes and code != ignore]
     marked = [seen for seen in files if 255 in seen.counts]
-    if strays == [255] and ignore is None and any(0 < code < classes for seen in marked for code in seen.counts):
+    if strays == [255] and ignore is None and (beside := [seen for seen in marked if not {0, 255}.issuperset(seen.counts)]):
+        if 10 * (len(marked) - len(beside)) > len(marked):
+            return Judgement(None, [_ambiguous(marked, beside, list(total), classes)], [])
         note = _ignored_note(files, marked, [code for code in total if code != 255])
         return Judgement(MaskReading("index", classes, ignore=255), [], [note])
     if not strays:
         return Judgement(MaskReading("index", classes, ignore=ignore), [], [])
     holding = [seen for seen in files if not set(strays).isdisjoint(seen.counts)]
-    if strays[-1] >= COLORED:
-        return Judgement(None, [_colored(holding, classes)], [])
     if problems := _not_masks(files):
         return Judgement(None, problems, [])
+    if strays[-1] >= COLORED:
+        return Judgement(None, [_colored(holding)], [])
     return Judgement(None, [f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to "
                             f"{classes - 1}: {_index_remedy(list(total), classes)}"], [])
 
@@ -344,6 +369,21 @@ def _index_remedy(found: list[int], classes: int) -> str:
     return _remedies(found)
 
 
+def _lossy(files: Sequence[MaskValues]) -> str:
+    """The refusal of class indices in a format whose compression changes values."""
+    return (f'{named(files)}: a {files[0].format}, whose compression may invent class indices: save it as PNG, or pass '
+            'masks="binary"')
+
+
+def _ambiguous(marked: Sequence[MaskValues], beside: Sequence[MaskValues], codes: Sequence[int], classes: int) -> str:
+    """The refusal of sets in which 255 is "ignore" in some files and foreground, as it seems, in others."""
+    alone = [seen for seen in marked if seen not in beside]
+    white = "" if classes > 2 else f"; if 255 is foreground, correct the values other than 0 and 255 in {named(beside)}"
+    return (f"255 stands beside other classes in {len(beside)} masks ({named(beside)}), and alone or only with 0 in {len(alone)} "
+            f"({named(alone)}): if 255 counts nowhere, pass ignore_value=255; if it is a class, pass classes={len(codes)} and "
+            f"mask_values=[{spell(codes, 12)}]{white}")
+
+
 def _ignored_note(files: Sequence[MaskValues], marked: Sequence[MaskValues], classes: Sequence[int]) -> str:
     """What is said where 255 was taken for "ignore"."""
     share = sum(seen.counts[255] for seen in marked) / sum(seen.pixels for seen in files)
@@ -353,17 +393,30 @@ def _ignored_note(files: Sequence[MaskValues], marked: Sequence[MaskValues], cla
             f"mask_values=[{spell([*classes, 255], 12)}]")
 
 # %% ../nbs/reference/masks.ipynb #masks020p
-def _colored(files: Sequence[MaskValues], classes: int) -> str:
+def _colored(files: Sequence[MaskValues]) -> str:
     """The refusal of colored masks."""
-    total = _total(files)
+    colored, total = [seen for seen in files if max(seen.counts) >= COLORED], _total(files)
     codes = sorted(total, key=lambda code: (code > 0, -total[code]))  # black first, then the most frequent
     if len(codes) > FEW:
-        return (f"{named(files)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG make them: save "
+        return (f"{named(colored)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG make them: save "
                 "it with its few exact colors (PNG, nearest neighbor), then name them with mask_values")
+    grey = _total([seen for seen in files if seen not in colored])
+    if {*grey} - {0}:
+        return (f"{named(colored)}: a colored mask, with the colors {spell(_total(colored), 12)}, while {len(files) - len(colored)} "
+                f"masks hold only {spell(grey)}: save it as they are; or, {_remedies(codes)}")
     black = 'if this is black background and one color, pass masks="binary"; ' if len(codes) == 2 and codes[0] == 0 else ""
-    return f"{named(files)}: a colored mask, with the colors {spell(codes, 12)}: {black}{_remedies(codes)}"
+    return f"{named(colored)}: a colored mask, with the colors {spell(codes, 12)}: {black}{_remedies(codes)}"
 
 # %% ../nbs/reference/masks.ipynb #masks022
+def _between_note(files: Sequence[MaskValues], total: Counter, between: Sequence[int]) -> str:
+    """What is said about the few exact values between black and white, which may be edges, dots or borders."""
+    holding, half = [seen for seen in files if not set(between).isdisjoint(seen.counts)], max(total) // 2
+    share = 100 * sum(total[code] for code in between) / sum(total.values())
+    return (f"{'WARNING: ' * (len(between) < 3)}masks: {share:.2g} % of the pixels, in {len(holding)} masks ({named(holding)}), hold "
+            f"{spell(between)}, taken for edges: up to {half} they are background, above it foreground; if they count nowhere or are "
+            "a class, name them (ignore_value, mask_values)")
+
+
 def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     """The values that fill regions somewhere in the set: one each for black, white, and every flat value between them."""
     total, top, exact = _total(files), max(seen.top for seen in files), not any(seen.lossy for seen in files)
@@ -376,9 +429,11 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     margin = top // 32 if exact else top // 8
     ends = [min(total), max(total)]
     noise = [code for code in flat for end in ends if 0 < abs(code - end) <= margin and (not exact or all(
-        seen.counts[code] < 0.1 * seen.counts.get(end, 0) for seen in files if code in seen.counts))]
+        seen.counts[code] < min(0.1 * seen.counts.get(end, 0), 0.02 * seen.pixels) for seen in files if code in seen.counts))]
     if noise and exact:
         notes.append(f"masks: the few pixels of {spell(noise)} are read as noise of {spell(ends)}")
+    if exact and (between := [code for code in total if code not in noise and code not in ends]):
+        notes.append(_between_note(files, total, between))
     left = {code: count for code, count in flat.items() if code not in noise and code not in ends}
     least = 0 if exact else max(0.3 * sum(left.values()), 0.002 * sum(total.values()))
     levels = sorted(set(ends))
@@ -390,18 +445,46 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     return sorted(levels)
 
 # %% ../nbs/reference/masks.ipynb #masks022p
+def _is_pale(seen: MaskValues, white: int) -> bool:
+    """Whether a mask's foreground is flat, and clearly darker than the white of its set (softened dots are not flat)."""
+    if not white / 8 < seen.top < white * 3 / 4 or white < 32:
+        return False
+    bright, flat = (sum(count for code, count in part.items() if code > seen.top * share)
+                    for part, share in ((seen.counts, 1 / 2), (seen.flat or seen.counts, 7 / 8)))
+    return flat > max(8, bright / 4)
+
+
+def _flat_note(files: Sequence[MaskValues], ends: Sequence[int]) -> list[str]:
+    """What is said about a single grey value that fills regions beside softened edges."""
+    white = max(ends)
+    between = Counter({code: count for code, count in _total(files, "flat").items() if white / 8 < code < white * 7 / 8})
+    for code, count in between.most_common(1):
+        if count > max(35, 0.5 * sum(between.values())):
+            holding = [seen for seen in files if code in seen.flat]
+            return [f"WARNING: masks: {len(holding)} masks hold flat regions of {code} ({named(holding)}), which are read as "
+                    f"{'foreground' if code > white // 2 else 'background'}: is it a class of its own?"]
+    return []
+
+
 def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Two levels in the whole set, of which the darker is background."""
     total, lossy = _total(files), any(seen.lossy for seen in files)
     if max(total) >= COLORED:
         return _judge_two_colors(files, ignore)
-    if not lossy and set(total) == {0, 1, 255} and ignore is None and (judged := _judge_index(files, 2, None)).reading:
-        return judged
+    if not lossy and set(total) == {0, 1, 255} and ignore is None:
+        return _judge_index(files, 2, None)
     if problems := _not_masks(files):
         return Judgement(None, problems, [])
     if lossy and 0 < max(total) < 32:
-        return Judgement(None, [f"{named(files)}: a JPEG whose brightest value is {max(total)}, the noise of an empty mask: save it "
-                                "as PNG"], [])
+        return Judgement(None, [f"{named(files)}: a {files[0].format} whose brightest value is {max(total)}, the noise of an empty "
+                                "mask: save it as PNG"], [])
+    if (lossy or len(total) > FEW) and (pale := [seen for seen in files if _is_pale(seen, max(total))]):
+        return Judgement(None, [f"{named(pale)}: flat regions of {pale[0].top} are the brightest, while the set's white is {max(total)}: "
+                                f"save them with {max(total)} if they are foreground; if that value is a class of its own, save all "
+                                "masks without softened edges, and name the values with mask_values"], [])
+    if not lossy and 255 in total and 3 < len(total) <= FEW and (last := sorted(total)[-2]) < 32:
+        return Judgement(None, [f"masks hold {spell(total, 12)} ({_kinds(files)}): pass classes={last + 1} if 255 counts nowhere; "
+                                + _remedies(list(total))], [])
     notes: list[str] = []
     levels = _levels(files, notes)
     indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= max(total) // 4]  # beside black and white
@@ -412,6 +495,7 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     if len(levels) == 2 and levels[0] > (max(total) // 8 if lossy or len(total) > FEW else 0):
         return Judgement(None, [f"masks hold {spell(levels)} and no 0 ({_kinds(files)}): if {levels[0]} is the background, pass "
                                 f"mask_values=[{spell(levels)}]"], [])
+    notes += [] if lossy or len(total) <= FEW else _flat_note(files, list(total))
     return Judgement(MaskReading("binary", 2, threshold=max(total) // 2, ignore=ignore), [], notes)
 
 
@@ -443,8 +527,19 @@ def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None) -> Judgem
     shades = _rgb(list(total))
     top = shades.max(axis=1, keepdims=True)
     if (abs(shades * strongest.max() - top * strongest) > 4 * strongest.max()).any():  # not on the line from black to that color
-        return Judgement(None, [_colored(files, 2)], [])
-    return Judgement(MaskReading("binary", 2, threshold=int(top.max()) // 2, ignore=ignore), [], [])
+        return Judgement(None, [_colored(files)], [])
+    notes: list[str] = []
+    if len(_levels([_as_grey(seen) for seen in files], notes)) > 2:
+        return Judgement(None, [f"masks hold one color in several strengths ({_kinds(files)}): {_remedies(list(total))}"], [])
+    return Judgement(MaskReading("binary", 2, threshold=int(top.max()) // 2, ignore=ignore), [], notes)
+
+
+def _as_grey(seen: MaskValues) -> MaskValues:
+    """The brightness of a mask's values."""
+    counts: Counter = Counter()
+    for code, count in seen.counts.items():
+        counts[int(brightness(np.array([code], np.uint32))[0])] += count
+    return seen._replace(counts=dict(counts))
 
 # %% ../nbs/reference/masks.ipynb #masks023
 def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: int | None) -> Judgement:
@@ -456,17 +551,22 @@ def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: 
         codes = sorted(code for code in _total(exact) if code not in known)
         total = _total(exact)
         share = sum(total[code] for code in codes) / sum(seen.pixels for seen in exact)
-        return Judgement(None, [f"{named(exact)}: holds {spell(codes)} ({100 * share:.2g} % of the pixels), which "
-                                f"mask_values=[{spell(values, 12)}] does not name: add them, name one with ignore_value, or save "
+        look = any(seen.palette for seen in exact) and max(values) < COLORED
+        palette = "these are indices of a palette: name them, or its colors" if look else "add them"
+        return Judgement(None, [f"{named(exact)}: holds {spell(codes)} ({100 * share:.3g} % of the pixels), which "
+                                f"mask_values=[{spell(values, 12)}] does not name: {palette}, name one with ignore_value, or save "
                                 "the mask without softened edges"], [])
+    if strays and (problems := _not_masks(strays)):
+        return Judgement(None, problems, [])
     if strays:
         notes.append(f"masks: {named(strays)}: compression changed the values; each pixel takes the nearest of mask_values")
     return Judgement(MaskReading("values", len(values), values, ignore=ignore), [], notes)
 
 
 def looks_up(masks: str, mask_values: Sequence[int | str] = (), ignore_value: int | str | None = None) -> bool:
-    """Whether a palette's colors count, not its indices: where black and white are wanted, and where colors are named."""
-    return masks == "binary" or any(isinstance(value, str) for value in (*mask_values, ignore_value))
+    """Whether a palette's colors count, not its indices: where colors are named, or black and white are wanted and no number is."""
+    given = [value for value in (*mask_values, ignore_value) if value is not None]
+    return any(isinstance(value, str) for value in given) if given else masks == "binary"
 
 # %% ../nbs/reference/masks.ipynb #masks023p
 def judge_masks(files: Iterable[MaskValues], masks: str = "binary", classes: int = 2, mask_values: Sequence[int | str] = (),
@@ -491,6 +591,9 @@ def judge_masks(files: Iterable[MaskValues], masks: str = "binary", classes: int
     if not judged:
         reading = MaskReading("index", count, ignore=ignore, look_up=look_up)
         return Judgement(reading, [], [])
+    refused, notes = _judge_files(judged, masks, look_up, bool(values), ignore)
+    if refused:
+        return Judgement(None, refused, [])
     if values:
         found = _judge_values(judged, values, ignore)
     elif masks == "binary":
@@ -501,15 +604,46 @@ def judge_masks(files: Iterable[MaskValues], masks: str = "binary", classes: int
         found = _judge_index(judged, count, ignore)
     reading = found.reading and replace(found.reading, look_up=look_up)
     missing = ignore is not None and not any(ignore in seen.counts for seen in files)
-    notes = [*found.notes, f"masks: ignore_value={ignore_value!r} occurs in no mask"] if missing else found.notes
+    notes += [*found.notes, *[f"masks: ignore_value={ignore_value!r} occurs in no mask"] * missing]
     return found._replace(reading=reading, notes=notes)
 
 # %% ../nbs/reference/masks.ipynb #masks023q
+def _judge_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_value: bool,
+                 ignore: int | None) -> tuple[list[str], list[str]]:
+    """Problems and notes on what the values do not show: alpha channels, compression, palettes."""
+    if hidden := [seen for seen in files if seen.hidden]:
+        return [f"{len(hidden)} masks hold one single value each, while their alpha channel, which is not read, holds "
+                f"{hidden[0].hidden} ({named(hidden)}): if the mask stands in the alpha channel, save that channel as a grey PNG"], []
+    if ignore is not None and not by_value and (lossy := [seen for seen in files if seen.lossy]):
+        return [f"{named(lossy)}: a {lossy[0].format}, whose compression changes ignored pixels, too: name every value "
+                "(mask_values=[0, 255]), and each pixel takes the nearest"], []
+    return ([], []) if by_value or look_up else _judge_palettes(files, masks, ignore)
+
+
+def _judge_palettes(files: Sequence[MaskValues], masks: str, ignore: int | None) -> tuple[list[str], list[str]]:
+    """A problem for palettes that contradict each other, a note for one whose background is not its black."""
+    colors: dict[int, dict[int, MaskValues]] = {}  # index -> color -> a file that has it
+    for seen in files:
+        for index, color in seen.palette.items():
+            colors.setdefault(index, {}).setdefault(color, seen)
+    every = sorted({color for found in colors.values() for color in found}, key=lambda code: (code > 0, code))
+    names = f"name the colors, background first: classes={len(every)} and mask_values=[{spell(every, FEW, True)}]"
+    for index, found in sorted(colors.items()):
+        if len(found) > 1 and (index == 0 or masks != "any"):
+            (one, first), (other, second), *_ = found.items()
+            return [f"masks have palettes that differ: index {index} is {spell([one], 1, True)} in {first.name}, "
+                    f"{spell([other], 1, True)} in {second.name}: {names}; if the indices count whatever their colors, mask_values=[{spell(sorted(colors), 12)}]"], []
+    black = [index for index, found in colors.items() if 0 in found and index not in (0, 255, ignore)]
+    if black and 0 in colors and 0 not in colors[0]:
+        return [], [f"WARNING: masks: index 0, the background, is {spell(colors[0], 1, True)} in the palette, and index {black[0]} "
+                    f"is black: if black is the background, {names}"]
+    return [], []
+
+
 def _judge_any(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Everything but 0 is foreground."""
     if lossy := [seen for seen in files if seen.lossy]:
-        return Judgement(None, [f'{named(lossy)}: a JPEG, whose compression invents class indices: save it as PNG, or pass '
-                                'masks="binary"'], [])
+        return Judgement(None, [_lossy(lossy)], [])
     top = max(seen.top for seen in files)
     photographs = [seen for seen in files if _looks_like_photograph(seen, top)]
     if photographs:

@@ -28,8 +28,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .colors import class_colors
-from .data import (EXTENSIONS, WHITES, DataProblems, Survey, fold_of_each, hold_out, list_pictures, outline,
-                        read_image, read_mask)
+from .data import (EXTENSIONS, WHITES, DataProblems, Survey, bare_name, fold_of_each, hold_out, inverted, list_pictures,
+                        namesakes, outline, read_image, read_mask, value_span)
 from .download import unpack
 from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, private_name, read_json, read_picture,
                          same_form, walk)
@@ -64,10 +64,10 @@ def classes_of_colours(image: np.ndarray, ranges: Sequence = POLYP_RANGES) -> np
     return mask
 
 # %% ../nbs/17_preparation.ipynb #preparation018a
-def decoded(path: Path) -> Picture:
+def decoded(path: Path, stored_values: bool = False) -> Picture:
     """files.read_picture; ValueError, naming the file, also where a reader is missing."""
     try:
-        return read_picture(path)
+        return read_picture(path, stored_values)
     except (ValueError, ModuleNotFoundError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -143,6 +143,7 @@ class Found:
     Args:
         read: how these masks are read, where that is decided after a look at all of them.
         decided: what dataset.json says of it.
+        turned: the EXIF orientations of mask files that were looked at.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -150,6 +151,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
     read: Reader | None = None
     decided: dict = field(default_factory=dict)
+    turned: dict[Path, int] = field(default_factory=dict)
 
 # %% ../nbs/17_preparation.ipynb #preparation033
 def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
@@ -204,7 +206,7 @@ def pair_up(found: Found, images: Iterable[Path], masks: Iterable[Path], of: Cal
     by_image: dict[str, list[Path]] = {}
     for mask in masks:
         by_image.setdefault(of(name_of(mask, folders[1])), []).append(mask)
-    names = set()
+    names, near = set(), None
     for image in images:
         name = name_of(image, folders[0])
         own = by_image.get(name, [])
@@ -213,7 +215,8 @@ def pair_up(found: Found, images: Iterable[Path], masks: Iterable[Path], of: Cal
             found.pairs.append(Pair(name, image, tuple(own), **labels))
         else:
             several_masks = f"several masks, {', '.join(mask.name for mask in own)}"
-            found.problems.append(f"{image}: {several_masks if own else 'no mask'}")
+            near = namesakes(folders[1]) if near is None and folders[1] else near or {}
+            found.problems.append(f"{image}: {several_masks if own else 'no mask' + near.get(bare_name(name), '')}")
     lonely = [mask for name in sorted(by_image.keys() - names) for mask in by_image[name]]
     found.problems += [f"{mask}: mask without an image" for mask in lonely]
 
@@ -250,17 +253,20 @@ def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Se
 
     def look(path: Path) -> MaskValues | None:
         with suppress(ValueError, OSError):  # those that cannot be read are named when they are converted
-            picture = decoded(path)
-            if picture.frames > 1:
-                found.notes.append(f"WARNING: {path} holds {picture.frames} pages or frames; the first alone is read")
-            return look_at(str(path), stored_values(picture, look_up), picture.format in LOSSY)
+            picture = decoded(path, stored_values=True)
+            found.turned[path] = picture.turned
+            paged.extend([path] * (picture.frames > 1))
+            return look_at(str(path), stored_values(picture, look_up), picture)
 
-    paths = [path for pair in found.pairs for path in pair.masks]
+    paths, paged = [path for pair in found.pairs for path in pair.masks], []
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         seen = tqdm(pool.map(look, paths), "looking at masks", len(paths), unit="mask", file=sys.stdout, disable=None)
         reading, problems, notes = judge_masks([one for one in seen if one], masks, classes, mask_values, ignore_value)
     found.problems += problems
     found.notes += notes
+    if paged:
+        found.notes.append(f"WARNING: {len(paged)} mask files hold several pages or frames; the first alone is read: "
+                           f"{', '.join(map(str, sorted(paged)[:5]))}{', …' * (len(paged) > 5)}")
     found.read = partial(_read_as, reading)
     ignore = IGNORE if reading and reading.ignore is not None else None
     found.decided = {"ignore": ignore, "mask_values": list(mask_values)}
@@ -269,7 +275,7 @@ def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Se
 def _read_as(reading: MaskReading | None, paths: Sequence[Path], shape: tuple[int, int] | None,
              notes: list[str]) -> np.ndarray:
     """A Reader of one mask per image; where the set's masks are refused, it only looks whether the file can be read."""
-    picture = decoded(paths[0])
+    picture = decoded(paths[0], stored_values=True)
     try:
         codes = stored_values(picture, reading is not None and reading.look_up)
     except ValueError as error:
@@ -314,7 +320,7 @@ def label(found: Found, column: str, pattern: str) -> None:
     lost = []
     for pair in found.pairs:
         match = re.search(pattern, pair.id)
-        key = match and match[1 if match.re.groups else 0]
+        key = match and (match[1 if match.re.groups else 0] or "").strip()  # a manifest's cells have no blanks around them
         setattr(pair, column, key or "")
         lost += [] if key else [pair.id]
     if lost:
@@ -324,6 +330,11 @@ def label(found: Found, column: str, pattern: str) -> None:
     if kinds:
         sizes = " to ".join(map(str, sorted({min(kinds.values()), max(kinds.values())})))
         found.notes.append(f"{column}: {len(kinds)} by {pattern!r}, with {sizes} images each")
+    alike: dict[str, set[str]] = {}
+    for kind in kinds:
+        alike.setdefault("".join(sign for sign in kind.casefold() if sign.isprintable() and sign != " "), set()).add(kind)
+    if odd := [" and ".join(map(repr, sorted(same))) for same in alike.values() if len(same) > 1]:
+        found.notes.append(f"WARNING: the {column} names {'; '.join(odd[:5])} differ only by capitals or blanks: are they the same?")
 
 # %% ../nbs/17_preparation.ipynb #preparation052
 class Seen(NamedTuple):
@@ -334,7 +345,8 @@ class Seen(NamedTuple):
     low: int
     high: int
     frames: int
-    turned: bool
+    turned: int
+    span: int = 0  # how far nearly all values lie apart, where they have more than 8 bits
 
 
 class Done(NamedTuple):
@@ -446,7 +458,8 @@ def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     pixels = [int(np.count_nonzero(mask == index)) for index in (*range(classes), IGNORE)]
     values = picture.values
     bits = picture.bits if values.dtype == np.uint16 else min(picture.bits, 8)  # a DICOM of 12 bits is written with 8
-    seen = Seen(picture.format, bits, int(values.min()), int(values.max()), picture.frames, picture.turned)
+    seen = Seen(picture.format, bits, int(values.min()), int(values.max()), picture.frames, picture.turned,
+                value_span(values) if values.dtype == np.uint16 else 0)
     return Done(row, pixels, picture.digest, [], notes, seen)
 
 
@@ -559,13 +572,13 @@ def summary(rows: list[dict], done: list[Done], class_names: Sequence[str]) -> l
     shares = pixels[:, :-1] / np.maximum(pixels[:, :-1].sum(axis=1, keepdims=True), 1)
     held = [f"{name} {100 * shares[:, i].mean():.2f} % (in {np.count_nonzero(shares[:, i])} images)"
             for i, name in enumerate(class_names) if i]
-    empty, ignored = np.count_nonzero(shares[:, 1:].sum(axis=1) == 0), np.count_nonzero(pixels[:, -1])
+    empty, full, ignored = pixels[:, 1:-1].sum(axis=1) == 0, pixels[:, 0] == 0, pixels[:, -1] > 0
     return [
         *table(rows).splitlines(),
         f"sizes: {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels, most often {width}x{height} ({count} images)",
         *_values(done),
-        f"share of the pixels, mean over images: {', '.join(held)}; {empty} masks are empty, "
-        f"{np.count_nonzero(pixels[:, 0] == 0)} without background, {ignored} with ignored pixels"]
+        f"share of the pixels, mean over images: {', '.join(held)}; {(empty & ~full).sum()} masks are "
+        f"empty, {(full & ~empty).sum()} without background, {ignored.sum()} with ignored pixels, {(empty & full).sum()} ignored altogether"]
 
 
 def _values(done: list[Done]) -> list[str]:
@@ -575,7 +588,7 @@ def _values(done: list[Done]) -> list[str]:
         kinds.setdefault((seen.format, seen.bits), []).append(seen)
     lines = [f"files: {len(members)} {kind} of {bits} bit(s), values {min(seen.low for seen in members)} to "
              f"{max(seen.high for seen in members)}" for (kind, bits), members in sorted(kinds.items())]
-    turned = sum(one.seen.turned for one in done)
+    turned = sum(one.seen.turned > 0 for one in done)
     return lines + [f"files: {turned} turned upright, as their EXIF block says"] * bool(turned)
 
 # %% ../nbs/17_preparation.ipynb #preparation076a
@@ -585,18 +598,28 @@ def white_of(done: list[Done]) -> int:
     return next(white for white in WHITES if white >= highest)
 
 
-def alarms(pairs: list[Pair], done: list[Done], class_names: Sequence[str]) -> list[str]:
-    """Warnings: classes that no mask holds, masks without background, files with further pages, depths that differ."""
+def alarms(pairs: list[Pair], done: list[Done], class_names: Sequence[str], turned: dict[Path, int], white: int) -> list[str]:
+    """Warnings: classes that no mask holds, masks without background or inverted, further pages, depths and EXIF that differ.
+
+    turned: the EXIF orientations of mask files; white: see white_of.
+    """
     def named(rows: Iterable[int]) -> str:
         rows = list(rows)
         return f"{', '.join(pairs[row].id for row in rows[:5])}{', …' * (len(rows) > 5)}"
 
     pixels = np.array([one.pixels for one in done])
     found = [f"no mask holds {name}" for i, name in enumerate(class_names) if i and not pixels[:, i].any()]
-    if full := np.flatnonzero(pixels[:, 0] == 0).tolist():
+    if full := np.flatnonzero((pixels[:, 0] == 0) & pixels[:, 1:-1].any(axis=1)).tolist():
         found.append(f"{len(full)} masks are without background: {named(full)}")
     if paged := [row for row, one in enumerate(done) if one.seen.frames > 1]:
         found.append(f"{len(paged)} image files hold several pages or frames; the first alone was read: {named(paged)}")
+    if len(class_names) == 2:
+        found += inverted(pixels[:, 1] / np.maximum(pixels[:, :-1].sum(axis=1), 1), [pair.id for pair in pairs])
+    if odd := [row for row, one in enumerate(done) if turned and {turned.get(path, 0) for path in pairs[row].masks} != {one.seen.turned}]:
+        found.append(f"{len(odd)} images and their masks carry different EXIF orientations, and each was turned as its own says: look "
+                     f"whether the masks fit: {named(odd)}")
+    if flat := [row for row, one in enumerate(done) if one.seen.bits > 8 and one.seen.span < white / 12]:
+        found.append(f"{len(flat)} images of more than 8 bits keep fewer than 22 of 256 levels, for {white} becomes white: {named(flat)}")
     depths = Counter(max(one.seen.bits, 8) for one in done)
     if len(depths) > 1:
         rare = min(depths, key=depths.get)
@@ -739,7 +762,7 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
     # ids stay exact in the table, even "=1+1": they are names of files, and have to be found again
     write_manifest(private, rows, dataset.name, names,
                    title=dataset.title, licence=dataset.licence, citation=dataset.citation, page=dataset.page,
-                   notes=found.notes + twins + alarms(pairs, done, names), summary=summary(rows, done, names),
+                   notes=found.notes + twins + alarms(pairs, done, names, found.turned, white), summary=summary(rows, done, names),
                    white=white, **found.decided, prepared=wishes)
 
 # %% ../nbs/17_preparation.ipynb #preparation095

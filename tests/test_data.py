@@ -568,7 +568,7 @@ def test_hold_out_spreads_strata():
     rows = module.hold_out(list(range(100)), 0.2, 7, [], records)
     assert len(rows) == 20 and sum(row < 10 for row in rows) == 2 and rows != module.hold_out(list(range(100)), 0.2, 8, [], records)
     alone = [module.Record(str(i), Path(str(i)), None, "one patient") for i in range(5)]
-    with pytest.raises(ValueError, match="patients stay whole"):
+    with pytest.raises(ValueError, match="belong to one patient"):
         module.hold_out(list(range(5)), 0.2, 7, [], alone)
 
 
@@ -583,6 +583,19 @@ def test_a_patient_in_two_parts_is_refused(columns, words, opened, tmp_path):
     with pytest.raises(DataProblems) as caught:
         opened(source)
     assert [word for word in words if word not in caught.value.problems[0]] == []
+
+
+def test_a_refusal_says_that_groups_are_read_as_strata_and_that_one_patient_is_not_enough(opened, tmp_path):
+    source, rows = prepared(tmp_path / "p", 4)
+    columns = ("id", "image", "mask", "group")
+    kept = [{name: row[name] for name in columns[:3]} for row in rows]
+    manifest(source, [row | {"group": f"p{i}"} for i, row in enumerate(kept)], columns=columns)
+    with pytest.raises(ValueError, match="every stratum has fewer images than folds=2.*rename it to patient"):
+        opened(source, folds=2)
+    manifest(source, [row | {"patient": "p"} for row in kept])
+    for options in ({"folds": 2}, {}):
+        with pytest.raises(ValueError, match="images belong to one patient, who cannot train and validate"):
+            opened(source, **options)
 
 
 def test_an_old_manifest_with_groups_is_read_as_strata_with_a_note(opened, tmp_path):
@@ -640,17 +653,109 @@ def test_classes_that_are_missing_are_a_warning(masks, options, words, opened, t
     assert set(data.census.warnings) <= set(data.notes)
 
 
-@pytest.mark.parametrize("turned", ["image", "mask", "both"])
+@pytest.mark.parametrize("turned", ["image", "mask", "both", "differently"])
 def test_pictures_turned_by_exif_are_a_warning_unless_both_are(turned, opened, tmp_path):
-    source, exif = plain(tmp_path / "d", 4), Image.Exif()
-    exif[0x0112] = 3
+    source, exif, other = plain(tmp_path / "d", 4), Image.Exif(), Image.Exif()
+    exif[0x0112], other[0x0112] = 3, 2 if turned == "differently" else 3
     for i in range(4):
         save(source / "images" / f"case{i:03d}.png", picture(i), **({"exif": exif} if turned != "mask" else {}))
-        save(source / "masks" / f"case{i:03d}.png", blob(i), **({"exif": exif} if turned != "image" else {}))
+        save(source / "masks" / f"case{i:03d}.png", blob(i), **({"exif": other} if turned != "image" else {}))
     data = opened(source)
     assert any("EXIF" in note for note in data.notes) == (turned != "both")
     assert {row[0]: row[-1] for row in data.census.rows()}["turned by EXIF"] == \
         f"{4 * (turned != 'mask')} images, {4 * (turned != 'image')} masks"
+
+
+@pytest.mark.parametrize("where, words", [
+    (lambda i: True, "foreground fills more than half of 8 of 8 masks: if black and white"),
+    (lambda i: i == 5, "% of 1 masks .case005. and .* black and white exchanged there"),
+])
+def test_masks_with_black_and_white_exchanged_are_a_warning(where, words, opened, tmp_path):
+    source = plain(tmp_path / "d", 8)
+    for i in filter(where, range(8)):
+        save(source / "masks" / f"case{i:03d}.png", np.uint8(255) - blob(i).astype(np.uint8) * np.uint8(255))
+    assert [re.search(words, warning) is not None for warning in opened(source).census.warnings] == [True]
+
+
+def test_masks_that_are_ignored_altogether_are_neither_empty_nor_full(opened, tmp_path):
+    source = plain(tmp_path / "d", 5)
+    save(source / "masks" / "case000.png", np.full((40, 48), 77, np.uint8))
+    census = opened(source, ignore_value=77, valid_share=0.2).census
+    table = {row[0]: row[-1] for row in census.rows()}
+    assert (table["empty masks"], table["full masks"], table["ignored altogether"]) == ("0", "0", "1")
+    for i in range(1, 5):
+        save(source / "masks" / f"case{i:03d}.png", np.full((40, 48), 77, np.uint8))
+    assert "every pixel of train is ignored" in opened(source, ignore_value=77).census.warnings[0]
+
+
+def test_a_class_that_vanishes_when_masks_shrink_is_a_warning(opened, tmp_path):
+    source = plain(tmp_path / "d", 4)
+    for i in range(4):
+        mask = np.zeros((400, 480), np.uint8)
+        mask[201 + i, 101] = 255
+        save(source / "images" / f"case{i:03d}.png", picture(i, 400, 480))
+        save(source / "masks" / f"case{i:03d}.png", mask)
+    data = opened(source)
+    gone = sum(not part.batch([i]).masks.any() for part in (data.train, data.valid) for i in range(len(part)))
+    assert gone > 2 and any(f"a class vanishes from {gone} masks" in warning and "larger size" in warning for warning in data.census.warnings)
+
+
+def test_one_picture_of_two_patients_is_a_warning(opened, tmp_path):
+    source, rows = prepared(tmp_path / "p", 8)
+    shutil.copy(source / rows[0]["image"], source / rows[7]["image"])
+    manifest(source, [row | {"patient": f"p{i % 4}"} for i, row in enumerate(rows)])
+    assert any(f"belong to two patients ({rows[0]['id']} = {rows[7]['id']})" in warning for warning in opened(source).census.warnings)
+
+
+@pytest.mark.parametrize("split", ["val", "Train"])
+def test_an_unknown_split_of_every_row_is_a_sentence(split, opened, tmp_path):
+    source, rows = prepared(tmp_path / "p", 4)
+    manifest(source, [{name: cell for name, cell in row.items() if name != "fold"} | {"split": split} for row in rows])
+    with pytest.raises(DataProblems, match=f"split must be one of train, valid, test or empty, got '{split}'"):
+        opened(source)
+
+
+def test_manifests_of_spreadsheets(opened, tmp_path):
+    source, rows = prepared(tmp_path / "p", 4)
+    text = (source / "manifest.csv").read_text()
+    (source / "manifest.csv").write_text(text.replace(",", ", "))
+    assert len(opened(source).train)
+    (source / "manifest.csv").write_text(text.replace(",", ";"))
+    with pytest.raises(DataProblems, match="by semicolons or tabs: save it with commas") as caught:
+        opened(source)
+    assert len(caught.value.problems) == 1
+    (source / "manifest.csv").write_text(text.replace("stratum", "patient", 1))
+    with pytest.raises(DataProblems, match="has a column twice"):
+        opened(source)
+
+
+def test_an_array_of_mask_values(opened, tmp_path):
+    assert opened(plain(tmp_path / "d", 4), mask_values=np.array([0, 255])).class_names == ("background", "foreground")
+
+
+def test_files_that_may_be_meant_are_named(opened, tmp_path):
+    source = plain(tmp_path / "d", 4)
+    for i, name in enumerate(("case000.npy", "CASE001.png", "case002.0001.png")):
+        (source / "masks" / f"case{i:03d}.png").rename(source / "masks" / name)
+    (source / "masks" / "case000.npy").write_bytes(b"no picture")
+    with pytest.raises(DataProblems) as caught:
+        opened(source)
+    for name in ("case000.npy", "CASE001.png", "case002.0001.png"):
+        assert sum(f"no mask in masks/" in problem and f"there is {name}" in problem for problem in caught.value.problems) == 1, name
+
+
+def test_a_folder_of_each_patient_is_told_how_to_be_moved(opened, tmp_path):
+    for name in ("p1", "p2"):
+        plain(tmp_path / "d" / name, 2, first=2 * (name == "p2"))
+    with pytest.raises(ValueError, match="move p1/images to images/p1, p1/masks to masks/p1, and so on"):
+        opened(tmp_path / "d")
+    (tmp_path / "e").mkdir()
+    for part in ("images", "masks"):
+        (tmp_path / "e" / part).mkdir()
+        for name in ("p1", "p2", "@eaDir"):
+            shutil.copytree(tmp_path / "d" / name.replace("@eaDir", "p1") / part, tmp_path / "e" / part / name)
+    data = opened(tmp_path / "e", valid_share=0.25)
+    assert sorted(data.train.ids + data.valid.ids) == ["p1/case000", "p1/case001", "p2/case002", "p2/case003"]
 
 
 def test_several_pages_are_a_warning(opened, tmp_path):
@@ -662,6 +767,16 @@ def test_several_pages_are_a_warning(opened, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- deep images
+def test_stray_bright_values_that_leave_few_levels_are_a_warning(opened, tmp_path):
+    source, dim = plain(tmp_path / "d", 4), (np.random.default_rng(0).integers(200, 2040, (40, 48))).astype(np.uint16)
+    for i in range(4):
+        save(source / "images" / f"case{i:03d}.png", dim + np.uint16(i))
+    assert opened(source).census.warnings == []
+    dim[3, 3] = 65535
+    save(source / "images" / "case002.png", dim)
+    assert any("4 images keep fewer than 22 of 256 levels" in warning and "65535 becomes white" in warning for warning in opened(source).census.warnings)
+
+
 @pytest.mark.parametrize("highest, white", [(255, 255), (900, 1023), (1023, 1023), (4095, 4095), (4096, 16383), (16000, 16383), (16384, 65535), (65535, 65535)])
 def test_the_range_of_a_set_decides_its_white(highest, white, opened, tmp_path):
     source, ramp = plain(tmp_path / "d", 4), np.tile(np.linspace(0, highest, 48).astype(np.uint16), (40, 1))

@@ -437,7 +437,7 @@ def test_own_wishes_that_cannot_be_met(tmp_path):
             (["--name", "a/b"], "--name must be the name of one folder"), (["--name", ".."], "--name must be the name of one folder"),
             (["--folds", "1"], "--folds must be 0 or at least 2, got 1"), (["--workers", "0"], "--workers must be at least 1, got 0"),
             (["--stratum", "dog"], "--stratum 'dog' finds nothing in 3 name(s): a0, a1, a2"), (["--folds", "7"], "3 images cannot make folds=7"),
-            (["--patient", "a", "--folds", "2"], "1 patients cannot make folds=2"),
+            (["--patient", "a", "--folds", "2"], "all 3 images belong to one patient"), (["--patient", ""], "--patient is empty: leave it out"),
             (["--masks-are", "index"], "holds class index 255, but --classes 2 allows 0 to 1: pass --masks-are binary")):
         assert sentence in "\n".join(refused(tmp_path, *arguments)), arguments
 

@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import cv2
+import hostile
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,8 +78,8 @@ def jpeg(mask: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(Image.open(stream))
 
 
-def judged(*masks, lossy=False, **options):
-    return judge_masks([look_at(f"{i}.png", np.asarray(mask), lossy) for i, mask in enumerate(masks)], **options)
+def judged(*masks, **options):
+    return judge_masks([look_at(f"{i}.png", np.asarray(mask)) for i, mask in enumerate(masks)], **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is read
@@ -96,7 +97,8 @@ READ = {
     "JPEG noise at a low quality": ([jpeg(B, 30), jpeg(EMPTY, 30)], [LESION, EMPTY]),
     "all full": ([EMPTY + 255, EMPTY + 255], [EMPTY + 1, EMPTY + 1]),
     "all ones": ([EMPTY + 1, EMPTY + 1], [EMPTY + 1, EMPTY + 1]),
-    "0, 1, 255": ([LESION + RING * 255, LESION.astype(np.uint8), RING * 255], [LESION + RING * 255, LESION, RING * 255]),
+    "0, 1, 255": ([LESION + RING * 255, LESION.astype(np.uint8), EMPTY], [LESION + RING * 255, LESION, EMPTY]),
+    "255 alone in one of eleven": ([LESION + RING * 255] * 10 + [RING * 255], [LESION + RING * 255] * 10 + [RING * 255]),
 }
 
 
@@ -111,7 +113,7 @@ def test_sets_that_have_one_meaning(name):
         assert (found != right).mean() < (0.005 if "JPEG" in name else 1e-9)
         counted, ignored = reading.pixels(look_at("x", mask))
         assert counted == [int((found == 0).sum()), int((found == 1).sum())] and ignored == (found == IGNORE).sum()
-    assert bool(notes) == ("beside" in name or name == "0, 1, 255")
+    assert bool(notes) == ("beside" in name or "255 alone" in name or name == "0, 1, 255")
 
 
 def test_empty_jpeg_beside_others_is_empty_and_alone_is_refused(opened):
@@ -122,7 +124,13 @@ def test_empty_jpeg_beside_others_is_empty_and_alone_is_refused(opened):
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is refused
+AROUND = [cv2.GaussianBlur((disc(24 + i, 40 - i, 10 + i) * 255).astype(np.uint8), (0, 0), 1.2) for i in range(6)]
+DARK = cv2.resize(PHOTO[0][:16, :16], (64, 64), interpolation=cv2.INTER_CUBIC) // 6
+DOT = B.copy()
+DOT[5, 5] = 1
 REFUSED = {
+    "one stray 1 among 0 and 255": ([B, B, B, DOT], {}, ["(3.png)", "alone or only with 0 in 3 (0.png", "ignore_value=255", "correct the values"]),
+    "0 and 255 among 0, 1, 2, 255": ([levels(1, 2, 255), B], {"masks": "index", "classes": 3}, ["(1.png)", "ignore_value=255", "mask_values=[0, 1, 2, 255]"]),
     "0 120 255": ([levels(120, 255)] * 2, {}, ["0, 120, 255", "0.png", "mask_values=[0, 120, 255]", "classes=3", 'masks="any"']),
     "0 127 254": ([levels(127, 254)], {}, ["mask_values=[0, 127, 254]"]),
     "0 128 255, each in its own file": ([levels(128), levels(255)], {}, ["0, 128", "0, 255", "mask_values=[0, 128, 255]"]),
@@ -146,6 +154,12 @@ REFUSED = {
     "a photograph among masks": ([B, B, B, PHOTO[1], B], {}, ["1 of 5", "3.png"]),
     "photographs, any": (PHOTO, {"masks": "any"}, ["photographs"]),
     "255 without classes, as index": ([B, LESION.astype(np.uint8)], {"masks": "index"}, ["class index 255", 'masks="binary"', "ignore_value=255"]),
+    "a dark photograph among masks": ([B, B, B, DARK], {}, ["1 of 4", "photographs", "3.png"]),
+    "0/120 among softened masks": ([*AROUND, B // 2 - 7 * LESION.astype(np.uint8)], {}, ["6.png: flat regions of 120", "white is 255"]),
+    "softened 0/100 among softened masks": ([*AROUND, (SOFT // 2.55).astype(np.uint8)], {}, ["6.png: flat regions of 100"]),
+    "a class of 3 beside 255": ([np.where(RING, 3, B).astype(np.uint8)] * 2, {}, ["0, 3, 255", "mask_values"]),
+    "0 1 2 255 of two classes": ([levels(1, 2, 255)] * 2, {}, ["0, 1, 2, 255", "classes=3 if 255 counts nowhere", "mask_values=[0, 1, 2, 255]"]),
+    "a colored photograph as index": ([LESION.astype(np.uint32), PHOTO[0] + (PHOTO[1].astype(np.uint32) << 8) + COLORED], {"masks": "index"}, ["photographs"]),
     "300 as index": ([levels(300)], {"masks": "index", "classes": 256}, ["class index 300"]),
 }
 
@@ -162,8 +176,10 @@ def test_sets_that_are_refused(name):
     ([colors((255, 0, 0), (0, 0, 90))], ['mask_values=["#000000", "', '"#ff0000"', '"#00005a"', "classes=3"]),
     ([colors((0, 200, 0)), colors((200, 0, 0))], ["#00c800", "#c80000"]),  # one color a file, two in the set
     ([colors((255, 0, 0), (255, 255, 255))], ["#ff0000", "#ffffff"]),
+    ([B, B, colors((255, 0, 0))], ["2.png", "while 8 masks hold only 0, 255: save it as they are"]),
+    ([colors((255, 0, 0)), colors((255, 0, 0)), colors((100, 0, 0))], ["several strengths", '"#640000"', "2.png"]),
     ([np.dstack(PHOTO)], ["photographs"]),
-], ids=["two colors", "one each", "red and white", "photograph"])
+], ids=["two colors", "one each", "red and white", "red among white", "two strengths", "photograph"])
 def test_colors_are_refused_by_name(masks, words, opened):
     with pytest.raises(DataProblems) as caught:
         opened(masks * 4)
@@ -181,6 +197,132 @@ def test_a_palette_is_looked_at_by_color_or_by_index(opened):
     void.putpalette([0, 0, 0, 128, 0, 0] + [0] * 759 + [224, 224, 192])
     data = opened([void] * 4, masks="index")
     assert data.ignore_index == IGNORE and (all_masks(data)["1"] == np.where(RING, 255, LESION)).all()
+
+
+def paletted(indices: np.ndarray, *rgb: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette([value for color in rgb for value in color])
+    return image
+
+
+BLACK, RED, GREEN, WHITE = (0, 0, 0), (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+
+def test_palettes_that_contradict_each_other_are_refused(opened):
+    one, other = paletted(levels(1, 2), BLACK, RED, GREEN), paletted(levels(2, 1), BLACK, GREEN, RED)
+    with pytest.raises(DataProblems, match='index 1 is "#ff0000" in masks/0.png, "#00ff00" in masks/1.png: name the colors.* mask_values=."#000000", "#00ff00", "#ff0000".*mask_values=.0, 1, 2.'):
+        opened([one, other] * 2, classes=3)
+    by_color = all_masks(opened([one, other] * 2, classes=3, mask_values=["#000000", "#ff0000", "#00ff00"]))
+    assert all((mask == levels(1, 2)).all() for mask in by_color.values())
+    by_index = all_masks(opened([one, other] * 2, classes=3, mask_values=[0, 1, 2]))
+    assert (by_index["0"] == levels(1, 2)).all() and (by_index["1"] == levels(2, 1)).all()
+    with pytest.raises(DataProblems, match="index 0 is"):
+        opened([paletted(LESION, BLACK, WHITE), paletted(~LESION, WHITE, BLACK)] * 2, masks="any")
+    anything = all_masks(opened([one, other] * 2, masks="any"))  # numbered objects may have any colors
+    assert (anything["1"] == (levels(1, 2) > 0)).all()
+
+
+@pytest.mark.parametrize("options", [{"masks": "index"}, {"masks": "any"}], ids=str)
+def test_a_background_that_is_not_black_is_a_warning_where_another_index_is(options, opened):
+    data = opened([paletted(~LESION, WHITE, BLACK)] * 4, **options)
+    assert any('index 0, the background, is "#ffffff"' in warning and "index 1 is black" in warning for warning in data.census.warnings)
+    assert not any("palette" in warning for warning in opened([paletted(LESION, WHITE, RED)] * 4, **options).census.warnings)
+
+
+def test_numbers_name_the_indices_of_a_palette(opened):
+    """Also of two classes, and beside ignored pixels."""
+    assert looks_up("binary") and not looks_up("binary", [0, 1]) and not looks_up("binary", (), 255)
+    with pytest.raises(DataProblems, match="holds 1 .*indices of a palette: name them, or its colors"):
+        opened([paletted(LESION, BLACK, WHITE)] * 4, mask_values=[0, 255])
+    void = paletted(np.where(RING, 2, LESION), BLACK, RED, WHITE)
+    assert (all_masks(opened([void] * 4, ignore_value=2))["0"] == np.where(RING, IGNORE, LESION)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_masks_in_the_alpha_channel_are_refused(mode, opened):
+    hidden = Image.new(mode, (64, 64), "white")
+    hidden.putalpha(Image.fromarray(B))
+    with pytest.raises(DataProblems, match="alpha channel, which is not read, holds 0 to 255 .masks/0.png"):
+        opened([hidden] * 4)
+    opaque = Image.fromarray(B).convert(mode)
+    assert (all_masks(opened([opaque] * 4))["0"] == LESION).all()
+
+
+@pytest.mark.parametrize("value", [120, 140])
+@pytest.mark.parametrize("where", [slice(5, 6), slice(5, 7)])
+def test_a_third_value_in_dots_is_a_warning(value, where, opened):
+    dotted = B.copy()
+    dotted[5, where] = value
+    warnings = opened([dotted, B, B, B]).census.warnings
+    assert any("(masks/0.png)" in text and f"hold {value}, taken for edges" in text and "up to 127" in text for text in warnings), warnings
+
+
+def test_a_border_of_one_pixel_is_a_warning(opened):
+    border = np.where(cv2.dilate(LESION.astype(np.uint8), np.ones((3, 3))) > LESION, 128, LESION * 255).astype(np.uint8)
+    assert any("hold 128" in text and "ignore_value" in text for text in opened([border] * 4).census.warnings)
+
+
+@pytest.mark.parametrize("extension, word", [("webp", "a WEBP"), ("jpg", "a JPEG")])
+def test_compressed_indices_are_refused_by_the_name_of_their_format(extension, word, opened):
+    with pytest.raises(DataProblems, match=word):
+        opened([levels(1, 2)] * 4, extension=extension, classes=3)
+
+
+def test_a_flat_grey_among_softened_edges_is_a_warning():
+    marked = [mask.copy() for mask in AROUND * 4]
+    marked[2][50:60, 50:60] = 120
+    assert any("1 masks hold flat regions of 120 (2.png)" in note and "read as background" in note for note in judged(*marked).notes)
+    assert not judged(*AROUND * 4).notes
+
+
+def test_two_whites_beside_ignored_pixels(opened):
+    """The ignored value is no file's white: neither where it is brighter than 1, nor in the cache."""
+    stored = [np.where(RING, 200, LESION * white).astype(np.uint8) for white in (1, 255, 1, 255)]
+    data = opened(stored, ignore_value=200)
+    assert all((mask == np.where(RING, IGNORE, LESION)).all() for mask in all_masks(data).values())
+    assert (data.valid.original_mask(0) == np.where(RING, IGNORE, LESION)).all() and data.census.rows()[2][-1] == "0"
+
+
+def test_colored_jpegs_are_no_photographs_and_photographs_are_no_masks(opened):
+    red, saving = colors((255, 0, 0)), {"quality": 75}
+    with pytest.raises(DataProblems, match="a colored mask of .* save it with its few exact colors"):
+        opened([red] * 4, extension="jpg", saving=saving)
+    data = opened([red] * 4, extension="jpg", saving=saving, mask_values=["#000000", "#ff0000"])
+    assert (all_masks(data)["0"] != (red[..., 0] > 0)).mean() < 0.03
+    with pytest.raises(DataProblems, match="4 of 4 masks look like photographs"):
+        opened([np.dstack(PHOTO)] * 4, extension="jpg", saving=saving, mask_values=["#000000", "#ff0000"])
+
+
+def test_pgm_masks_keep_their_stored_values(tmp_path):
+    """Pillow brings the range that the file states to 0 to 255."""
+    for highest in (1, 2):
+        (tmp_path / "x.pgm").write_bytes(b"P5 3 1 %d\n" % highest + bytes([0, 1, highest]))
+        assert read_mask(tmp_path / "x.pgm", classes=3).tolist() == [[0, 1, highest]]
+        assert read_picture(tmp_path / "x.pgm").values[0, 2] == 255
+
+
+def test_ignored_pixels_of_a_jpeg_are_the_nearest(opened):
+    stored, saving = np.where(RING, 128, B).astype(np.uint8), {"quality": 90}
+    with pytest.raises(DataProblems, match="JPEG, whose compression changes ignored pixels, too: name every value"):
+        opened([stored] * 4, extension="jpg", saving=saving, ignore_value=128)
+    data = opened([stored] * 4, extension="jpg", saving=saving, mask_values=[0, 255], ignore_value=128)
+    found = all_masks(data)["0"]
+    assert (found[RING] == IGNORE).mean() > 0.8 and data.census.rows() and (found[LESION] == 1).mean() > 0.95
+    split, row = data.train, data.train._cache.entries
+    assert int(row["ignored"].sum()) == sum(int((split.original_mask(i) == IGNORE).sum()) for i in range(len(split))) + int((data.valid.original_mask(0) == IGNORE).sum())
+
+
+def test_dicom_masks_keep_their_stored_values(opened, tmp_path):
+    """Also where a file lacks the highest class, or holds one class alone."""
+    stored = [levels(1, 2), levels(1), EMPTY + 1, EMPTY]
+    folder = data_set(tmp_path / "dicom", stored)
+    for i, mask in enumerate(stored):
+        (folder / "masks" / f"{i}.png").unlink()
+        hostile.save(hostile.dicom(mask.astype(np.uint8).tobytes(), Rows=64, Columns=64))(folder / "masks" / f"{i}.dcm")
+    data = SegmentationData.open(folder, size=64, classes=3, cache=tmp_path / "cache", progress=False, valid_share=0.25)
+    assert all((mask == stored[int(name)]).all() for name, mask in all_masks(data).items())
+    assert (data.train.original_mask(0) == stored[int(data.train.ids[0])]).all()
+    assert (read_mask(folder / "masks" / "2.dcm") == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- options

@@ -347,6 +347,13 @@ def test_patients_and_strata_are_found_in_names():
         assert "--patient" in found.problems[0] and "p1_a" in found.problems[0]
 
 
+def test_patients_have_no_blanks_around_them_and_those_that_differ_by_capitals_are_a_warning():
+    label(found := Found(pairs((" p1_a",), ("p1 _b",), ("P1_c",), ("p2_d",))), "patient", "^([^_]+)_")
+    assert [pair.patient for pair in found.pairs] == ["p1", "p1", "P1", "p2"]
+    assert [note for note in found.notes if "WARNING" in note] == [
+        "WARNING: the patient names 'P1' and 'p1' differ only by capitals or blanks: are they the same?"]
+
+
 def test_held_out_and_folds_keep_patients_whole():
     def made() -> list[Pair]:
         rng = np.random.default_rng(5)
@@ -488,6 +495,33 @@ def test_images_of_every_kind_keep_what_they_show(tmp_path):
     text = report(folder)
     assert "WARNING: 1 image files hold several pages or frames; the first alone was read: pages" in text
     assert "WARNING: images of 8 and 16 bits are mixed: 16 bits in pages" in text
+
+
+def test_masks_that_were_looked_at_are_warned_of_as_by_open(tmp_path):
+    """EXIF orientations that differ (in one line, with pages), inverted masks, images of few levels."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for i in range(4):
+        (tmp_path / "raw" / "pictures").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / "targets").mkdir(exist_ok=True)
+        deep = picture(i)[..., 0].astype(np.uint16)
+        deep[5, 5] = 65535
+        Image.fromarray(deep).save(tmp_path / "raw" / "pictures" / f"a{i}.png", exif=exif)
+        mask = Image.fromarray((255 - box(3, 3) * 255).astype(np.uint8))
+        mask.save(tmp_path / "raw" / "targets" / f"a{i}.tif", save_all=True, append_images=[mask])
+
+    def find_all(roots):
+        found = Found()
+        pair_up(found, *(module.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        module.judge(found)
+        return found
+
+    text = report(prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False))
+    assert "files: 4 turned upright" in text
+    assert "WARNING: 4 images and their masks carry different EXIF orientations" in text and "a0, a1, a2, a3" in text
+    assert text.count("pages or frames") == 1 and "WARNING: 4 mask files hold several pages or frames" in text
+    assert "WARNING: foreground fills more than half of 4 of 4 masks" in text
+    assert "WARNING: 4 images of more than 8 bits keep fewer than 22 of 256 levels" in text
 
 
 def test_what_is_alarming_is_a_warning(tmp_path):
