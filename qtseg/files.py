@@ -152,6 +152,11 @@ def _require_memory(width: int, height: int, plain: float, peak: float, size: in
         _require_within("MAX_SWELL", swell, f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
 
 
+def _as_rgb(plain: float, peak: float, stored_values: bool) -> tuple[float, float]:
+    """The same numbers for what is read as an image: it becomes RGB, with three bytes a pixel."""
+    return (plain, peak) if stored_values or plain >= 3 else (3, peak + 3)
+
+
 def _require_plausible(width: int, height: int, plain: float, frames: int, size: int) -> None:
     """Raise ValueError for a large file that is far larger than its pictures: hashing it would take longer than reading them."""
     spare = size - int((64 if frames > 1 else 2) * width * height * plain * max(1, frames))
@@ -256,7 +261,7 @@ def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
         yield marker, body
         at += 2 + length
 
-
+# %% ../nbs/reference/files.ipynb #files-0164
 def _require_few_blocks(source: BinaryIO, at: int) -> int:
     """Raise ValueError for a JPEG 2000 of millions of tiles, precincts, code blocks or layers; returns how many values it states."""
     values = tiles = 0
@@ -464,12 +469,12 @@ def _require_few_scans(scans: int, samples: int) -> None:
 SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 
-def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int) -> None:
+def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
     """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
     width, height = picture.size
     scans = _scans(source) if picture.format in ("JPEG", "MPO") else 1
     plain, peak = _memory(picture, deep, scans)
-    _require_memory(width, height, plain, peak, size)
+    _require_memory(width, height, *_as_rgb(plain, peak, stored_values), size)
     _require_plausible(width, height, plain, frames, size)
     samples = width * height * len(picture.getbands())
     if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
@@ -505,7 +510,7 @@ def _indices(picture: Image.Image) -> np.ndarray | None:
     colors = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
     return np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
 
-
+# %% ../nbs/reference/files.ipynb #files-0211
 def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tuple:
     """The first fields of the Picture of a file of one of FORMATS."""
     tags, frames = _structure(name, source, size)
@@ -513,7 +518,7 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tupl
         bits = _depth(picture, source)
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
         frames = frames or getattr(picture, "n_frames", 1)
-        _judge(picture, deep, frames, source, size)
+        _judge(picture, deep, frames, source, size, stored_values)
         highest = picture.tile[0][3][1:] if name == "PPM" and picture.tile and isinstance(picture.tile[0][3], tuple) else ()
         values = _deep_color(source) if deep else _values(picture)
         if stored_values and highest:  # Pillow has brought them to the full range
@@ -549,7 +554,7 @@ def _transfer_syntax(head: bytes) -> tuple[str, int]:
             break
     raise _Refusal("cannot be read as DICOM (its file meta information is damaged)")
 
-
+# %% ../nbs/reference/files.ipynb #files-0231
 class _Inflating:
     """Reads forward through a compressed DICOM data set, which is never in memory as a whole."""
 
@@ -738,7 +743,7 @@ def _describe(source: BinaryIO, size: int) -> tuple[bytes, _Elements, tuple[int,
         del walk.kept[kept:]
     raise _Refusal("cannot be read as DICOM (it holds no pixels)")
 
-
+# %% ../nbs/reference/files.ipynb #files-0257
 def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
     """The compressed first frame of a DICOM, whose fragments come next; ValueError if it has more than `most` bytes."""
     source, fragments = walk.source, walk.fragments()
@@ -771,7 +776,7 @@ def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
     values = values.astype(np.uint8 if bits <= 8 else np.uint16)
     return values.dtype.type(2**bits - 1) - values if header.PhotometricInterpretation == "MONOCHROME1" else values
 
-
+# %% ../nbs/reference/files.ipynb #files-0261
 def _dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
     """The first fields of the Picture of a DICOM file; needs pydicom 3."""
     from pydicom import dcmread
@@ -785,13 +790,13 @@ def _dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
         int(header[key].value) for key in ("Rows", "Columns", "SamplesPerPixel", "BitsStored", "BitsAllocated"))
     each = samples * -(-allocated // 8)  # bytes of a pixel
     most, syntax = rows * columns * each, header.file_meta.TransferSyntaxUID
-    _require_memory(columns, rows, each, 2 * each + (24 if allocated > 16 else 2), size)
+    _require_memory(columns, rows, *_as_rgb(each, 2 * each + (24 if allocated > 16 else 2), stored_values), size)
     frames = int(header.get("NumberOfFrames") or 1)
     _require_plausible(columns, rows, each, frames, size)
     if syntax.is_encapsulated:
         frame = _first_frame(walk, frames, 2 * most + 2**20)
         extra = samples * _require_honest_frame(frame, rows, columns, samples, syntax == RLELossless)
-        _require_memory(columns, rows, each, 4 * each + extra, size)
+        _require_memory(columns, rows, *_as_rgb(each, 4 * each + extra, stored_values), size)
         frame = encapsulate([frame])
     elif length == walk.OPEN:
         raise _Refusal("cannot be read as DICOM (it states no length of its pixel data)")
@@ -840,13 +845,14 @@ def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
             reason = "it has more pixels than Pillow reads of this format: save it as PNG or TIFF"
         raise ValueError(f"cannot be read {'as DICOM' if name == 'DICOM' else 'to its end'} ({reason})") from error
 
-
+# %% ../nbs/reference/files.ipynb #files-0271
 def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Picture:
     """Read one image file, whatever its name.
 
     Args:
         path: A PNG, JPEG, TIFF, … (`FORMATS`) or DICOM file, or a link to one.
-        stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must.
+        stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must. Otherwise the
+            picture is judged by its size as RGB.
 
     Returns:
         The `Picture`. Unless `stored_values` is set, grey DICOM values are brought to 8 bits as a screen would show them.
@@ -897,7 +903,7 @@ def _reason(entry: os.DirEntry) -> str:
     except OSError:
         return "a link that leads nowhere" if entry.is_symlink() else "cannot be looked at"
 
-
+# %% ../nbs/reference/files.ipynb #files-0301
 def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:
     """All files in a folder and in the folders inside it.
 
@@ -978,7 +984,7 @@ def read_json(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no JSON object but {type(found).__name__}")
     return found
 
-
+# %% ../nbs/reference/files.ipynb #files-0341
 def read_rows(path: str | os.PathLike, most: int = 100_000) -> Iterator[dict[str, str]]:
     """The rows of a CSV file, one at a time; ValueError (see `read_text`), also for more than `most` rows or 64 columns."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""))

@@ -319,6 +319,17 @@ def test_225_megapixels_are_honest_work():
         files._require_memory(15_000, 15_000, plain, peak, size)
 
 
+def test_an_image_is_judged_as_rgb_a_mask_as_it_is(tmp_path):
+    """24 kB of one bit a pixel would take 800 MB as an image; an honest flat mask of 100 megapixels is read."""
+    path = tmp_path / "x.png"
+    path.write_bytes(hostile.png(14_100, 14_100, 1))
+    with pytest.raises(ValueError) as caught:
+        read_picture(path)
+    one_sentence(caught, "QTSEG_MAX_SWELL=")
+    path.write_bytes(hostile.png(10_000, 10_000, 1))
+    assert read_picture(path, stored_values=True).values.shape == (10_000, 10_000)
+
+
 @pytest.mark.parametrize("block", ["jpg", "png"])
 def test_an_exif_block_that_describes_itself_a_thousand_times(tmp_path, block):
     """Pillow would load 60,000 copies of one megabyte while it opens the file."""
