@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .colors import PREDICTION, TARGET
-from .data import (Preprocessing, SegmentationData, Split, Survey, assign_splits, cache_root, find_source, fitted_size,
-                        normalise, outline, read_image, read_preprocessing, resample, survey_folder)
+from .data import (SPLITS, Preprocessing, SegmentationData, Split, Survey, cache_root, find_source, fitted_size, normalise,
+                        outline, read_image, read_preprocessing, resample, survey_folder)
 from .files import csv_cell, escape, new_folder, private_name, printable, read_json
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from .model import Baseline, QTSeg, find_checkpoint, load_network
 from .speed import operations
-from .training import TrainConfig, choose_device, class_frequencies, hardware, keep_freed_memory, open_data, versions
+from .training import (SPLITS_FILE, TrainConfig, choose_device, class_frequencies, hardware, is_path, keep_freed_memory,
+                            read_splits, versions)
 
 # %% auto #0
 __all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'PARTS', 'LABELS', 'FILES', 'class_probabilities',
@@ -678,7 +679,8 @@ def evaluate_network(network: nn.Module, data: SegmentationData, split: str | No
     """
     name, splits = choose_splits(data, split)
     protocol, device, ignored = protocol or Protocol(), torch.device(device), data.ignore_index
-    masks_of, where = (splits, "the scored images") if name == "all" else ([data.train], "the training split")
+    own = name == "all" or not data.train
+    masks_of, where = (splits, "the scored images") if own else ([data.train], "the training split")
     frequencies = class_frequencies(masks_of, max(data.classes, 2), ignored)
     with _evaluating(network, device):
         scored = _score_all(network, splits, batch, device, progress, data.resize, protocol, frequencies, ignored)
@@ -687,6 +689,8 @@ def evaluate_network(network: nn.Module, data: SegmentationData, split: str | No
     notes = list(dict.fromkeys([*data.notes, *data.census.warnings]))
     stacked = {name: np.stack([getattr(image, name) for image in scored], axis=1)
                for name in ("counts", "scores", "lesions", "constants", "thresholds")}
+    if not stacked["counts"].any():
+        raise ValueError(f"every pixel of every image scored in {data.folder} is ignored: there is nothing to score")
     return Evaluation(name, data.size, data.class_names, ids, patients, strata, sizes, protocol, frequencies_of=where,
                       calibration=sum(image.calibration for image in scored), notes=notes, **stacked)
 
@@ -988,68 +992,71 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Prepro
     return network, preprocessing
 
 # %% ../nbs/12_evaluation.ipynb #evaluation110
-def _run_config(checkpoint: Path) -> TrainConfig | None:
-    """The configuration of the run that a checkpoint lies in; None where it lies in none. ValueError if it cannot be read.
+class _Run(NamedTuple):
+    """What the run that a checkpoint lies in says of itself; None for what it does not say."""
+
+    folder: Path | None
+    config: TrainConfig | None = None
+    splits: dict | None = None  # see `read_splits`
+
+    def has(self, folder: Path) -> bool:
+        """Whether this is the folder that the run's data lay in."""
+        own = [self.splits["folder"]] if self.splits else []
+        own += [self.config.data] if self.config and is_path(self.config.data) else []
+        return folder.resolve() in [Path(path).expanduser().resolve() for path in own]
+
+
+def _run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint, or a link to one, lies in; None where it lies in none."""
+    parents = (checkpoint.absolute().parent, checkpoint.resolve().parent)
+    return next((folder for folder in parents if (folder / "config.json").is_file()), None)
+
+
+def _run_of(checkpoint: Path) -> _Run:
+    """The run that a checkpoint lies in. ValueError if it cannot be read.
 
     A relative path to the data counts from where the run was started: its folders are tried upwards, then the one we are in.
     """
-    run = checkpoint.absolute().parent
+    run = _run_folder(checkpoint)
+    if run is None:
+        return _Run(None)
     path = run / "config.json"
-    if not path.is_file():
-        return None
     try:
         config = TrainConfig.from_dict(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path} does not say which data the run had ({error}): name the data to evaluate on") from None
-    if str(config.data).split(":")[0] == "phantoms" or Path(config.data).expanduser().is_absolute():
-        return config
-    found = next((parent / config.data for parent in run.parents if (parent / config.data).exists()), config.data)
-    return replace(config, data=str(found))
-
-
-def _survey_of(config: TrainConfig) -> Survey:
-    """The pairs of a run's data, without reading a picture."""
-    return survey_folder(*find_source(config.data, cache_root(config.cache), config.size))
-
-
-def _split_of(config: TrainConfig, survey: Survey) -> dict[str, list[Path]]:
-    """The image files that a configuration trains, validates and tests on, given the pairs of its data."""
-    parts, _ = assign_splits(survey, config.fold, config.folds, config.valid_share, config.seed)
-    return {name: [survey.records[row].image for row in rows] for name, rows in parts.items()}
+    if is_path(config.data) and not Path(config.data).expanduser().is_absolute():
+        found = next((parent / config.data for parent in run.parents if (parent / config.data).exists()), config.data)
+        config = replace(config, data=str(found))
+    return _Run(run, config, read_splits(run))
 
 # %% ../nbs/12_evaluation.ipynb #evaluation110b
-def _same_files(some: Iterable[Path], others: Iterable[Path]) -> set[Path]:
-    """Those of `some` that are files of `others` or equal one of them byte for byte; only files of equal size are read."""
-    digest = cache(lambda path: hashlib.blake2b(path.read_bytes(), digest_size=12).digest())
-    by_size: dict[int, list[Path]] = {}
-    for path in map(Path.resolve, others):
-        by_size.setdefault(path.stat().st_size, []).append(path)
+def _split_as_there(images: Split, known: dict, same_folder: bool) -> dict[str, str] | None:
+    """The run's split of each of these images, by id; None if they are not the run's.
 
-    def known(path: Path) -> bool:
-        alike = by_size.get(path.stat().st_size, [])
-        return path in alike or any(digest(path) == digest(other) for other in alike)
+    In the run's own folder an image is known by its name and size, or, renamed, by its content. Elsewhere the images are the
+    run's if all that it had are there, unchanged.
+    """
+    rows = [(part, *row) for part in SPLITS for row in known[part]]
+    here = set(zip(images.ids, images.digests))
+    if not same_folder and not here >= {(name, digest) for _, name, digest, *_ in rows}:
+        return None
+    named = {(name, height, width): part for part, name, _, height, width in rows}
+    renamed = {digest: part for part, name, digest, *_ in rows if name not in set(images.ids)}
+    parts = {name: named.get((name, *size)) or renamed.get(digest)
+             for name, digest, size in zip(images.ids, images.digests, images.original_sizes)}
+    return {name: part for name, part in parts.items() if part} or None
 
-    return {path for path in some if known(path.resolve())}
 
-
-def _is_data_of(config: TrainConfig, survey: Survey, checkpoint: Path) -> bool:
-    """Whether pairs are the data of a run: its folder, a copy of it, or, where that is gone, one of its name and numbers."""
-    try:
-        own = _survey_of(config)
-    except (OSError, ValueError):  # moved
-        own = None
-    try:
-        if own is None:
-            numbers = {name: len(paths) for name, paths in _split_of(config, survey).items()}
-            metrics = read_json(checkpoint.absolute().parent / "metrics.json")
-            return Path(config.data).stem == survey.name and numbers == metrics.get("images")
-        if own.folder.resolve() == survey.folder.resolve():
-            return True
-        images, theirs = ([record.image for record in each.records] for each in (survey, own))
-        return ([record.id for record in survey.records] == [record.id for record in own.records]
-                and len(_same_files(images, theirs)) == len(images))
-    except (OSError, ValueError):
-        return False
+def _changes(images: Split, known: dict, parts: dict[str, str]) -> list[str]:
+    """A sentence with numbers if these images are not just those that the run had."""
+    theirs = {row[1] for part in SPLITS for row in known[part]}
+    gone = sum(len(known[part]) for part in SPLITS) - len(parts)
+    strange = [name for name, digest in zip(images.ids, images.digests) if digest not in theirs]
+    new, changed = sum(name not in parts for name in strange), sum(name in parts for name in strange)
+    counts = [f"{count} {what}" for count, what in ((new, "images are new and in no split of it"), (gone, "of its images are gone"),
+                                                    (changed, "of its images have another content")) if count]
+    return [f"WARNING: the data has changed since the run: {', '.join(counts)}"] if counts else []
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111
 def _refuse_other_classes(checkpoint: Path, preprocessing: Preprocessing, names: Sequence[str], source: object) -> None:
@@ -1061,47 +1068,83 @@ def _refuse_other_classes(checkpoint: Path, preprocessing: Preprocessing, names:
                          f"evaluate it on data with its own classes{remedy}")
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111a
-def _open_run(config: TrainConfig, given: dict, progress: bool) -> SegmentationData:
-    """The data of a run, split as the run split it except for what is given; a note says so."""
-    data = open_data(replace(config, progress=progress, **given))
-    parts = {name: getattr(config, name) for name in ("fold", "folds", "valid_share", "seed")} | given
-    how = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
-    data.notes.append(f"{data.folder} is the data of the run {config.name}: split as there"
-                      f"{' except for what was asked' if given else ''} ({how})")
-    return data
+def _mask_reading(run: _Run, given: dict, same_folder: bool) -> dict:
+    """How masks are read where it is not given: as in the run. 255 that the run took as ignored by itself stays ignored."""
+    if run.config is None or {"masks", "mask_values"} & given.keys():
+        return {}
+    reading = {name: getattr(run.config, name) for name in ("masks", "mask_values", "ignore_value")}
+    if run.splits and run.splits["ignored"] and reading["ignore_value"] is None and not same_folder:
+        reading["ignore_value"] = 255
+    return {name: value for name, value in reading.items() if value not in (None, "auto") and name not in given}
 
 
+def _how(preprocessing: Preprocessing, run: _Run, given: dict, same_folder: bool, progress: bool) -> dict:
+    """The options of `SegmentationData.open` but for the split: as the checkpoint wants its images and the run its masks."""
+    classes = len(preprocessing.class_names)
+    if run.config and max(run.config.classes, 2) == classes:
+        classes = run.config.classes
+    cache = {"cache": run.config.cache} if same_folder and run.config else {}
+    return {"classes": classes, "size": preprocessing.size, "resize": preprocessing.resize, "colour": preprocessing.colour,
+            "progress": progress, **cache, **_mask_reading(run, given, same_folder), **given}
+
+# %% ../nbs/12_evaluation.ipynb #evaluation111a1
+def _open_split(run: _Run, survey: Survey, source: object, how: dict, white: int,
+                same_folder: bool) -> tuple[SegmentationData, str | None]:
+    """Open pairs in the split that belongs to them: the one asked for, the run's, the folder's own, or none ("all")."""
+    asked = {name: how.pop(name) for name in ("fold", "folds", "valid_share", "seed") if name in how}
+    data = SegmentationData.open(source, splits={record.id: "train" for record in survey.records}, **how)
+    if data.white != white:  # more than 8 bits: the network saw the same values darker or brighter
+        how["white"] = white
+        data = SegmentationData.open(source, splits={record.id: "train" for record in survey.records}, **how)
+    images, known = data.train, run.splits
+    parts = _split_as_there(images, known, same_folder) if known else None
+    own = parts is not None or (known is None and same_folder)
+    recipe = {name: getattr(run.config, name) for name in ("fold", "folds", "valid_share", "seed")} if own else {}
+    divided = any(record.split or record.fold is not None for record in survey.records)
+    if parts and not asked:
+        data = SegmentationData.open(source, splits=parts, **how)
+    elif own or asked or divided:
+        data = SegmentationData.open(source, **recipe | asked, **how)
+    else:
+        data.notes.append(f"{data.folder} has no splits: every image is scored")
+        return data, "all"
+    if own:
+        split = ", ".join(f"{name} {value}" for name, value in (recipe | asked).items() if value is not None)
+        data.notes.append(f"{data.folder} is the data of the run {run.config.name}: split as there"
+                          f"{' except for what was asked' if asked else ''} ({split})")
+        data.notes += _changes(images, known, parts) if parts else []
+    return data, None
+
+# %% ../nbs/12_evaluation.ipynb #evaluation111a1b
 def _open(checkpoint: Path, source: str | os.PathLike | None, progress: bool,
           options: dict) -> tuple[SegmentationData, str | None]:
     """`open_for`, and the split to score where none is asked for: "all" for data without splits, else None."""
     preprocessing = read_preprocessing(checkpoint)
     try:
-        config = _run_config(checkpoint)
+        run = _run_of(checkpoint)
     except ValueError:
         if source is None:
             raise
-        config = None  # the data is named, so that the run need not be readable; `training_notes` says what was not checked
-    given = {name: value for name, value in options.items() if value is not None and (name, value) != ("masks", "auto")}
-    if source is None and config is None:
+        run = _Run(None)  # the data is named, so that the run need not be readable; `training_notes` says what was not checked
+    if source is None and run.config is None:
         raise FileNotFoundError(f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is missing): "
                                 "name the data to evaluate on")
-    if source is None:
-        data = _open_run(config, given, progress)
-        _refuse_other_classes(checkpoint, preprocessing, data.class_names, data.folder)
-        return data, None
-    survey = survey_folder(*find_source(source, cache_root(options.get("cache")), preprocessing.size))
-    if options.get("masks") != "any":
-        _refuse_other_classes(checkpoint, preprocessing, survey.class_names, source)
-    if config is not None and _is_data_of(config, survey, checkpoint):
-        return _open_run(replace(config, data=str(source)), given, progress), None
-    data = SegmentationData.open(source, classes=len(preprocessing.class_names), size=preprocessing.size,
-                                 resize=preprocessing.resize, colour=preprocessing.colour, progress=progress, **given)
-    divided = any(record.split or record.fold is not None for record in survey.records) or {"fold", "folds"} & given.keys()
-    if divided:
-        return data, None
-    data.notes[:] = [note for note in data.notes if not note.startswith(("no validation split", "no test part"))]
-    data.notes.append(f"{data.folder} has no splits: every image is scored")
-    return data, "all"
+    given = {name: value for name, value in options.items() if value is not None and (name, value) != ("masks", "auto")}
+    place = run.config.data if source is None else source
+    root = cache_root(given.get("cache") or (run.config.cache if source is None else None))
+    survey = survey_folder(*find_source(place, root, preprocessing.size))
+    same_folder = source is None or run.has(survey.folder)
+    how = _how(preprocessing, run, given, same_folder, progress)
+    if how.get("masks") != "any":
+        _refuse_other_classes(checkpoint, preprocessing, survey.class_names, place)
+    data, whole = _open_split(run, survey, place, how, preprocessing.white, same_folder)
+    if source is None and whole:
+        raise ValueError(f"{data.folder} holds none of the images of the run {run.config.name}: name the data to evaluate on")
+    reading = {} if same_folder else _mask_reading(run, given, same_folder)
+    if reading:
+        said = ", ".join(f"{name} {value}" for name, value in reading.items())
+        data.notes.append(f"masks are read as in the run ({said}); masks, mask_values and ignore_value say otherwise")
+    return data, whole
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111a2
 def open_for(checkpoint: str | os.PathLike, source: str | os.PathLike | None = None, *, progress: bool = False,
@@ -1119,27 +1162,41 @@ def open_for(checkpoint: str | os.PathLike, source: str | os.PathLike | None = N
     return _open(find_checkpoint(checkpoint), source, progress, options)[0]
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111c
+def _some(names: Iterable[str]) -> str:
+    """The first five names."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
 def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
-    """A sentence if images of these splits trained a checkpoint of a run, or if that cannot be known; else nothing."""
-    images = [path for split in splits for path, _ in split.paths]
+    """Sentences if images of these splits trained a checkpoint of a run, or may have, or if that cannot be known."""
+    unknown = "whether the images scored here trained it was not checked"
+    run = _run_folder(checkpoint)
+    if run is None:
+        return [f"this checkpoint lies in no run: {unknown}"]
     try:
-        config = _run_config(checkpoint)
-        if config is None:
-            return []
-        known = _same_files(images, _split_of(config, _survey_of(config))["train"])
+        known = read_splits(run)
     except (OSError, ValueError):
-        return ["the data of this checkpoint's run is not here: whether the scored images trained the network was not checked"]
-    if not known:
-        return []
-    names = ", ".join(sorted(path.name for path in known)[:5]) + (", …" if len(known) > 5 else "")
-    warning = f"WARNING: {len(known)} of the {len(images)} scored images trained this network ({names})"
-    return [f"{warning}: these scores say nothing about new images"]
+        known = None
+    if known is None:
+        return [f"the run of this checkpoint does not say which images it had ({SPLITS_FILE}): {unknown}"]
+    trained = {digest for _, digest, *_ in known["train"]}
+    names = {(name, height, width) for name, _, height, width in known["train"]}
+    others = {digest for part in ("valid", "test") for _, digest, *_ in known[part]}
+    scored = [(path.name, digest, (name, *size)) for split in splits for (path, _), digest, name, size in
+              zip(split.paths, split.digests, split.ids, split.original_sizes)]
+    same = [name for name, digest, _ in scored if digest in trained]
+    alike = [name for name, digest, key in scored if digest not in trained | others and key in names]
+    counts = [(same, "trained this network", ""),
+              (alike, "have the name and the size of images that trained this network", ", if these are the same pictures saved anew")]
+    return [f"WARNING: {len(found)} of the {len(scored)} scored images {what} ({_some(found)}): these scores say nothing about "
+            f"new images{when}" for found, what, when in counts if found]
 
 # %% ../nbs/12_evaluation.ipynb #evaluation112
 def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, data: SegmentationData) -> None:
     """Raise ValueError if opened data was prepared in another way than the checkpoint's images were."""
     wanted, given = ((way.size, way.resize, way.colour, len(way.class_names)) for way in (preprocessing, data.preprocessing))
-    if wanted != given:
+    if wanted != given or data.white not in (preprocessing.white, 65535):  # 65535: there may be no more than 8 bits
         raise ValueError(f"{checkpoint} expects images prepared as {preprocessing}, the data given was opened as "
                          f"{data.preprocessing}: open it with open_for(checkpoint, source)")
 
@@ -1225,6 +1282,11 @@ def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
     return {first: [twin.name for twin in twins] for first, *twins in found.values()}
 
 # %% ../nbs/12_evaluation.ipynb #evaluation119
+def _mask_value(text: str) -> int | str:
+    """A value of masks on a command line: a whole number, or a color (#rrggbb)."""
+    return text if text.startswith("#") else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     """The command line of qtseg-evaluate."""
     parser = argparse.ArgumentParser(prog="qtseg-evaluate", description="Score a checkpoint, or every checkpoint of a run, at "
@@ -1234,7 +1296,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=PARTS, help="images to score (test, or valid where there is no test split; all of "
                         "other data that has no splits)")
     parser.add_argument("--masks", default="auto", help="how masks are read: auto, index, binary, any (as in the run, or auto)")
-    parser.add_argument("--ignore-value", type=int, help="the value in masks of pixels that count nowhere")
+    parser.add_argument("--mask-values", type=lambda text: [_mask_value(value) for value in text.split(",")], metavar="V,V,…",
+                        help="the value or color of class 0, 1, …, such as 0,120,255 or #000000,#ff0000 (as in the run)")
+    parser.add_argument("--ignore-value", type=_mask_value, metavar="V",
+                        help="the value or color in masks of pixels that count nowhere (as in the run)")
     parser.add_argument("--fold", type=int, help="the fold that validates (as in the run)")
     parser.add_argument("--folds", type=int, help="make this many folds where the data has none (as in the run)")
     parser.add_argument("--output", help="folder for the results (CHECKPOINT/evaluation_SPLIT)")
@@ -1260,7 +1325,7 @@ def _evaluate_all(chosen: argparse.Namespace) -> dict[str, Evaluation]:
     found = find_checkpoints(chosen.checkpoint)
     for checkpoint in found:
         read_checkpoint(checkpoint)  # refusals that cost nothing come before the data is opened
-    options = {name: getattr(chosen, name) for name in ("masks", "ignore_value", "fold", "folds")}
+    options = {name: getattr(chosen, name) for name in ("masks", "mask_values", "ignore_value", "fold", "folds")}
     data, whole = _open(next(iter(found)), chosen.data, not chosen.no_progress, options)
     evaluations = {}
     for checkpoint, twins in found.items():

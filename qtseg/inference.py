@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import islice, takewhile
+from numbers import Integral
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -155,7 +156,7 @@ def _check_finite(maps: np.ndarray) -> None:
         raise ValueError("the network answered NaN or infinity: its weights are damaged, or mixed precision (amp) "
                          "overflows")
 
-
+# %% ../nbs/13_inference.ipynb #inference036x1
 class _Core:
     """The part of a `Predictor` between a batch of bytes and its probabilities."""
 
@@ -220,8 +221,8 @@ class _Steps(_Core):
 
     def through_network(self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple[np.ndarray, tuple]]:
         """Results of `prepare`, in batches through the network -> (float32 [size, size, K], whatever came second), in order."""
-        if batch < 1:
-            raise ValueError(f"batch is at least 1, not {batch}")
+        if not isinstance(batch, Integral) or batch < 1:
+            raise ValueError(f"batch is a whole number of at least 1, not {batch!r}")
         prepared = iter(prepared)
         while part := list(islice(prepared, batch)):
             stacked = torch.from_numpy(np.stack([image for image, _ in part])).permute(0, 3, 1, 2)  # [B, 3, size, size]
@@ -513,9 +514,11 @@ def _select(files: list[Path], passed: list[tuple[Path, str]]) -> tuple[list[Pat
     kept = {file for file in files if _is_input(file)}
     return [file for file in files if file in kept], [*passed, *((file, NO_PICTURE) for file in files if file not in kept)]
 
-
+# %% ../nbs/13_inference.ipynb #inference073x1
 def _look_up(text: str) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
     """One thing that somebody named -> (the folder that outputs are relative to, files, passed). FileNotFoundError."""
+    if not text:
+        raise FileNotFoundError("an empty text names no file or folder: is a variable not set? The folder one is in is .")
     path = Path(text).expanduser().absolute()
     if os.path.isdir(path):
         return path, *_select(*walk(path))
@@ -538,7 +541,7 @@ def find_images(inputs: Iterable[str | os.PathLike], output: str | os.PathLike) 
         ValueError: `output` holds images.
     """
     output = Path(output).expanduser().absolute()
-    found = [_look_up(os.fspath(item)) for item in inputs]
+    found = [_look_up(os.fsdecode(item)) for item in inputs]
     files = list(dict.fromkeys(file for _, some, _ in found for file in some))
     if not files:
         why = "".join(f"; {path}: {reason}" for _, _, some in found for path, reason in some[:3] if reason != "hidden")
@@ -602,10 +605,12 @@ def describe_mask(mask: np.ndarray, classes: int) -> list:
 # %% ../nbs/13_inference.ipynb #inference083
 def mask_png(mask: np.ndarray, palette: bool = False) -> bytes:
     """A mask, uint8 [H, W], as a grey PNG whose values are class indices; palette: with the colors of `class_colors`."""
-    if not palette:
-        return cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+    if not palette and hasattr(cv2, "IMWRITE_PNG_FILTER"):  # not in every OpenCV; filters take longer than all the rest
+        options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+        return cv2.imencode(".png", mask, options)[1].tobytes()
     picture, stream = Image.fromarray(mask), io.BytesIO()
-    picture.putpalette(class_colors(256).tobytes())
+    if palette:
+        picture.putpalette(class_colors(256).tobytes())
     picture.save(stream, "PNG", compress_level=1)  # level 6 takes several times as long for little
     return stream.getvalue()
 
@@ -775,8 +780,8 @@ class FileOptions:
     def __post_init__(self):
         if self.probability not in (None, "png", "npz"):
             raise ValueError(f"probability is png, npz or None, not {self.probability!r}")
-        if self.batch < 1:
-            raise ValueError(f"batch is at least 1, not {self.batch}")
+        if not isinstance(self.batch, Integral) or self.batch < 1:
+            raise ValueError(f"batch is a whole number of at least 1, not {self.batch!r}")
         check_window(self.window, self.overlap)
 
     def outputs(self, name: str) -> list[str]:
@@ -818,7 +823,7 @@ def _check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
         raise ValueError(f"{output} holds other work ({'; '.join(different)}): choose a new folder, or overwrite (--overwrite)")
     return not different
 
-
+# %% ../nbs/13_inference.ipynb #inference098x1
 @contextmanager
 def _only_writer(output: Path) -> Iterator[None]:
     """Make the folder and lock it, at most until this process ends; ValueError if another run writes to it."""
@@ -837,11 +842,15 @@ def _only_writer(output: Path) -> Iterator[None]:
 
 # %% ../nbs/13_inference.ipynb #inference099
 def _is_done(job: Job, row: list[str] | None, output: Path, options: FileOptions) -> bool:
-    """Does an earlier row speak of all the files that are wanted, and are they no older than the image?"""
+    """Does an earlier row speak of all the files that are wanted, and did the image come before them?
+
+    A copy may bring its old date with it, so when the file was put here counts, too, where the system knows that.
+    """
     if row is None or row[1] != _cell(f"{job.name}.png") or not os.path.isfile(job.path):
         return False
     files = [output / name for name in options.outputs(job.name)]
-    return all(map(os.path.isfile, files)) and os.path.getmtime(job.path) <= os.path.getmtime(files[0])
+    newest = max(os.path.getmtime(job.path), os.path.getctime(job.path))
+    return all(map(os.path.isfile, files)) and newest <= os.path.getmtime(files[0])
 
 
 def _jobs(found: Found, output: Path) -> list[Job]:
@@ -1052,7 +1061,7 @@ def predict_files(predictor: Predictor, inputs: str | os.PathLike | Iterable[str
         FileNotFoundError, ValueError: inputs, options or output folder cannot be used.
         OSError: nothing can be written (disk full, no permission).
     """
-    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    inputs = [inputs] if isinstance(inputs, (str, bytes, os.PathLike)) else list(inputs)
     run = _Run(predictor, inputs, Path(output).expanduser().absolute(), FileOptions(**options))
     with _only_writer(run.output):
         run.open()

@@ -16,11 +16,11 @@ __all__ = ['LOSSES', 'check_labels', 'cross_entropy_loss', 'bce_loss', 'binary_d
            'ce_dice_loss', 'weighted_loss']
 
 # %% ../nbs/09_losses.ipynb #c019
-def check_labels(target: Tensor, classes: int, ignore_index: int | None = None) -> None:
+def check_labels(target: Tensor, classes: int, ignore_index: int | None = None, name: str = "target") -> None:
     """Raise ValueError if a target on the CPU holds a value that is no class index. On other devices nothing is read.
 
     Args:
-        target: class indices of any integer type, any shape.
+        target: class indices of any integer type, any shape; called by `name` in the error.
         classes: labels are 0 to classes - 1; 1 counts as 2, because one channel separates two classes.
         ignore_index: one more label that is allowed, for pixels that count nowhere.
     """
@@ -36,10 +36,11 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None = None) 
     if wrong.any():
         found = target[wrong].unique().tolist()
         values = ", ".join(map(str, found[:5])) + (", …" if found[5:] else "")
-        raise ValueError(f"the target holds {values} in {int(wrong.sum())} pixels, but the classes are 0 to {last}: pass ignore_index="
-                         f"{found[-1]} if these pixels count nowhere, or use (target > 0).long() for a black-and-white mask")
+        ignore = f"pass ignore_index={found[-1]} if these pixels count nowhere, or " if name == "target" else ""
+        raise ValueError(f"the {name} holds {values} in {int(wrong.sum())} pixels, but the classes are 0 to {last}: {ignore}"
+                         f"use ({name} > 0).long() for a black-and-white mask")
 
-
+# %% ../nbs/09_losses.ipynb #c019x1
 def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None = None,
              ignore_index: int | None = None) -> Tensor:
     """The logits in float32 or wider, [B, C, H, W]; ValueError for wrong types, shapes, channel counts or labels."""
@@ -56,6 +57,8 @@ def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None =
         wanted = f"at least {fewest} channels" if most is None else f"{fewest} to {most} channels"
         raise ValueError(f"this loss needs logits with {wanted}, {shapes}")
     check_labels(target, logits.shape[1], ignore_index)
+    if ignore_index is not None:  # whatever stands there, infinity and NaN, too: nothing times infinity would be NaN
+        logits = logits.masked_fill((target == ignore_index)[:, None], 0)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums over 512 x 512 pixels overflow float16
 
 # %% ../nbs/09_losses.ipynb #c024

@@ -5,6 +5,8 @@
 # %% ../nbs/10_metrics.ipynb #metrics003
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def _check_pair(masks: Tensor, target: Tensor) -> None:
 # %% ../nbs/10_metrics.ipynb #metrics023
 def _check_classes(classes: int) -> None:
     """Raise ValueError unless classes is an integer >= 1."""
-    if not isinstance(classes, int) or classes < 1:
+    if not isinstance(classes, Integral) or classes < 1:
         raise ValueError(f"classes must be an integer >= 1, got {classes!r}")
 
 # %% ../nbs/10_metrics.ipynb #metrics028
@@ -62,6 +64,7 @@ def confusion_counts(masks: Tensor, target: Tensor, classes: int, ignore_index: 
     _check_classes(classes)
     _check_pair(masks, target)
     check_labels(target, classes, ignore_index)
+    check_labels(masks.long(), classes, name="prediction")
     counted = True if ignore_index is None else target != ignore_index  # [B, H, W]
     pixels = target.shape[1] * target.shape[2] if ignore_index is None else counted.sum(dim=(1, 2))
     counts = []
@@ -98,12 +101,15 @@ def scores_in_percent(counts: Tensor, legacy: bool = False) -> Tensor:
 # %% ../nbs/10_metrics.ipynb #metrics051
 def _stray_pixels(masks: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
     """Count pixels whose label is no class index: two [B, H, W] -> [2] (prediction, target), int64, on the same device."""
-    stray, wrong = ((labels < 0) | (labels >= max(classes, 2)) for labels in (masks, target))
+    stray, wrong = ((labels < 0) | (labels >= max(classes, 2)) for labels in (masks.long(), target))
     return torch.stack([stray.sum(), (wrong if ignore_index is None else wrong & (target != ignore_index)).sum()])
 
 # %% ../nbs/10_metrics.ipynb #metrics053
-def _refuse_strays(strays: list[Tensor], classes: int) -> None:
-    """Raise ValueError if any update saw a stray label; reads the device, so it belongs where the scores are read."""
+def _refuse_strays(strays: list[Tensor], undecided: list[Tensor], classes: int) -> None:
+    """Raise ValueError if any update saw a stray label or NaN; reads the device, so it belongs where the scores are read."""
+    if count := int(sum(undecided)):
+        raise ValueError(f"{count} logits are no numbers (NaN), and no mask follows from them: the network's training diverged, "
+                         "or its images hold NaN; reset() and start again")
     for name, pixels in zip(("prediction", "target"), torch.stack(strays).sum(dim=0).tolist()):
         if pixels:
             raise ValueError(f"{pixels} pixels of the {name} hold a label outside 0..{max(classes, 2) - 1} (a mask saved as 0 and "
@@ -145,6 +151,7 @@ class SegmentationMetrics:
         """Forget every image."""
         self._counts: list[Tensor] = []  # per update: [B, foreground classes, 4]
         self._strays: list[Tensor] = []  # per update: [2], stray pixels of prediction and target
+        self._undecided: list[Tensor] = []  # per update with logits: how many of them are no numbers
 
     def __len__(self) -> int:
         """The number of images seen."""
@@ -152,10 +159,10 @@ class SegmentationMetrics:
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch: logits [B, classes, H, W], target [B, H, W] int64."""
-        masks = hard_masks(logits)
-        if logits.shape[1] != self.classes:
+        if logits.ndim == 4 and logits.shape[1] != self.classes:
             raise ValueError(f"logits have {logits.shape[1]} channels, the metrics were made for classes={self.classes}")
-        self.update_masks(masks, target)
+        self.update_masks(hard_masks(logits), target)
+        self._undecided.append(logits.isnan().sum())
 
     def update_masks(self, masks: Tensor, target: Tensor) -> None:
         """Add a batch of hard masks: masks [B, H, W] integer or bool, target [B, H, W] int64."""
@@ -166,7 +173,7 @@ class SegmentationMetrics:
         """Scores [images, foreground classes, 4] in percent, in the order mae, acc, dice, iou; float64 on the CPU."""
         if len(self) == 0:
             raise ValueError("no images yet: call update() first")
-        _refuse_strays(self._strays, self.classes)
+        _refuse_strays(self._strays, self._undecided, self.classes)
         return scores_in_percent(torch.cat(self._counts), self.legacy)
 
     def compute(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,15 +48,20 @@ def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 # %% ../nbs/08_model.ipynb #1bcf7705
-def _check_images(images: Tensor, in_channels: int, training: bool) -> None:
-    """Raise ValueError with one sentence about what is wrong with the images."""
+def _learns(network: nn.Module) -> bool:
+    """Whether a BatchNorm normalises with its batch."""
+    return network.training and any(module.training for module in network.modules() if isinstance(module, _BatchNorm))
+
+
+def _check_images(images: Tensor, in_channels: int, network: nn.Module) -> None:
+    """Raise ValueError with one sentence about what is wrong with the images that a network is given."""
     if images.ndim != 4 or images.shape[1] != in_channels or not images.is_floating_point():
         raise ValueError(f"images are a floating-point tensor [B, {in_channels}, H, W] with values in [-1, 1], "
                          f"not {images.dtype} {list(images.shape)}")
     batch, _, height, width = images.shape
     if height < 32 or width < 32:
         raise ValueError(f"images are at least 32 pixels high and wide, not {height}×{width}: resize them first")
-    if training and batch == 1 and height == width == 32:
+    if batch == 1 and height == width == 32 and _learns(network):
         raise ValueError("one image of 32×32 leaves BatchNorm a single value per channel to learn from: "
                          "train on two images or more, or on larger ones")
 
@@ -89,7 +95,7 @@ class Segmenter(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Check the images, pad them to multiples of 32, and lay them out channels last (not in the naive form)."""
-        _check_images(images, self.config["in_channels"], self.training)
+        _check_images(images, self.config["in_channels"], self)
         padded = pad_to_multiple(images)
         return padded if self.use_naive else padded.contiguous(memory_format=torch.channels_last)
 
@@ -534,7 +540,8 @@ def _read_official(path: str | Path) -> dict[str, Tensor]:
     """The state dict in an official file, without running anything in it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: download it from the official repository's releases first")
+        raise FileNotFoundError(f"{path} is missing: name a checkpoint folder, a run, or a file from the official "
+                                "repository's releases")
     _check_size(path)
     try:
         _check_pickles(path)

@@ -25,7 +25,7 @@ import typing
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,25 +37,27 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# %% auto #0
+__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'COLOURS', 'T',
+           'SPLITS_FILE', 'ROW', 'FREQUENCY_IMAGES', 'ConfigProblems', 'TrainConfig', 'is_path', 'located',
+           'recipe_changes', 'choose_device', 'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures',
+           'Tracker', 'stop_signals', 'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'split_table',
+           'read_splits', 'data_digest', 'Result', 'class_frequencies', 'best_constant_mask', 'open_data', 'fit',
+           'draw_curves', 'LiveCurves']
+
+# %% ../nbs/11_training.ipynb #c003x1
 from . import __version__
 from .attention import POSITIONS
 from .augmentation import OPERATIONS, Augmentation
 from .bridge import BRIDGES
 from .data import COLOURS as COLOUR_SPACES
-from .data import IGNORE, MASKS, PREPROCESSING_FILE, RESIZES, Batch, SegmentationData, Split, normalise, outline, to_rgb
+from .data import IGNORE, MASKS, PREPROCESSING_FILE, RESIZES, SPLITS, Batch, SegmentationData, Split, normalise, outline, to_rgb
 from .decoder import DECODERS
 from .files import csv_cell, printable, read_json, write_then_rename
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
 from .model import NETWORKS, Baseline, QTSeg, load_network
 from .speed import accelerate
-
-# %% auto #0
-__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'COLOURS', 'T', 'ROW',
-           'FREQUENCY_IMAGES', 'ConfigProblems', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'choose_device',
-           'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures', 'Tracker', 'stop_signals',
-           'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'data_digest', 'Result', 'class_frequencies',
-           'best_constant_mask', 'open_data', 'fit', 'draw_curves', 'LiveCurves']
 
 # %% ../nbs/11_training.ipynb #c010
 OPTIMISERS: dict[str, Callable] = {
@@ -121,10 +123,14 @@ RULES: dict[str, tuple[str, Callable]] = {  # what a value is, said and tested
 
 # %% ../nbs/11_training.ipynb #c027
 def _type_name(hint) -> str:
-    """A type as a person says it: `int | None` -> "a whole number or null"."""
+    """A type as a person says it: `int | None` -> "a whole number or null", `list[int]` -> "a list of whole numbers"."""
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping",
              types.NoneType: "null"}
-    return " or ".join(names[typing.get_origin(part) or part] for part in (typing.get_args(hint) if _is_union(hint) else [hint]))
+    many = {str: "texts", int: "whole numbers", float: "numbers"}
+    if _is_union(hint):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
+    items = [many.get(item) or " or ".join(many[part] for part in typing.get_args(item)) for item in typing.get_args(hint)]
+    return names[typing.get_origin(hint) or hint] + (" of " + " to ".join(items) if items else "")
 
 
 def _plain(value):
@@ -157,7 +163,7 @@ def _fits(value, hint) -> bool:
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and -most <= value <= most
     return isinstance(value, kind)
 
-
+# %% ../nbs/11_training.ipynb #c027x1
 def _shown(value) -> str:
     """A value in an error, whatever it is: on one line, and not endless."""
     try:
@@ -175,8 +181,9 @@ def _meant(name: str, value) -> str:
         return f" (a text; with papermill -p {name} {word})"
     if text[:1] in ("[", "{"):
         return f' (a text; with papermill -y "{name}: {text[:80]}")'
-    with contextlib.suppress(ValueError):
-        return f" (a text; in YAML write {float(text)!r}, without quotes)"
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return f" (a text; in YAML write {number(text)!r}, without quotes)"
     return ""
 
 # %% ../nbs/11_training.ipynb #c030
@@ -190,7 +197,7 @@ def _refused_by_loss(name: str, classes: int) -> str:
         return str(error).split(", got")[0]
     return ""
 
-
+# %% ../nbs/11_training.ipynb #c030x1
 class ConfigProblems:
     """The checks of `TrainConfig`, mixed into it: every problem is found, and all are named in one ValueError."""
 
@@ -342,6 +349,8 @@ class TrainConfig(_RecipeFields, ConfigProblems):
     @classmethod
     def from_dict(cls, values: dict) -> TrainConfig:
         """A configuration from plain values (a YAML file, papermill parameters); ValueError names unknown keys."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration maps names to values, and this is {_shown(values)}: an empty or other file?")
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(printable(key)[:80] for key in values if key not in known)
         if unknown:
@@ -480,7 +489,7 @@ def evaluate(model: nn.Module, split: Split, classes: int, *, batch: int = 16, d
             with _autocast(device, amp):
                 logits = model(normalise(part.images))
             total += loss(logits.float(), target).item() * len(target)
-            metrics.update(logits.float(), target)
+            metrics.update_masks(hard_masks(logits.float()), target)  # where they are NaN, the loss says so
     finally:
         model.train(was_training)
     return {"loss": total / len(split), **metrics.compute()}
@@ -694,7 +703,7 @@ def _refuse_lone_images(config: TrainConfig, images: int, team: Team, device: to
     raise ValueError(f"{alone} holds one image ({images} training images, batch {config.batch}), of which BatchNorm would see one "
                      f"value per channel at size {config.size}: set {drop}another batch or a larger size")
 
-
+# %% ../nbs/11_training.ipynb #c095x1
 class _TrainerParts:
     """What a run is made of: network, optimiser, schedule, augmentation, loss, and where it stands."""
 
@@ -727,7 +736,7 @@ def _next_rate(scheduler, config: TrainConfig, loss: float | None) -> None:
     for group in scheduler.optimizer.param_groups:
         group["lr"] = max(group["lr"], config.min_lr)
 
-
+# %% ../nbs/11_training.ipynb #c097x1
 class Trainer(_TrainerParts):
     """One run's network, optimiser and schedule, and one step of them. `fit` drives it."""
 
@@ -776,6 +785,33 @@ class Trainer(_TrainerParts):
     def next_rate(self, loss: float | None) -> None:
         """One epoch of the schedule; `loss`: the validation loss, None if the epoch was not validated."""
         _next_rate(self.scheduler, self.config, loss)
+
+# %% ../nbs/11_training.ipynb #c103s
+SPLITS_FILE = "splits.json"
+
+
+def split_table(data: SegmentationData) -> dict[str, list[list]]:
+    """The images of each split, as a run keeps them: {"train": [[id, digest, height, width], …], "valid": …, "test": …}."""
+    return {name: [[*one, *size] for *one, size in zip(split.ids, split.digests, split.original_sizes)] if split else []
+            for name in SPLITS for split in [getattr(data, name)]}
+
+
+def read_splits(run: str | os.PathLike) -> dict | None:
+    """The `split_table` of the data that a run was made with, its "folder", and whether masks had "ignored" pixels.
+
+    Returns:
+        None where there is no run, or one of an earlier version. ValueError for a damaged file.
+    """
+    path = Path(run) / SPLITS_FILE
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    sound = isinstance(found.get("folder"), str) and isinstance(found.get("ignored"), bool) and all(
+        isinstance(rows := found.get(name), list) and all(
+            isinstance(row, list) and [type(value) for value in row] == [str, str, int, int] for row in rows) for name in SPLITS)
+    if not sound:
+        raise ValueError(f"{path} is damaged: it does not list the images of {', '.join(SPLITS)}")
+    return found
 
 # %% ../nbs/11_training.ipynb #c103
 def data_digest(data: SegmentationData, opened: int = 16) -> str:
@@ -848,7 +884,7 @@ def _sound_moments(found, config: TrainConfig, weights: list[nn.Parameter]) -> b
 
 ROW = {"epoch", "lr", "train_loss", "train_dice", "seconds", "images_per_second", "waited_percent"}  # each epoch's history has these
 
-
+# %% ../nbs/11_training.ipynb #c103bx1
 def _sound_progress(found, trainer: Trainer) -> bool:
     """Is this a Progress that this run can have reached?"""
     def numbers(values, names: set) -> bool:
@@ -887,7 +923,8 @@ def _refuse_other_data(trainer: Trainer, state: dict) -> None:
     begun = _stored_config(path) if path.is_file() else trainer.config
     if not is_path(trainer.config.data) or ("data" not in state and located(begun)["data"] == located(trainer.config)["data"]):
         return
-    if state.get("data") != trainer.digest:
+    known, now = read_splits(trainer.config.folder), split_table(trainer.data)
+    if state.get("data") != trainer.digest or (known and {name: known[name] for name in SPLITS} != now):
         raise ValueError(f"{trainer.config.folder} was begun with other images or masks ({begun.data}) than {trainer.config.data} "
                          "holds now: name the same data, or choose another name")
 
@@ -909,7 +946,7 @@ def _follow_schedule(trainer: Trainer, before: int) -> None:
     if c.progress and trainer.team.leads:
         print(p.notes[-1])
 
-
+# %% ../nbs/11_training.ipynb #c103dx1
 def _load_state(trainer: Trainer) -> None:
     """Go on from resume.pt, if there is one. ValueError for a damaged file, or one that part of a team does not see."""
     path = trainer.config.folder / "resume.pt"
@@ -926,7 +963,8 @@ def _load_state(trainer: Trainer) -> None:
     for name in ("model", "optimiser", "scheduler", "scaler"):
         getattr(trainer, name).load_state_dict(state[name])
     trainer.progress = Progress(**state["progress"])
-    trainer.config = dataclasses.replace(trainer.config, epochs=max(trainer.config.epochs, trainer.progress.epoch))
+    p = trainer.progress  # an epoch that was begun is finished where nothing was validated yet: there is no best checkpoint else
+    trainer.config = dataclasses.replace(trainer.config, epochs=max(trainer.config.epochs, p.epoch + (p.step > 0 and not p.best)))
     for key in ("T_max", "total_iters"):  # what cosine and polynomial call the number of epochs
         before = state["scheduler"].get(key, trainer.config.epochs)
         if trainer.config.scheduler in ("cosine", "polynomial") and before != trainer.config.epochs:
@@ -941,14 +979,14 @@ def _save_checkpoint(trainer: Trainer, name: str) -> None:
         _write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(trainer.data.preprocessing), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c109
-def _keep_best(trainer: Trainer, scores: dict[str, float]) -> None:
-    """Keep a checkpoint for each measure that this epoch improved; what is no number (NaN) is no improvement."""
+def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
+    """Keep a checkpoint for each measure that an epoch, counted from 1, improved; what is no number (NaN) is no improvement."""
     p = trainer.progress
     for name, better in BEST.items():
         if math.isnan(scores[name]):
             continue
         if name not in p.best or better(scores[name], p.best[name]["value"]) != p.best[name]["value"]:
-            p.best[name] = {"epoch": p.epoch + 1, "value": scores[name]}
+            p.best[name] = {"epoch": epoch, "value": scores[name]}
             trainer.team.lead(partial(_save_checkpoint, trainer, f"best_{name}"))
 
 # %% ../nbs/11_training.ipynb #c112
@@ -960,7 +998,7 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
     if pending is None:
         return []
     loss, counts, ids = pending
-    dice = scores_in_percent(counts)[..., MEASURES.index("dice")].mean()
+    dice = scores_in_percent(counts)[..., MEASURES.index("dice")].nanmean().nan_to_num()  # wholly ignored images have none
     value, dice = trainer.team.mean(torch.stack([loss.cpu().double(), dice])).tolist()
     p = trainer.progress
     if not math.isfinite(value):
@@ -1007,6 +1045,16 @@ def _show(bar: tqdm, trainer: Trainer) -> None:
     bar.update()
 
 # %% ../nbs/11_training.ipynb #c118
+def _validate(trainer: Trainer, epoch: int) -> dict:
+    """Score the validation split after an epoch, counted from 1, and keep the best -> what the epoch's row gets."""
+    c, begin = trainer.config, time.perf_counter()
+    scores = trainer.team.lead(partial(evaluate, trainer.model, trainer.data.valid, c.classes, batch=c.valid_batch,
+                                       device=trainer.device, amp=c.amp, losses=c.losses,
+                                       ignore_index=trainer.data.ignore_index))
+    _keep_best(trainer, scores, epoch)
+    return {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
+
+
 def _finish_epoch(trainer: Trainer) -> dict:
     """Validate if it is time, keep the best, step the schedule -> the epoch's row of the history."""
     p, c, sums = trainer.progress, trainer.config, trainer.progress.sums
@@ -1015,12 +1063,7 @@ def _finish_epoch(trainer: Trainer) -> dict:
            "images_per_second": min(trainer.steps * c.batch, len(trainer.data.train)) / sums["seconds"],
            "waited_percent": 100 * sums["waited"] / sums["seconds"]}
     if (p.epoch + 1) % c.validate_every == 0 or p.epoch + 1 == c.epochs:
-        begin = time.perf_counter()
-        scores = trainer.team.lead(partial(evaluate, trainer.model, trainer.data.valid, c.classes, batch=c.valid_batch,
-                                           device=trainer.device, amp=c.amp, losses=c.losses,
-                                           ignore_index=trainer.data.ignore_index))
-        row |= {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
-        _keep_best(trainer, scores)
+        row |= _validate(trainer, p.epoch + 1)
     trainer.next_rate(row.get("valid_loss"))
     p.history.append(row)
     p.epoch, p.step, p.sums = p.epoch + 1, 0, {}
@@ -1165,10 +1208,12 @@ def _refuse_other_runs(config: TrainConfig) -> None:
         _same_recipe(config, _stored_config(folder / "config.json"))
 
 
-def _write_config(config: TrainConfig) -> None:
+def _write_config(config: TrainConfig, data: SegmentationData) -> None:
     """Make the run's folder and write what it is made with."""
+    splits = {"folder": str(data.folder.absolute()), "ignored": data.ignore_index is not None, **split_table(data)}
     with _clear_disk_errors(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
+        _write_text(config.folder / SPLITS_FILE, json.dumps(splits) + "\n")
         _write_text(config.folder / "config.json", json.dumps(located(config), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c136
@@ -1197,6 +1242,9 @@ def _run(trainer: Trainer, tracker: Tracker, asked: threading.Event, on_epoch: C
                 raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
                                         "run again with resume=True to go on from there")
             trainer.team.lead(partial(_tell, trainer, tracker, row, on_epoch, bar))
+    if not p.step and "valid_loss" not in p.history[-1]:  # resumed to fewer epochs than were done: these weights were not validated
+        p.history[-1] |= _validate(trainer, p.epoch)
+        trainer.team.lead(partial(_save, trainer, True))
 
 # %% ../nbs/11_training.ipynb #c137
 def _tell(trainer: Trainer, tracker: Tracker, row: dict, on_epoch: Callable | None, bar: tqdm) -> None:
@@ -1226,7 +1274,7 @@ def fit(config: TrainConfig, data: SegmentationData | None = None,
     trainer = Trainer(config, data if data is not None else _open_in_turn(config, team), team)
     _load_state(trainer)
     config = trainer.config  # a run that has done more epochs than asked ends where it is
-    team.lead(partial(_write_config, config))
+    team.lead(partial(_write_config, config, trainer.data))
     for sentence in trainer.data.census.warnings if team.leads else ():
         warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=2)
     tracker = Tracker(dataclasses.replace(config, track=config.track and team.leads), trainer.progress.run_id)

@@ -411,7 +411,7 @@ def test_official_file_missing(model, tmp_path):
     for load in (load_official, model.load_encoder):
         with pytest.raises(FileNotFoundError) as caught:
             load(tmp_path / "nowhere.pt")
-        one_sentence(caught, "nowhere.pt", "is missing")
+        one_sentence(caught, "nowhere.pt", "is missing", "name a checkpoint folder, a run")
 
 
 class Stowaway:

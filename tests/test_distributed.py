@@ -162,7 +162,7 @@ def test_both_processes_know_the_same_scores_and_only_the_leader_writes(folder, 
     assert two[0]["frozen"]["metrics"] == two[1]["frozen"]["metrics"]
     assert two[0]["frozen"]["metrics"]["train"]["processes"] == 2
     assert json.loads((folder / "two" / "metrics.json").read_text()) == two[0]["frozen"]["metrics"]
-    assert {path.name for path in (folder / "two").iterdir()} == {"config.json", "history.csv", "metrics.json", "resume.pt", "last",
+    assert {path.name for path in (folder / "two").iterdir()} == {"config.json", "splits.json", "history.csv", "metrics.json", "resume.pt", "last",
                                                                   *(f"best_{name}" for name in training.BEST)}
 
 

@@ -30,7 +30,7 @@ from qtseg.evaluation import (BINS, FILES, SCORES, SIZES, THRESHOLDS, Protocol, 
 from qtseg.metrics import MEASURES, confusion_counts, hard_masks
 from qtseg.model import QTSeg
 from qtseg.phantoms import write_prepared
-from qtseg.training import TrainConfig, evaluate, fit
+from qtseg.training import TrainConfig, evaluate, fit, open_data, split_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # inside MONAI
 needs_monai = pytest.mark.skipif(module.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
@@ -832,6 +832,9 @@ def trained(run, tmp_path, monkeypatch):
     def make(**recipe) -> Path:
         folder = tmp_path / "runs" / f"run{len(list(tmp_path.glob('runs/*')))}"
         shutil.copytree(run / "best_dice", folder / "best_dice", ignore=shutil.ignore_patterns("evaluation_*"))
+        opened = open_data(TrainConfig.from_dict(config | recipe))
+        splits = {"folder": str(opened.folder), "ignored": opened.ignore_index is not None, **split_table(opened)}
+        (folder / "splits.json").write_text(json.dumps(splits))
         (folder / "config.json").write_text(json.dumps(config | recipe))
         return folder
 
@@ -871,18 +874,139 @@ def test_paths_survive_another_working_folder(trained, tmp_path, monkeypatch):
     assert open_for(folder).valid.ids == expected and open_for("../runs/run0").valid.ids == expected
 
 
-def test_moved_data_is_known_by_name_and_numbers(trained, tmp_path):
+def test_moved_data_is_known_by_its_content_and_no_other(trained, tmp_path):
     folder = trained(seed=5)
     expected = open_for(folder).valid.ids
     (tmp_path / "disk").mkdir()
-    (tmp_path / "d").rename(tmp_path / "disk" / "d")
+    (tmp_path / "d").rename(tmp_path / "disk" / "e")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_for(folder)
-    (folder / "metrics.json").write_text(json.dumps({"images": {"train": 27, "valid": 3, "test": 0}}))
-    assert open_for(folder, "disk/d").valid.ids == expected
-    assert "not checked" in training_notes(folder / "best_dice", [open_for(folder, "disk/d").valid])[0]
-    (folder / "metrics.json").write_text(json.dumps({"images": {"train": 270, "valid": 30, "test": 0}}))
-    assert "every image is scored" in open_for(folder, "disk/d").notes[-1]
+    assert open_for(folder, "disk/e").valid.ids == expected
+    pictures(tmp_path / "other" / "d", 30, seed=9)  # another hospital: same names, sizes and numbers
+    data = open_for(folder, "other/d")
+    assert len(data.train) == 30 and "every image is scored" in data.notes[-1]
+    warned = training_notes(folder / "best_dice", [data.train])
+    assert len(warned) == 1 and warned[0].startswith("WARNING: 27 of the 30 scored images have the name and the size of images that trained")
+
+
+def test_a_folder_that_has_grown_or_shrunk_keeps_the_runs_split(trained, tmp_path):
+    """The split was drawn anew from what was there now, and images that had trained were scored without a word."""
+    folder = trained(seed=5)
+    before = open_for(folder)
+    more = pictures(tmp_path / "more", 10, seed=8)
+    for kind in ("images", "masks"):
+        for path in (more / kind).iterdir():
+            shutil.copy(path, tmp_path / "d" / kind / f"a{path.name}")
+        for name in before.train.ids[:2]:
+            (tmp_path / "d" / kind / f"{name}.png").unlink()
+    shutil.copytree("d", "copy")
+    for source in (None, "d"):
+        now = open_for(folder, source)
+        assert now.valid.ids == before.valid.ids and now.train.ids == before.train.ids[2:] and "split as there" in now.notes[-2]
+        assert now.notes[-1].endswith("since the run: 10 images are new and in no split of it, 2 of its images are gone")
+        assert not training_notes(folder / "best_dice", [now.valid])
+    assert "every image is scored" in open_for(folder, "copy").notes[-1], "a part of the run's images among others is other data"
+
+
+def test_images_saved_anew_keep_their_split_in_the_runs_folder(trained, tmp_path):
+    folder = trained(seed=5)
+    before = open_for(folder)
+    shutil.copytree("d", "copy")
+    for path in (tmp_path / "d" / "images").iterdir():
+        Image.open(path).save(path, compress_level=0)
+    now = open_for(folder, "d")
+    assert now.valid.ids == before.valid.ids and now.notes[-1].endswith("the run: 30 of its images have another content")
+    shutil.rmtree("d")
+    pictures(tmp_path / "d", 4, seed=3)
+    for path in (tmp_path / "d" / "images").iterdir():
+        path.rename(path.with_name(f"b{path.name}"))
+        (tmp_path / "d" / "masks" / path.name).rename(tmp_path / "d" / "masks" / f"b{path.name}")
+    with pytest.raises(ValueError, match="holds none of the images of the run"):
+        open_for(folder)
+
+
+def test_a_test_set_of_one_image_is_scored(trained, tmp_path, no_stopwatch):
+    one = pictures(tmp_path / "one", 1, seed=4)
+    result = evaluate_checkpoint(trained(), one, tmp_path / "out", protocol=Protocol(**QUICK), device="cpu", pictures=False)
+    assert result.split == "all" and result.ids == ["00"]
+
+
+def test_a_checkpoint_behind_a_link_has_its_run_and_a_copy_has_none(trained, tmp_path):
+    folder = trained(seed=5)
+    (tmp_path / "link").symlink_to(folder / "best_dice")
+    shutil.copytree(folder / "best_dice", tmp_path / "alone" / "copied")
+    assert open_for("link", "d").valid.ids == open_for(folder).valid.ids
+    assert not training_notes(tmp_path / "link", [open_for(folder).valid])
+    data = open_for("alone/copied", "d")
+    assert len(data.train) == 30
+    assert training_notes(tmp_path / "alone" / "copied", [data.train]) == [
+        "this checkpoint lies in no run: whether the images scored here trained it was not checked"]
+
+
+def test_a_run_of_an_earlier_version_is_split_by_its_recipe_and_not_checked(trained):
+    folder = trained(seed=5)
+    expected = open_for(folder).valid.ids
+    (folder / "splits.json").unlink()
+    for source in (None, "d"):
+        assert open_for(folder, source).valid.ids == expected
+    assert "not checked" in training_notes(folder / "best_dice", [open_for(folder).valid])[0]
+
+
+def recolored(folder: Path, values: dict[int, int], ignored: int | None = None) -> Path:
+    """Other values in the masks; those of the first row, all of it, `ignored`."""
+    for path in (folder / "masks").iterdir():
+        old = np.array(Image.open(path))
+        new = np.zeros_like(old)
+        for value, other in values.items():
+            new[old == value] = other
+        if ignored is not None:
+            new[0] = ignored
+        Image.fromarray(new).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("said", [255, None], ids=["said", "found"])
+def test_other_data_is_read_as_the_run_read_its_masks(said, trained, tmp_path):
+    """255 was ignored in the run; in healthy images that hold 0 and 255 only, it became the lesion."""
+    recolored(tmp_path / "d", {255: 1}, ignored=255)
+    folder = trained(ignore_value=said)
+    healthy = recolored(pictures(tmp_path / "healthy", 6, seed=2), {}, ignored=255)
+    data = open_for(folder, healthy)
+    assert data.ignore_index == 255 and set(np.unique(data.train.original_mask(0))) == {0, 255}
+    assert any("masks are read as in the run (ignore_value 255)" in note for note in data.notes)
+    asked = open_for(folder, healthy, masks="binary")
+    assert asked.ignore_index is None and set(np.unique(asked.train.original_mask(0))) == {0, 1}
+
+
+def test_mask_values_of_the_run_and_of_the_command(run, trained, tmp_path, no_stopwatch, capsys):
+    recolored(tmp_path / "d", {255: 120})
+    folder, odd = trained(mask_values=[0, 120]), recolored(pictures(tmp_path / "odd", 6, seed=2), {255: 120})
+    assert set(np.unique(open_for(folder, odd).train.original_mask(0))) == {0, 1}
+    other = recolored(pictures(tmp_path / "other", 6, seed=2), {255: 7}, ignored=9)
+    arguments = [str(folder), "--data", str(other), "--mask-values", "0,7", "--ignore-value", "9", "--output", str(tmp_path / "out")]
+    assert main([*arguments, *FAST]) == 0 and "6 images (all split)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*arguments, "--mask-values", "0,x"])
+
+
+def test_other_data_gets_the_white_of_the_checkpoint(trained, tmp_path):
+    """Each set had its own white: a 12-bit network saw a set that uses 10 bits four times as bright."""
+    folder, dark = trained(), pictures(tmp_path / "dark", 4, seed=2)
+    for path in (dark / "images").iterdir():
+        Image.fromarray((np.array(Image.open(path))[..., 0].astype(np.uint16) * 4)).save(path)
+    path = folder / "best_dice" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"white": 4095}))
+    data = open_for(folder, dark)
+    assert data.white == 4095 and data.train.batch([0]).images.max() < 70
+    with pytest.raises(ValueError, match="prepared as"):
+        evaluate_checkpoint(folder, SegmentationData.open(dark, size=32, progress=False), tmp_path / "out")
+
+
+def test_nothing_to_score_is_one_sentence(trained, tmp_path):
+    void = recolored(pictures(tmp_path / "void", 3), {0: 255, 255: 255}, ignored=255)
+    with pytest.raises(ValueError, match="every pixel of every image scored in .*void is ignored"):
+        evaluate_checkpoint(trained(ignore_value=255), void, tmp_path / "out", device="cpu", protocol=Protocol(**QUICK))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_run_does_not_stand_in_the_way_of_named_data(trained, tmp_path):
@@ -890,7 +1014,10 @@ def test_a_damaged_run_does_not_stand_in_the_way_of_named_data(trained, tmp_path
     for damage in (deep_config, huge_number):
         damage(folder)
         data = open_for(folder / "best_dice", "d")
-        assert len(data.train) + len(data.valid) == 30 and "not checked" in training_notes(folder / "best_dice", [data.valid])[0]
+        notes = training_notes(folder / "best_dice", [data.train])
+        assert len(data.train) == 30 and notes[0].startswith("WARNING: 27 of the 30 scored images trained"), "splits.json is whole"
+    (folder / "splits.json").write_text('{"train": [["a", 1]]}')
+    assert "not checked" in training_notes(folder / "best_dice", [data.train])[0]
 
 
 def test_a_set_without_splits_is_a_test_set_whole_and_known_images_are_counted(trained, tmp_path, no_stopwatch, capsys):

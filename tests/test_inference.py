@@ -727,6 +727,12 @@ def test_a_rerun_does_what_is_missing(three):
     os.utime(folder / "a.png", (time.time() + 5, time.time() + 5))
     assert run().done == 1 and read_mask(output / "a.png").shape == (33, 44)
     os.utime(folder / "a.png", (1, 1))
+    assert run().done == 1 and run().done == 0
+    time.sleep(0.05)  # file systems count time in steps
+    Image.fromarray(scene(21, 34)).save(folder / "old.png")
+    os.utime(folder / "old.png", (1, 1))
+    os.replace(folder / "old.png", folder / "a.png")  # as cp -p, unzip and rsync do
+    assert run().done == 1 and read_mask(output / "a.png").shape == (21, 34)
     assert run(overlay=True).done == 4 and run(overlay=True).done == 0 and run(overwrite=True).done == 4
     assert sorted(row["file"] for row in table(output / "predictions.csv")) == ["a.png", "b.png", "c.png", "deep/a.png"]
 
@@ -1140,3 +1146,23 @@ def test_real_images_of_the_shared_folder(tmp_path):
         with Image.open(tmp_path / "in" / row["file"]) as image:
             assert image.size == (int(row["width"]), int(row["height"]))
         assert read_mask(tmp_path / "out" / row["mask"]).shape == (int(row["height"]), int(row["width"]))
+
+
+def test_masks_are_grey_pngs_of_class_indices_with_and_without_opencvs_filter_option(monkeypatch):
+    mask = np.random.default_rng(0).integers(0, 5, (37, 53), dtype=np.uint8)
+    for name in (None, "IMWRITE_PNG_FILTER"):
+        if name and hasattr(cv2, name):
+            monkeypatch.delattr(cv2, name)
+        data = inference.mask_png(mask)
+        picture = Image.open(io.BytesIO(data))
+        assert picture.mode == "L" and (np.array(picture) == mask).all()
+        assert (cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) == mask).all()
+
+
+def test_empty_inputs_and_odd_batches_are_one_sentence(three):
+    folder, output = three
+    with pytest.raises(FileNotFoundError, match="an empty text names no file"):
+        predict_files(simple(), "", output, progress=False)
+    with pytest.raises(ValueError, match="batch is a whole number of at least 1, not 2.5"):
+        predict_files(simple(), folder, output, batch=2.5, progress=False)
+    assert predict_files(simple(), os.fsencode(folder / "b.png"), output, progress=False).done == 1

@@ -393,6 +393,11 @@ def test_ignored_pixels_count_nowhere(name, channels):
     torch.testing.assert_close(value, LOSSES[name](logits[..., :5], target[..., :5]))  # the loss of what is left
     value.backward()
     assert (logits.grad[..., 5:] == 0).all() and (logits.grad[..., :5] != 0).any()
+    wild = logits.detach().clone()  # whatever a network says there
+    wild[..., 5], wild[..., 6:] = torch.inf, torch.nan
+    again = LOSSES[name](wild.requires_grad_(), part, ignore_index=255)
+    again.backward()
+    assert torch.equal(again, value) and torch.equal(wild.grad, logits.grad)
     part[1] = 255  # an image without a pixel that counts is no image
     torch.testing.assert_close(LOSSES[name](logits, part, ignore_index=255),
                                LOSSES[name](logits[[0, 2], :, :, :5], target[[0, 2], :, :5]))

@@ -335,21 +335,23 @@ def test_stray_labels_are_refused(classes, stray):
     for function in (metrics.update_masks, lambda masks, target: confusion_counts(masks, target, classes)):
         with pytest.raises(ValueError, match=f"the target holds {stray} in 1 pixels.*ignore_index={stray}"):  # at once, on the CPU
             function(TARGET, wrong)
+        with pytest.raises(ValueError, match=f"the prediction holds {stray} in 1 pixels.*: use .prediction > 0..long"):
+            function(wrong, TARGET)
     assert len(metrics) == 0
-    metrics.update_masks(wrong, TARGET)
-    with pytest.raises(ValueError, match="1 pixels of the prediction"):
-        metrics.compute()
-    metrics.reset()
     metrics.update_masks(TARGET, TARGET)
     assert metrics.compute()["dice"] == 100
 
 
 def test_stray_labels_that_could_not_be_read_are_refused_when_scored(monkeypatch):
-    monkeypatch.setattr("qtseg.metrics.check_labels", lambda *given: None)  # as on a GPU, where nothing is read
+    monkeypatch.setattr("qtseg.metrics.check_labels", lambda *given, **named: None)  # as on a GPU, where nothing is read
     metrics = SegmentationMetrics(2, ignore_index=255)
     metrics.update_masks(TARGET, TARGET + 255)  # ignored, hence no strays
     metrics.update_masks(TARGET, TARGET + 3)
     with pytest.raises(ValueError, match="84 pixels of the target.*ignore_index"):
+        metrics.compute()
+    metrics.reset()
+    metrics.update_masks(TARGET * 0 + 255, TARGET)
+    with pytest.raises(ValueError, match="84 pixels of the prediction"):
         metrics.compute()
 
 
@@ -377,3 +379,22 @@ def test_an_image_without_a_pixel_that_counts_has_no_score():
         metrics.compute()
     metrics.update_masks(EMPTY[None], LARGE[None])
     assert metrics.compute()["dice"] == 0  # of the one image that has a score, not 50 or 100
+
+
+@pytest.mark.parametrize("wrong", [LARGE * 255, LARGE - 1], ids=["0 and 255", "-1"])
+def test_a_prediction_outside_the_classes_is_refused(wrong):
+    """A perfect mask saved as 0 and 255 counted as wholly missed."""
+    with pytest.raises(ValueError, match="the prediction holds"):
+        confusion_counts(wrong[None], LARGE[None], 2)
+    assert confusion_counts(LARGE[None].to(torch.uint16), LARGE[None], 2).tolist() == confusion_counts(LARGE[None], LARGE[None], 2).tolist()
+    assert (confusion_counts(LARGE[None].bool(), LARGE[None], 2) == confusion_counts(LARGE[None], LARGE[None], np.int64(2))).all()
+
+
+def test_logits_that_are_no_numbers_have_no_scores():
+    metrics = SegmentationMetrics(2)
+    metrics.update(torch.full((1, 2, *LARGE.shape), torch.nan), LARGE[None])
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        metrics.compute()
+    metrics.reset()
+    metrics.update(torch.full((1, 2, *LARGE.shape), torch.inf), LARGE[None])
+    assert metrics.compute()["dice"] == 0

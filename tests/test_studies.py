@@ -173,7 +173,7 @@ def events(root: Path) -> list[tuple[str, str]]:
 
 def test_run_arm_leaves_what_is_needed_and_does_it_once(tiny, tmp_path):
     first = run_arm(tiny, Run("plain", 1), tmp_path)
-    assert {path.name for path in first.folder.iterdir()} == {".lock", "config.json", "history.csv", "metrics.json", "run.json", "best_dice"}
+    assert {path.name for path in first.folder.iterdir()} == {".lock", "config.json", "splits.json", "history.csv", "metrics.json", "run.json", "best_dice"}
     assert json.loads((first.folder / "run.json").read_text()) == {"arm": "plain", "seed": 1, "fold": None}
     again = run_arm(tiny, Run("plain", 1), tmp_path)
     assert again == first and events(tmp_path / "tiny") == [("plain-seed1", "begun"), ("plain-seed1", "trained")]

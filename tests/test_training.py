@@ -97,13 +97,15 @@ def test_the_defaults_are_the_papers_recipe():
 def test_unknown_keys_are_refused_by_name():
     with pytest.raises(ValueError, match="unknown configuration keys: epoch, learning_rate; known: data"):
         TrainConfig.from_dict({"epoch": 3, "learning_rate": 1, "size": 64})
+    with pytest.raises(ValueError, match="a configuration maps names to values, and this is None: an empty"):
+        TrainConfig.from_dict(None)
 
 
 @pytest.mark.parametrize("key, value, said", [
     ("epochs", 2.5, "epochs is a whole number, not 2.5"), ("epochs", True, "epochs is a whole number, not True"),
     ("lr", "1e-3", "lr is a number, not '1e-3'"), ("augment", "true", "augment is true or false, not 'true'"),
-    ("fold", "0", "fold is a whole number or null, not '0'"), ("depths", [1, "2"], "depths is a list, not"),
-    ("losses", {"ce": "1"}, "losses is a mapping, not"), ("betas", 0.9, "betas is a list"), ("lr", float("nan"), "lr is a number"),
+    ("fold", "0", "fold is a whole number or null, not '0'"), ("depths", [1, "2"], "depths is a list of whole numbers, not"),
+    ("losses", {"ce": "1"}, "losses is a mapping of texts to numbers, not"), ("milestones", [1.5], "milestones is a list of whole numbers, not [1.5]"), ("betas", [float("nan"), 0.9], "betas is a list of numbers, not [nan, 0.9]"), ("epochs", "10", "in YAML write 10, without"), ("fold", "0", "in YAML write 0, without"), ("betas", 0.9, "betas is a list"), ("lr", float("nan"), "lr is a number"),
     ("lr", 0.0, "lr is above 0"), ("epochs", 0, "epochs is at least 1"), ("optimiser", "lion", "optimiser is one of adamw, adam, sgd"),
     ("losses", {"dice": 1.0}, "losses has the unknown entry 'dice'"), ("losses", {}, "losses names at least one"),
     ("operations", ["flip"], "operations has the unknown entry 'flip'"), ("name", "a/b", "name is the name of one folder"),
@@ -201,7 +203,7 @@ def uninterrupted(phantoms, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_its_folder(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
-    assert names == {"config.json", "history.csv", "metrics.json", "resume.pt", "last", *(f"best_{name}" for name in BEST)}
+    assert names == {"config.json", "splits.json", "history.csv", "metrics.json", "resume.pt", "last", *(f"best_{name}" for name in BEST)}
     for checkpoint in ("last", "best_dice"):
         assert {path.name for path in (uninterrupted / checkpoint).iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
         QTSeg.from_pretrained(uninterrupted / checkpoint)
@@ -294,6 +296,9 @@ def test_ids_in_messages_are_shown_and_not_obeyed(tiny):
     with pytest.raises(FloatingPointError) as caught:
         training._settle(trainer, pending, ["c\rd"])
     assert "a\\x1b[2Jb" in str(caught.value) and "c\\rd" in str(caught.value) and str(caught.value).isprintable()
+    counts = torch.tensor([[[4, 0, 0, 4]], [[0, 0, 0, 0]]])  # of the second image no pixel counts: it has no Dice
+    training._settle(trainer, (torch.tensor(1.0), counts, ["a", "b"]), [])
+    assert trainer.progress.sums["dice"] == 100
 
 
 def test_a_huge_learning_rate_is_stopped(tiny):
@@ -493,6 +498,38 @@ def test_a_run_without_its_datas_digest_goes_on_where_it_was_and_nowhere_else(ti
     with pytest.raises(ValueError, match="was begun with other images or masks"):
         fit(tiny(data=str(shutil.copytree(phantoms, tmp_path / "moved")), resume=True))
     assert scores(fit(tiny(resume=True)).folder) == scores(uninterrupted)
+
+
+def test_an_image_that_changed_is_seen_though_its_size_and_name_are_the_same(tiny, uninterrupted, monkeypatch):
+    """`data_digest` opens some files of each split, splits.json knows all images by their content."""
+    folder = copied(uninterrupted, Path(tiny().runs))
+    known = json.loads((folder / "splits.json").read_text())
+    data = training.open_data(tiny())
+    assert {name: known[name] for name in ("train", "valid", "test")} == training.split_table(data) and known["folder"] == str(data.folder)
+    assert known["train"][0] == [data.train.ids[0], data.train.digests[0], 64, 64]
+    monkeypatch.setattr(data.train, "digests", ["0" * 24, *data.train.digests[1:]])
+    with pytest.raises(ValueError, match="was begun with other images or masks"):
+        fit(tiny(resume=True), data)
+    for text in ("{}", '{"folder": "d", "ignored": false, "train": [["a", "b", 1]], "valid": [], "test": []}'):
+        (folder / "splits.json").write_text(text)
+        with pytest.raises(ValueError, match="splits.json is damaged"):
+            fit(tiny(resume=True))
+
+
+def test_fewer_epochs_than_were_done_are_validated_before_the_end(tiny):
+    """No epoch had been validated, and the sentence blamed the learning rate."""
+    class Stop(Exception):
+        pass
+
+    def stop(history, picture):
+        if len(history) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(tiny(size=32, epochs=6, validate_every=10, scheduler="cosine"), on_epoch=stop)
+    result = fit(tiny(size=32, epochs=2, validate_every=10, scheduler="cosine", resume=True))
+    assert len(result.history) == 2 and result.history[1]["valid_dice"] >= 0 and result.metrics["best"]["dice"]["epoch"] == 2
+    assert "valid_dice" in (result.folder / "history.csv").read_text()
 
 
 def test_the_folder_names_the_data_wherever_one_stands(tiny, phantoms, monkeypatch):
@@ -719,6 +756,7 @@ def test_freeze_norm_keeps_all_running_statistics_and_trains_the_rest(tiny):
     for name, value in fresh.items():
         if "running" in name or "num_batches" in name:
             assert torch.equal(value, after[name]), name
+    training._refuse_lone_images(dataclasses.replace(config, size=32, batch=1), 9, training.Team(), torch.device("cpu"))  # no batch is looked at
     moved = [name for name in fresh if ".norm." in name and name.endswith(("weight", "bias")) and not torch.equal(fresh[name], after[name])]
     assert len(moved) > 50
 
