@@ -867,6 +867,11 @@ class Prepared(NamedTuple):
     problems: list[str]
 
 
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _attempt(what: str, problems: list[str], function: Callable, *arguments) -> object | None:
     """Call a reader; its complaint becomes a problem that names the file."""
     try:
@@ -905,7 +910,7 @@ def _check_sizes(survey: Survey, record: Record, image: Picture, codes: np.ndarr
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but manifest.csv says "
                         f"{record.size[1]}x{record.size[0]}")
 
-
+# %% ../nbs/01_data.ipynb #data115a
 def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
     """Read, check and resize one pair; runs in several threads at once (decoding and resizing release Python's lock)."""
     problems: list[str] = []
@@ -1018,7 +1023,7 @@ def _write_masks(folder: Path, reading: MaskReading, read: Read, settings: Setti
     (folder / "masks.stored").unlink()
     return vanished
 
-
+# %% ../nbs/01_data.ipynb #data124q
 def _build(folder: Path, survey: Survey, settings: Settings, workers: int, progress: bool) -> tuple[list[str], list[str]]:
     """Check every pair and write images.npy, masks.npy, entries.npy and, last, index.json; returns the images' hashes and problems."""
     require_space(folder, len(survey.records) * settings.size ** 2 * 5)  # three channels, the mask as stored, the mask packed
@@ -1319,11 +1324,6 @@ class Census:
         return {"table": self.table, "warnings": self.warnings}
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _counts_by_split(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
     """Rows of the table that have a number for each split: images, empty and full masks, classes."""
     pixels, sizes = entries["pixels"].astype(np.float64), entries["height"].astype(np.float64) * entries["width"]
@@ -1378,7 +1378,7 @@ def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Seq
             found.append(f"class {index} ({name}) occurs in {sum(holding.values())} images, but never in {' and '.join(lacking)}")
     return found
 
-
+# %% ../nbs/01_data.ipynb #data148da
 def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
     """A sentence if foreground fills more than half of most masks, or of single ones as background does in the others.
 
@@ -1395,7 +1395,7 @@ def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
     return [f"foreground fills {100 * shares[odd].mean():.0f} % of {odd.sum()} masks ({_some([ids[row] for row in np.flatnonzero(odd)])}) "
             f"and {100 * usual:.2g} % of the others (median): are black and white exchanged there?"] if odd.any() else []
 
-
+# %% ../nbs/01_data.ipynb #data148db
 def _file_warnings(survey: Survey, entries: np.ndarray, white: int) -> list[str]:
     """Sentences about turned images, several pages, twins, depths, and files that could not be taken."""
     def ids(chosen: np.ndarray) -> str:

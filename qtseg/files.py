@@ -206,7 +206,7 @@ def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
     source.seek(at + 4)
     return at + 2 + max(2, length), head[1], source.read(length - 2) if head[1] in (0xE1, 0xE2, *SIZES) and length > 2 else b""
 
-
+# %% ../nbs/reference/files.ipynb #files-0166
 def _require_few_parts(name: str, source: BinaryIO, size: int) -> int:
     """Raise ValueError for far too many or too large parts beside the pixels of a PNG, JPEG or JPEG 2000, or for an absurd directory.
 
@@ -240,7 +240,7 @@ def _require_few_parts(name: str, source: BinaryIO, size: int) -> int:
         _first_directory(io.BytesIO(exif), len(exif))
     return values
 
-
+# %% ../nbs/reference/files.ipynb #files-0165
 def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
     """The markers of a JPEG 2000, those of its tiles included, with what each holds."""
     at, end = at + 2, 0

@@ -368,7 +368,7 @@ def _index_remedy(found: list[int], classes: int) -> str:
         return 'pass ignore_value=255 if these pixels count nowhere, masks="binary" if some files are black and white'
     return _remedies(found)
 
-
+# %% ../nbs/reference/masks.ipynb #masks020a
 def _lossy(files: Sequence[MaskValues]) -> str:
     """The refusal of class indices in a format whose compression changes values."""
     return (f'{named(files)}: a {files[0].format}, whose compression may invent class indices: save it as PNG, or pass '
@@ -465,7 +465,7 @@ def _flat_note(files: Sequence[MaskValues], ends: Sequence[int]) -> list[str]:
                     f"{'foreground' if code > white // 2 else 'background'}: is it a class of its own?"]
     return []
 
-
+# %% ../nbs/reference/masks.ipynb #masks022a
 def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Two levels in the whole set, of which the darker is background."""
     total, lossy = _total(files), any(seen.lossy for seen in files)
@@ -482,7 +482,8 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
         return Judgement(None, [f"{named(pale)}: flat regions of {pale[0].top} are the brightest, while the set's white is {max(total)}: "
                                 f"save them with {max(total)} if they are foreground; if that value is a class of its own, save all "
                                 "masks without softened edges, and name the values with mask_values"], [])
-    if not lossy and 255 in total and 3 < len(total) <= FEW and (last := sorted(total)[-2]) < 32:
+    if (not lossy and 255 in total and 3 < len(total) <= FEW and (last := sorted(total)[-2]) < 32
+            and not any({0, 255}.issuperset(seen.counts) for seen in files if seen.top == 255)):
         return Judgement(None, [f"masks hold {spell(total, 12)} ({_kinds(files)}): pass classes={last + 1} if 255 counts nowhere; "
                                 + _remedies(list(total))], [])
     notes: list[str] = []
@@ -498,7 +499,7 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     notes += [] if lossy or len(total) <= FEW else _flat_note(files, list(total))
     return Judgement(MaskReading("binary", 2, threshold=max(total) // 2, ignore=ignore), [], notes)
 
-
+# %% ../nbs/reference/masks.ipynb #masks022b
 def _judge_by_white(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """As _judge_binary; files whose white is 1 may stand beside files whose white is 255 or 65535."""
     kinds = {white: [seen for seen in files if low < seen.top <= white and (white > 1 or not seen.lossy)]
@@ -558,6 +559,11 @@ def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: 
                                 "the mask without softened edges"], [])
     if strays and (problems := _not_masks(strays)):
         return Judgement(None, problems, [])
+    flat = _total(strays, "flat")
+    far = [code for code in flat if min(abs(code - value) for value in known if value is not None) > 40]
+    if sum(flat[code] for code in far) > 0.01 * sum(seen.pixels for seen in strays):
+        return Judgement(None, [f"{named(strays)}: flat regions of {max(far, key=flat.get)}, which mask_values=[{spell(values, 12)}] "
+                                "does not name: add it, or name it with ignore_value"], [])
     if strays:
         notes.append(f"masks: {named(strays)}: compression changed the values; each pixel takes the nearest of mask_values")
     return Judgement(MaskReading("values", len(values), values, ignore=ignore), [], notes)
@@ -639,7 +645,7 @@ def _judge_palettes(files: Sequence[MaskValues], masks: str, ignore: int | None)
                     f"is black: if black is the background, {names}"]
     return [], []
 
-
+# %% ../nbs/reference/masks.ipynb #masks023r
 def _judge_any(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Everything but 0 is foreground."""
     if lossy := [seen for seen in files if seen.lossy]:

@@ -245,7 +245,7 @@ def pictures_below(found: Found, folder: Path) -> list[Path]:
         found.notes.append(passed_over(folder, [path.name for path, why in passed if why == reason], reason))
     return pictures
 
-
+# %% ../nbs/17_preparation.ipynb #preparation039d
 def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Sequence[int | str] = (),
           ignore_value: int | str | None = None, workers: int | None = None) -> None:
     """Decide from all masks how each is read: sets found.read and found.decided, or adds problems. See judge_masks."""

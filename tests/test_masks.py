@@ -159,6 +159,7 @@ REFUSED = {
     "softened 0/100 among softened masks": ([*AROUND, (SOFT // 2.55).astype(np.uint8)], {}, ["6.png: flat regions of 100"]),
     "a class of 3 beside 255": ([np.where(RING, 3, B).astype(np.uint8)] * 2, {}, ["0, 3, 255", "mask_values"]),
     "0 1 2 255 of two classes": ([levels(1, 2, 255)] * 2, {}, ["0, 1, 2, 255", "classes=3 if 255 counts nowhere", "mask_values=[0, 1, 2, 255]"]),
+    "0 1 2 beside 0 255": ([levels(1, 2), B, B], {}, ["0, 1, 2 in 0.png", "mask_values=[0, 1, 2, 255]"]),
     "a colored photograph as index": ([LESION.astype(np.uint32), PHOTO[0] + (PHOTO[1].astype(np.uint32) << 8) + COLORED], {"masks": "index"}, ["photographs"]),
     "300 as index": ([levels(300)], {"masks": "index", "classes": 256}, ["class index 300"]),
 }
@@ -289,6 +290,8 @@ def test_colored_jpegs_are_no_photographs_and_photographs_are_no_masks(opened):
         opened([red] * 4, extension="jpg", saving=saving)
     data = opened([red] * 4, extension="jpg", saving=saving, mask_values=["#000000", "#ff0000"])
     assert (all_masks(data)["0"] != (red[..., 0] > 0)).mean() < 0.03
+    with pytest.raises(DataProblems, match="flat regions of 1[12].*mask_values=.0, 255. does not name: add it"):
+        opened([levels(120, 255)] * 4, extension="jpg", saving={"quality": 90}, mask_values=[0, 255])
     with pytest.raises(DataProblems, match="4 of 4 masks look like photographs"):
         opened([np.dstack(PHOTO)] * 4, extension="jpg", saving=saving, mask_values=["#000000", "#ff0000"])
 
