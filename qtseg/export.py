@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import __version__
 from .data import PREPROCESSING_FILE, Preprocessing, normalise
 from .evaluation import read_checkpoint, weights_sha256
-from .files import escape, new_folder, printable, read_json, write_then_rename
+from .files import escape, new_folder, printable, read_json, read_text, write_then_rename
 from .inference import OnnxNetwork, open_onnx
 from .model import find_checkpoint
 from .phantoms import FAMILIES, phantom
@@ -415,7 +415,7 @@ def _own_card(checkpoint: Path) -> bool:
     path = checkpoint / CARD_FILE
     if path.is_symlink():
         raise ValueError(f"{path} is a link: put the file itself there, or delete it")
-    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8", errors="replace")
+    return path.is_file() and CARD_MARK not in read_text(path, errors="replace")
 
 
 def write_card(checkpoint: str | Path) -> Path:

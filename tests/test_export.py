@@ -677,3 +677,10 @@ def test_wrong_usage_exits_with_2():
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
+
+
+def test_a_readme_that_swells_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "README.md").open("wb") as file:
+        file.truncate(900 * 2**20)  # sparse: it takes no room on the disk
+    with pytest.raises(ValueError, match="README.md"):
+        export._own_card(tmp_path)
