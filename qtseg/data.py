@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,13 +39,13 @@ from .phantoms import write_prepared
 
 # %% auto #0
 __all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS',
-           'COLUMNS', 'SPLITS', 'LONGEST_MANIFEST', 'UNPACKING_TABLES', 'CACHE_VERSION', 'MOST_MEMBERS', 'ENTRY',
-           'rgb_of', 'read_image', 'read_mask', 'resample', 'fitted_size', 'resize_image', 'nearest_pixels',
-           'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing', 'read_preprocessing', 'Record', 'Survey',
-           'list_pictures', 'bare_name', 'namesakes', 'survey_folder', 'fold_of_each', 'hold_out', 'assign_splits',
-           'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root', 'check_members',
-           'find_source', 'Prepared', 'value_span', 'in_order', 'Read', 'Cache', 'DataProblems', 'Batch', 'normalise',
-           'Split', 'Census', 'inverted', 'take_census', 'OpenedData', 'SegmentationData']
+           'COLUMNS', 'SPLITS', 'LONGEST_MANIFEST', 'MOST_ROWS', 'LONGEST_LINE', 'UNPACKING_TABLES', 'CACHE_VERSION',
+           'MOST_MEMBERS', 'ENTRY', 'rgb_of', 'read_image', 'read_mask', 'resample', 'fitted_size', 'resize_image',
+           'nearest_pixels', 'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing', 'read_preprocessing',
+           'Record', 'Survey', 'list_pictures', 'bare_name', 'namesakes', 'survey_folder', 'fold_of_each', 'hold_out',
+           'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
+           'check_members', 'find_source', 'Prepared', 'value_span', 'in_order', 'Read', 'Cache', 'DataProblems',
+           'Batch', 'normalise', 'Split', 'Census', 'inverted', 'take_census', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -419,7 +420,7 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
     return (Record(name, image, mask, patient, stratum, fold, split if split in SPLITS else "", size) if image else None), problems
 
 # %% ../nbs/01_data.ipynb #data065
-LONGEST_MANIFEST = 2 ** 26  # bytes: a line for each of some 500,000 images
+LONGEST_MANIFEST, MOST_ROWS, LONGEST_LINE = 2 ** 26, 500_000, 2 ** 16  # bytes, images, characters of a row
 
 
 def _table(survey: Survey) -> tuple[list[str], list[dict]]:
@@ -428,12 +429,18 @@ def _table(survey: Survey) -> tuple[list[str], list[dict]]:
     if path.stat().st_size > LONGEST_MANIFEST:
         raise ValueError(f"has {path.stat().st_size} bytes, more than {LONGEST_MANIFEST}: divide the set")
     try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), skipinitialspace=True)
-        return list(reader.fieldnames or []), list(reader)
+        text = path.read_text(encoding="utf-8-sig")
+        if any(len(line) > LONGEST_LINE for line in io.StringIO(text)):
+            raise ValueError(f"has a line of more than {LONGEST_LINE} characters")
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        rows = list(islice(reader, MOST_ROWS + 1))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"is not a CSV file in UTF-8 ({error})") from None
+    if len(rows) > MOST_ROWS:
+        raise ValueError(f"has more than {MOST_ROWS} rows: divide the set")
+    return list(reader.fieldnames or []), rows
 
-
+# %% ../nbs/01_data.ipynb #data065-2
 def _read_manifest(survey: Survey) -> None:
     """Fill the survey from manifest.csv."""
     try:
@@ -449,7 +456,8 @@ def _read_manifest(survey: Survey) -> None:
     missing = [column for column in ("id", "image", "mask") if column not in columns]
     unknown = [repr(column) for column in columns if column not in COLUMNS]
     if len(set(columns)) < len(columns):
-        survey.problems.append(f"manifest.csv has a column twice: {', '.join(columns)}")
+        again = sorted({name[:80] for name in columns if columns.count(name) > 1})[:5]
+        survey.problems.append(f"manifest.csv has a column twice: {', '.join(again)}")
     if len(columns) == 1 and re.search("[;\t]", columns[0]):
         survey.problems.append("manifest.csv separates its columns by semicolons or tabs: save it with commas")
     elif missing:
@@ -796,7 +804,9 @@ def check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
         if member.flag_bits & 1:
             raise ValueError(f"{path} is refused: {member.filename!r} is encrypted")
         same = same_form("/".join(part for part in name.split("/") if part not in ("", "."))).casefold()
-        if not member.is_dir() and seen.setdefault(same, member.filename) is not member.filename:
+        if not same and not name.endswith("/"):
+            raise ValueError(f"{path} is refused: a member has no name")
+        if same and not member.is_dir() and seen.setdefault(same, member.filename) is not member.filename:
             raise ValueError(f"{path} is refused: {member.filename!r} and {seen[same]!r} would be one file: rename one")
     total, packed = sum(member.file_size for member in members), path.stat().st_size
     if total > 256e6 and total > 100 * packed:

@@ -155,7 +155,7 @@ def _repeated_keys(node) -> list[str]:
     keys = Counter(str(key.value) for key, _ in pairs if key is not None)
     return [key for key, times in keys.items() if times > 1] + [key for _, part in pairs for key in _repeated_keys(part)]
 
-
+# %% ../nbs/19_distributed.ipynb #c032a-2
 def _yaml_content(text: str) -> tuple[object, list[str]]:
     """The content of a YAML or JSON text, and the keys that stand twice. ValueError, ModuleNotFoundError."""
     try:

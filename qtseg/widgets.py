@@ -322,7 +322,7 @@ def _event(message: Any) -> dict | None:
     steps = min(max(numbers["steps"], -100), 100)
     return {"kind": message["kind"], "key": key if isinstance(key, str) else "", **numbers, "steps": steps}
 
-
+# %% ../nbs/15_widgets.ipynb #base-screen-2
 class Screen:
     """Picture and text in the browser: a plain image widget, until the canvas (if there is one) reports that it runs there."""
 
@@ -634,7 +634,7 @@ def _case(number: int, item: Any) -> Case:
     path = Path(image) if isinstance(image, (str, os.PathLike)) else None
     return Case(path.name if path else f"image {number}", partial(as_rgb, image), None if mask is None else partial(_target, mask), path)
 
-
+# %% ../nbs/15_widgets.ipynb #explorer-case-2
 def as_cases(items: Any) -> list[Case]:
     """What to look at; nothing is read yet.
 

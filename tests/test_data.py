@@ -539,6 +539,10 @@ def test_a_zip_whose_names_are_no_text_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="a.zip is no complete .zip") as refused:
         module.find_source(tmp_path / "a.zip", tmp_path / "cache", 32)
     assert not isinstance(refused.value, UnicodeError)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr(".", b"x")
+    with pytest.raises(ValueError, match="b.zip is refused: a member has no name"):
+        module.find_source(tmp_path / "b.zip", tmp_path / "cache", 32)
 
 
 def test_folds_of_patients_without_strata_are_even():
@@ -900,7 +904,9 @@ def test_a_manifest_reaches_no_file_outside(opened, tmp_path):
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("manifest.csv", b"id,image,mask\na," + b"x" * 200_000 + b",b\n", "manifest.csv is not a CSV file"),
+    ("manifest.csv", b"id,image,mask\na," + b"x" * 200_000 + b",b\n", "manifest.csv has a line of more than 65536"),
+    ("manifest.csv", b"," * 200_000, "manifest.csv has a line of more than 65536"),
+    ("manifest.csv", b"id,image,mask\n" + b"a,b,c\n" * 500_001, "manifest.csv has more than 500000 rows"),
     ("manifest.csv", b"\xff\xfe\x00", "manifest.csv is not a CSV file"),
     ("dataset.json", b"[" * 100_000, "dataset.json cannot be understood"),
     ("dataset.json", b'{"name": ' + b"9" * 5000 + b"}", "dataset.json cannot be understood"),
