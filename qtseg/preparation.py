@@ -450,7 +450,7 @@ def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     if picture is not None and mask is not None and mask.shape != shape:
         problems.append(f"{pair.image}: {shape[1]}x{shape[0]} pixels, but its mask {pair.masks[0].name} has "
                         f"{mask.shape[1]}x{mask.shape[0]}")
-    same = [path.name for path in pair.masks if _same_file(path, pair.image)]
+    same = [path.name for path in pair.masks if path != pair.image and _same_file(path, pair.image)]  # one path is a card's own wish
     problems += [f"{pair.image}: its mask {name} is the same file" for name in same]
     row = None if problems else _try(problems, _write_pair, pair, picture, mask, folder)
     if problems:

@@ -169,7 +169,7 @@ def test_predict_many_equals_predict_in_order():
     for batch in (1, 4, 50):
         masks = list(predictor.predict_many(iter(images), batch))
         assert len(masks) == 11 and all((mask == predictor.predict(image)).all() for mask, image in zip(masks, images))
-    with pytest.raises(ValueError, match="batch is at least 1"):
+    with pytest.raises(ValueError, match="batch is a whole number of at least 1"):
         list(predictor.predict_many(images, 0))
 
 
@@ -1092,7 +1092,7 @@ def test_the_command_in_a_shell(checkpoint, three, capfd):
         (["CKPT", "IMG", "--output", "OUT", "--device", "cuda:77"], "cannot be used"),
         (["CKPT", "IMG", "--output", "OUT", "--threshold", "2"], "between 0 and 1"),
         (["CKPT", "IMG", "--output", "OUT", "--device", "meta"], "cannot be used"),
-        (["CKPT", "IMG", "--output", "OUT", "--batch", "0"], "batch is at least 1"),
+        (["CKPT", "IMG", "--output", "OUT", "--batch", "0"], "batch is a whole number of at least 1"),
         (["CKPT", "IMG", "--output", "OUT", "--overlap", "nan"], "from 0 to below 1"),
         (["CKPT", "IMG", "--output", "OUT", "--window", "-5"], "32 pixels or more"),
         (["CKPT", "IMG", "--output", "OUT", "--engine", "onnx"], "qtseg-export"),

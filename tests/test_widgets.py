@@ -360,7 +360,7 @@ def test_two_models_three_classes_and_no_target():
 def test_names_are_words_not_html():
     explorer = MaskExplorer(PAIRS[:1], {"<b>x": MAPS[:1]}, ("background", "<i>"), size=64)
     explorer.pointer("click", 10, 30)
-    assert "&lt;b&gt;x: &lt;i&gt; <b>Dice" in explorer.text() and "<i>" not in explorer.text()
+    assert "&#60;b&#62;x: &#60;i&#62; <b>Dice" in explorer.text() and "<i>" not in explorer.text()
 
 
 @pytest.mark.parametrize("items, predictors, words", [([], None, "nothing to look at"), (PAIRS, MAPS[:2], "5 images need as many predictions, got 2"),
