@@ -5,7 +5,6 @@
 # %% ../nbs/01_data.ipynb #data003
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,21 +29,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import (NO_SPACE, Picture, is_picture, new_folder, printable, read_json, read_picture, require_space,
-                         same_form, walk)
+from .files import (NO_SPACE, Picture, is_picture, new_folder, plain, printable, read_json, read_picture, read_table,
+                         require_space, same_form, walk)
 from .masks import (IGNORE, LOSSY, MASKS, MaskReading, MaskValues, judge_masks, look_at, looks_up, stored_values,
                          value_code)
 from .phantoms import write_prepared
 
 # %% auto #0
-__all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'EXTENSIONS', 'SUFFIX', 'PAIRS', 'SPLIT_FOLDERS',
-           'COLUMNS', 'SPLITS', 'LONGEST_MANIFEST', 'MOST_ROWS', 'LONGEST_LINE', 'UNPACKING_TABLES', 'CACHE_VERSION',
+__all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'EXTENSIONS', 'MASK_WORDS', 'IMAGE_WORDS',
+           'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS', 'MOST_IMAGES', 'UNPACKING_TABLES', 'CACHE_VERSION',
            'MOST_MEMBERS', 'ENTRY', 'rgb_of', 'read_image', 'read_mask', 'resample', 'fitted_size', 'resize_image',
            'nearest_pixels', 'resize_pair', 'to_colour', 'to_rgb', 'outline', 'Preprocessing', 'read_preprocessing',
-           'Record', 'Survey', 'list_pictures', 'bare_name', 'namesakes', 'survey_folder', 'fold_of_each', 'hold_out',
-           'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
-           'check_members', 'find_source', 'Prepared', 'value_span', 'in_order', 'Read', 'Cache', 'DataProblems',
-           'Batch', 'normalise', 'Split', 'Census', 'inverted', 'take_census', 'OpenedData', 'SegmentationData']
+           'Record', 'Survey', 'image_names', 'image_of', 'list_pictures', 'bare_name', 'namesakes', 'survey_folder',
+           'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings',
+           'cache_key', 'cache_root', 'check_members', 'find_source', 'Prepared', 'value_span', 'in_order', 'Read',
+           'Cache', 'DataProblems', 'Batch', 'normalise', 'Split', 'Census', 'inverted', 'take_census', 'OpenedData',
+           'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -283,6 +282,7 @@ class Survey:
     notes: list[str] = field(default_factory=list)
     passed: list[tuple[str, str]] = field(default_factory=list)  # files that were not taken, and why
     class_names: tuple[str, ...] = ()
+    ignore: int | None = None  # the value of pixels that count nowhere, as dataset.json says
     prepared: bool = False
 
     def short(self, path: Path) -> str:
@@ -291,9 +291,35 @@ class Survey:
 
 # %% ../nbs/01_data.ipynb #data054
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-SUFFIX = re.compile(r"(_segmentation|_mask)$", re.IGNORECASE)
+MASK_WORDS, IMAGE_WORDS = "segmentation|seg|masks?|labels?|gt", "image|img"
 
 
+def _bare_names(name: str, words: str) -> list[str]:
+    """A name, then the same without a word at its end, at its beginning, and at both, where that differs."""
+    end = re.sub(rf"(?<=[^/])[_-]({words})$", "", name, flags=re.IGNORECASE)
+    both = [re.sub(rf"(?<![^/])({words})[_-](?=[^/]+$)", "", form, flags=re.IGNORECASE) for form in (name, end)]
+    return list(dict.fromkeys([name, end, *both]))
+
+
+def image_names(names: Iterable[str]) -> dict[str, str]:
+    """What masks may call the images -> the images' names: each name, and what is left of it without "image", if that is one image's."""
+    names, bare = set(names), {}
+    for name in names:
+        bare.setdefault(_bare_names(name, IMAGE_WORDS)[-1], []).append(name)
+    return {form: found[0] for form, found in bare.items() if len(found) == 1} | {name: name for name in names}
+
+
+def image_of(mask: str, images: Mapping[str, str], other: bool = False) -> str | None:
+    """The name of a mask's image, None if there is none.
+
+    Args:
+        mask: its name, perhaps with one of MASK_WORDS at its end or beginning (x_mask, mask_x).
+        images: from `image_names`.
+        other: whether the mask's own name is no answer, as where images and masks lie in one folder.
+    """
+    return next((images[form] for form in _bare_names(mask, MASK_WORDS)[int(other):] if form in images), None)
+
+# %% ../nbs/01_data.ipynb #16dd550a
 def _is_meant(path: Path) -> bool:
     """Whether a file is a picture, or is called one: a damaged picture is a problem, not a file to pass over."""
     return path.suffix.lower() in EXTENSIONS or is_picture(path)
@@ -324,7 +350,7 @@ def _pictures_below(survey: Survey, folder: Path) -> dict[str, list[Path]]:
 # %% ../nbs/01_data.ipynb #data055
 def bare_name(name: str) -> str:
     """A name without all its extensions, in lower case: for a guess at what may be meant."""
-    return SUFFIX.sub("", re.sub(r"(\.[^./]+)+$", "", same_form(name))).casefold()
+    return _bare_names(re.sub(r"(\.[^./]+)+$", "", same_form(name)), MASK_WORDS)[-1].casefold()
 
 
 def namesakes(folder: Path) -> dict[str, str]:
@@ -336,21 +362,20 @@ def namesakes(folder: Path) -> dict[str, str]:
 
 def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
     """Match the images of one folder with the masks of another by name, and add records and problems to the survey."""
-    by_name = _pictures_below(survey, masks)
-    plain = {SUFFIX.sub("", name): name for name in reversed(sorted(by_name))}  # "a" before "a_mask", if there are both
-    unused, lacking = set(by_name), {}
-    for name, path in ((name, path) for name, paths in sorted(_pictures_below(survey, images).items()) for path in paths):
-        of_mask = name if name in by_name else plain.get(name)
-        found = by_name.get(of_mask, [])
-        unused.discard(of_mask)
+    below, by_image, stray = _pictures_below(survey, images), {}, []
+    names = image_names(below)
+    for name, paths in sorted(_pictures_below(survey, masks).items()):
+        (stray if (image := image_of(name, names)) is None else by_image.setdefault(image, [])).extend(paths)
+    near = namesakes(masks) if below.keys() - by_image.keys() else {}
+    for name, path in ((name, path) for name, paths in sorted(below.items()) for path in paths):
+        found = by_image.get(name, [])
         if not found:
-            lacking[name] = f"{survey.short(path)}: no mask in {survey.short(masks)}/ (of the same name, perhaps with _segmentation or _mask"
+            survey.problems.append(f"{survey.short(path)}: no mask in {survey.short(masks)}/ (of the same name, perhaps with _mask, _seg, "
+                                   f"_label or _gt after it, or mask_ before it{near.get(bare_name(name), '')})")
         elif len(found) > 1:
             survey.problems.append(f"{survey.short(path)}: several masks, {', '.join(survey.short(mask) for mask in found)}")
         survey.records.append(Record(name, path, found[0] if found else None, split=split))
-    near = namesakes(masks) if lacking else {}
-    survey.problems += [f"{problem}{near.get(bare_name(name), '')})" for name, problem in lacking.items()]
-    for mask in (path for name in sorted(unused) for path in by_name[name]):
+    for mask in stray:
         survey.problems.append(f"{survey.short(mask)}: mask without an image in {survey.short(images)}/")
 
 # %% ../nbs/01_data.ipynb #data058
@@ -420,39 +445,11 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
     return (Record(name, image, mask, patient, stratum, fold, split if split in SPLITS else "", size) if image else None), problems
 
 # %% ../nbs/01_data.ipynb #data065
-LONGEST_MANIFEST, MOST_ROWS, LONGEST_LINE = 2 ** 26, 500_000, 2 ** 16  # bytes, images, characters of a row
+MOST_IMAGES = 500_000
 
 
-def _table(survey: Survey) -> tuple[list[str], list[dict]]:
-    """Columns and rows of manifest.csv; ValueError if it is too large, not UTF-8, or no CSV."""
-    path = survey.folder / "manifest.csv"
-    if path.stat().st_size > LONGEST_MANIFEST:
-        raise ValueError(f"has {path.stat().st_size} bytes, more than {LONGEST_MANIFEST}: divide the set")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if any(len(line) > LONGEST_LINE for line in io.StringIO(text)):
-            raise ValueError(f"has a line of more than {LONGEST_LINE} characters")
-        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-        rows = list(islice(reader, MOST_ROWS + 1))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"is not a CSV file in UTF-8 ({error})") from None
-    if len(rows) > MOST_ROWS:
-        raise ValueError(f"has more than {MOST_ROWS} rows: divide the set")
-    return list(reader.fieldnames or []), rows
-
-# %% ../nbs/01_data.ipynb #data065-2
-def _read_manifest(survey: Survey) -> None:
-    """Fill the survey from manifest.csv."""
-    try:
-        columns, rows = _table(survey)
-    except ValueError as error:
-        survey.problems.append(f"manifest.csv {error}")
-        return
-    if "group" in columns and "stratum" not in columns:  # its name before patient and stratum were told apart
-        columns = ["stratum" if name == "group" else name for name in columns]
-        rows = [row | {"stratum": row.pop("group")} for row in rows]
-        survey.notes.append("manifest.csv: the column group is read as stratum (a kind of case, spread evenly over folds); "
-                            "if it names patients, rename it to patient: their images then stay together")
+def _check_columns(survey: Survey, columns: list[str]) -> bool:
+    """Note what is wrong with the columns of manifest.csv; returns whether the rows can be read."""
     missing = [column for column in ("id", "image", "mask") if column not in columns]
     unknown = [repr(column) for column in columns if column not in COLUMNS]
     if len(set(columns)) < len(columns):
@@ -464,14 +461,30 @@ def _read_manifest(survey: Survey) -> None:
         survey.problems.append(f"manifest.csv lacks the column(s) {', '.join(missing)}; it may have {', '.join(COLUMNS)}")
     if unknown and len(columns) > 1:
         survey.problems.append(f"manifest.csv has the unknown column(s) {', '.join(unknown)}; it may have {', '.join(COLUMNS)}")
-    for row in rows if not missing else ():
-        record, problems = _record(survey.folder, row)
-        survey.problems += [f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
-        survey.records += [record] if record else []
+    return not missing
+
+
+def _read_manifest(survey: Survey) -> None:
+    """Fill the survey from manifest.csv."""
+    try:
+        columns, rows = read_table(survey.folder / "manifest.csv", most=MOST_IMAGES, skipinitialspace=True)
+        older = "group" in columns and "stratum" not in columns  # its name before patient and stratum were told apart
+        if older:
+            columns = ["stratum" if name == "group" else name for name in columns]
+            survey.notes.append("manifest.csv: the column group is read as stratum (a kind of case, spread evenly over folds); "
+                                "if it names patients, rename it to patient: their images then stay together")
+        for row in rows if _check_columns(survey, columns) else ():
+            if older:
+                row["stratum"] = row.pop("group")
+            record, problems = _record(survey.folder, row)
+            survey.problems += [f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
+            survey.records += [record] if record else []
+    except ValueError as error:
+        survey.problems.append(f"{error}: mend the file, or divide the set")
 
 # %% ../nbs/01_data.ipynb #data066
 def _read_description(survey: Survey) -> None:
-    """Take name and class names from dataset.json, if there is one."""
+    """Take name, class names and the ignored value from dataset.json, if there is one."""
     path = survey.folder / "dataset.json"
     if not os.path.lexists(path):
         return
@@ -480,6 +493,9 @@ def _read_description(survey: Survey) -> None:
         names = entries.get("classes", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("classes must be a list of names")
+        survey.ignore = entries.get("ignore")
+        if survey.ignore is not None and not _whole_number(survey.ignore, 0, 255):
+            raise ValueError("ignore must be a whole number from 0 to 255, or null")
         survey.name, survey.class_names = str(entries.get("name", survey.name))[:200], tuple(names)
     except (ValueError, OSError) as error:
         survey.problems.append(f"dataset.json cannot be understood ({error})")
@@ -599,6 +615,21 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
                 fold_of[pool[member]] = fold
     return fold_of
 
+# %% ../nbs/01_data.ipynb #17d41c87
+def _small_strata(records: Sequence[Record], fold_of: Sequence[int | None], folds: int) -> list[str]:
+    """A note if strata have fewer images (or patients) than there are folds, and so are missing in some."""
+    units, members = _units(records), {}
+    for i, record in enumerate(records):
+        if record.stratum and record.split != "test":
+            members.setdefault(record.stratum, []).append(i)
+    found = []
+    for name, rows in sorted(members.items()):
+        whole, held = len({units[i] for i in rows}), len({fold_of[i] for i in rows} - {None})
+        if whole < folds:
+            of = f" of {whole} patient{'s' * (whole > 1)}" if any(records[i].patient for i in rows) else ""
+            found.append(f"{name} ({len(rows)} image{'s' * (len(rows) > 1)}{of}, {f'in {held} of {folds} folds' if held else 'always train'})")
+    return [f"folds: strata with fewer members than {folds} folds: {_some(found)}; choose fewer folds, or join strata"] if found else []
+
 # %% ../nbs/01_data.ipynb #data079
 def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: list[str]) -> list[int | None]:
     """Each record's fold: the manifest's own, else `folds` new ones, else None throughout.
@@ -630,6 +661,7 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
     else:
         notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name{', within each stratum' if strata else ''}"
                      + (f"; the last {left} always train" if left else ""))
+    notes += _small_strata(survey.records, fold_of, folds)
     if any(record.split == "valid" for record in survey.records):
         notes.append("folds: the folder's own validation images were put back among the others before they were made")
     return fold_of
@@ -1265,11 +1297,6 @@ def _check_numbers(settings: Settings, fold: int | None, folds: int | None, vali
     _check_values(settings)
 
 
-def _plain(values: Sequence[int | str] | None) -> tuple[int | str, ...]:
-    """mask_values as JSON knows them, also of an array."""
-    return () if values is None else tuple(value.item() if isinstance(value, np.generic) else value for value in values)
-
-
 def _check_values(settings: Settings) -> None:
     """Raise ValueError for mask_values and ignore_value that contradict each other, the classes or `masks`."""
     codes = [value_code(value) for value in settings.mask_values]
@@ -1297,9 +1324,11 @@ def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[
 
 # %% ../nbs/01_data.ipynb #data147
 def _settle_masks(settings: Settings, survey: Survey) -> Settings:
-    """Replace masks="auto" by what it means for this folder."""
+    """Replace masks="auto" by what it means for this folder; pixels that dataset.json ignores are ignored unless told otherwise."""
     by_layout = "index" if survey.prepared or settings.classes > 2 or settings.mask_values else "binary"
-    return replace(settings, masks=by_layout if settings.masks == "auto" else settings.masks)
+    named = settings.ignore_value is not None or survey.ignore in map(value_code, settings.mask_values)
+    return replace(settings, masks=by_layout if settings.masks == "auto" else settings.masks,
+                   ignore_value=settings.ignore_value if named else survey.ignore)
 
 
 def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float, seed: int,
@@ -1519,7 +1548,8 @@ class SegmentationData(OpenedData):
 
         Raises: DataProblems (everything that is wrong with the set), ValueError, FileNotFoundError, OSError (no space).
         """
-        settings = Settings(size, resize, colour, masks, classes, _plain(mask_values), ignore_value, white)
+        mask_values = () if mask_values is None else tuple(plain(list(mask_values)))
+        settings = Settings(size, resize, colour, masks, classes, mask_values, ignore_value, white)
         _check_numbers(settings, fold, folds, valid_share, workers)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
