@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .files import (NO_SPACE, Picture, is_picture, new_folder, plain, printable, read_json, read_picture, read_table,
@@ -43,8 +44,8 @@ __all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE',
            'Record', 'Survey', 'image_names', 'image_of', 'list_pictures', 'bare_name', 'namesakes', 'survey_folder',
            'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings',
            'cache_key', 'cache_root', 'check_members', 'find_source', 'Prepared', 'value_span', 'in_order', 'Read',
-           'Cache', 'DataProblems', 'Batch', 'normalise', 'Split', 'Census', 'inverted', 'take_census', 'OpenedData',
-           'SegmentationData']
+           'Cache', 'DataProblems', 'Batch', 'normalise', 'network_input', 'to_device', 'batch_positions', 'Split',
+           'Census', 'inverted', 'take_census', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -1134,6 +1135,7 @@ class Cache(NamedTuple):
     ignored: bool  # whether any mask holds ignored pixels
     white: int
     notes: list[str]
+    folder: Path
 
     @property
     def hashes(self) -> list[str]:
@@ -1148,7 +1150,8 @@ def _load(folder: Path) -> Cache | None:
         entries = np.load(folder / "entries.npy")
         images, masks = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("images", "masks"))
         reading = MaskReading(**{**index["reading"], "values": tuple(index["reading"]["values"])})
-        cache = Cache(entries, images, masks, reading, index["ignored"], index["white"], index["notes"])
+        cache = Cache(entries, images, masks, reading, index["ignored"], index["white"], index["notes"],
+                      Path(folder))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     return cache if len(entries) == len(images) == len(masks) else None
@@ -1202,8 +1205,13 @@ def normalise(images: Tensor) -> Tensor:
     """Bring bytes to what the network expects: uint8 [B, C, H, W] -> float32 in [-1, 1], x / 127.5 - 1."""
     return images.float().div_(127.5).sub_(1)  # in place: one new tensor instead of three
 
+
+def network_input(images: Tensor) -> Tensor:
+    """What a network is given: bytes normalised, floats as they are."""
+    return images if images.is_floating_point() else normalise(images)
+
 # %% ../nbs/01_data.ipynb #data141
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """Send a batch to a device; to a GPU from pinned memory, so that the CPU need not wait for the copy."""
     if device.type != "cuda":
         return Batch(batch.images.to(device), batch.masks.to(device), batch.ids)
@@ -1220,17 +1228,35 @@ def _unpacked(cache: Cache, rows: np.ndarray, settings: Settings) -> np.ndarray:
     return masks
 
 
-def _check_batches(batch: int, start: int, shuffle: int | None) -> None:
-    """Raise ValueError for what cannot be meant: a bool is no seed, though Python would take it for one."""
+def batch_positions(count: int, batch: int, *, shuffle: int | None = None, drop_last: bool = False,
+                    start: int = 0) -> list[np.ndarray]:
+    """Which of `count` pairs each batch of an epoch holds.
+
+    Args:
+        count: how many pairs there are.
+        batch: how many a batch has.
+        shuffle: a seed for the order; None: one after the other.
+        drop_last: leave out an incomplete last batch.
+        start: skip that many batches.
+
+    Raises:
+        ValueError: batch < 1, start < 0, or a bool as the seed.
+    """
     if isinstance(shuffle, bool):
         raise ValueError("shuffle is the seed of an order, such as the number of the epoch, or None for the order of the ids; "
                          f"got {shuffle}")
     if batch < 1 or start < 0:
         raise ValueError(f"batch must be at least 1 and start at least 0, got {batch} and {start}")
+    order = np.arange(count) if shuffle is None else np.random.default_rng(shuffle).permutation(count)
+    end = count // batch * batch if drop_last else count
+    return [order[first:min(first + batch, end)] for first in range(start * batch, end, batch)]
 
 # %% ../nbs/01_data.ipynb #data142p
-class Split:
-    """One part of a data set, on disk: len(), batch(), batches(), original_mask(), and lists with an entry for each pair.
+class Split(Dataset):
+    """One part of a data set, on disk: a PyTorch `Dataset`, with faster ways to whole batches, and lists with an entry for each pair.
+
+    `split[i]` is (image uint8 [3, size, size], mask uint8 [size, size], id); `DataLoader(split, batch_size=8)` and wrappers of
+    other libraries take it as it is. `batches` reads a batch at once and needs no worker processes.
 
     ids, patients, strata, digests (of the image files): str; original_sizes: (height, width); paths: (image path, mask path).
     """
@@ -1246,6 +1272,26 @@ class Split:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        """One pair: image uint8 [3, size, size], mask uint8 [size, size], id. IndexError if outside."""
+        batch = self.batch([index])
+        return batch.images[0], batch.masks[0], batch.ids[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every image: (3, size, size)."""
+        return 3, self._settings.size, self._settings.size
+
+    def __getstate__(self) -> dict:
+        """For a worker process: the cache's folder instead of its arrays, which are mapped there again."""
+        return {**self.__dict__, "_cache": self._cache.folder}
+
+    def __setstate__(self, state: dict) -> None:
+        cache = _load(state["_cache"])
+        if cache is None:
+            raise ValueError(f"{state['_cache']} is no longer a whole cache: open the data set again")
+        self.__dict__.update(state, _cache=cache)
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """Read the pairs at some positions of this split, in the order asked for: copies, on the CPU. IndexError if outside."""
@@ -1269,11 +1315,8 @@ class Split:
         shuffle: a seed for the order, None for the order of the ids; drop_last: leave out an incomplete batch; start: skip that
         many batches, without reading them. ValueError for batch < 1, start < 0, or a bool as the seed.
         """
-        _check_batches(batch, start, shuffle)
-        order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
-        end = len(order) // batch * batch if drop_last else len(order)
-        for first in range(start * batch, end, batch):
-            yield _to_device(self.batch(order[first:min(first + batch, end)]), torch.device(device))
+        for positions in batch_positions(len(self), batch, shuffle=shuffle, drop_last=drop_last, start=start):
+            yield to_device(self.batch(positions), torch.device(device))
 
 # %% ../nbs/01_data.ipynb #data145
 def _check_numbers(settings: Settings, fold: int | None, folds: int | None, valid_share: float, workers: int | None) -> None:
@@ -1405,6 +1448,8 @@ def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Seq
     pixels, found = entries["pixels"], []
     found += [f"every pixel of {part} is ignored: there is nothing to learn from, or to score" for part, rows in parts.items()
               if rows and not pixels[rows].any()]
+    if not pixels.any():
+        return found
     if not pixels[:, 1:].any():
         return [*found, "no mask holds any foreground: every mask is empty, and a network that finds nothing would score 100"]
     if not pixels[:, 0].any():
@@ -1441,6 +1486,8 @@ def _file_warnings(survey: Survey, entries: np.ndarray, white: int) -> list[str]
         return _some([survey.records[row].id for row in np.flatnonzero(chosen)])
 
     found = []
+    if (void := ~entries["pixels"].any(axis=1)).any():
+        found.append(f"{void.sum()} masks hold ignored pixels only, and count nowhere, neither in training nor in scores ({ids(void)})")
     if (turned := entries["turned"] != entries["mask_turned"]).any():
         found.append(f"{turned.sum()} images and their masks carry different EXIF orientations, and each was turned as its own says "
                      f"({ids(turned)}): look whether the masks fit")
