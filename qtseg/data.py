@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -27,7 +26,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .files import (NO_SPACE, Picture, is_picture, new_folder, plain, printable, read_json, read_picture, read_table,
@@ -45,7 +44,7 @@ __all__ = ['WHITES', 'RESIZES', 'COLOURS', 'LARGEST_SIZE', 'PREPROCESSING_FILE',
            'fold_of_each', 'hold_out', 'assign_splits', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings',
            'cache_key', 'cache_root', 'check_members', 'find_source', 'Prepared', 'value_span', 'in_order', 'Read',
            'Cache', 'DataProblems', 'Batch', 'normalise', 'network_input', 'to_device', 'batch_positions', 'Split',
-           'Census', 'inverted', 'take_census', 'OpenedData', 'SegmentationData']
+           'Census', 'inverted', 'take_census', 'DatasetSplit', 'OpenedData', 'SegmentationData']
 
 # %% ../nbs/01_data.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -211,6 +210,7 @@ class Preprocessing:
         colour: a key of COLOURS.
         class_names: two or more.
         white: the stored value that becomes 255 in images with more than 8 bits; see `read_image`.
+        channels: 3, or 1 for a network that is given grey images.
 
     Raises:
         ValueError: for anything else.
@@ -221,6 +221,7 @@ class Preprocessing:
     colour: str = "rgb"
     class_names: tuple[str, ...] = ("background", "foreground")
     white: int = 65535
+    channels: int = 3
 
     def __post_init__(self):
         if not _whole_number(self.size, 32, LARGEST_SIZE) or self.resize not in RESIZES or self.colour not in COLOURS:
@@ -228,12 +229,15 @@ class Preprocessing:
                              f"{tuple(COLOURS)}; got {self.size!r}, {self.resize!r}, {self.colour!r}")
         if not _whole_number(self.white, 1, 65535):
             raise ValueError(f"white is a whole number from 1 to 65535, got {self.white!r}")
+        if not _whole_number(self.channels, 1, 3) or self.channels == 2 or (self.channels == 1 and self.colour != "rgb"):
+            raise ValueError(f"channels is 3, or 1 with colour rgb; got {self.channels!r} with {self.colour!r}")
         if len(self.class_names) < 2 or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"class_names are two texts or more, the background's first; got {self.class_names!r}")
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """uint8 RGB [H, W, 3] -> uint8 [size, size, 3] in the stored colour space, as in the cache."""
-        return to_colour(resize_image(image, self.size, self.resize), self.colour)
+        """uint8 RGB [H, W, 3] -> uint8 [size, size, channels] in the stored colour space, as in the cache."""
+        small = to_colour(resize_image(image, self.size, self.resize), self.colour)
+        return small if self.channels == 3 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)[..., None]
 
 # %% ../nbs/01_data.ipynb #data049c
 PREPROCESSING_FILE = "preprocessor_config.json"
@@ -376,6 +380,9 @@ def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
         elif len(found) > 1:
             survey.problems.append(f"{survey.short(path)}: several masks, {', '.join(survey.short(mask) for mask in found)}")
         survey.records.append(Record(name, path, found[0] if found else None, split=split))
+    if folders := sorted({name.rpartition("/")[0] for name in below if "/" in name}):
+        survey.notes.append(f"{survey.short(images)}/ has {len(folders)} sub-folders with images ({_some(folders)}): they are parts of the names, no "
+                            "patients; if each is a patient, prepare the set with data_scripts/own.py --patient '^([^/]+)/'")
     for mask in stray:
         survey.problems.append(f"{survey.short(mask)}: mask without an image in {survey.short(images)}/")
 
@@ -1191,9 +1198,9 @@ def _check_and_cache(survey: Survey, settings: Settings, folder: Path, workers: 
 
 # %% ../nbs/01_data.ipynb #data138
 class Batch(NamedTuple):
-    """Some pairs: images uint8 [B, 3, size, size] (channels_last in memory), masks uint8 [B, size, size], their ids.
+    """Some pairs: images uint8 [B, C, H, W] (channels_last in memory), masks uint8 [B, H, W], their ids.
 
-    Mask pixels that count nowhere are IGNORE.
+    Mask pixels that count nowhere are IGNORE. A Dataset of your own may yield float images and int64 masks.
     """
 
     images: Tensor
@@ -1255,14 +1262,15 @@ def batch_positions(count: int, batch: int, *, shuffle: int | None = None, drop_
 class Split(Dataset):
     """One part of a data set, on disk: a PyTorch `Dataset`, with faster ways to whole batches, and lists with an entry for each pair.
 
-    `split[i]` is (image uint8 [3, size, size], mask uint8 [size, size], id); `DataLoader(split, batch_size=8)` and wrappers of
+    `split[i]` is (image uint8 [C, size, size], mask uint8 [size, size], id); `DataLoader(split, batch_size=8)` and wrappers of
     other libraries take it as it is. `batches` reads a batch at once and needs no worker processes.
 
     ids, patients, strata, digests (of the image files): str; original_sizes: (height, width); paths: (image path, mask path).
     """
 
-    def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings):
+    def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings, channels: int = 3):
         self._rows, self._cache, self._settings = np.asarray(rows, dtype=np.int64), cache, settings
+        self.shape = channels, settings.size, settings.size  # of every image
         self.ids = [records[row].id for row in rows]
         self.patients = [records[row].patient for row in rows]
         self.strata = [records[row].stratum for row in rows]
@@ -1274,14 +1282,9 @@ class Split(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """One pair: image uint8 [3, size, size], mask uint8 [size, size], id. IndexError if outside."""
+        """One pair: image uint8 [C, size, size], mask uint8 [size, size], id. IndexError if outside."""
         batch = self.batch([index])
         return batch.images[0], batch.masks[0], batch.ids[0]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of every image: (3, size, size)."""
-        return 3, self._settings.size, self._settings.size
 
     def __getstate__(self) -> dict:
         """For a worker process: the cache's folder instead of its arrays, which are mapped there again."""
@@ -1298,7 +1301,7 @@ class Split(Dataset):
         positions = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         rows = self._rows[positions]
         images = torch.from_numpy(self._cache.images[rows]).permute(0, 3, 1, 2)  # [B, size, size, C] -> [B, C, size, size], no copy
-        if images.shape[1] == 1:  # a grey set
+        if images.shape[1] < self.shape[0]:  # a grey set
             images = images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         masks = _unpacked(self._cache, rows, self._settings)
         return Batch(images, torch.from_numpy(masks), [self.ids[position] for position in positions])
@@ -1355,6 +1358,14 @@ def _check_values(settings: Settings) -> None:
                          "not both")
 
 # %% ../nbs/01_data.ipynb #data146
+def _check_channels(survey: Survey, cache: Cache, channels: int) -> None:
+    """Raise ValueError unless the cached images can be had with so many channels."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels is 1 or 3, got {channels!r}: for others, give fit a Dataset of your own")
+    if channels < cache.images.shape[3]:
+        raise ValueError(f"{survey.folder} holds images in color: open it with channels=3")
+
+
 def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
     """One name per class: those of dataset.json if they fit, else made-up ones."""
     count = max(settings.classes, 2)
@@ -1530,6 +1541,80 @@ def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names
     found += inverted(shares, [record.id for record in survey.records]) if len(names) == 2 else []
     return Census(table, found + _class_warnings(cache.entries, parts, names) + _file_warnings(survey, cache.entries, cache.white))
 
+# %% ../nbs/01_data.ipynb #862c3796
+class DatasetSplit(Dataset):
+    """Any PyTorch Dataset of (image, mask) or (image, mask, id), in batches like a `Split`; every pair is checked.
+
+    Args:
+        dataset: with len() and [index]; image uint8 or float [C, H, W], mask of class indices [H, W], all of one size.
+        classes: how many, the background included.
+        ignore_index: the label of pixels that count nowhere, if there is one.
+        workers: processes that read ahead; 0: this process reads.
+
+    Raises:
+        ValueError: naming the pair, where it is something else.
+    """
+
+    def __init__(self, dataset: Dataset, classes: int = 2, ignore_index: int | None = None, workers: int = 0):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(f"a Dataset with len() and [index] is needed, and {type(dataset).__name__} lacks them")
+        if not len(dataset):
+            raise ValueError(f"{type(dataset).__name__} holds no pairs")
+        self.dataset, self.classes, self.ignore_index, self.workers = dataset, classes, ignore_index, workers
+        self.shape, self.dtype = None, None  # of every image: the first one's
+        first = self[0][0]
+        self.shape, self.dtype = tuple(first.shape), first.dtype
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        """One pair: image uint8 or float32 [C, H, W], mask uint8 or int64 [H, W], id (its number, if it has none)."""
+        pair = self.dataset[index]
+        name = f"{type(self.dataset).__name__}[{index}]"
+        if not isinstance(pair, (tuple, list)) or len(pair) not in (2, 3):
+            raise ValueError(f"{name} is no (image, mask) or (image, mask, id): {type(pair).__name__}")
+        try:
+            image, mask = map(torch.as_tensor, pair[:2])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is no pair of tensors or arrays ({error})") from error
+        if not mask.is_floating_point():
+            mask = mask.to(torch.uint8 if mask.dtype in (torch.uint8, torch.bool) else torch.int64)
+        if problem := self._problem(image, mask):
+            raise ValueError(f"{name}: {problem}")
+        return image.float() if image.is_floating_point() else image, mask, str((*pair, index)[2])
+
+    def _problem(self, image: Tensor, mask: Tensor) -> str:
+        """What is wrong with a pair; "" if nothing is."""
+        if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+            return f"its image is {image.dtype} {list(image.shape)}, where uint8 or float [C, H, W] is needed"
+        if mask.shape != image.shape[1:] or mask.is_floating_point():
+            return f"its mask is {mask.dtype} {list(mask.shape)}, where whole numbers {list(image.shape[1:])} are needed, as the image's"
+        if self.shape and (tuple(image.shape), image.is_floating_point()) != (self.shape, self.dtype.is_floating_point):
+            return f"its image is {image.dtype} {list(image.shape)}, the first is {self.dtype} {list(self.shape)}; all must be alike"
+        labels = mask[mask != self.ignore_index] if self.ignore_index is not None else mask
+        wrong = labels[(labels < 0) | (labels >= max(self.classes, 2))]
+        return (f"its mask holds {int(wrong[0])}, where class indices 0 to {max(self.classes, 2) - 1} are needed; pixels that count "
+                "nowhere have the label ignore_value") if len(wrong) else ""
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """Read the pairs at some positions, in the order asked for."""
+        return self._collate([self[int(index)] for index in np.atleast_1d(np.asarray(indices))])
+
+    @staticmethod
+    def _collate(pairs: list[tuple[Tensor, Tensor, str]]) -> Batch:
+        images, masks, ids = zip(*pairs)
+        return Batch(torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(masks), list(ids))
+
+    def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
+                device: str | torch.device = "cpu") -> Iterator[Batch]:
+        """Go through it once, as `Split.batches` does."""
+        positions = [one.tolist() for one in batch_positions(len(self), batch, shuffle=shuffle, drop_last=drop_last, start=start)]
+        loader = DataLoader(self, batch_sampler=positions, num_workers=self.workers, collate_fn=self._collate,
+                            generator=torch.Generator().manual_seed(shuffle or 0))
+        for part in loader:
+            yield to_device(part, torch.device(device))
+
 # %% ../nbs/01_data.ipynb #data149
 @dataclass(repr=False)
 class OpenedData:
@@ -1538,11 +1623,12 @@ class OpenedData:
     Args:
         black: three ints, the value of padding in the stored colour space.
         notes: sentences on what was decided for you, and the census's warnings.
-        folder: where the pictures are.
-        cache_folder: where the arrays are.
+        folder: where the pictures are; None for Datasets of your own.
+        cache_folder: where the arrays are; None for Datasets of your own.
         ignore_index: IGNORE if any mask holds pixels that count nowhere, else None.
         white: the stored value that becomes 255 in images with more than 8 bits.
         census: what the set holds.
+        preprocessing: how its images were prepared, which a network trained on them must be told; None: not known.
     """
 
     name: str
@@ -1553,19 +1639,20 @@ class OpenedData:
     colour: str
     black: tuple[int, int, int]
     notes: list[str]
-    folder: Path
-    cache_folder: Path
-    train: Split
-    valid: Split
-    test: Split | None
+    folder: Path | None
+    cache_folder: Path | None
+    train: Split | DatasetSplit
+    valid: Split | DatasetSplit
+    test: Split | DatasetSplit | None
     ignore_index: int | None
     white: int
     census: Census
+    preprocessing: Preprocessing | None
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """How its images were prepared: what a network trained on them must be told."""
-        return Preprocessing(self.size, self.resize, self.colour, self.class_names, self.white)
+    def shape(self) -> tuple[int, int, int]:
+        """Of a training image: (channels, height, width)."""
+        return self.train.shape
 
     def __repr__(self) -> str:
         parts = f"train {len(self.train)}, valid {len(self.valid)}, test {len(self.test) if self.test else 'none'}"
@@ -1581,7 +1668,7 @@ class SegmentationData(OpenedData):
              folds: int | None = None, resize: str = "squash", colour: str = "rgb", masks: str = "auto",
              mask_values: Sequence[int | str] | None = None, ignore_value: int | str | None = None, valid_share: float = 0.1,
              seed: int = 1996, cache: str | os.PathLike | None = None, workers: int | None = None, progress: bool = True,
-             splits: Mapping[str, str] | None = None, white: int | None = None) -> SegmentationData:
+             splits: Mapping[str, str] | None = None, white: int | None = None, channels: int = 3) -> SegmentationData:
         """Find, check, split and cache a data set.
 
         Args:
@@ -1592,6 +1679,7 @@ class SegmentationData(OpenedData):
             ignore_value: the stored value or color that counts nowhere; None: 255 beside 0 … classes - 1.
             workers: threads; None: one per core. white: as in read_image; None: the least of WHITES that no value exceeds.
             splits: "train", "valid" or "test" for each id, instead of fold and share; other images are in no split.
+            channels: 3, or 1 for a set of grey images; grey images have three equal channels otherwise.
 
         Raises: DataProblems (everything that is wrong with the set), ValueError, FileNotFoundError, OSError (no space).
         """
@@ -1604,12 +1692,14 @@ class SegmentationData(OpenedData):
         names = _class_names(survey, settings, notes)
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
         cached = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
+        _check_channels(survey, cached, channels)
         parts = _leave_out_twins(survey, cached.hashes, parts, notes)
         census = take_census(survey, cached, parts, names)
         notes += _white_note(cached) + [note for note in cached.notes if not note.startswith("WARNING: ")] + census.warnings
-        train, valid, test = (Split(survey.records, cached, parts[part], settings) for part in SPLITS)
+        train, valid, test = (Split(survey.records, cached, parts[part], settings, channels) for part in SPLITS)
         return cls(survey.name, classes, names, size, resize, colour, COLOURS[colour], notes, survey.folder, folder, train, valid,
-                   test or None, IGNORE if cached.ignored else None, cached.white, census)
+                   test or None, IGNORE if cached.ignored else None, cached.white, census,
+                   Preprocessing(size, resize, colour, names, cached.white, channels))
 
     @classmethod
     def from_prepared(cls, folder: str | os.PathLike, fold: int | None = 0, size: int = 512, **options) -> SegmentationData:
@@ -1617,3 +1707,21 @@ class SegmentationData(OpenedData):
         if not (Path(folder).expanduser() / "manifest.csv").is_file():
             raise ValueError(f"{folder} is not a prepared folder: it has no manifest.csv")
         return cls.open(folder, fold=fold, size=size, **options)
+
+    @classmethod
+    def from_datasets(cls, train: Dataset, valid: Dataset, test: Dataset | None = None, *, classes: int = 2,
+                      ignore_index: int | None = None, workers: int = 0, preprocessing: Preprocessing | None = None) -> SegmentationData:
+        """Datasets of your own, as `fit` takes them.
+
+        Args:
+            train, valid, test: see `DatasetSplit`, as `classes`, `ignore_index` and `workers`.
+            preprocessing: how their images were prepared, if the trained network is to prepare others in the same way.
+
+        Raises: ValueError: no such Dataset, or images of another number of channels.
+        """
+        parts = [part and DatasetSplit(part, classes, ignore_index, workers) for part in (train, valid, test)]
+        if len({part.shape[0] for part in parts if part}) > 1:
+            raise ValueError(f"the Datasets' images differ in their channels: {', '.join(str(part.shape[0]) for part in parts if part)}")
+        names = ("background", "foreground") if classes <= 2 else ("background", *(f"class {index}" for index in range(1, classes)))
+        return cls(type(train).__name__, classes, names, parts[0].shape[1], "squash", "rgb", COLOURS["rgb"], [], None, None, *parts,
+                   ignore_index, 65535, Census([], []), preprocessing)
