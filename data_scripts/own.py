@@ -1,8 +1,9 @@
 """Your own images and masks. python data_scripts/own.py --images A --masks B --folds 5 --patient 'patient(\\d+)'
 
-A mask has its image's name, perhaps with _mask or _segmentation. Sub-folders are part of the name: A/p3/x.png and
-B/p3/x_mask.png. A and B may be the same folder, if the masks' names say what they are. How the masks are read is decided
-from all of them together. Images of one patient share a fold; each kind of case (--stratum) is spread over the folds.
+A mask has its image's name, perhaps with _mask, _seg, _segmentation, _label or _gt after it, or mask_ before it. Sub-folders
+are part of the name: A/p3/x.png and B/p3/x_mask.png. A and B may be the same folder, if the masks' names say what they are.
+How the masks are read is decided from all of them together. Images of one patient share a fold; each kind of case
+(--stratum) is spread over the folds.
 """
 import argparse
 import os
@@ -10,7 +11,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from qtseg.data import SUFFIX
+from qtseg.data import image_names, image_of
 from qtseg.masks import MASKS, value_code
 from qtseg.preparation import DataSet, Found, command_line, judge, label, name_of, pair_up, pictures_below, run, slices
 
@@ -42,10 +43,11 @@ def listed(found: Found, folders: list[Path]) -> tuple[list[Path], list[Path]]:
     """The images and the masks. One folder may lie in the other, or be the same: then masks are told by their names."""
     if os.path.samefile(*folders):
         names = {path: name_of(path, folders[0]) for path in pictures_below(found, folders[0])}
-        masks = [path for path, name in names.items() if SUFFIX.search(name) and SUFFIX.sub("", name) in names.values()]
+        called = image_names(names.values())
+        masks = [path for path, name in names.items() if image_of(name, called, other=True)]
         if names and not masks:
             raise ValueError(f"{folders[0]} is the folder of images and of masks, and no name in it is that of another file "
-                             "with _mask or _segmentation added: give the masks such names, or a folder of their own")
+                             "with _mask, _seg, _label or _gt added: give the masks such names, or a folder of their own")
         return [path for path in names if path not in masks], masks
     images, masks = (pictures_below(found, folder) for folder in folders)
     real = [{path: os.path.realpath(path) for path in part} for part in (images, masks)]
@@ -61,8 +63,8 @@ def find(folders: list[Path], patient: str | None, stratum: str | None, **readin
     """The pairs of a folder of images and a folder of masks, and how the masks are read."""
     found, folders = Found(), [folders[0], folders[-1]]
     images, masks = listed(found, folders)
-    names = {name_of(image, folders[0]) for image in images}
-    pair_up(found, images, masks, lambda name: name if name in names else SUFFIX.sub("", name), folders=tuple(folders))
+    names = image_names(name_of(image, folders[0]) for image in images)
+    pair_up(found, images, masks, lambda name: image_of(name, names) or name, folders=tuple(folders))
     for column, pattern in (("patient", patient), ("stratum", stratum)):
         if pattern is not None:
             label(found, column, pattern)

@@ -474,6 +474,7 @@ def _check_columns(survey: Survey, columns: list[str]) -> bool:
 
 def _read_manifest(survey: Survey) -> None:
     """Fill the survey from manifest.csv."""
+    known = len(survey.problems)
     try:
         columns, rows = read_table(survey.folder / "manifest.csv", most=MOST_IMAGES, skipinitialspace=True)
         older = "group" in columns and "stratum" not in columns  # its name before patient and stratum were told apart
@@ -488,7 +489,7 @@ def _read_manifest(survey: Survey) -> None:
             survey.problems += [f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
             survey.records += [record] if record else []
     except ValueError as error:
-        survey.problems.append(f"{error}: mend the file, or divide the set")
+        survey.problems[known:] = [f"{error}: mend the file, or divide the set"]
 
 # %% ../nbs/01_data.ipynb #data066
 def _read_description(survey: Survey) -> None:
@@ -501,10 +502,10 @@ def _read_description(survey: Survey) -> None:
         names = entries.get("classes", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("classes must be a list of names")
-        survey.ignore = entries.get("ignore")
-        if survey.ignore is not None and not _whole_number(survey.ignore, 0, 255):
+        ignore = entries.get("ignore")
+        if ignore is not None and not _whole_number(ignore, 0, 255):
             raise ValueError("ignore must be a whole number from 0 to 255, or null")
-        survey.name, survey.class_names = str(entries.get("name", survey.name))[:200], tuple(names)
+        survey.name, survey.class_names, survey.ignore = str(entries.get("name", survey.name))[:200], tuple(names), ignore
     except (ValueError, OSError) as error:
         survey.problems.append(f"dataset.json cannot be understood ({error})")
 
@@ -1268,9 +1269,11 @@ class Split(Dataset):
     ids, patients, strata, digests (of the image files): str; original_sizes: (height, width); paths: (image path, mask path).
     """
 
+    dtype = torch.uint8
+
     def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings, channels: int = 3):
         self._rows, self._cache, self._settings = np.asarray(rows, dtype=np.int64), cache, settings
-        self.shape = channels, settings.size, settings.size  # of every image
+        self.shape = channels, settings.size, settings.size
         self.ids = [records[row].id for row in rows]
         self.patients = [records[row].patient for row in rows]
         self.strata = [records[row].stratum for row in rows]

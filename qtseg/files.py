@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -22,7 +23,7 @@ import unicodedata
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -31,11 +32,11 @@ import numpy as np
 from PIL import Image
 
 # %% auto #0
-__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_DEPTH',
-           'MAX_WHOLE_BYTES', 'SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'UPRIGHT', 'SLOW', 'DEFLATED', 'OTHERS',
-           'BIDI', 'NO_SPACE', 'limit', 'Picture', 'is_picture', 'read_picture', 'walk', 'same_form', 'read_text',
-           'read_json', 'read_rows', 'printable', 'escape', 'csv_cell', 'write_then_rename', 'require_space',
-           'private_name', 'new_folder']
+__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_TABLE_BYTES',
+           'MAX_ROW', 'MAX_DEPTH', 'MAX_WHOLE_BYTES', 'SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'UPRIGHT', 'SLOW',
+           'DEFLATED', 'OTHERS', 'NO_UTF8', 'BIDI', 'NO_SPACE', 'limit', 'Picture', 'is_picture', 'hash_file',
+           'read_picture', 'walk', 'same_form', 'read_text', 'read_json', 'read_table', 'plain', 'printable', 'escape',
+           'csv_cell', 'write_then_rename', 'require_space', 'private_name', 'new_folder']
 
 # %% ../nbs/reference/files.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression
@@ -43,7 +44,9 @@ MAX_PIXELS = 2**28  # a picture: 16384 x 16384
 MAX_SWELL = 100  # bytes in memory for one byte of the file, where a picture takes more than MAX_FREE_BYTES
 MAX_FREE_BYTES = 480_000_000  # memory that every picture may take while it is decoded
 MAX_PIECES = 2**16  # strips or tiles of a TIFF, scans of a JPEG, elements of a DICOM header, counted frames
-MAX_TEXT_BYTES = 2**24
+MAX_TEXT_BYTES = 2**24  # a text that is read as a whole
+MAX_TABLE_BYTES = 2**26  # a CSV file
+MAX_ROW = 2**22  # characters of its rows
 MAX_DEPTH = 64  # folders inside folders
 MAX_WHOLE_BYTES = 2**26  # files up to this size are read at once; what a decoder takes at once
 
@@ -52,12 +55,12 @@ class _Refusal(ValueError):
     """A file that was understood, and is refused; the message needs nothing in front."""
 
 
-def limit(name: str) -> int:
-    """The limit `name` of this module, or what the environment variable QTSEG_<name> says instead; ValueError if that is no number."""
+def limit(name: str, default: int | None = None) -> int:
+    """What the environment variable QTSEG_<name> says, else `default`, else this module's limit `name`; ValueError if it is no number."""
     text = os.environ.get(f"QTSEG_{name}", "")
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"the environment variable QTSEG_{name} must be a whole number, got {text!r}")
-    return int(text) if text else globals()[name]
+    return int(text) if text else globals()[name] if default is None else default
 
 
 def _require_within(name: str, value: int, what: str) -> None:
@@ -71,7 +74,7 @@ class Picture(NamedTuple):
 
     values: np.ndarray  # uint8 or uint16, [H, W] (grey, bits 0 and 1, palette index) or [H, W, 3] (RGB; alpha is dropped)
     palette: np.ndarray | None  # uint8 [256, 3] where the values are palette indices
-    format: str  # "PNG", "JPEG", "TIFF", "DICOM", …
+    format: str  # "PNG", "JPEG", "TIFF", "DICOM", …; "WEBP lossless" is told from "WEBP"
     bits: int  # of a channel, as stored: 1, 8, 12 (where the file says so), 16
     frames: int  # pages or frames in the file
     turned: int  # the EXIF orientation that was carried out, 0 for none
@@ -129,15 +132,14 @@ def _source(file: BinaryIO) -> tuple[BinaryIO, int]:
     return io.BytesIO(data), len(data)
 
 
-def _digest(source: BinaryIO) -> str:
-    """BLAKE2b of all bytes, 12 of them, in hexadecimal."""
-    if isinstance(source, io.BytesIO):
-        return hashlib.blake2b(source.getbuffer(), digest_size=12).hexdigest()
-    source.seek(0)
-    digest = hashlib.blake2b(digest_size=12)
-    while part := source.read(2**20):
-        digest.update(part)
-    return digest.hexdigest()
+def hash_file(file: str | os.PathLike | BinaryIO, digest: hashlib._Hash | None = None) -> hashlib._Hash:
+    """Feed all bytes of a regular file, or of an open one, to a digest of hashlib (None: a new SHA-256), in pieces of 1 MiB; returns it."""
+    digest = digest or hashlib.sha256()
+    with nullcontext(file) if hasattr(file, "read") else _open_regular(file) as source:
+        source.seek(0)
+        while part := source.read(2**20):
+            digest.update(part)
+    return digest
 
 # %% ../nbs/reference/files.ipynb #files-014
 def _require_memory(width: int, height: int, plain: float, peak: float, size: int) -> None:
@@ -503,6 +505,19 @@ def _structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tuple[
     return {}, _gif_frames(source, size) if name == "GIF" else 0
 
 
+def _is_lossless_webp(source: BinaryIO) -> bool:
+    """Whether the pixels of all frames are compressed without loss (VP8L); False after 1000 parts without an end."""
+    at, end, found = 12, source.seek(0, os.SEEK_END), set()
+    for _ in range(1000):
+        source.seek(at)
+        kind, length = source.read(4), int.from_bytes(source.read(4), "little")
+        found.add(kind)
+        at += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame's own parts follow after 16 bytes
+        if at >= end:
+            return b"VP8L" in found and b"VP8 " not in found
+    return False
+
+
 def _indices(picture: Image.Image) -> np.ndarray | None:
     """The colors of a palette, uint8 [256, 3]."""
     if picture.mode not in ("P", "PA"):
@@ -531,7 +546,8 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tupl
         alpha = picture.getextrema()[-1] if not deep and picture.getbands()[-1] in ("A", "a") else None
         if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):  # a TIFF is upright as it comes from Pillow or OpenCV
             values = np.ascontiguousarray(turn(values))
-        return values, _indices(picture), picture.format, bits, frames, orientation if turn else 0, alpha
+        form = "WEBP lossless" if picture.format == "WEBP" and _is_lossless_webp(source) else picture.format
+        return values, _indices(picture), form, bits, frames, orientation if turn else 0, alpha
 
 # %% ../nbs/reference/files.ipynb #files-023
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -868,7 +884,7 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Pictur
             decoded = _decode(source, size, stored_values)
         except _Refusal as error:
             raise ValueError(str(error)) from error.__cause__
-        return Picture(*decoded, _digest(source))
+        return Picture(*decoded, hash_file(source, hashlib.blake2b(digest_size=12)).hexdigest())
 
 # %% ../nbs/reference/files.ipynb #files-030
 def _entries(folder: Path, seen: set, passed: list[tuple[Path, str]]) -> list[os.DirEntry]:
@@ -944,8 +960,11 @@ def same_form(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 # %% ../nbs/reference/files.ipynb #files-034
-def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
-    """Read a text file (UTF-8, with or without a byte order mark) of at most MAX_TEXT_BYTES; `errors` as in bytes.decode.
+NO_UTF8 = "is not encoded in UTF-8: open it in the program that wrote it and save it as UTF-8 (a table as \"CSV UTF-8\")"
+
+
+def read_text(path: str | os.PathLike, errors: str = "strict", most: str = "MAX_TEXT_BYTES") -> str:
+    """Read a text file (UTF-8, with or without a byte order mark) within the limit that `most` names; `errors` as in bytes.decode.
 
     Raises:
         ValueError: One sentence that names the file: no regular file, too large, not UTF-8.
@@ -954,8 +973,10 @@ def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
     try:
         with _open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            _require_within("MAX_TEXT_BYTES", size, f"has {size} bytes")
+            _require_within(most, size, f"has {size} bytes")
             return file.read(size).decode("utf-8-sig", errors)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} {NO_UTF8}") from None
     except ValueError as error:
         raise ValueError(f"{path} is no text that can be read ({printable(error)[:300]})") from None
 
@@ -985,17 +1006,71 @@ def read_json(path: str | os.PathLike) -> dict:
     return found
 
 # %% ../nbs/reference/files.ipynb #files-0341
-def read_rows(path: str | os.PathLike, most: int = 100_000) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file, one at a time; ValueError (see `read_text`), also for more than `most` rows or 64 columns."""
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+def _table(path: str | os.PathLike, most: int, wide: int, interrupted: bool, options: dict) -> Iterator[list[str] | dict[str, str]]:
+    """The columns, then the rows of `read_table`."""
+    text = read_text(path, "replace" if interrupted else "strict", "MAX_TABLE_BYTES")
+    if interrupted:
+        text = text[:text.rfind("\n") + 1]
+    elif "\0" in text[:2]:  # UTF-16 without a byte order mark
+        raise ValueError(f"{path} {NO_UTF8}")
+    row_start = line_end = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal line_end
+        for found in re.finditer(r"[^\r\n]*(?:\r\n?|\n|\Z)", text):
+            line_end = found.end()
+            if line_end - row_start > MAX_ROW:
+                raise ValueError(f"it has a row of more than {MAX_ROW} characters")
+            yield found[0]
+
     try:
-        head = rows.fieldnames or ()
-        for number, row in enumerate(rows if len(head) <= 64 else [{}]):
-            if number == most or len(head) > 64:
-                raise ValueError(f"it has more than {most} rows or 64 columns")
+        rows = csv.DictReader(lines(), **options)
+        columns = list(rows.fieldnames or ())
+        if len(columns) > wide:
+            raise ValueError(f"it has more than {wide} columns")
+        yield columns
+        for number, row in enumerate(rows):
+            if number == most:
+                raise ValueError(f"it has more than {most} rows")
+            row_start = line_end
             yield row
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no table that can be read ({printable(error)[:300]})") from None
+
+
+def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, interrupted: bool = False,
+               **options) -> tuple[list[str], Iterator[dict[str, str]]]:
+    """Read a CSV file of at most MAX_TABLE_BYTES.
+
+    Args:
+        most: rows.
+        wide: columns.
+        interrupted: Its writer may have been stopped: a last line without its end is left out, bytes that are not UTF-8 are replaced.
+        options: Of csv.DictReader.
+
+    Returns:
+        The columns, and the rows, read one at a time.
+
+    Raises:
+        ValueError: One sentence that names the file, at once or at the row: see `read_text`; not CSV, or more than the limits.
+        OSError: It cannot be opened.
+    """
+    rows = _table(path, most, wide, interrupted, options)
+    return next(rows), rows
+
+# %% ../nbs/reference/files.ipynb #081cdba4
+def plain(value: object, nan_as_none: bool = False) -> object:
+    """A value as JSON knows it: paths become texts, numbers of NumPy and PyTorch become Python's, tuples and arrays become lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(type(value), "tolist"):
+        listed = value.tolist()
+        return listed if isinstance(listed, np.generic) else plain(listed, nan_as_none)  # a long double stays one
+    if isinstance(value, (list, tuple)):
+        return [plain(item, nan_as_none) for item in value]
+    if isinstance(value, dict):
+        return {plain(key): plain(item, nan_as_none) for key, item in value.items()}
+    return None if nan_as_none and isinstance(value, float) and math.isnan(value) else value
 
 # %% ../nbs/reference/files.ipynb #files-036
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"  # turn lines round, or break them

@@ -24,7 +24,7 @@ __all__ = ['MASKS', 'IGNORE', 'COLORED', 'LOSSY', 'FEW', 'value_code', 'spell', 
 MASKS = ("auto", "index", "binary", "any")
 IGNORE = 255  # the label of pixels that count nowhere
 COLORED = 1 << 24  # codes from here on are colors
-LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats whose compression may invent values
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats whose compression may invent values; "WEBP lossless" is none
 FEW = 12  # as many values are listed one by one; more are looked at as a histogram
 
 
@@ -357,9 +357,11 @@ def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) 
 
 def _index_remedy(found: list[int], classes: int) -> str:
     """What to do about values above the highest class."""
-    if found[0] > 0 and found[-1] - found[0] < classes:
+    if 0 < found[0] < 255 and found[-1] - found[0] < classes:
         values = spell(range(found[0], found[0] + classes), 12)
         return f"the labels begin with {found[0]} instead of 0: pass mask_values=[{values}]"
+    if found == [255]:
+        return 'pass ignore_value=255 if these pixels count nowhere, masks="binary" if they are foreground'
     if len(found) <= 2:
         return 'pass masks="binary" if this is black background and white foreground'
     if found[-1] < 32:

@@ -611,6 +611,8 @@ def alarms(pairs: list[Pair], done: list[Done], class_names: Sequence[str], turn
     found = [f"no mask holds {name}" for i, name in enumerate(class_names) if i and not pixels[:, i].any()]
     if full := np.flatnonzero((pixels[:, 0] == 0) & pixels[:, 1:-1].any(axis=1)).tolist():
         found.append(f"{len(full)} masks are without background: {named(full)}")
+    if void := np.flatnonzero(~pixels[:, :-1].any(axis=1)).tolist():
+        found.append(f"{len(void)} masks hold ignored pixels only, and count nowhere: {named(void)}")
     if paged := [row for row, one in enumerate(done) if one.seen.frames > 1]:
         found.append(f"{len(paged)} image files hold several pages or frames; the first alone was read: {named(paged)}")
     if len(class_names) == 2:

@@ -465,6 +465,17 @@ def test_slices_within_strata_of_a_manifest(opened, tmp_path):
     assert data.valid.ids == ["p03", "p04", "p05"]
 
 
+@pytest.mark.parametrize("patients, words", [
+    ({}, "rare (2 images, always train)"), ({"patient": lambda i: f"{i // 2}"}, "rare (2 images of 1 patient, in 1 of 4 folds)")])
+def test_strata_with_fewer_members_than_folds_are_named_once(patients, words, opened, tmp_path):
+    source, rows = prepared(tmp_path / "d", 14, **patients)
+    manifest(source, [row | {"stratum": "rare" if i < 2 else "usual"} for i, row in enumerate(rows)])
+    found = [note for note in opened(source, folds=4, fold=0).notes if "fewer members" in note]
+    assert found == [f"folds: strata with fewer members than 4 folds: {words}; choose fewer folds, or join strata"]
+    manifest(source, [row | {"stratum": "ab"[i // 2 % 2]} for i, row in enumerate(rows)])
+    assert not any("fewer members" in note for note in opened(source, folds=3, fold=0).notes)
+
+
 def test_fold_column_of_a_manifest(opened, tmp_path):
     source, _ = prepared(tmp_path / "d", fold=lambda i: "" if i in (10, 11) else i % 2 + 1, split=lambda i: "test" if i == 11 else "")
     data = opened(source, fold=2)
@@ -692,6 +703,28 @@ def test_masks_that_are_ignored_altogether_are_neither_empty_nor_full(opened, tm
     assert "every pixel of train is ignored" in opened(source, ignore_value=77).census.warnings[0]
 
 
+@pytest.mark.parametrize("ignored, refusal", [(1, None), (3, None), (6, "every pixel of train is ignored")])
+def test_prepared_masks_of_ignored_pixels_only(ignored, refusal, opened, tmp_path):
+    """dataset.json says that 255 counts nowhere: masks that hold nothing else are no foreground, and are warned of."""
+    source, rows = prepared(tmp_path / "d", 6)
+    for i in range(6):
+        mask = blob(i).astype(np.uint8)
+        mask[:3] = 255
+        save(source / "masks" / f"p{i:02d}.png", mask * 0 + 255 if i < ignored else mask)
+    described = json.loads((source / "dataset.json").read_text())
+    (source / "dataset.json").write_text(json.dumps(described | {"ignore": 255}))
+    for masks in ("auto", "any"):
+        data = opened(source, valid_share=0.5, masks=masks)
+        assert data.ignore_index == 255 and {row[0]: row[-1] for row in data.census.rows()}["ignored altogether"] == str(ignored)
+        warnings = data.census.warnings
+        assert any(f"{ignored} masks hold ignored pixels only" in warning and "p00" in warning for warning in warnings), warnings
+        assert any((refusal or "p00") in warning for warning in warnings) and not any("would score 100" in warning for warning in warnings)
+    assert opened(source, masks="any", ignore_value=7).ignore_index != 255
+    (source / "dataset.json").write_text(json.dumps(described | {"ignore": "white"}))
+    with pytest.raises(DataProblems, match="dataset.json cannot be understood .ignore must be a whole number from 0 to 255"):
+        opened(source)
+
+
 def test_a_class_that_vanishes_when_masks_shrink_is_a_warning(opened, tmp_path):
     source = plain(tmp_path / "d", 4)
     for i in range(4):
@@ -731,6 +764,19 @@ def test_manifests_of_spreadsheets(opened, tmp_path):
     (source / "manifest.csv").write_text(text.replace("stratum", "patient", 1))
     with pytest.raises(DataProblems, match="has a column twice"):
         opened(source)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le"])
+def test_manifests_that_are_not_utf8(encoding, opened, tmp_path):
+    source, rows = prepared(tmp_path / "p", 4, strata=("gutartig", "b\u00f6sartig"))
+    text = (source / "manifest.csv").read_text(encoding="utf-8")
+    assert set(opened(source).train.strata) == {"gutartig", "b\u00f6sartig"}
+    (source / "manifest.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(DataProblems, match='manifest.csv is not encoded in UTF-8: .* save it as .*"CSV UTF-8"') as caught:
+        opened(source)
+    assert len(caught.value.problems) == 1
+    (source / "manifest.csv").write_bytes(text.encode("utf-8-sig"))
+    assert set(opened(source).train.strata) == {"gutartig", "b\u00f6sartig"}
 
 
 def test_an_array_of_mask_values(opened, tmp_path):
@@ -833,6 +879,41 @@ def test_dicom_files_are_known_by_content(name, opened, tmp_path):
     assert len(data.train) == 3 and int(data.train.batch([0]).images.max()) >= 250 and int(data.train.batch([0]).images.min()) <= 5
 
 
+NAMES = [("{}", "mask_{}"), ("{}", "{}_seg"), ("{}", "{}_segmentation"), ("{}", "{}_Mask"), ("{}", "{}_label"), ("{}", "{}-GT"), ("{}", "seg_{}_mask"),
+         ("img_{}", "mask_{}"), ("{}_image", "{}_masks"), ("image_{}", "{}"), ("mask_{}", "mask_{}"), ("seg_{}", "seg_{}_mask"), ("p/{}", "p/labels_{}")]
+
+
+@pytest.mark.parametrize("image, mask", NAMES)
+def test_what_masks_may_be_called(image, mask, opened, tmp_path):
+    for i in range(4):
+        save(tmp_path / "d" / "images" / f"{image.format(i)}.png", picture(i))
+        save(tmp_path / "d" / "masks" / f"{mask.format(i)}.png", blob(i))
+    data = opened(tmp_path / "d")
+    pairs = [pair for split in (data.train, data.valid) for pair in split.paths]
+    assert {(one.stem, other.stem) for one, other in pairs} == {(Path(image.format(i)).stem, Path(mask.format(i)).stem) for i in range(4)}
+    assert set(data.train.ids + data.valid.ids) == {image.format(i) for i in range(4)}
+
+
+@pytest.mark.parametrize("images, masks, words", [
+    (["a", "b"], ["a", "mask_a", "b"], ["images/a.png: several masks, masks/a.png, masks/mask_a.png"]),
+    (["img_1", "image_1", "b"], ["mask_1", "b"], ["images/img_1.png: no mask", "images/image_1.png: no mask", "masks/mask_1.png: mask without an image"]),
+    (["1", "img_1"], ["mask_1", "img_1_seg"], []),
+    (["a", "b"], ["mask", "b"], ["images/a.png: no mask in masks/ (of the same name, perhaps with _mask, _seg,", "masks/mask.png: mask without"]),
+    (["a", "b"], ["mask_p/a", "b"], ["images/a.png: no mask", "masks/mask_p/a.png: mask without an image"])])
+def test_names_that_fit_two_images_or_none(images, masks, words, opened, tmp_path):
+    for i, name in enumerate(images):
+        save(tmp_path / "d" / "images" / f"{name}.png", picture(i))
+    for name in masks:
+        save(tmp_path / "d" / "masks" / f"{name}.png", blob(1))
+    if not words:
+        data = opened(tmp_path / "d", valid_share=0.5)
+        assert {(image.stem, mask.stem) for split in (data.train, data.valid) for image, mask in split.paths} == {("1", "mask_1"), ("img_1", "img_1_seg")}
+        return
+    with pytest.raises(DataProblems) as caught:
+        opened(tmp_path / "d")
+    assert len(caught.value.problems) == len(words) and all(any(word in problem for problem in caught.value.problems) for word in words)
+
+
 # ---------------------------------------------------------------------------------------------------------------- names and kinds
 def test_sub_folders_pair_by_path(opened, tmp_path):
     for number, patient in enumerate(("p1", "p2", "p3/left")):
@@ -845,6 +926,8 @@ def test_sub_folders_pair_by_path(opened, tmp_path):
     assert sorted(data.train.ids + data.valid.ids) == ["p1/0", "p1/1", "p2/0", "p2/1", "p3/left/0", "p3/left/1", "top"]
     image, mask = data.train.paths[0]
     assert image.parent.name == mask.parent.name and data.train.original_mask(0).shape == (40, 48)
+    assert any("3 sub-folders with images (p1, p2, p3/left)" in note and "no patients" in note and "own.py --patient" in note for note in data.notes)
+    assert not any("sub-folder" in note for note in opened(plain(tmp_path / "flat")).notes)
     (tmp_path / "d" / "masks" / "p2" / "0_mask.png").rename(tmp_path / "d" / "masks" / "0_mask.png")
     with pytest.raises(DataProblems) as caught:
         opened(tmp_path / "d")
@@ -904,10 +987,11 @@ def test_a_manifest_reaches_no_file_outside(opened, tmp_path):
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("manifest.csv", b"id,image,mask\na," + b"x" * 200_000 + b",b\n", "manifest.csv has a line of more than 65536"),
-    ("manifest.csv", b"," * 200_000, "manifest.csv has a line of more than 65536"),
-    ("manifest.csv", b"id,image,mask\n" + b"a,b,c\n" * 500_001, "manifest.csv has more than 500000 rows"),
-    ("manifest.csv", b"\xff\xfe\x00", "manifest.csv is not a CSV file"),
+    ("manifest.csv", b"id,image,mask\na," + b"x" * 200_000 + b",b\n", "manifest.csv is no table.*field larger than"),
+    ("manifest.csv", b"," * 200_000, "manifest.csv is no table.*more than 64 columns"),
+    ("manifest.csv", b"id,image,mask\n" + b'"a\n",' * 10**6, "manifest.csv is no table.*a row of more than 4194304 characters"),
+    ("manifest.csv", b"id,image,mask\n" + b"a,b,c\n" * 500_001, "manifest.csv is no table.*more than 500000 rows.*divide the set"),
+    ("manifest.csv", b"\xff\xfe\x00", "manifest.csv is not encoded in UTF-8.*save it as"),
     ("dataset.json", b"[" * 100_000, "dataset.json cannot be understood"),
     ("dataset.json", b'{"name": ' + b"9" * 5000 + b"}", "dataset.json cannot be understood"),
     ("dataset.json", b"[]", "dataset.json cannot be understood"),
@@ -925,7 +1009,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read(opened, tmp_path):
     source, _ = prepared(tmp_path / "d", 4)
     with open(source / "manifest.csv", "r+b") as file:
         file.truncate(10 ** 10)  # sparse
-    with pytest.raises(DataProblems, match="manifest.csv has 10000000000 bytes, more than"):
+    with pytest.raises(DataProblems, match="manifest.csv is no text.*has 10000000000 bytes, more than 67108864: set the environment variable QTSEG_MAX_TABLE_BYTES"):
         opened(source)
 
 
@@ -955,7 +1039,7 @@ def test_every_problem_of_a_folder_at_once(opened, tmp_path):
                 ("train/inputs/case001.png", "cannot be read"), ("train/targets/case002.png", "is empty"),
                 ("train/targets/case003.png", "40x48", "EXIF"), ("train/targets/case004.png", "48x41"),
                 ("train/targets/case005.png", "0, 1, 2", 'masks="any"'), ("duplicate id 'case006'", "case006.jpg", "case006.png"),
-                ("train/targets/case007_mask.png", "without an image"), ("train/inputs/case008.png", "several masks", "case008.bmp"),
+                ("train/inputs/case007.png", "several masks", "case007_mask.png"), ("train/inputs/case008.png", "several masks", "case008.bmp"),
                 ("id 'case009' is in two splits", "val/inputs/case009.png"),
                 ("one image in two splits", "train/inputs/case010.png (train)", "val/inputs/case051.png (valid)")]
     for words in expected:

@@ -536,6 +536,25 @@ def test_own_images_and_masks_in_one_folder(tmp_path):
         assert "is the folder of images and of masks" in refused(tmp_path, images=images, masks=masks)[1]
 
 
+@pytest.mark.parametrize("image, mask", [("x{}", "mask_x{}"), ("x{}", "x{}_seg"), ("x{}", "x{}_label"), ("x{}", "x{}_gt"), ("img_{}", "mask_{}")])
+@pytest.mark.parametrize("masks", ["B", "A"], ids=["two folders", "one folder"])
+def test_own_what_masks_may_be_called(tmp_path, image, mask, masks):
+    for i in range(6):
+        save(tmp_path / "A" / f"{image.format(i)}.jpg", picture(i))
+        save(tmp_path / masks / f"{mask.format(i)}.png", box(i, i) * 255)
+    folder = own_run(tmp_path, masks=masks)
+    table = rows(folder)
+    assert list(table) == [image.format(i) for i in range(6)] and all(
+        np.array_equal(stored(folder, row), box(i, i)) for i, row in enumerate(table.values()))
+
+
+def test_own_masks_of_ignored_pixels_only(tmp_path):
+    folder = own_run(painted(tmp_path, lambda mask, i: ignoring(mask, i) * 0 + 255 if i < 2 else ignoring(mask, i)), "--ignore", "255")
+    assert any("2 masks hold ignored pixels only, and count nowhere: x0, x1" in note for note in description(folder)["notes"])
+    data = SegmentationData.from_prepared(folder, size=64, progress=False, cache=tmp_path / "cache")
+    assert data.ignore_index == 255 and any("2 masks hold ignored pixels only" in warning for warning in data.census.warnings)
+
+
 def painted(tmp_path: Path, paint, names=lambda i: f"x{i}.png") -> Path:
     """Six phantoms with two kinds of polyp; paint: class index [H, W] -> the mask's file."""
     for i in range(6):

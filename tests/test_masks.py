@@ -269,6 +269,28 @@ def test_compressed_indices_are_refused_by_the_name_of_their_format(extension, w
         opened([levels(1, 2)] * 4, extension=extension, classes=3)
 
 
+@pytest.mark.parametrize("kind", ["lossless", "lossless with EXIF", "lossy", "lossy with alpha", "animation", "lossy animation"])
+def test_lossless_webp_is_known_by_its_container(kind, opened, tmp_path):
+    indices = Image.fromarray(np.repeat(levels(1, 2)[..., None], 3, axis=2))
+    if "alpha" in kind:
+        indices.putalpha(Image.fromarray(EMPTY + 255 - B // 2))
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    options = {"lossless": kind.startswith("lossless") or kind == "animation"} | ({"exif": exif} if "EXIF" in kind else {})
+    options |= {"save_all": True, "append_images": [Image.fromarray(np.full((64, 64, 3), 9, np.uint8))]} if "animation" in kind else {}
+    picture = read_picture(written(indices, tmp_path / "a.webp", **options))
+    assert picture.format == ("WEBP" if "lossy" in kind else "WEBP lossless")
+    if "lossy" in kind:
+        with pytest.raises(DataProblems, match="a WEBP, whose compression may invent class indices"):
+            opened([indices] * 4, extension="webp", saving=options, classes=3)
+    else:
+        assert all((mask == levels(1, 2)).all() for mask in all_masks(opened([indices] * 4, extension="webp", saving=options, classes=3)).values())
+
+
+def test_masks_of_255_only_are_told_what_255_may_mean():
+    assert "pass ignore_value=255 if these pixels count nowhere" in judged(EMPTY + 255, masks="index").problems[0]
+
+
 def test_a_flat_grey_among_softened_edges_is_a_warning():
     marked = [mask.copy() for mask in AROUND * 4]
     marked[2][50:60, 50:60] = 120
