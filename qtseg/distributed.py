@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .files import printable
-from .training import T, Team, TrainConfig, choose_device, fit, keep_freed_memory
+from .training import T, TrainConfig, choose_device, fit, keep_freed_memory
 
 # %% auto #0
 __all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'MAX_YAML_BYTES', 'MAX_YAML_VALUES', 'TeamError', 'TorchTeam', 'joined_team',
@@ -33,10 +33,10 @@ class TeamError(RuntimeError):
     """A team could not meet, or its leader failed at something that it did alone: one sentence."""
 
 # %% ../nbs/19_distributed.ipynb #c019
-def _leaves_weights_unused(model: nn.Module) -> bool:
+def _leaves_weights_unused(model: nn.Module, shape: tuple[int, int, int]) -> bool:
     """Are there weights that no logit depends on? One pass over an empty image, in evaluation mode, tells; nothing changes."""
     weights, was_training = [weight for weight in model.parameters() if weight.requires_grad], model.training
-    image = torch.zeros(1, model.config["in_channels"], 64, 64, device=weights[0].device)
+    image = torch.zeros(1, *shape, device=weights[0].device)
     gradients = torch.autograd.grad(model.eval()(image).sum(), weights, allow_unused=True)
     model.train(was_training)
     return any(gradient is None for gradient in gradients)
@@ -48,18 +48,22 @@ def _synchronised(model: nn.Module) -> nn.Module:
     return (timm or nn.SyncBatchNorm).convert_sync_batchnorm(model)
 
 # %% ../nbs/19_distributed.ipynb #c025
-class TorchTeam(Team):
-    """The processes of torch.distributed's default group, which `joined_team` made. Source: PyTorch's DDP (Li et al. 2020)."""
+class TorchTeam:
+    """The processes of torch.distributed's default group, which `joined_team` made: a `Team` for `fit`.
+
+    Reference: PyTorch's DDP (Li et al. 2020).
+    """
 
     def __init__(self):
         self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.leads = self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """DDP around the model, which stays what it is: gradients are averaged while `backward` runs."""
+    def wrap(self, model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
+        """DDP around the model, which stays what it is: gradients are averaged while `backward` runs. Images are [C, H, W]."""
         devices = None
         if next(model.parameters()).is_cuda:
             model, devices = _synchronised(model), [torch.cuda.current_device()]
-        return DistributedDataParallel(model, devices, find_unused_parameters=_leaves_weights_unused(model))
+        return DistributedDataParallel(model, devices, find_unused_parameters=_leaves_weights_unused(model, shape))
 
     def share(self, batch: Tensor) -> Tensor:
         """Rows rank·B/size to (rank + 1)·B/size of [B, ...]. ValueError when B is not divisible."""

@@ -367,7 +367,7 @@ def _tidy(folder: Path, keep: str, run: Run) -> None:
     (folder / "resume.pt").unlink(missing_ok=True)
 
 # %% ../nbs/20_experiments.ipynb #experiments046
-def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", on_epoch: Callable | None = None) -> Result:
+def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks: Sequence[object] = ()) -> Result:
     """Train one run of a study, or go on with it, or do nothing if it is complete; returns its result either way.
 
     Its folder RUNS/STUDY/RUN is locked meanwhile: a second process waits, then looks again. At the end it holds config.json,
@@ -382,7 +382,7 @@ def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", on_epoch: 
             if not begun:  # killed while it wrote its first epoch: nothing that could go on
                 (folder / "history.csv").unlink(missing_ok=True)
             _note(folder, "continued" if begun else "begun")
-            fit(config, on_epoch=on_epoch)
+            fit(config, callbacks=callbacks)
             _note(folder, "trained")
         _tidy(folder, checkpoint, run)
     return Result(_metrics(folder), folder / checkpoint, read_history(folder), folder)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
 import errno
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -34,26 +36,31 @@ import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'COLOURS', 'T',
+__all__ = ['OPTIMISERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'COLOURS', 'MOMENTS', 'T',
            'SPLITS_FILE', 'ROW', 'FREQUENCY_IMAGES', 'ConfigProblems', 'TrainConfig', 'is_path', 'located',
-           'recipe_changes', 'choose_device', 'keep_freed_memory', 'hardware', 'versions', 'evaluate', 'mask_pictures',
-           'Tracker', 'stop_signals', 'Progress', 'draw_seed', 'Team', 'build_network', 'Trainer', 'split_table',
-           'read_splits', 'data_digest', 'Result', 'class_frequencies', 'best_constant_mask', 'open_data', 'fit',
-           'draw_curves', 'LiveCurves']
+           'recipe_changes', 'choose_device', 'keep_freed_memory', 'hardware', 'versions', 'evaluating', 'evaluate',
+           'mask_pictures', 'FitState', 'Tracker', 'EarlyStopping', 'EMA', 'stop_signals', 'Progress', 'draw_seed',
+           'Team', 'build_network', 'full_name', 'GivenAugmentation', 'Trainer', 'split_table', 'read_splits',
+           'data_digest', 'Result', 'class_frequencies', 'best_constant_mask', 'open_data', 'fit', 'draw_curves',
+           'LiveCurves']
 
 # %% ../nbs/11_training.ipynb #c003x1
 from . import __version__
 from .attention import POSITIONS
-from .augmentation import OPERATIONS, Augmentation
+from .augmentation import OPERATIONS, Augmentation, seeded
 from .bridge import BRIDGES
 from .data import COLOURS as COLOUR_SPACES
-from .data import IGNORE, MASKS, PREPROCESSING_FILE, RESIZES, SPLITS, Batch, SegmentationData, Split, normalise, outline, to_rgb
+from .data import (IGNORE, MASKS, PREPROCESSING_FILE, RESIZES, SPLITS, Batch, DatasetSplit, SegmentationData, Split,
+                        network_input, outline, to_rgb)
 from .decoder import DECODERS
-from .files import csv_cell, printable, read_json, write_then_rename
+from .files import csv_cell, hash_file, plain, printable, read_json, write_then_rename
 from .losses import LOSSES, weighted_loss
 from .metrics import MEASURES, SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
 from .model import NETWORKS, Baseline, QTSeg, load_network
@@ -88,9 +95,9 @@ CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
            "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast"), "amp": ("none", "bf16", "fp16"),
            "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
-            "validate_every": 1, "valid_batch": 1, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
+            "validate_every": 1, "valid_batch": 1, "channels": 1, "workers": 0, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
             "weight_decay": 0.0, "min_lr": 0.0, "seed": 0, "fold": 0, "folds": 2}
-LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "strength": 2.0, "seed": 2**63 - 1}
+LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "channels": 1024, "strength": 2.0, "seed": 2**63 - 1}
 
 
 def _is_folder_name(text: str) -> bool:
@@ -131,18 +138,6 @@ def _type_name(hint) -> str:
         return " or ".join(map(_type_name, typing.get_args(hint)))
     items = [many.get(item) or " or ".join(many[part] for part in typing.get_args(item)) for item in typing.get_args(hint)]
     return names[typing.get_origin(hint) or hint] + (" of " + " to ".join(items) if items else "")
-
-
-def _plain(value):
-    """A value as JSON knows it: paths as texts, numbers of NumPy and PyTorch as Python's, tuples and arrays as lists."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, (np.generic, np.ndarray, Tensor)):
-        plain = value.tolist()
-        return plain if isinstance(plain, np.generic) else _plain(plain)  # a long double stays one
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return {_plain(key): _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _is_union(hint) -> bool:
@@ -249,7 +244,7 @@ class ConfigProblems:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            setattr(self, f.name, _plain(getattr(self, f.name)))
+            setattr(self, f.name, plain(getattr(self, f.name)))
         problems = self._ill_typed() or self._out_of_range() + self._at_odds()
         if problems:
             raise ValueError("the training configuration cannot be used: " + "; ".join(problems))
@@ -259,7 +254,7 @@ class ConfigProblems:
 class _DataFields:
     """What `TrainConfig` says about the data."""
 
-    # data, see SegmentationData.open; size in pixels
+    # data, see SegmentationData.open; size in pixels; workers: processes that read a Dataset given to fit
     data: str = "phantoms:all:400"
     classes: int = 2
     masks: str = "auto"
@@ -268,10 +263,12 @@ class _DataFields:
     size: int = 512
     resize: str = "squash"
     colour: str = "rgb"
+    channels: int = 3
     fold: int | None = None
     folds: int | None = None
     valid_share: float = 0.1
     cache: str | None = None
+    workers: int = 0
 
 # %% ../nbs/11_training.ipynb #c035
 @dataclass
@@ -367,7 +364,7 @@ class TrainConfig(_RecipeFields, ConfigProblems):
         return dataclasses.asdict(self)
 
 # %% ../nbs/11_training.ipynb #c043
-RESUMABLE = {"runs", "name", "resume", "track", "progress", "device", "cache"}  # may differ between a run and its continuation
+RESUMABLE = {"runs", "name", "resume", "track", "progress", "device", "cache", "workers"}  # may differ between a run and its continuation
 
 
 def is_path(source: str) -> bool:
@@ -471,87 +468,221 @@ def _ready(split: Split, what: str) -> Split:
     return split
 
 # %% ../nbs/11_training.ipynb #c065
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, classes: int, *, batch: int = 16, device: str | torch.device = "cpu",
-             amp: str = "none", losses: dict[str, float] | None = None, ignore_index: int | None = None) -> dict[str, float]:
-    """Scores of a split at training size, in percent (see `SegmentationMetrics`), and its mean "loss".
-
-    Puts the model in evaluation mode and back. `ignore_index`: the label of pixels that count nowhere, the data's own.
-    ValueError for an empty split.
-    """
-    metrics, total = SegmentationMetrics(classes, ignore_index=ignore_index), 0.0
-    loss = weighted_loss(losses or {"ce_dice": 1.0}, ignore_index)
-    device, was_training = torch.device(device), model.training
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; at the end every part of it is back in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16, device: str | torch.device = "cpu",
+             amp: str = "none", losses: dict[str, float] | None = None, ignore_index: int | None = None,
+             loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, float]:
+    """Scores at training size, in percent (see `SegmentationMetrics`), and the mean "loss".
+
+    Args:
+        model: images [B, C, H, W] -> logits [B, classes, H, W]; in evaluation mode meanwhile.
+        split: a part of a `SegmentationData`, or a Dataset, see `DatasetSplit`.
+        classes: how many, the background included.
+        losses: names and weights, see `weighted_loss`.
+        ignore_index: the label of pixels that count nowhere, the data's own.
+        loss: instead of `losses`, a function (logits, labels) -> scalar.
+
+    Raises:
+        ValueError: for an empty split.
+    """
+    split = split if split is None or hasattr(split, "batches") else DatasetSplit(split, classes, ignore_index)
+    metrics, total = SegmentationMetrics(classes, ignore_index=ignore_index), 0.0
+    loss, device = loss or weighted_loss(losses or {"ce_dice": 1.0}, ignore_index), torch.device(device)
+    with evaluating(model):
         for part in _ready(split, "validation").batches(batch, device=device):
             target = part.masks.long()
             with _autocast(device, amp):
-                logits = model(normalise(part.images))
-            total += loss(logits.float(), target).item() * len(target)
+                logits = model(network_input(part.images))
+            total += float(loss(logits.float(), target)) * len(target)
             metrics.update_masks(hard_masks(logits.float()), target)  # where they are NaN, the loss says so
-    finally:
-        model.train(was_training)
     return {"loss": total / len(split), **metrics.compute()}
 
 # %% ../nbs/11_training.ipynb #c072
 COLOURS = {"target": (230, 159, 0), "prediction": (86, 180, 233)}  # orange and sky blue: distinct for colour-blind eyes
 
 # %% ../nbs/11_training.ipynb #c073
-def mask_pictures(batch: Batch, predictions: Tensor, colour: str = "rgb") -> np.ndarray:
-    """Images side by side, target outlined in orange, prediction in blue: uint8 [size, B·size, 3].
+def _viewable(image: Tensor, colour: str) -> np.ndarray:
+    """An image of a batch [C, H, W] -> uint8 RGB [H, W, 3]: the first three of more channels, the first of fewer."""
+    if image.is_floating_point():
+        image = image.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return np.ascontiguousarray(to_rgb(image.permute(1, 2, 0).contiguous().numpy(), colour))
 
-    `predictions` are hard masks [B, size, size]; `colour` is the colour space that the batch is stored in.
+
+def mask_pictures(batch: Batch, predictions: Tensor, colour: str = "rgb") -> np.ndarray:
+    """Images side by side, target outlined in orange, prediction in blue: uint8 [H, B·W, 3].
+
+    `predictions` are hard masks [B, H, W]; `colour` is the colour space that the batch is stored in.
     """
     pictures = []
     for image, target, mask in zip(batch.images.cpu(), batch.masks.cpu(), predictions.cpu()):
-        picture = np.ascontiguousarray(to_rgb(image.permute(1, 2, 0).contiguous().numpy(), colour))  # [H, W, 3]
+        picture = _viewable(image, colour)
         outline(picture, target.masked_fill(target == IGNORE, 0).numpy(), COLOURS["target"])
         outline(picture, mask.numpy(), COLOURS["prediction"])
         pictures.append(picture)
     return np.concatenate(pictures, axis=1)
 
+# %% ../nbs/11_training.ipynb #5e95dfbc
+@dataclass
+class FitState:
+    """What callbacks see of a run, and may change.
+
+    Args:
+        config: its configuration.
+        data: its images.
+        model: the network that trains.
+        validated: the network that is validated and kept in the best checkpoints: `model`, or what a callback puts here.
+        history: a row of numbers for each epoch that is done. `after_epoch` may add numbers to the last one.
+        epoch: the running epoch, or the one that was just done, counted from 1.
+        step: steps done in it.
+        loss: of the last step, a scalar tensor on the device; `.item()` waits for it.
+        stop: set it to True, and the epoch is the last.
+        metrics: in `after_fit` what metrics.json holds; None if the run was stopped or failed.
+    """
+
+    config: TrainConfig
+    data: SegmentationData
+    model: nn.Module
+    validated: nn.Module
+    history: list[dict] = field(default_factory=list)
+    epoch: int = 0
+    step: int = 0
+    loss: Tensor | None = None
+    stop: bool = False
+    metrics: dict | None = None
+
+    @torch.no_grad()
+    def picture(self, images: int = 4) -> np.ndarray:
+        """Some validation images, spread over the split, with target and present prediction: uint8 [H, images·W, 3]."""
+        split, device = self.data.valid, next(self.model.parameters()).device
+        batch = split.batch(np.linspace(0, len(split) - 1, min(images, len(split))).astype(int))
+        with evaluating(self.validated):
+            predictions = hard_masks(self.validated(network_input(batch.images).to(device)).float())
+        return mask_pictures(batch, predictions, self.data.colour)
+
+# %% ../nbs/11_training.ipynb #7e3ff840
+MOMENTS = ("before_fit", "after_batch", "after_epoch", "after_fit")
+
+
+def _refuse_no_callbacks(callbacks: Sequence[object]) -> None:
+    """Raise ValueError for an object without any of the four methods, and for two whose states would have one name."""
+    for callback in callbacks:
+        if not any(callable(getattr(callback, moment, None)) for moment in MOMENTS):
+            raise ValueError(f"a callback is an object with one of {', '.join(MOMENTS)}, and {_shown(callback)} has none")
+    stateful = [type(callback).__name__ for callback in callbacks if hasattr(callback, "state_dict")]
+    if len(set(stateful)) < len(stateful):
+        raise ValueError(f"two callbacks of one class keep a state ({', '.join(stateful)}): give one of each")
+
 # %% ../nbs/11_training.ipynb #c077
 class Tracker:
-    """MLflow in an SQLite file beside the runs: parameters, metrics and pictures. With `track` off, it does nothing."""
+    """A callback: MLflow in an SQLite file beside the runs gets parameters, metrics and pictures. `track=True` adds it."""
 
-    def __init__(self, config: TrainConfig, run_id: str | None = None):
-        self.run_id, self._mlflow = run_id, None
-        if not config.track:
-            return
+    def __init__(self):
         try:
             import mlflow
         except ImportError:
             raise ModuleNotFoundError("track=True needs MLflow: pip install mlflow, or set track=False") from None
-        root = Path(config.runs).resolve()
-        root.mkdir(parents=True, exist_ok=True)
+        self.run_id, self._mlflow = "", mlflow
+
+    def before_fit(self, state: FitState) -> None:
+        mlflow, root = self._mlflow, Path(state.config.runs).resolve()
         mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
         if mlflow.get_experiment_by_name("qtseg") is None:  # an explicit place, or artefacts go to ./mlruns
             mlflow.create_experiment("qtseg", artifact_location=(root / "mlartifacts").as_uri())
         mlflow.set_experiment("qtseg")
-        run = mlflow.start_run(run_id=run_id, run_name=config.name)
-        if run_id is None:
-            mlflow.log_params(config.to_dict())
-        self.run_id, self._mlflow = run.info.run_id, mlflow
+        run = mlflow.start_run(run_id=self.run_id or None, run_name=state.config.name)
+        if not self.run_id:
+            mlflow.log_params(state.config.to_dict())
+        self.run_id = run.info.run_id
 
-    @property
-    def active(self) -> bool:
-        """Is anything tracked?"""
-        return self._mlflow is not None
+    def after_epoch(self, state: FitState) -> None:
+        row = state.history[-1]
+        self._mlflow.log_metrics({key: float(value) for key, value in row.items() if key != "epoch"}, step=row["epoch"])
+        if "valid_dice" in row:
+            self._mlflow.log_image(state.picture(), f"masks/epoch_{row['epoch']:04d}.png")
 
-    def log(self, row: dict, picture: np.ndarray | None) -> None:
-        """One epoch: its numbers, and a picture of validation masks."""
-        if self._mlflow:
-            self._mlflow.log_metrics({key: float(value) for key, value in row.items() if key != "epoch"}, step=row["epoch"])
-            if picture is not None:
-                self._mlflow.log_image(picture, f"masks/epoch_{row['epoch']:04d}.png")
+    def after_fit(self, state: FitState) -> None:
+        if state.metrics:
+            self._mlflow.log_metrics({f"test_{key}": value for key, value in state.metrics["test"].items()})
+        self._mlflow.end_run("FINISHED" if state.metrics else "KILLED")
 
-    def finish(self, metrics: dict[str, float] | None) -> None:
-        """The test scores, or None for a run that was stopped."""
-        if self._mlflow:
-            if metrics:
-                self._mlflow.log_metrics({f"test_{key}": value for key, value in metrics.items()})
-            self._mlflow.end_run("FINISHED" if metrics else "KILLED")
+    def state_dict(self) -> dict[str, str]:
+        """The run's name in MLflow, which a continuation goes on with."""
+        return {"run_id": self.run_id}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on with that run. ValueError for something else."""
+        if not isinstance(run_id := state.get("run_id"), str) or not run_id.isalnum():
+            raise ValueError("it names no run of MLflow")
+        self.run_id = run_id
+
+# %% ../nbs/11_training.ipynb #87f20737
+class EarlyStopping:
+    """A callback: the training ends when a validation measure has not improved for some validations.
+
+    Args:
+        patience: how many validations without a new best are borne.
+        measure: one of BEST; None: the one that selects the checkpoint.
+    """
+
+    def __init__(self, patience: int = 10, measure: str | None = None):
+        if patience < 1 or measure not in (None, *BEST):
+            raise ValueError(f"patience is at least 1 and measure one of {', '.join(BEST)}, got {patience!r} and {measure!r}")
+        self.patience, self.measure = patience, measure
+
+    def after_epoch(self, state: FitState) -> None:
+        name = self.measure or state.config.select
+        values = [row[f"valid_{name}"] for row in state.history if f"valid_{name}" in row]
+        numbers = [value for value in values if not math.isnan(value)]
+        since = len(values) - 1 - values.index(BEST[name](numbers)) if numbers else len(values)
+        state.stop = state.stop or since >= self.patience
+
+    before_fit = after_epoch  # a run that goes on may have been stopped already
+
+# %% ../nbs/11_training.ipynb #f5abe390
+class EMA:
+    """A callback: the exponential moving average of weights and statistics is validated and kept in the best checkpoints.
+
+    Args:
+        decay: above 0 and below 1; the average remembers about 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        if not 0 < decay < 1:
+            raise ValueError(f"decay is above 0 and below 1, got {decay!r}")
+        self.decay, self._average, self._stored = decay, None, None
+
+    def before_fit(self, state: FitState) -> None:
+        self._average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        if self._stored is not None:
+            try:
+                self._average.load_state_dict(self._stored)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"the average of the weights in resume.pt does not fit the network ({error})") from error
+        state.validated = self._average.module
+
+    def after_batch(self, state: FitState) -> None:
+        self._average.update_parameters(state.model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages."""
+        return self._average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Averages to go on with from `before_fit` on."""
+        self._stored = state
 
 # %% ../nbs/11_training.ipynb #c080
 @contextlib.contextmanager
@@ -612,7 +743,6 @@ class Progress:
     history: list[dict] = field(default_factory=list)
     best: dict[str, dict] = field(default_factory=dict)  # measure -> {"epoch", "value"}
     seconds: float = 0.0  # of training, validation included, over all sessions
-    run_id: str | None = None  # MLflow's
     notes: list[str] = field(default_factory=list)  # what a continuation changed
 
 # %% ../nbs/11_training.ipynb #c092
@@ -627,39 +757,37 @@ def draw_seed(seed: int, epoch: int, step: int) -> int:
 T = typing.TypeVar("T")
 
 
-class Team:
-    """The processes that train one network together: here a single one, number 0 of 1, which does everything itself."""
+class Team(typing.Protocol):
+    """What `fit` asks of the processes that train one network together. One process needs none."""
 
-    rank, size = 0, 1
+    rank: int  # this process's number, from 0
+    size: int  # how many there are
+    leads: bool  # whether this process validates, writes, and calls callbacks
 
-    @property
-    def leads(self) -> bool:
-        """Is this the process that validates, writes and talks?"""
-        return self.rank == 0
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The network as a training step calls it: its gradients are those of the whole team's batch."""
-        return model
+    def wrap(self, model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
+        """The network as a training step calls it: its gradients are those of the whole team's batch; images of [C, H, W]."""
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's rows of something that the whole team has drawn: [B, ...] -> [B / size, ...]."""
-        return batch
 
     def mean(self, values: Tensor) -> Tensor:
         """Values on the CPU, averaged over the processes."""
-        return values
 
     def lead(self, function: Callable[[], T]) -> T:
         """Let the leader run a function; its result, or its failure, is everybody's."""
-        return function()
+
+
+def _led(team: Team | None, function: Callable[..., T], *arguments) -> T:
+    """Call a function. In a team the leader alone calls it, and its result, or its failure, is everybody's."""
+    return function(*arguments) if team is None else team.lead(partial(function, *arguments))
 
 # %% ../nbs/11_training.ipynb #c094a
 def build_network(config: TrainConfig) -> QTSeg | Baseline:
     """The network that a configuration describes, with random weights. ValueError for names that do not exist or fit."""
     c = config
     if c.model != "qtseg":
-        return Baseline(c.model, c.encoder, c.classes)
-    return QTSeg(c.classes, 3, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position, c.encoder)
+        return Baseline(c.model, c.encoder, c.classes, c.channels)
+    return QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position, c.encoder)
 
 
 def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
@@ -671,6 +799,33 @@ def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
         model.load_encoder(config.encoder_weights, strict=False)
     return model.to(memory_format=torch.channels_last)
 
+
+def full_name(thing: object) -> str:
+    """What a person calls a function, or the class of an object: module and name."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _checked_network(model: nn.Module, config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
+    """A network that was given to `fit`, after one image went through it. ValueError if it cannot be trained on such images."""
+    name = full_name(model)
+    if not isinstance(model, nn.Module) or not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(f"{name} cannot be trained: a model is an nn.Module with weights that require gradients")
+    if config.encoder_weights is not None:
+        raise ValueError(f"encoder_weights {config.encoder_weights} are for the network that the configuration describes: {name} "
+                         "comes with its own weights")
+    images = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    with torch.no_grad(), evaluating(model):
+        try:
+            logits = model(images)
+        except Exception as error:  # whatever somebody's network says about images that it cannot take
+            raise ValueError(f"{name} does not take images {list(images.shape)}: {str(error).splitlines()[:1]}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, config.classes, *shape[1:]):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{name} makes {got} of images {list(images.shape)}: logits {[1, config.classes, *shape[1:]]} are needed, "
+                         f"for classes={config.classes}")
+    return model
+
 # %% ../nbs/11_training.ipynb #c095a
 def _freeze_norm(model: nn.Module) -> None:
     """Let BatchNorm, in a network that trains, normalise with its running statistics and leave them as they are."""
@@ -679,52 +834,78 @@ def _freeze_norm(model: nn.Module) -> None:
             module.eval()
 
 # %% ../nbs/11_training.ipynb #c095
-def _trains_alone(config: TrainConfig) -> bool:
+def _trains_alone(model: nn.Module, shape: tuple[int, int, int], freeze_norm: bool) -> bool:
     """Can the network train on one image at a time, or would BatchNorm see a single value per channel? A forward pass tells."""
+    model = copy.deepcopy(model).train()
+    if freeze_norm:
+        _freeze_norm(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = build_network(config).train()
-        if config.freeze_norm:
-            _freeze_norm(model)
         try:
-            model(torch.zeros(1, 3, config.size, config.size))
+            model(torch.zeros(1, *shape, device=next(model.parameters()).device))
         except ValueError:  # BatchNorm's, or the network's own
             return False
     return True
 
 
-def _refuse_lone_images(config: TrainConfig, images: int, team: Team, device: torch.device) -> None:
+def _refuse_ignored(data: SegmentationData) -> None:
+    """Raise ValueError, before the first step, if every pixel of a part is ignored."""
+    for what, split in (("training", data.train), ("validation", data.valid)):
+        parts = _ready(split, what).batches(1) if data.ignore_index is not None else ()
+        if parts and not any((part.masks != data.ignore_index).any() for part in parts):
+            raise ValueError(f"every pixel of the {what} images in {data.folder} is ignored: label some of them, or choose another split")
+
+
+def _refuse_lone_images(config: TrainConfig, images: int, model: nn.Module, shape: tuple[int, int, int], processes: int,
+                        device: torch.device) -> None:
     """Raise ValueError, before the first step, if a step would hold one image that BatchNorm cannot train on alone."""
-    together = team.size if device.type == "cpu" else 1  # on GPUs, a team's BatchNorm sees the whole batch
+    together = processes if device.type == "cpu" else 1  # on GPUs, a team's BatchNorm sees the whole batch
     last = config.batch if config.drop_last else images % config.batch or config.batch
-    alone = "the last batch of an epoch" if last < config.batch else "a process's share of a batch" if team.size > 1 else "a batch"
-    if last > together or _trains_alone(config):
+    alone = "the last batch of an epoch" if last < config.batch else "a process's share of a batch" if processes > 1 else "a batch"
+    if last > together or _trains_alone(model, shape, config.freeze_norm):
         return
     drop = "drop_last=True, " if last < config.batch < images else ""
     raise ValueError(f"{alone} holds one image ({images} training images, batch {config.batch}), of which BatchNorm would see one "
-                     f"value per channel at size {config.size}: set {drop}another batch or a larger size")
+                     f"value per channel at size {shape[1]}: set {drop}another batch or a larger size")
 
 # %% ../nbs/11_training.ipynb #c095x1
-class _TrainerParts:
-    """What a run is made of: network, optimiser, schedule, augmentation, loss, and where it stands."""
+class GivenAugmentation:
+    """An augmentation of the user's own, called as `Augmentation` is.
 
-    def __init__(self, config: TrainConfig, data: SegmentationData, team: Team = Team()):
-        self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
-        images = len(_ready(data.train, "training"))
-        self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
-        if not self.steps:
-            raise ValueError(f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
-        _refuse_lone_images(config, images, team, self.device)
-        self.model = _seeded_network(config).to(self.device)
-        if config.forms != "plain":
-            accelerate(self.model)
-        self.network, self.frozen = None, None  # what `step` calls: made by begin_epoch, anew when the encoder is set free
-        self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), config)
-        self.scheduler = SCHEDULERS[config.scheduler](self.optimiser, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        most = config.most_operations if config.augment else 0
-        self.augment = Augmentation(config.operations, most, config.strength, data.black)
-        self.loss = weighted_loss(config.losses, data.ignore_index)
-        self.progress = Progress()
+    Args:
+        function: images uint8 or float [B, C, H, W] and masks [B, H, W] -> the same, images uint8, or float as the network is to
+            get them. A parameter called `generator` gets a torch.Generator on the images' device, seeded for each batch.
+    """
+
+    def __init__(self, function: Callable):
+        try:
+            self._seeded = "generator" in inspect.signature(function).parameters
+        except (TypeError, ValueError):  # no function, or one written in C
+            self._seeded = False
+        self.function = function
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, masks: Tensor, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """The batch for the network: float [B, C, H, W] and int64 [B, H, W]. ValueError for something else."""
+        options = {"generator": seeded(seed, f"augmentation {first}", images.device)} if self._seeded else {}
+        changed = self.function(images, masks, **options)
+        if not (isinstance(changed, (tuple, list)) and len(changed) == 2 and all(isinstance(one, Tensor) for one in changed)
+                and changed[0].ndim == 4 and changed[0].shape[:1] + changed[0].shape[2:] == changed[1].shape):
+            got = [list(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in changed] \
+                if isinstance(changed, (tuple, list)) else type(changed).__name__
+            raise ValueError(f"{full_name(self.function)} returned {got}: images [B, C, H, W] and masks [B, H, W] are needed")
+        return network_input(changed[0]), changed[1].long()
+
+
+def _augmentation(config: TrainConfig, data: SegmentationData, given: Callable | None) -> Augmentation | GivenAugmentation:
+    """How a run changes its training batches: as given, or as the configuration says."""
+    if given is not None:
+        return given if isinstance(given, Augmentation) else GivenAugmentation(given)
+    if data.train.dtype == torch.uint8:
+        return Augmentation(config.operations, config.most_operations if config.augment else 0, config.strength, data.black)
+    if config.augment:
+        raise ValueError(f"{data.name} yields float images, and the operations change uint8 ones: set augment=False, or give fit "
+                         "an augmentation of your own")
+    return GivenAugmentation(lambda images, masks: (images, masks))
 
 # %% ../nbs/11_training.ipynb #c097
 def _next_rate(scheduler, config: TrainConfig, loss: float | None) -> None:
@@ -736,22 +917,68 @@ def _next_rate(scheduler, config: TrainConfig, loss: float | None) -> None:
     for group in scheduler.optimizer.param_groups:
         group["lr"] = max(group["lr"], config.min_lr)
 
+
+def _scalar(loss: Tensor, function: Callable) -> Tensor:
+    """The value of a loss. ValueError if it is no scalar with a gradient."""
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+        got = f"a tensor {list(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the loss {full_name(function)} returned {got}: a scalar tensor that depends on the logits is needed")
+    return loss
+
 # %% ../nbs/11_training.ipynb #c097x1
-class Trainer(_TrainerParts):
-    """One run's network, optimiser and schedule, and one step of them. `fit` drives it."""
+class Trainer:
+    """One run: network, optimiser, schedule, loss, augmentation, and one step of them. `fit` drives it, with its own arguments."""
+
+    def __init__(self, config: TrainConfig, data: SegmentationData, model: nn.Module | None = None, loss: Callable | None = None,
+                 augment: Callable | None = None, callbacks: Sequence[object] = (), team: Team | None = None):
+        self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
+        images = len(_ready(data.train, "training"))
+        self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
+        if not self.steps:
+            raise ValueError(f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
+        given = {"model": model, "loss": loss, "augment": augment}
+        self.given = {name: full_name(part) for name, part in given.items() if part is not None}
+        model = _seeded_network(config) if model is None else _checked_network(model, config, data.shape)
+        _refuse_lone_images(config, images, model, data.shape, team.size if team else 1, self.device)
+        _refuse_ignored(data)
+        self.model = model.to(self.device)
+        if config.forms != "plain":
+            accelerate(self.model)
+        self.network, self.frozen = None, None  # what `step` calls: made by begin_epoch, anew when the encoder is set free
+        self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), config)
+        self.scheduler = SCHEDULERS[config.scheduler](self.optimiser, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.augment = _augmentation(config, data, augment)
+        self.loss = loss or weighted_loss(config.losses, data.ignore_index)
+        if isinstance(self.loss, nn.Module):
+            self.loss.to(self.device)
+        self.unclaimed: dict[str, dict] = {}  # states of callbacks that are switched off
+        self.progress, self.callbacks = Progress(), []
+        if team is None or team.leads:
+            self.callbacks = [*callbacks, *([Tracker()] if config.track else [])]
+        _refuse_no_callbacks(self.callbacks)
+        self.state = FitState(config, data, self.model, self.model, self.progress.history)
 
     @cached_property
     def digest(self) -> str:
         """What it trains and validates on, see `data_digest`."""
         return data_digest(self.data)
 
+    def call(self, moment: str) -> bool:
+        """Let the callbacks know -> whether one of them wants to stop."""
+        for callback in self.callbacks:
+            if method := getattr(callback, moment, None):
+                method(self.state)
+        return self.state.stop
+
     def begin_epoch(self) -> Iterator[Batch]:
         """Freeze or free the encoder, and the epoch's batches from the step where the run stands."""
         c, p = self.config, self.progress
         frozen = c.encoder_weights is not None and p.epoch < c.freeze_epochs
-        self.model.freeze_encoder() if frozen else self.model.unfreeze_encoder()
+        if c.encoder_weights is not None:
+            self.model.freeze_encoder() if frozen else self.model.unfreeze_encoder()
         if frozen is not self.frozen:
-            network, self.frozen = self.team.wrap(self.model), frozen
+            network, self.frozen = self.team.wrap(self.model, self.data.shape) if self.team else self.model, frozen
             self.network = torch.compile(network) if c.compile else network
         self.model.train()
         if c.freeze_norm:
@@ -764,14 +991,15 @@ class Trainer(_TrainerParts):
 
         The batch is the whole team's; augmentation, loss and counts are of this process's share.
         """
-        seed = draw_seed(self.config.seed, self.progress.epoch, self.progress.step)
-        images, masks = map(self.team.share, batch[:2])
-        images, target = self.augment(images, masks, seed, self.team.rank * len(images))
-        torch.manual_seed(seed + self.team.rank)  # for dropout: QTSeg has none, some baselines do
+        seed, (images, masks), rank = draw_seed(self.config.seed, self.progress.epoch, self.progress.step), batch[:2], 0
+        if self.team:
+            images, masks, rank = self.team.share(images), self.team.share(masks), self.team.rank
+        torch.manual_seed(seed + rank)  # for dropout, and for an augmentation of the user's own
+        images, target = self.augment(images, masks, seed, rank * len(images))
         with _autocast(self.device, self.config.amp):
             logits = self.network(images)
         logits = logits.float()  # losses sum over many pixels: float32 whatever the network computed in
-        loss = self.loss(logits, target)
+        loss = _scalar(self.loss(logits, target), self.loss)
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.config.clip:
@@ -781,10 +1009,6 @@ class Trainer(_TrainerParts):
         self.scaler.update()
         counts = confusion_counts(hard_masks(logits.detach()), target, self.config.classes, self.data.ignore_index)
         return loss.detach(), counts
-
-    def next_rate(self, loss: float | None) -> None:
-        """One epoch of the schedule; `loss`: the validation loss, None if the epoch was not validated."""
-        _next_rate(self.scheduler, self.config, loss)
 
 # %% ../nbs/11_training.ipynb #c103s
 SPLITS_FILE = "splits.json"
@@ -817,22 +1041,28 @@ def read_splits(run: str | os.PathLike) -> dict | None:
 def data_digest(data: SegmentationData, opened: int = 16) -> str:
     """What a run trains and validates on, wherever it lies: hexadecimal digits.
 
-    The names of all pairs and the sizes of their files enter it, and the bytes of up to `opened` pairs of each split.
+    The names of all pairs and the sizes of their files enter it, and the bytes of up to `opened` pairs of each split. Of a
+    Dataset of the user's own, only its length does: it may draw its images.
     """
     digest = hashlib.blake2b(digest_size=16)
     for split in (data.train, data.valid):
+        if data.folder is None:
+            digest.update(f"{len(split)}|".encode())
+            continue
         looked_into = set(np.linspace(0, len(split) - 1, min(opened, len(split))).astype(int).tolist())
         for row, (name, paths) in enumerate(zip(split.ids, split.paths)):
             for path in filter(None, paths):
                 digest.update(f"{name}|{path.stat().st_size}|".encode(errors="surrogatepass"))
-                digest.update(path.read_bytes() if row in looked_into else b"")
+                if row in looked_into:
+                    hash_file(path, digest)
         digest.update(b"|")
     return digest.hexdigest()
 
 
 def _save_state(trainer: Trainer) -> None:
     """Write resume.pt: all that a continuation needs, whole or not at all."""
-    state = {"progress": dataclasses.asdict(trainer.progress), "data": trainer.digest,
+    kept = {type(one).__name__: one.state_dict() for one in trainer.callbacks if hasattr(one, "state_dict")}
+    state = {"progress": dataclasses.asdict(trainer.progress), "data": trainer.digest, "callbacks": trainer.unclaimed | kept,
              "model": trainer.model.state_dict(), "optimiser": trainer.optimiser.state_dict(),
              "scheduler": trainer.scheduler.state_dict(), "scaler": trainer.scaler.state_dict()}
     with _clear_disk_errors(trainer.config.folder):
@@ -898,14 +1128,14 @@ def _sound_progress(found, trainer: Trainer) -> bool:
     return (counted and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set()) and _is_number(p.seconds)
             and isinstance(p.history, list) and len(p.history) == p.epoch and all(numbers(row, ROW) for row in p.history)
             and isinstance(p.best, dict) and p.best.keys() <= BEST.keys()
-            and all(numbers(best, {"epoch", "value"}) for best in p.best.values())
-            and isinstance(p.run_id, str | None) and _fits(p.notes, list[str]))
+            and all(numbers(best, {"epoch", "value"}) for best in p.best.values()) and _fits(p.notes, list[str]))
 
 
 def _unsound(state, trainer: Trainer) -> str:
     """Which part of a state does not fit this run; "" if it is sound."""
     parts = {"model", "optimiser", "scheduler", "scaler", "progress"}
-    if not isinstance(state, dict) or not parts <= state.keys() <= parts | {"data"} or not isinstance(state.get("data", ""), str):
+    if not isinstance(state, dict) or not parts <= state.keys() <= parts | {"data", "callbacks"} or not isinstance(
+            state.get("data", ""), str) or not _fits(state.get("callbacks", {}), dict[str, dict]):
         return "its parts"
     optimiser, wanted = state["optimiser"], trainer.optimiser.state_dict()
     checks = {"model": _alike(state["model"], trainer.model.state_dict()),
@@ -923,7 +1153,8 @@ def _refuse_other_data(trainer: Trainer, state: dict) -> None:
     begun = _stored_config(path) if path.is_file() else trainer.config
     if not is_path(trainer.config.data) or ("data" not in state and located(begun)["data"] == located(trainer.config)["data"]):
         return
-    known, now = read_splits(trainer.config.folder), split_table(trainer.data)
+    known = read_splits(trainer.config.folder) if trainer.data.folder else None
+    now = split_table(trainer.data) if known else None
     if state.get("data") != trainer.digest or (known and {name: known[name] for name in SPLITS} != now):
         raise ValueError(f"{trainer.config.folder} was begun with other images or masks ({begun.data}) than {trainer.config.data} "
                          "holds now: name the same data, or choose another name")
@@ -943,14 +1174,33 @@ def _follow_schedule(trainer: Trainer, before: int) -> None:
         group["lr"] = new
     p.notes.append(f"{before} epochs became {c.epochs} after epoch {p.epoch}: from there on the rate follows the {c.scheduler} curve "
                    f"of {c.epochs} epochs ({old:.2e} -> {new:.2e})")
-    if c.progress and trainer.team.leads:
+    if c.progress and (trainer.team is None or trainer.team.leads):
         print(p.notes[-1])
+
+# %% ../nbs/11_training.ipynb #ebf64d9d
+def _load_callbacks(trainer: Trainer, kept: dict[str, dict]) -> None:
+    """Give callbacks the states that they were saved with. ValueError for one that is missing, or refuses its state."""
+    if trainer.team is not None and not trainer.team.leads:
+        return  # they are the leader's
+    there = {type(one).__name__: one for one in trainer.callbacks if hasattr(one, "load_state_dict")}
+    missing = kept.keys() - there.keys() - {Tracker.__name__}  # which track=False switches off
+    if missing:
+        raise ValueError(f"{trainer.config.folder} was begun with the callbacks {printable(', '.join(sorted(missing)))}: give them "
+                         "again, or choose another name")
+    trainer.unclaimed = {name: state for name, state in kept.items() if name not in there}
+    for name, callback in there.items():
+        if name in kept:
+            try:
+                callback.load_state_dict(kept[name])
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                raise ValueError(f"{trainer.config.folder / 'resume.pt'} does not fit this run (its callback {name}: {error})") from error
 
 # %% ../nbs/11_training.ipynb #c103dx1
 def _load_state(trainer: Trainer) -> None:
     """Go on from resume.pt, if there is one. ValueError for a damaged file, or one that part of a team does not see."""
     path = trainer.config.folder / "resume.pt"
-    share_that_sees_it = trainer.team.mean(torch.tensor(float(path.is_file())))
+    found = torch.tensor(float(path.is_file()))
+    share_that_sees_it = trainer.team.mean(found) if trainer.team else found
     if share_that_sees_it == 0:
         return
     if share_that_sees_it < 1:
@@ -960,6 +1210,7 @@ def _load_state(trainer: Trainer) -> None:
         raise ValueError(f"{path} does not fit this run ({wrong}): it is damaged, or of another network, optimizer or version; "
                          f"delete {path.parent} and start again, or choose another name")
     _refuse_other_data(trainer, state)
+    _load_callbacks(trainer, state.get("callbacks", {}))
     for name in ("model", "optimiser", "scheduler", "scaler"):
         getattr(trainer, name).load_state_dict(state[name])
     trainer.progress = Progress(**state["progress"])
@@ -969,14 +1220,39 @@ def _load_state(trainer: Trainer) -> None:
         before = state["scheduler"].get(key, trainer.config.epochs)
         if trainer.config.scheduler in ("cosine", "polynomial") and before != trainer.config.epochs:
             _follow_schedule(trainer, before)
+    trainer.state.config, trainer.state.history = trainer.config, p.history
 
 # %% ../nbs/11_training.ipynb #c106
-def _save_checkpoint(trainer: Trainer, name: str) -> None:
+def _is_ours(model: nn.Module) -> bool:
+    """Whether `load_network` can build the network from its config.json; a subclass may be anything."""
+    return type(model) in (QTSeg, Baseline)
+
+
+def _save_checkpoint(trainer: Trainer, name: str, model: nn.Module) -> None:
     """A checkpoint folder: weights and network in the Hugging Face layout, and how its images are prepared."""
     folder = trainer.config.folder / name
     with _clear_disk_errors(folder):
-        trainer.model.save_pretrained(folder)
-        _write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(trainer.data.preprocessing), indent=2) + "\n")
+        if _is_ours(model):
+            model.save_pretrained(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_then_rename(folder / "model.safetensors", lambda path: save_model(model, str(path)))
+            _write_text(folder / "config.json", json.dumps({
+                "model_type": "module", "class": full_name(model),
+                "note": "a network that was given to fit: build it again, then safetensors.torch.load_model(network, "
+                        "'model.safetensors')"}, indent=2) + "\n")
+        if trainer.data.preprocessing:
+            _write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(trainer.data.preprocessing), indent=2) + "\n")
+
+
+def _read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
+    """The network of a checkpoint of this run, in evaluation mode, on the run's device."""
+    folder = trainer.config.folder / name
+    if _is_ours(trainer.model):
+        return load_network(folder).to(trainer.device)
+    model = copy.deepcopy(trainer.model)
+    load_model(model, folder / "model.safetensors")
+    return model.eval()
 
 # %% ../nbs/11_training.ipynb #c109
 def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
@@ -987,7 +1263,7 @@ def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
             continue
         if name not in p.best or better(scores[name], p.best[name]["value"]) != p.best[name]["value"]:
             p.best[name] = {"epoch": epoch, "value": scores[name]}
-            trainer.team.lead(partial(_save_checkpoint, trainer, f"best_{name}"))
+            _led(trainer.team, _save_checkpoint, trainer, f"best_{name}", trainer.state.validated)
 
 # %% ../nbs/11_training.ipynb #c112
 def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[str]:
@@ -999,7 +1275,8 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
         return []
     loss, counts, ids = pending
     dice = scores_in_percent(counts)[..., MEASURES.index("dice")].nanmean().nan_to_num()  # wholly ignored images have none
-    value, dice = trainer.team.mean(torch.stack([loss.cpu().double(), dice])).tolist()
+    values = torch.stack([loss.cpu().double(), dice])
+    value, dice = (trainer.team.mean(values) if trainer.team else values).tolist()
     p = trainer.progress
     if not math.isfinite(value):
         cause = f", or by the step before it on {printable(', '.join(before))}" if before else ""
@@ -1012,9 +1289,9 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
     return ids
 
 # %% ../nbs/11_training.ipynb #c115
-def _anybody(team: Team, asked: threading.Event) -> bool:
+def _anybody(team: Team | None, asked: threading.Event) -> bool:
     """Was any process of the team asked to stop? All get the same answer, so all stop after the same step."""
-    return bool(team.mean(torch.tensor(float(asked.is_set()))) > 0)
+    return asked.is_set() if team is None else bool(team.mean(torch.tensor(float(asked.is_set()))) > 0)
 
 
 def _train_epoch(trainer: Trainer, asked: threading.Event, bar: tqdm) -> bool:
@@ -1028,6 +1305,8 @@ def _train_epoch(trainer: Trainer, asked: threading.Event, bar: tqdm) -> bool:
         ids = _settle(trainer, pending, ids)
         pending = result
         p.step += 1
+        trainer.state.epoch, trainer.state.step, trainer.state.loss = p.epoch + 1, p.step, result[0]
+        trainer.call("after_batch")
         p.sums["waited"] = p.sums.get("waited", 0.0) + waited
         p.sums["seconds"] = p.sums.get("seconds", 0.0) + time.perf_counter() - begin
         _show(bar, trainer)
@@ -1048,9 +1327,8 @@ def _show(bar: tqdm, trainer: Trainer) -> None:
 def _validate(trainer: Trainer, epoch: int) -> dict:
     """Score the validation split after an epoch, counted from 1, and keep the best -> what the epoch's row gets."""
     c, begin = trainer.config, time.perf_counter()
-    scores = trainer.team.lead(partial(evaluate, trainer.model, trainer.data.valid, c.classes, batch=c.valid_batch,
-                                       device=trainer.device, amp=c.amp, losses=c.losses,
-                                       ignore_index=trainer.data.ignore_index))
+    scores = _led(trainer.team, partial(evaluate, trainer.state.validated, trainer.data.valid, c.classes, batch=c.valid_batch,
+                                        device=trainer.device, amp=c.amp, ignore_index=trainer.data.ignore_index, loss=trainer.loss))
     _keep_best(trainer, scores, epoch)
     return {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
 
@@ -1064,20 +1342,10 @@ def _finish_epoch(trainer: Trainer) -> dict:
            "waited_percent": 100 * sums["waited"] / sums["seconds"]}
     if (p.epoch + 1) % c.validate_every == 0 or p.epoch + 1 == c.epochs:
         row |= _validate(trainer, p.epoch + 1)
-    trainer.next_rate(row.get("valid_loss"))
+    _next_rate(trainer.scheduler, c, row.get("valid_loss"))
     p.history.append(row)
     p.epoch, p.step, p.sums = p.epoch + 1, 0, {}
     return row
-
-# %% ../nbs/11_training.ipynb #c121
-@torch.no_grad()
-def _validation_picture(trainer: Trainer, images: int = 4) -> np.ndarray:
-    """A few validation images, spread over the split, with target and present prediction."""
-    chosen = np.linspace(0, len(trainer.data.valid) - 1, min(images, len(trainer.data.valid))).astype(int)
-    batch = trainer.data.valid.batch(chosen)
-    trainer.model.eval()
-    predictions = hard_masks(trainer.model(normalise(batch.images).to(trainer.device)))
-    return mask_pictures(batch, predictions, trainer.data.colour)
 
 # %% ../nbs/11_training.ipynb #c122
 def _line(row: dict) -> str:
@@ -1142,9 +1410,8 @@ def _final_metrics(trainer: Trainer) -> dict:
     if c.select not in p.best:
         raise FloatingPointError(f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, under another "
                                  f"name, with a lower lr (now {c.lr})")
-    model = load_network(c.folder / f"best_{c.select}").to(trainer.device)
-    score = partial(evaluate, model, classes=c.classes, batch=c.valid_batch, device=trainer.device, losses=c.losses,
-                    ignore_index=data.ignore_index)
+    score = partial(evaluate, _read_checkpoint(trainer, f"best_{c.select}"), classes=c.classes, batch=c.valid_batch,
+                    device=trainer.device, ignore_index=data.ignore_index, loss=trainer.loss)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
     constant = {name: best_constant_mask(data, split, batch=c.valid_batch) for name, split in (("valid", data.valid), ("test", data.test)) if split}
@@ -1154,7 +1421,8 @@ def _final_metrics(trainer: Trainer) -> dict:
     return {"test": test, "test_is": "the test split" if data.test else "the validation split: this data has no test split",
             "valid": valid, "best_constant_mask": constant, "selected_by": c.select, "best": p.best,
             "train": {"seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
-                      "processes": trainer.team.size},
+                      "processes": trainer.team.size if trainer.team else 1},
+            "given": trainer.given | {"callbacks": [full_name(one) for one in trainer.callbacks]},
             "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
             "notes": [*data.notes, *p.notes], "census": data.census.to_dict(), "hardware": hardware(trainer.device),
             "versions": versions(), "config": c.to_dict()}
@@ -1164,7 +1432,7 @@ def open_data(config: TrainConfig) -> SegmentationData:
     """The data that a configuration names, checked and cached. `DataProblems` lists what is wrong with it."""
     c = config
     return SegmentationData.open(c.data, classes=c.classes, size=c.size, fold=c.fold, folds=c.folds, resize=c.resize,
-                                 colour=c.colour, masks=c.masks, mask_values=c.mask_values, ignore_value=c.ignore_value,
+                                 colour=c.colour, channels=c.channels, masks=c.masks, mask_values=c.mask_values, ignore_value=c.ignore_value,
                                  valid_share=c.valid_share, seed=c.seed, cache=c.cache, progress=c.progress)
 
 # %% ../nbs/11_training.ipynb #c129b
@@ -1177,11 +1445,25 @@ def _refuse_unequal_shares(config: TrainConfig, team: Team) -> None:
         raise ValueError("drop_last=False leaves a last batch that a team may not be able to share equally: set drop_last=True")
 
 
-def _open_in_turn(config: TrainConfig, team: Team) -> SegmentationData:
-    """The data, opened by the leader first, who may build the cache that the others then only read."""
+def _opened(config: TrainConfig, team: Team | None) -> SegmentationData:
+    """The data; a team's leader opens them first, who may build the cache that the others then only read."""
+    if team is None:
+        return open_data(config)
     opened: list[SegmentationData] = []
     team.lead(lambda: opened.append(open_data(config)))
     return opened[0] if opened else open_data(dataclasses.replace(config, progress=False))
+
+
+def _given_data(config: TrainConfig, data: SegmentationData | Sequence[Dataset]) -> tuple[TrainConfig, SegmentationData]:
+    """Data that were given to `fit`, and a configuration that says what they are. ValueError for something else."""
+    if not isinstance(data, SegmentationData):
+        if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
+            raise ValueError(f"data is a SegmentationData, or two or three Datasets (train, valid, test), not {_shown(data)}")
+        if isinstance(config.ignore_value, str):
+            raise ValueError(f"ignore_value is the label of pixels that count nowhere in a Dataset's masks, not {config.ignore_value!r}")
+        data = SegmentationData.from_datasets(*data, classes=config.classes, ignore_index=config.ignore_value, workers=config.workers)
+    source = config.data if data.folder else f"{data.name}, given to fit"
+    return dataclasses.replace(config, data=source, channels=data.shape[0]), data
 
 
 def _write_metrics(trainer: Trainer) -> dict:
@@ -1210,82 +1492,104 @@ def _refuse_other_runs(config: TrainConfig) -> None:
 
 def _write_config(config: TrainConfig, data: SegmentationData) -> None:
     """Make the run's folder and write what it is made with."""
-    splits = {"folder": str(data.folder.absolute()), "ignored": data.ignore_index is not None, **split_table(data)}
     with _clear_disk_errors(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
-        _write_text(config.folder / SPLITS_FILE, json.dumps(splits) + "\n")
+        if data.folder:  # a Dataset of the user's own has neither names nor files to compare later
+            splits = {"folder": str(data.folder.absolute()), "ignored": data.ignore_index is not None, **split_table(data)}
+            _write_text(config.folder / SPLITS_FILE, json.dumps(splits) + "\n")
         _write_text(config.folder / "config.json", json.dumps(located(config), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c136
 def _save(trainer: Trainer, finished: bool) -> None:
-    """Write where the run stands. The state comes last: whoever dies before it repeats the epoch and writes the same again."""
+    """Write where the run stands. The state comes last: a run killed before it repeats the epoch and writes the same again."""
     if finished:
-        _save_checkpoint(trainer, "last")
+        _save_checkpoint(trainer, "last", trainer.model)
         _write_history(trainer.config.folder / "history.csv", trainer.progress.history)
     _save_state(trainer)
 
 
-def _run(trainer: Trainer, tracker: Tracker, asked: threading.Event, on_epoch: Callable | None) -> None:
+def _tell(trainer: Trainer, bar: tqdm) -> bool:
+    """Tell of an epoch, in a line and to the callbacks -> whether one of them wants to stop."""
+    if trainer.config.progress:
+        bar.write(_line(trainer.progress.history[-1]), file=sys.stdout)
+    return trainer.call("after_epoch")
+
+
+def _run(trainer: Trainer, asked: threading.Event) -> None:
     """Epochs until the last one; KeyboardInterrupt after saving when it was asked to stop."""
-    p, c, begin = trainer.progress, trainer.config, time.perf_counter()
+    p, c, team, state, begin = trainer.progress, trainer.config, trainer.team, trainer.state, time.perf_counter()
     done = p.seconds
     bar = tqdm(total=c.epochs * trainer.steps, initial=p.epoch * trainer.steps + p.step, unit="step",
-               disable=not (c.progress and trainer.team.leads),
+               disable=not c.progress or (team is not None and not team.leads),
                file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 5.0, dynamic_ncols=sys.stdout.isatty())
     with bar:
-        while p.epoch < c.epochs:
+        while p.epoch < c.epochs and not state.stop:
             finished = _train_epoch(trainer, asked, bar)
-            row = _finish_epoch(trainer) if finished else None
+            if finished:
+                _finish_epoch(trainer)
             p.seconds = done + time.perf_counter() - begin
-            trainer.team.lead(partial(_save, trainer, finished))
+            try:
+                state.stop = _led(team, _tell, trainer, bar) if finished else state.stop
+            finally:  # what a callback does wrong costs no epoch
+                _led(team, _save, trainer, finished)
             if not finished:
                 raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
                                         "run again with resume=True to go on from there")
-            trainer.team.lead(partial(_tell, trainer, tracker, row, on_epoch, bar))
-    if not p.step and "valid_loss" not in p.history[-1]:  # resumed to fewer epochs than were done: these weights were not validated
+    if p.history and not p.step and "valid_loss" not in p.history[-1]:  # fewer epochs than were planned: not validated yet
         p.history[-1] |= _validate(trainer, p.epoch)
-        trainer.team.lead(partial(_save, trainer, True))
-
-# %% ../nbs/11_training.ipynb #c137
-def _tell(trainer: Trainer, tracker: Tracker, row: dict, on_epoch: Callable | None, bar: tqdm) -> None:
-    """Tell of an epoch: a line, the tracker, whoever listens."""
-    if trainer.config.progress:
-        bar.write(_line(row), file=sys.stdout)
-    picture = _validation_picture(trainer) if "valid_dice" in row and (tracker.active or on_epoch) else None
-    tracker.log(row, picture)
-    if on_epoch:
-        on_epoch(trainer.progress.history, picture)
+        _led(team, _save, trainer, True)
 
 # %% ../nbs/11_training.ipynb #c139
-def fit(config: TrainConfig, data: SegmentationData | None = None,
-        on_epoch: Callable[[list[dict], np.ndarray | None], None] | None = None, team: Team = Team()) -> Result:
+def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationData | Sequence[Dataset] | None = None,
+        loss: Callable | None = None, augment: Callable | None = None, callbacks: Sequence[object] = (),
+        team: Team | None = None) -> Result:
     """Train, keep the best, evaluate the selected checkpoint; everything goes into config.folder.
 
-    `data`: opened already (else `open_data(config)`). `on_epoch(history, picture of validation masks)` follows every epoch.
-    `team`: the processes that train together, each of which calls `fit`; the leader alone writes, prints and calls `on_epoch`.
     Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it stopped, to the
-    same result, or to another number of epochs. What is alarming in the data is a warning. On CPUs, `keep_freed_memory()` before it saves time.
-    ValueError (configuration, data), FileExistsError (a run is there), FloatingPointError (loss not finite, with the images'
-    ids), OSError (disk). Source: training recipe of the official repository, release v0.1.0.
+    same result, or to another number of epochs. What is alarming in the data is a warning.
+
+    Args:
+        config: what is not given below, and how to train.
+        model: images [B, C, H, W] -> logits [B, classes, H, W]; trained in place. None: the network that `config` describes.
+        data: opened already, or Datasets (train, valid) or (train, valid, test), see `DatasetSplit`. None: `open_data(config)`.
+        loss: (logits, labels int64 [B, H, W]) -> scalar. None: `config.losses`.
+        augment: (images, masks) -> (images, masks), see `GivenAugmentation`. None: `config.operations`.
+        callbacks: objects with `before_fit`, `after_batch`, `after_epoch` or `after_fit`, each called with a `FitState`.
+        team: the processes that train together, each of which calls `fit`; the leader alone writes, prints and calls back.
+
+    Raises:
+        ValueError: configuration, data, or a part that was given.
+        FileExistsError: a run is there.
+        FloatingPointError: a loss that is not finite, with the images' ids.
+        OSError: the disk.
+
+    Reference: training recipe of the official repository, release v0.1.0.
     """
     choose_device(config.device)  # refusals that cost nothing come first, and config.json after all of them
-    _refuse_unequal_shares(config, team)
-    team.lead(partial(_refuse_other_runs, config))
-    trainer = Trainer(config, data if data is not None else _open_in_turn(config, team), team)
+    if team is not None:
+        _refuse_unequal_shares(config, team)
+    if data is not None:
+        config, data = _given_data(config, data)
+    _led(team, _refuse_other_runs, config)
+    trainer = Trainer(config, _opened(config, team) if data is None else data, model, loss, augment, callbacks, team)
     _load_state(trainer)
-    config = trainer.config  # a run that has done more epochs than asked ends where it is
-    team.lead(partial(_write_config, config, trainer.data))
-    for sentence in trainer.data.census.warnings if team.leads else ():
-        warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=2)
-    tracker = Tracker(dataclasses.replace(config, track=config.track and team.leads), trainer.progress.run_id)
-    trainer.progress.run_id, metrics = tracker.run_id, None
+    return _fit(trainer)
+
+# %% ../nbs/11_training.ipynb #2e9d22cb
+def _fit(trainer: Trainer) -> Result:
+    """Train from where the run stands to its end, and score it."""
+    config, team, state = trainer.config, trainer.team, trainer.state  # a run that did more epochs than asked ends where it is
+    _led(team, _write_config, config, trainer.data)
+    for sentence in trainer.data.census.warnings if team is None or team.leads else ():
+        warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=3)
     try:
         with stop_signals() as asked, torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
-            _run(trainer, tracker, asked, on_epoch)
-        metrics = team.lead(partial(_write_metrics, trainer))
+            state.stop = _led(team, trainer.call, "before_fit")
+            _run(trainer, asked)
+        state.metrics = _led(team, _write_metrics, trainer)
     finally:
-        tracker.finish(metrics and metrics["test"])
-    return Result(metrics, config.folder / f"best_{config.select}", trainer.progress.history, config.folder)
+        trainer.call("after_fit")
+    return Result(state.metrics, config.folder / f"best_{config.select}", trainer.progress.history, config.folder)
 
 # %% ../nbs/11_training.ipynb #c151
 def draw_curves(history: Sequence[dict]):
@@ -1307,12 +1611,16 @@ def draw_curves(history: Sequence[dict]):
 
 # %% ../nbs/11_training.ipynb #c154
 class LiveCurves:
-    """For `fit(on_epoch=...)` in a notebook: the curves and the latest validation masks, redrawn in place after every epoch."""
+    """A callback for notebooks: the curves and the latest validation masks, redrawn in place after every epoch."""
 
     def __init__(self):
         self._handles = []
 
-    def __call__(self, history: Sequence[dict], picture: np.ndarray | None) -> None:
+    def after_epoch(self, state: FitState) -> None:
+        self.show(state.history, state.picture() if "valid_dice" in state.history[-1] else None)
+
+    def show(self, history: Sequence[dict], picture: np.ndarray | None = None) -> None:
+        """Draw the curves of a history, and a picture uint8 [H, W, 3] below them."""
         from IPython.display import Image, display
 
         curves = io.BytesIO()

@@ -75,8 +75,11 @@ def terminated(loss):
     return loss
 
 
-def fail(history, picture):
-    raise OSError(28, "No space left on device")
+class Failing:
+    """A callback of the leader's that fails."""
+
+    def after_epoch(self, state):
+        raise OSError(28, "No space left on device")
 
 
 def work_of_two(folder: Path) -> None:
@@ -87,7 +90,7 @@ def work_of_two(folder: Path) -> None:
                 "stopped": disturbed(team, frozen(folder, "two_stopped", epochs=2), terminated),
                 "resumed": attempt(lambda: fit(frozen(folder, "two_stopped", epochs=2, resume=True), team=team)),
                 "nan": disturbed(team, frozen(folder, "two_nan"), lambda loss: loss * float("nan")),
-                "leader_failed": attempt(lambda: fit(frozen(folder, "two_failed"), team=team, on_epoch=fail)),
+                "leader_failed": attempt(lambda: fit(frozen(folder, "two_failed"), callbacks=[Failing()], team=team)),
                 "unequal": attempt(lambda: fit(frozen(folder, "two_unequal", batch=5), team=team)),
                 "not_full": attempt(lambda: fit(frozen(folder, "two_not_full", drop_last=False), team=team)),
                 "share": team.share(torch.arange(6)).tolist(), "mean": team.mean(torch.tensor([float(team.rank), 4.0])).tolist(),
@@ -300,11 +303,14 @@ def test_a_pipe_given_as_parameters_does_not_hang(tmp_path):
 
 def test_a_process_augments_its_share_alone_as_it_is_in_the_whole_batch(tmp_path, monkeypatch):
     """What two processes make of their halves is what one makes of the whole."""
-    class Half(training.Team):
+    class Half:
         size = 2
 
         def __init__(self, rank):
-            self.rank = rank
+            self.rank, self.leads = rank, rank == 0
+
+        def wrap(self, model, shape):
+            return model
 
         def share(self, batch):
             return batch[self.rank * len(batch) // 2 :][: len(batch) // 2]
@@ -313,8 +319,8 @@ def test_a_process_augments_its_share_alone_as_it_is_in_the_whole_batch(tmp_path
     augment = Augmentation.__call__
     monkeypatch.setattr(Augmentation, "__call__", lambda self, *given: seen.append(augment(self, *given)) or seen[-1])
     data = training.open_data(config)
-    for team in (training.Team(), Half(0), Half(1)):
-        trainer = Trainer(config, data, team)
+    for team in (None, Half(0), Half(1)):
+        trainer = Trainer(config, data, team=team)
         trainer.step(next(trainer.begin_epoch()))
     whole, *halves = seen
     assert [len(images) for images, _ in seen] == [4, 2, 2]

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from qtseg import training
 from qtseg.data import SegmentationData
 from qtseg.model import BASELINES, Baseline, QTSeg, load_network
 from qtseg.phantoms import write_prepared
-from qtseg.training import BEST, OPTIMISERS, SCHEDULERS, Team, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
+from qtseg.training import BEST, EMA, OPTIMISERS, SCHEDULERS, EarlyStopping, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
 
 PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
 
@@ -54,6 +55,13 @@ def tiny(phantoms, tmp_path):
 def scores(folder: Path) -> dict:
     metrics = json.loads((folder / "metrics.json").read_text())
     return {part: metrics[part] for part in ("valid", "test")} | {"best": metrics["best"]}
+
+
+class Calling:
+    """A callback that hands each epoch's state to a function."""
+
+    def __init__(self, function):
+        self.after_epoch = function
 
 
 def timeless(history: list[dict]) -> list[dict]:
@@ -509,7 +517,7 @@ def test_an_image_that_changed_is_seen_though_its_size_and_name_are_the_same(tin
     assert known["train"][0] == [data.train.ids[0], data.train.digests[0], 64, 64]
     monkeypatch.setattr(data.train, "digests", ["0" * 24, *data.train.digests[1:]])
     with pytest.raises(ValueError, match="was begun with other images or masks"):
-        fit(tiny(resume=True), data)
+        fit(tiny(resume=True), data=data)
     for text in ("{}", '{"folder": "d", "ignored": false, "train": [["a", "b", 1]], "valid": [], "test": []}'):
         (folder / "splits.json").write_text(text)
         with pytest.raises(ValueError, match="splits.json is damaged"):
@@ -521,12 +529,12 @@ def test_fewer_epochs_than_were_done_are_validated_before_the_end(tiny):
     class Stop(Exception):
         pass
 
-    def stop(history, picture):
-        if len(history) == 2:
+    def stop(state):
+        if len(state.history) == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        fit(tiny(size=32, epochs=6, validate_every=10, scheduler="cosine"), on_epoch=stop)
+        fit(tiny(size=32, epochs=6, validate_every=10, scheduler="cosine"), callbacks=[Calling(stop)])
     result = fit(tiny(size=32, epochs=2, validate_every=10, scheduler="cosine", resume=True))
     assert len(result.history) == 2 and result.history[1]["valid_dice"] >= 0 and result.metrics["best"]["dice"]["epoch"] == 2
     assert "valid_dice" in (result.folder / "history.csv").read_text()
@@ -555,13 +563,33 @@ def test_a_batch_of_one_that_cannot_train_is_known_before_the_first_step(tiny, m
     assert said in str(caught.value) and not tiny().folder.exists()
 
 
+@pytest.mark.parametrize("part", ["training", "validation", None])
+def test_parts_that_are_ignored_altogether_are_known_before_the_first_step(part, tiny, phantoms, tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    shutil.copytree(phantoms, folder)
+    data = SegmentationData.open(folder, size=64, cache=tmp_path / "cache", progress=False)
+    chosen = {"training": data.train, "validation": data.valid}.get(part, data.train)
+    for image, mask in chosen.paths if part else chosen.paths[:3]:
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(mask)
+    described = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(described | {"ignore": 255}))
+    if part is None:  # some masks of it: they take no part
+        result = fit(tiny(data=str(folder), cache=str(tmp_path / "cache"), epochs=1))
+        assert all(math.isfinite(value) for value in result.history[0].values())
+        return
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(ValueError, match=f"every pixel of the {part} images in .* is ignored: label some of them"):
+        fit(tiny(data=str(folder), cache=str(tmp_path / "cache")))
+
+
 def test_a_single_image_and_a_teams_shares_of_one_are_told_too(tiny):
-    config = tiny(size=32, batch=2)
+    config, shape = tiny(size=32, batch=2), (3, 32, 32)
+    network = training.build_network(config)
     with pytest.raises(ValueError, match="a process's share of a batch holds one image"):
-        training._refuse_lone_images(config, 16, Pair(), torch.device("cpu"))
-    training._refuse_lone_images(config, 16, Pair(), torch.device("cuda"))  # there BatchNorm sees the team's batch
+        training._refuse_lone_images(config, 16, network, shape, 2, torch.device("cpu"))
+    training._refuse_lone_images(config, 16, network, shape, 2, torch.device("cuda"))  # there BatchNorm sees the team's batch
     with pytest.raises(ValueError) as caught:
-        training._refuse_lone_images(tiny(size=32, drop_last=False), 1, Team(), torch.device("cpu"))
+        training._refuse_lone_images(tiny(size=32, drop_last=False), 1, network, shape, 1, torch.device("cpu"))
     assert "drop_last" not in str(caught.value), "which would leave no batch at all"
 
 
@@ -603,7 +631,7 @@ def test_masks_without_foreground_or_without_background_are_told_loudly(tiny, tm
     data = training.open_data(config)
     assert data.census.warnings
     with pytest.warns(UserWarning) as told:
-        result = fit(config, data)
+        result = fit(config, data=data)
     assert all(any(sentence in str(one.message) for one in told) for sentence in data.census.warnings)
     assert set(data.census.warnings) <= set(result.metrics["notes"]) and result.metrics["census"] == data.census.to_dict()
     constant = result.metrics["best_constant_mask"]["valid"]
@@ -622,7 +650,7 @@ def test_ignored_pixels_count_in_no_loss_and_no_score(tiny, tmp_path):
         config = tiny(data=str(source), cache=str(tmp_path / "cache"), masks="index", mask_values=[0, 1], ignore_value=ignored, epochs=2, name=f"run{ignored}")
         data = training.open_data(config)
         assert data.ignore_index is not None
-        result = fit(config, data)
+        result = fit(config, data=data)
         histories.append(timeless(result.history))
         perfect = torch.nn.Identity()
         perfect.forward = lambda images: torch.nn.functional.one_hot(torch.tensor(mask(0, 0)).long(), 2).permute(2, 0, 1)[None].expand(len(images), -1, -1, -1) * 9.0
@@ -663,7 +691,7 @@ def test_every_schedule_steps_and_stays_above_the_floor(tiny, phantoms, name):
     for _ in range(5):
         rates.append(trainer.optimiser.param_groups[0]["lr"])
         trainer.optimiser.step()
-        trainer.next_rate(1.0)  # a loss that never improves
+        training._next_rate(trainer.scheduler, config, 1.0)  # a loss that never improves
     assert rates[0] == 1e-3 and min(rates) >= 4e-4
     assert (len(set(rates)) == 1) == (name == "constant")
 
@@ -675,7 +703,7 @@ def test_the_papers_schedule_by_hand(tiny):
     for _ in range(20):
         rates.append(trainer.optimiser.param_groups[0]["lr"])
         trainer.optimiser.step()
-        trainer.next_rate(1.0)
+        training._next_rate(trainer.scheduler, config, 1.0)
     assert rates == pytest.approx([max(1e-3 * 0.5 ** (epoch // 2), 1e-5) for epoch in range(20)])
 
 
@@ -756,7 +784,7 @@ def test_freeze_norm_keeps_all_running_statistics_and_trains_the_rest(tiny):
     for name, value in fresh.items():
         if "running" in name or "num_batches" in name:
             assert torch.equal(value, after[name]), name
-    training._refuse_lone_images(dataclasses.replace(config, size=32, batch=1), 9, training.Team(), torch.device("cpu"))  # no batch is looked at
+    training._refuse_lone_images(dataclasses.replace(config, batch=1), 9, training.build_network(config), (3, 32, 32), 1, torch.device("cpu"))  # no batch is looked at
     moved = [name for name in fresh if ".norm." in name and name.endswith(("weight", "bias")) and not torch.equal(fresh[name], after[name])]
     assert len(moved) > 50
 
@@ -781,25 +809,24 @@ def test_seeds_of_batches_differ_and_repeat():
     assert len(drawn) == 3 * 10 * 21 and draw_seed(1996, 3, 4) == draw_seed(1996, 3, 4)
 
 
-class Pair(Team):
-    """Half of a team, to see what is refused."""
-
-    size = 2
-
-
-class Recorded(Team):
+class Recorded:
     """A team of one that writes down what it is asked."""
+
+    rank, size, leads = 0, 1, True
 
     def __init__(self):
         self.asked = []
 
-    def wrap(self, model):
+    def wrap(self, model, shape):
         self.asked.append("wrap")
         return model
 
     def share(self, batch):
         self.asked.append(("share", len(batch)))
         return batch
+
+    def mean(self, values):
+        return values
 
     def lead(self, function):
         self.asked.append("lead")
@@ -815,15 +842,15 @@ def test_a_team_is_asked_for_everything_that_several_processes_do_differently(ti
 
 
 def test_a_process_that_does_not_lead_writes_and_says_nothing(tiny, capsys):
-    class Follower(Team):
-        rank, size = 1, 2
+    class Follower(Recorded):
+        rank, size, leads = 1, 2, False
 
         def lead(self, function):  # as if the leader had done it
             return {"loss": 1.0, "dice": 50.0, "iou": 40.0, "mae": 5.0, "acc": 95.0} if getattr(function, "func", None) is evaluate else None
 
     config = tiny(epochs=1, progress=True, track=False)
     seen = []
-    result = fit(config, training.open_data(config), on_epoch=lambda *told: seen.append(told), team=Follower())
+    result = fit(config, data=training.open_data(config), callbacks=[Calling(seen.append)], team=Follower())
     assert result.history[0]["valid_dice"] == 50 and not config.folder.exists() and not seen
     assert "epoch" not in capsys.readouterr().out
 
@@ -832,7 +859,7 @@ def test_a_process_that_does_not_lead_writes_and_says_nothing(tiny, capsys):
                                            ({"drop_last": False}, "set drop_last=True")])
 def test_a_team_refuses_unequal_shares_before_anything_is_read(tiny, changes, said):
     with pytest.raises(ValueError, match=said):
-        fit(tiny(data="nowhere", **changes), team=Pair())
+        fit(tiny(data="nowhere", **changes), team=SimpleNamespace(size=2))
 
 
 def test_pictures_show_target_and_prediction(phantoms):
@@ -850,7 +877,7 @@ def resident() -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_memory_stays_flat_over_epochs(tiny):
     seen = []
-    fit(tiny(epochs=50, validate_every=10), on_epoch=lambda history, picture: seen.append(resident()))
+    fit(tiny(epochs=50, validate_every=10), callbacks=[Calling(lambda state: seen.append(resident()))])
     assert max(seen[20:]) - max(seen[:20]) < 30, f"MiB after each epoch: {seen}"
 
 
