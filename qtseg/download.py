@@ -35,7 +35,7 @@ from urllib.parse import urljoin, urlsplit
 from tqdm import tqdm
 
 from .data import cache_root, check_members
-from .files import NO_SPACE, new_folder, printable, read_json, write_then_rename
+from .files import NO_SPACE, hash_file, limit, new_folder, printable, read_json, write_then_rename
 
 try:
     import fcntl
@@ -44,9 +44,9 @@ except ImportError:  # Windows
 
 # %% auto #0
 __all__ = ['MAX_DOWNLOAD', 'MOST_PAUSE', 'CLIENT', 'MAX_MEMBERS', 'MAX_DEPTH', 'RAR_TOOLS', 'BAD_NAMES', 'DownloadError',
-           'way_out', 'Version', 'Received', 'Part', 'append', 'Interruption', 'most_bytes', 'Source', 'require_room',
-           'room_explained', 'sha256', 'one_at_a_time', 'recorded', 'record', 'accept', 'fetch', 'fetch_kaggle',
-           'Damaged', 'Member', 'unpack']
+           'way_out', 'Version', 'Received', 'Part', 'append', 'Interruption', 'Source', 'require_room',
+           'room_explained', 'one_at_a_time', 'recorded', 'record', 'accept', 'fetch', 'fetch_kaggle', 'Damaged',
+           'Member', 'unpack']
 
 # %% ../nbs/16_download.ipynb #download014
 class DownloadError(OSError):
@@ -198,14 +198,6 @@ def _pause(headers: http.client.HTTPMessage) -> float:
 
 # %% ../nbs/16_download.ipynb #download031
 MAX_DOWNLOAD = 50_000_000_000  # bytes of one file, unless its source says otherwise
-
-
-def most_bytes(wish: int | None = None) -> int:
-    """The limit of one download in bytes: QTSEG_MAX_DOWNLOAD if it is set, else `wish`, else MAX_DOWNLOAD."""
-    text = os.environ.get("QTSEG_MAX_DOWNLOAD", "").strip()
-    if text and not re.fullmatch("[0-9]{1,18}", text):
-        raise ValueError(f"QTSEG_MAX_DOWNLOAD must be a number of bytes, got {text!r}")
-    return int(text or wish or MAX_DOWNLOAD)
 
 
 @dataclass(frozen=True)
@@ -453,15 +445,6 @@ def _path(name: str | os.PathLike | None) -> Path | None:
     """A name as an absolute path, ~ understood; None stays None."""
     return None if name is None else Path(name).expanduser().absolute()
 
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; read in pieces of 1 MiB, so that its size does not matter."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
 # %% ../nbs/16_download.ipynb #download063
 def _lock(stream: IO, wait: bool) -> bool:
     """Lock an open file, waiting for whoever holds it, or not; False if somebody does. True where there are no such locks."""
@@ -558,7 +541,7 @@ def accept(arrived: Path, target: Path, checksums: Path | None, page: str) -> No
         arrived.unlink()
         fault = "no complete .zip" if target.suffix == ".zip" else "empty"
         raise way_out(f"what arrived for {target.name} is {fault}: try once more", page, target.name)
-    digest, known = sha256(arrived), recorded(checksums, target.name)
+    digest, known = hash_file(arrived).hexdigest(), recorded(checksums, target.name)
     if known not in (None, digest):
         wrong = _put_aside(arrived, target.name)
         raise way_out(f"{target.name} has the SHA-256 {digest[:12]}…, but {known[:12]}… was recorded at the first download, so "
@@ -573,7 +556,7 @@ def _finished(target: Path, checksums: Path | None) -> bool:
     if not target.is_file():
         return False
     known = recorded(checksums, target.name)
-    if checksums is not None and (digest := sha256(target)) != known:
+    if checksums is not None and (digest := hash_file(target).hexdigest()) != known:
         if known is not None:
             wrong = _put_aside(target, target.name)
             print(printable(f"{target} has changed since it was downloaded: put aside as {wrong.name}, "
@@ -596,7 +579,7 @@ def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike |
         wait: seconds before the second connection, doubled each time.
         timeout: seconds without a single byte.
         least_speed: bytes a second, over such a time.
-        most: bytes of the whole file; None: see most_bytes.
+        most: bytes of the whole file; None: MAX_DOWNLOAD.
         progress: a bar, and a line per interruption.
         page: where people find the file; None: the address.
 
@@ -609,7 +592,8 @@ def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike |
     """
     _check_url(url)
     target, checksums = _path(target), _path(checksums)
-    source = Source(url, target.name, page or url, timeout, max(1, round(least_speed * timeout)), most_bytes(most))
+    source = Source(url, target.name, page or url, timeout, max(1, round(least_speed * timeout)),
+                    limit("MAX_DOWNLOAD", most or MAX_DOWNLOAD))
     with room_explained(target.parent), one_at_a_time(target):
         if _finished(target, checksums):
             return target
@@ -774,7 +758,7 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
         arriving = private / target.name
         if not arriving.with_name(arriving.name + ".kaggle-partial").exists():
             arriving.unlink(missing_ok=True)  # a leftover whose version nobody noted is not continued
-        found = _run_client(kind, name, arriving, timeout, progress, most_bytes(most))
+        found = _run_client(kind, name, arriving, timeout, progress, limit("MAX_DOWNLOAD", most or MAX_DOWNLOAD))
         if found["problem"] is not None:
             with contextlib.suppress(OSError):
                 private.rmdir()  # only if nothing has arrived

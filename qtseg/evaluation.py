@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import hashlib
 import importlib.util
 import json
 import math
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from .colors import PREDICTION, TARGET
 from .data import (SPLITS, Preprocessing, SegmentationData, Split, Survey, cache_root, find_source, fitted_size, normalise,
                         outline, read_image, read_preprocessing, resample, survey_folder)
-from .files import csv_cell, escape, new_folder, private_name, printable, read_json
+from .files import csv_cell, escape, hash_file, new_folder, plain, private_name, printable, read_json
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from .model import Baseline, QTSeg, find_checkpoint, load_network
 from .speed import operations
@@ -881,22 +880,11 @@ def cost_rows(cost: Sequence[dict]) -> list[list[str]]:
                      row["device"]] for row in cost)]
 
 # %% ../nbs/12_evaluation.ipynb #evaluation102
-def _plain(value):
-    """A value as JSON knows it: NaN becomes null, paths become texts."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def to_dict(evaluation: Evaluation) -> dict:
     """Everything but the rows of images.csv and strata.csv, in plain values fit for JSON; undefined scores are None."""
     pixels, probabilities, foreground = evaluation.calibration.T.tolist()
     units = evaluation.units
-    return _plain({
+    return plain({
         "checkpoint": evaluation.checkpoint, "split": evaluation.split, "images": len(evaluation.ids),
         "class_names": evaluation.class_names, "size": evaluation.size, "protocol": asdict(evaluation.protocol),
         "scores": evaluation.summary, "missed": evaluation.missed, "constant": evaluation.constant,
@@ -904,7 +892,7 @@ def to_dict(evaluation: Evaluation) -> dict:
         "intervals": {"level": 95, "resampled": units.name, "number": len(units.stratum), "strata": units.strata},
         "calibration": {"error": evaluation.calibration_error, "pixels": pixels, "probabilities": probabilities,
                         "foreground": foreground},
-        "thresholds": threshold_rows(evaluation), "cost": evaluation.cost, "notes": evaluation.notes, "versions": versions()})
+        "thresholds": threshold_rows(evaluation), "cost": evaluation.cost, "notes": evaluation.notes, "versions": versions()}, nan_as_none=True)
 
 # %% ../nbs/12_evaluation.ipynb #evaluation103
 def _write_csv(path: Path, rows: Iterable[dict]) -> None:
@@ -1261,7 +1249,7 @@ def weights_sha256(checkpoint: str | os.PathLike) -> str:
     path = Path(checkpoint) / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hash_file(path).hexdigest()
 
 # %% ../nbs/12_evaluation.ipynb #evaluation118
 def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:

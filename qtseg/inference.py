@@ -39,8 +39,8 @@ from tqdm import tqdm
 from .colors import class_colors
 from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_preprocessing, rgb_of, to_colour
 from .evaluation import class_probabilities, decide, undo_resize, weights_sha256
-from .files import (NO_SPACE, Picture, csv_cell, is_picture, limit, printable, read_json, read_picture, same_form,
-                         walk, write_then_rename)
+from .files import (NO_SPACE, Picture, csv_cell, is_picture, limit, printable, read_json, read_picture, read_table,
+                         same_form, walk, write_then_rename)
 from .model import find_checkpoint, load_network
 from .training import choose_device, keep_freed_memory, stop_signals
 
@@ -702,12 +702,12 @@ def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
     """The complete rows of an earlier table, by their first cell; none if there is no such table. ValueError: damaged."""
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:  # a line without its end was never finished
-        rows = list(csv.reader(io.StringIO(text[:text.rfind("\n") + 1])))
-    except csv.Error as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and its images will be predicted again") from None
-    return {row[0]: row for row in rows[1:] if len(row) == len(columns)} if rows[:1] == [list(columns)] else {}
+    try:
+        found, rows = read_table(path, most=1_000_000, wide=len(columns), interrupted=True)
+        complete = (list(row.values()) for row in rows if None not in row and None not in row.values())
+        return {row[0]: row for row in complete} if found == list(columns) else {}
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, and its images will be predicted again") from None
 
 # %% ../nbs/13_inference.ipynb #inference093
 class Job(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .colors import FALSE_NEGATIVE, FALSE_POSITIVE, PREDICTION, TARGET, WRONG_CLASS, Color, class_colors
 from .data import outline, resample
-from .files import printable, read_rows
+from .files import printable, read_table
 from .training import draw_curves
 
 if TYPE_CHECKING:
@@ -442,7 +442,7 @@ def read_history(run: str | os.PathLike) -> list[dict[str, float]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that a training run wrote")
     try:
-        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in read_rows(path, most=20_000)]
+        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in read_table(path, most=20_000)[1]]
         if not rows or any("epoch" not in row for row in rows):
             raise ValueError("no epoch")
     except (ValueError, TypeError, AttributeError) as error:  # a word for a number, a cell too many, a zero byte

@@ -34,7 +34,7 @@ from .data import (IGNORE, SegmentationData, Split, list_pictures, normalise, re
                         to_colour)
 from .decoder import MQMDecoder, StageOutput
 from .evaluation import THRESHOLDS, class_probabilities, decide, mask_scores, threshold_counts
-from .files import escape, printable, read_json, read_rows
+from .files import escape, printable, read_json, read_table
 from .inference import SETTINGS_FILE, Predictor, as_rgb
 from .losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
 from .metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
@@ -581,7 +581,7 @@ class SavedPredictions:
         self.folder = Path(folder)
         try:
             settings = read_json(self.folder / SETTINGS_FILE)
-            rows = read_rows(self.folder / "predictions.csv")
+            _, rows = read_table(self.folder / "predictions.csv", wide=1100)  # four columns for each of up to 255 classes
             self.masks = {Path(settings["images"]) / row["file"]: self.folder / row["mask"] for row in rows}
             self.class_names = tuple(settings["preprocessing"]["class_names"])
         except (OSError, ValueError, KeyError, TypeError) as error:
