@@ -941,22 +941,34 @@ def value_span(values: np.ndarray) -> int:
     return int(high) - int(low)
 
 
-def _read_pair(survey: Survey, settings: Settings, record: Record,
-               problems: list[str]) -> tuple[Picture | None, Picture | None, np.ndarray | None]:
-    """The decoded image, the decoded mask and its stored values; what cannot be read is None, with a problem."""
-    look_up = looks_up(settings.masks, settings.mask_values, settings.ignore_value)
-    image = _attempt(survey.short(record.image), problems, read_picture, record.image)
-    mask = _attempt(survey.short(record.mask), problems, read_picture, record.mask, True) if record.mask else None
-    return image, mask, None if mask is None else _attempt(survey.short(record.mask), problems, stored_values, mask, look_up)
+class _Mask(NamedTuple):
+    """What is kept of a mask: its stored values at the set's size, its own height and width, and what was seen in the file."""
+
+    small: np.ndarray
+    shape: tuple[int, int]
+    frames: int
+    turned: int
+    seen: MaskValues
 
 
-def _check_sizes(survey: Survey, record: Record, image: Picture, codes: np.ndarray | None, problems: list[str]) -> None:
+def _read_mask(survey: Survey, settings: Settings, record: Record, problems: list[str]) -> _Mask | None:
+    """Read and shrink a mask; None, with a problem, if it cannot be read."""
+    name, look_up = survey.short(record.mask), looks_up(settings.masks, settings.mask_values, settings.ignore_value)
+    mask = _attempt(name, problems, read_picture, record.mask, True)
+    codes = None if mask is None else _attempt(name, problems, stored_values, mask, look_up)
+    if codes is None:
+        return None
+    seen = look_at(name, codes, mask)
+    return _Mask(nearest_pixels(codes, settings.size, settings.resize), codes.shape, mask.frames, mask.turned, seen)
+
+
+def _check_sizes(survey: Survey, record: Record, image: Picture, mask: _Mask | None, problems: list[str]) -> None:
     """A problem where image and mask, or image and manifest, differ in size."""
     height, width = image.values.shape[:2]
-    if codes is not None and codes.shape != (height, width):
-        turned = "; one of the two carries an EXIF rotation that the other lacks?" if codes.shape == (width, height) else ""
+    if mask is not None and mask.shape != (height, width):
+        turned = "; one of the two carries an EXIF rotation that the other lacks?" if mask.shape == (width, height) else ""
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but {survey.short(record.mask)} is "
-                        f"{codes.shape[1]}x{codes.shape[0]}{turned}")
+                        f"{mask.shape[1]}x{mask.shape[0]}{turned}")
     if record.size and set(record.size) != {height, width}:
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but manifest.csv says "
                         f"{record.size[1]}x{record.size[0]}")
@@ -965,8 +977,12 @@ def _check_sizes(survey: Survey, record: Record, image: Picture, codes: np.ndarr
 def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
     """Read, check and resize one pair; runs in several threads at once (decoding and resizing release Python's lock)."""
     problems: list[str] = []
-    image, mask, codes = _read_pair(survey, settings, record, problems)
-    seen = None if codes is None else look_at(survey.short(record.mask), codes, mask)
+    of_mask: list[str] = []
+    # the mask first: only what is kept of it is in memory while the image is decoded
+    mask = _read_mask(survey, settings, record, of_mask) if record.mask else None
+    image = _attempt(survey.short(record.image), problems, read_picture, record.image)
+    problems += of_mask
+    seen = mask and mask.seen
     if image is None:
         return Prepared(None, None, seen, {}, problems)
     height, width = image.values.shape[:2]
@@ -974,14 +990,14 @@ def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> 
              "low": int(image.values.min()), "high": int(image.values.max()), "frames": image.frames, "turned": image.turned,
              "mask_frames": mask.frames if mask else 1, "mask_turned": mask.turned if mask else 0}
     entry["span"] = value_span(image.values) if entry["deep"] else 0
-    _check_sizes(survey, record, image, codes, problems)
-    if problems or codes is None:
+    _check_sizes(survey, record, image, mask, problems)
+    if problems or mask is None:
         return Prepared(None, None, seen, entry, problems)
     small = _attempt(survey.short(record.image), problems,
                      lambda: resize_image(rgb_of(image, white), settings.size, settings.resize))
     if small is None:
         return Prepared(None, None, seen, entry, problems)
-    return Prepared(to_colour(small, settings.colour), nearest_pixels(codes, settings.size, settings.resize), seen, entry, [])
+    return Prepared(to_colour(small, settings.colour), mask.small, seen, entry, [])
 
 # %% ../nbs/01_data.ipynb #data118
 def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -1264,7 +1280,8 @@ class Split(Dataset):
     """One part of a data set, on disk: a PyTorch `Dataset`, with faster ways to whole batches, and lists with an entry for each pair.
 
     `split[i]` is (image uint8 [C, size, size], mask uint8 [size, size], id); `DataLoader(split, batch_size=8)` and wrappers of
-    other libraries take it as it is. `batches` reads a batch at once and needs no worker processes.
+    other libraries take it as it is. `batches` reads a batch at once and needs no worker processes. `shape` and `dtype` are those
+    of every image.
 
     ids, patients, strata, digests (of the image files): str; original_sizes: (height, width); paths: (image path, mask path).
     """
@@ -1722,9 +1739,10 @@ class SegmentationData(OpenedData):
 
         Raises: ValueError: no such Dataset, or images of another number of channels.
         """
-        parts = [part and DatasetSplit(part, classes, ignore_index, workers) for part in (train, valid, test)]
-        if len({part.shape[0] for part in parts if part}) > 1:
-            raise ValueError(f"the Datasets' images differ in their channels: {', '.join(str(part.shape[0]) for part in parts if part)}")
+        parts = [None if part is None else DatasetSplit(part, classes, ignore_index, workers) for part in (train, valid, test)]
+        channels = [str(part.shape[0]) for part in parts if part]
+        if len(set(channels)) > 1:
+            raise ValueError(f"the Datasets' images differ in their channels: {', '.join(channels)}")
         names = ("background", "foreground") if classes <= 2 else ("background", *(f"class {index}" for index in range(1, classes)))
         return cls(type(train).__name__, classes, names, parts[0].shape[1], "squash", "rgb", COLOURS["rgb"], [], None, None, *parts,
                    ignore_index, 65535, Census([], []), preprocessing)

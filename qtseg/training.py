@@ -1134,8 +1134,11 @@ def _sound_progress(found, trainer: Trainer) -> bool:
 def _unsound(state, trainer: Trainer) -> str:
     """Which part of a state does not fit this run; "" if it is sound."""
     parts = {"model", "optimiser", "scheduler", "scaler", "progress"}
-    if not isinstance(state, dict) or not parts <= state.keys() <= parts | {"data", "callbacks"} or not isinstance(
-            state.get("data", ""), str) or not _fits(state.get("callbacks", {}), dict[str, dict]):
+    if not isinstance(state, dict) or not parts <= state.keys() <= parts | {"data", "callbacks"}:
+        return "its parts"
+    kept = state.get("callbacks", {})
+    if not isinstance(state.get("data", ""), str) or not isinstance(kept, dict) or not all(
+            isinstance(name, str) and isinstance(one, dict) for name, one in kept.items()):
         return "its parts"
     optimiser, wanted = state["optimiser"], trainer.optimiser.state_dict()
     checks = {"model": _alike(state["model"], trainer.model.state_dict()),

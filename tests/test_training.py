@@ -20,13 +20,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT, shared_folder
+from conftest import ROOT, refused_parameters, shared_folder
 from PIL import Image
 
 from qtseg import training
+from qtseg.augmentation import Augmentation
 from qtseg.data import SegmentationData
+from qtseg.losses import ce_dice_loss
 from qtseg.model import BASELINES, Baseline, QTSeg, load_network
 from qtseg.phantoms import write_prepared
 from qtseg.training import BEST, EMA, OPTIMISERS, SCHEDULERS, EarlyStopping, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
@@ -898,6 +901,320 @@ def test_mlflow_holds_parameters_metrics_and_pictures(tiny):
     assert not (Path(config.runs) / "mlruns").exists()
 
 
+# parts of the user's own
+
+def small_network(classes: int = 2, channels: int = 3) -> torch.nn.Module:
+    """Two convolutions around a BatchNorm; the same weights each time."""
+    torch.manual_seed(5)
+    return torch.nn.Sequential(torch.nn.Conv2d(channels, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, classes, 1))
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfter:
+    """A callback that fails after some steps of all, as a process that is killed would."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def after_batch(self, state):
+        self.left -= 1
+        if not self.left:
+            raise Stop
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Some pairs in memory; `change` makes something else of each."""
+
+    def __init__(self, split, change=lambda image, mask, name: (image, mask, name)):
+        self.split, self.change = split, change
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, index):
+        return self.change(*self.split[index])
+
+
+@pytest.fixture(scope="module")
+def opened(phantoms) -> SegmentationData:
+    return SegmentationData.open(str(phantoms), size=64, cache=str(phantoms.parent / "cache"), progress=False)
+
+
+def test_a_given_network_is_trained_kept_scored_and_resumed_to_the_same_result(tiny):
+    whole = fit(tiny(name="whole"), small_network())
+    best = json.loads((whole.checkpoint_dir / "config.json").read_text())
+    assert best["model_type"] == "module" and best["class"] == "torch.nn.modules.container.Sequential" and "build it again" in best["note"]
+    network = small_network()
+    safetensors.torch.load_model(network, whole.checkpoint_dir / "model.safetensors")
+    data = training.open_data(tiny())
+    assert evaluate(network, data.test, 2, batch=4)["dice"] == whole.metrics["test"]["dice"]
+    assert whole.metrics["given"]["model"] == best["class"] and (whole.checkpoint_dir / "preprocessor_config.json").is_file()
+    with pytest.raises(Stop):
+        fit(tiny(), small_network(), callbacks=[StopAfter(6)])
+    resumed = fit(tiny(resume=True), small_network())
+    assert scores(resumed.folder) == scores(whole.folder) and timeless(resumed.history) == timeless(whole.history)
+    with pytest.raises(ValueError, match="resume.pt does not fit this run .its model"):
+        fit(tiny(resume=True), torch.nn.Conv2d(3, 2, 1))
+    with pytest.raises(ValueError, match="does not describe a network of this repository"):
+        load_network(whole.checkpoint_dir)
+
+
+@pytest.mark.parametrize("model, changes, said", [
+    (torch.nn.Conv2d(3, 5, 1), {}, "Conv2d makes [1, 5, 64, 64] of images [1, 3, 64, 64]: logits [1, 2, 64, 64] are needed, for classes=2"),
+    (torch.nn.Conv2d(3, 2, 3), {}, "Conv2d makes [1, 2, 62, 62] of images"), (torch.nn.Conv2d(1, 2, 1), {}, "Conv2d does not take images [1, 3, 64, 64]: "),
+    (torch.nn.LSTM(64, 2), {}, "LSTM does not take images"), (torch.nn.ReLU(), {}, "ReLU cannot be trained: a model is an nn.Module with weights"),
+    (len, {}, "builtins.len cannot be trained"), (small_network(), {"encoder_weights": "imagenet", "encoder": "resnet18"}, "encoder_weights imagenet are for the network that"),
+])
+def test_a_network_that_does_not_fit_is_one_sentence(tiny, model, changes, said):
+    with pytest.raises(ValueError) as caught:
+        fit(tiny(**changes), model)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and not tiny().folder.exists()
+
+
+def test_a_qtseg_of_ones_own_is_kept_as_one(tiny):
+    result = fit(tiny(epochs=1), QTSeg(width=4, depths=[1, 1, 1], mlp_width=32, bridge="identity"))
+    assert load_network(result.checkpoint_dir).config["bridge"] == "identity"
+
+
+def test_datasets_loss_and_augmentation_that_do_the_same_give_the_same_run(tiny, uninterrupted, opened):
+    """Through a DataLoader, with or without a worker process, and with given functions: to the last bit what the configuration does."""
+    pairs = tuple(Pairs(split) for split in (opened.train, opened.valid, opened.test))
+    for name, workers in (("here", 0), ("worker", 1)):
+        given = fit(tiny(name=name, workers=workers), data=pairs, loss=ce_dice_loss, augment=Augmentation(fill=opened.black))
+        assert scores(given.folder) == scores(uninterrupted)
+        assert given.metrics["given"]["loss"].endswith("ce_dice_loss") and given.metrics["images"] == {"train": 16, "valid": 4, "test": 4}
+    assert not (given.folder / "splits.json").exists() and not (given.folder / "last" / "preprocessor_config.json").exists()
+    assert json.loads((given.folder / "config.json").read_text())["data"] == "Pairs, given to fit"
+    assert scores(fit(tiny(name="worker", resume=True), data=pairs).folder)["test"] == scores(uninterrupted)["test"]
+    with pytest.raises(ValueError, match="was begun with other images or masks"):
+        fit(tiny(name="worker", resume=True), data=(pairs[0], pairs[0]))
+
+
+def test_floats_three_classes_and_ignored_pixels_come_from_a_dataset(tiny, opened):
+    def change(image, mask, name):
+        mask = mask.long().masked_fill(mask == 0, -1)  # the background counts nowhere
+        mask[:8] = 2
+        return image.numpy().astype(np.float64) / 127.5 - 1, mask.numpy()
+
+    pairs = [Pairs(split, change) for split in (opened.train, opened.valid)]
+    with pytest.raises(ValueError, match="Pairs yields float images, .* set augment=False"):
+        fit(tiny(classes=3, ignore_value=-1), data=pairs)
+    result = fit(tiny(classes=3, ignore_value=-1, augment=False, epochs=1), data=pairs)
+    assert np.isfinite(result.history[0]["train_loss"]) and {"dice_1", "dice_2"} <= result.metrics["valid"].keys()
+    assert any("validation split" in result.metrics[key] for key in ("test_is",))
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda image, mask, name: (image, mask * 255), "Pairs[0]: its mask holds 255, where class indices 0 to 1 are needed"),
+    (lambda image, mask, name: (image.permute(1, 2, 0), mask), "Pairs[0]: its mask is torch.uint8 [64, 64], where whole numbers [64, 3] are needed"),
+    (lambda image, mask, name: (image, mask.float()), "Pairs[0]: its mask is torch.float32 [64, 64], where whole numbers [64, 64] are needed"),
+    (lambda image, mask, name: (image.int(), mask), "Pairs[0]: its image is torch.int32 [3, 64, 64], where uint8 or float [C, H, W] is needed"),
+    (lambda image, mask, name: image, "Pairs[0] is no (image, mask) or (image, mask, id): Tensor"), (lambda image, mask, name: ("a", mask), "Pairs[0] is no pair of tensors"),
+    (lambda image, mask, name: (image[:, : 32 + 32 * (name[-1] == "0")], mask[: 32 + 32 * (name[-1] == "0")]), "all must be alike"),
+])
+def test_a_pair_that_cannot_be_used_is_one_sentence(tiny, opened, change, said):
+    with pytest.raises(ValueError) as caught:
+        fit(tiny(), data=(Pairs(opened.train, change), Pairs(opened.valid)))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data, said", [(lambda data: data.train, "data is a SegmentationData, or two or three Datasets"), (lambda data: [data.train], "two or three"),
+                                        (lambda data: (data.train, iter([1])), "is needed, and list_iterator lacks them"), (lambda data: (data.train, []), "list holds no pairs"),
+                                        (lambda data: (data.train, Pairs(data.valid, lambda image, mask, name: (image[:1], mask))), "differ in their channels: 3, 1")])
+def test_data_that_cannot_be_used_are_one_sentence(tiny, opened, data, said):
+    with pytest.raises(ValueError) as caught:
+        fit(tiny(), data=data(opened))
+    assert said in str(caught.value) and not tiny().folder.exists()
+
+
+def test_an_augmentation_of_ones_own_draws_the_same_after_a_continuation(tiny):
+    def augment(images, masks, generator):
+        noisy = images.float() / 127.5 - 1 + 0.1 * torch.randn(images.shape, generator=generator) + 0.1 * torch.rand(1)  # both kinds of draws
+        return noisy, masks
+
+    whole = fit(tiny(name="whole"), augment=augment)
+    with pytest.raises(Stop):
+        fit(tiny(), augment=augment, callbacks=[StopAfter(6)])
+    assert scores(fit(tiny(resume=True), augment=augment).folder) == scores(whole.folder)
+    with pytest.raises(ValueError, match=r"returned \[\[4, 3, 64, 64\], \[4, 3, 64, 64\]\]: images"):
+        fit(tiny(name="wrong"), augment=lambda images, masks: (images, images))
+
+
+def test_a_loss_that_is_no_scalar_is_one_sentence(tiny):
+    for loss, said in ((lambda logits, labels: logits.mean(dim=0), r"returned a tensor \[2, 64, 64\]"), (lambda logits, labels: 1.0, "returned float: a scalar tensor")):
+        with pytest.raises(ValueError, match=said):
+            fit(tiny(), loss=loss)
+
+
+# callbacks
+
+class Told:
+    """A callback that writes down when it was called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def before_fit(self, state):
+        self.calls.append(("before_fit", state.epoch, state.metrics))
+
+    def after_batch(self, state):
+        self.calls.append(("after_batch", state.epoch, state.step, float(state.loss) > 0))
+
+    def after_epoch(self, state):
+        self.calls.append(("after_epoch", state.epoch, len(state.history)))
+        state.history[-1]["added"] = float(state.epoch)
+
+    def after_fit(self, state):
+        self.calls.append(("after_fit", state.metrics is not None))
+
+
+def test_callbacks_are_called_in_order_and_may_add_numbers_and_stop(tiny):
+    told = Told()
+
+    def stop(state):
+        state.stop = state.epoch == 2
+
+    result = fit(tiny(epochs=9, validate_every=5), callbacks=[told, Calling(stop)])
+    steps = [[("after_batch", epoch, step, True) for step in range(1, 5)] + [("after_epoch", epoch, epoch)] for epoch in (1, 2)]
+    assert told.calls == [("before_fit", 0, None), *steps[0], *steps[1], ("after_fit", True)]
+    assert [row["added"] for row in csv.DictReader((result.folder / "history.csv").open())] == ["1.0", "2.0"]
+    assert result.metrics["train"]["epochs"] == 2 and "valid_dice" in result.history[1], "the last epoch is validated"
+    assert result.metrics["given"]["callbacks"] == [f"{__name__}.Told", f"{__name__}.Calling"]
+    told.calls.clear()
+    with pytest.raises(Stop):
+        fit(tiny(name="failed"), callbacks=[told, StopAfter(2)])
+    assert told.calls[-1] == ("after_fit", False)
+    with pytest.raises(ValueError, match="a callback is an object with one of before_fit, after_batch, after_epoch, after_fit, and <built-in function print> has none"):
+        fit(tiny(name="function"), callbacks=[print])
+
+
+def test_what_a_callback_does_wrong_costs_no_epoch(tiny, uninterrupted):
+    def fail(state):
+        raise Stop
+
+    for _ in range(2):
+        with pytest.raises(Stop):
+            fit(tiny(resume=True), callbacks=[Calling(fail)])
+    assert torch.load(tiny().folder / "resume.pt", weights_only=True)["progress"]["epoch"] == 2
+    assert scores(fit(tiny(resume=True)).folder) == scores(uninterrupted)
+
+
+def test_early_stopping_counts_validations_since_the_best_and_stays_stopped(tiny, monkeypatch):
+    dices = iter([50.0, 60.0, 55.0, math.nan, 58.0, 70.0])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": 1.0, "mae": 1.0, "acc": 99.0, "dice": next(dices, 60.0), "iou": 40.0})
+    config = dict(size=32, epochs=9)
+    stopped = fit(tiny(**config), callbacks=[EarlyStopping(patience=3)])
+    assert [row["epoch"] for row in stopped.history] == [1, 2, 3, 4, 5] and stopped.metrics["best"]["dice"] == {"epoch": 2, "value": 60.0}
+    again = fit(tiny(**config, resume=True), callbacks=[EarlyStopping(patience=3)])
+    assert len(again.history) == 5
+    more = fit(tiny(**config, resume=True), callbacks=[EarlyStopping(patience=9)])
+    assert len(more.history) == 9
+    for wrong in ({"patience": 0}, {"measure": "f1"}):
+        with pytest.raises(ValueError, match="patience is at least 1 and measure one of"):
+            EarlyStopping(**wrong)
+
+
+class Averaging:
+    """The moving average by hand, beside the one that is tested."""
+
+    def __init__(self, decay: float):
+        self.decay, self.average = decay, None
+
+    def after_batch(self, state):
+        now = {name: value.double() for name, value in state.model.state_dict().items() if value.is_floating_point()}
+        self.average = now if self.average is None else {name: self.decay * self.average[name] + (1 - self.decay) * now[name] for name in now}
+
+
+def test_the_moving_average_is_validated_kept_and_resumed(tiny):
+    by_hand = Averaging(0.8)
+    whole = fit(tiny(name="whole", validate_every=3), callbacks=[EMA(0.8), by_hand])
+    kept = QTSeg.from_pretrained(whole.checkpoint_dir).state_dict()
+    last = QTSeg.from_pretrained(whole.folder / "last").state_dict()
+    for name, value in by_hand.average.items():
+        torch.testing.assert_close(kept[name].double(), value, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(kept["encoder.down2.conv.weight"], last["encoder.down2.conv.weight"])
+    plain = fit(tiny(name="plain", validate_every=3))
+    assert [row["train_loss"] for row in whole.history] == [row["train_loss"] for row in plain.history], "training itself is the same"
+    assert scores(whole.folder) != scores(plain.folder)
+    with pytest.raises(Stop):
+        fit(tiny(validate_every=3), callbacks=[EMA(0.8), StopAfter(6)])
+    with pytest.raises(ValueError, match="was begun with the callbacks EMA: give them again"):
+        fit(tiny(validate_every=3, resume=True))
+    assert scores(fit(tiny(validate_every=3, resume=True), callbacks=[EMA(0.8)]).folder) == scores(whole.folder)
+    with pytest.raises(ValueError, match="decay is above 0 and below 1"):
+        EMA(1.0)
+
+
+def test_a_damaged_average_is_refused(tiny):
+    with pytest.raises(Stop):
+        fit(tiny(), callbacks=[EMA(0.8), StopAfter(6)])
+    state = torch.load(tiny().folder / "resume.pt", weights_only=True)
+    for change in (lambda kept: kept.popitem(), lambda kept: kept.update({"module.encoder.down2.conv.weight": endless(None)})):
+        damaged = copy.deepcopy(state)
+        change(damaged["callbacks"]["EMA"])
+        torch.save(damaged, tiny().folder / "resume.pt")
+        with pytest.raises(ValueError, match="the average of the weights in resume.pt does not fit the network"):
+            fit(tiny(resume=True), callbacks=[EMA(0.8)])
+
+
+# one channel, and splits as Datasets
+
+def test_grey_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tmp_path):
+    source = tmp_path / "grey"
+    for part in ("images", "masks"):
+        (source / part).mkdir(parents=True)
+    for number in range(12):
+        image = np.random.default_rng(number).integers(0, 4096, (64, 64)).astype(np.uint16)
+        mask = np.zeros((64, 64), np.uint8)
+        mask[16:48, 8 * (number % 4) : 8 * (number % 4) + 24] = 255
+        Image.fromarray(image).save(source / "images" / f"{number}.png")
+        Image.fromarray(mask).save(source / "masks" / f"{number}.png")
+    config = tiny(data=str(source), cache=str(tmp_path / "cache"), channels=1, epochs=2)
+    data = training.open_data(config)
+    assert data.shape == (1, 64, 64) and data.white == 4095 and data.train[0][0].shape == (1, 64, 64)
+    three = training.open_data(dataclasses.replace(config, channels=3))
+    assert torch.equal(three.train[0][0], data.train[0][0].expand(3, -1, -1)) and three.cache_folder == data.cache_folder
+    result = fit(config)
+    network = load_network(result.checkpoint_dir)
+    assert network.config["in_channels"] == 1 and evaluate(network, data.test or data.valid, 2)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
+    assert json.loads((result.checkpoint_dir / "preprocessor_config.json").read_text())["channels"] == 1
+
+
+def test_images_in_color_are_not_opened_as_grey_ones(tiny):
+    with pytest.raises(ValueError, match="holds images in color: open it with channels=3"):
+        fit(tiny(channels=1))
+    with pytest.raises(ValueError, match="channels is 1 or 3, got 4: for others, give fit a Dataset of your own"):
+        fit(tiny(channels=4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_split_is_a_dataset_for_a_dataloader(opened, workers):
+    context = {"multiprocessing_context": "spawn"} if workers else {}
+    batches = list(torch.utils.data.DataLoader(opened.train, batch_size=5, num_workers=workers, **context))
+    expected = opened.train.batch(range(len(opened.train)))
+    assert torch.equal(torch.cat([images for images, _, _ in batches]), expected.images)
+    assert torch.equal(torch.cat([masks for _, masks, _ in batches]), expected.masks)
+    assert [name for _, _, names in batches for name in names] == expected.ids and isinstance(opened.train, torch.utils.data.Dataset)
+    assert len(pickle.dumps(opened.train)) < 10_000, "the cache's bytes do not travel to a worker"
+    with pytest.raises(IndexError):
+        opened.train[len(opened.train)]
+
+
+def test_albumentations_take_the_pairs_of_a_split(opened):
+    albumentations = pytest.importorskip("albumentations", reason="albumentations is not installed")
+    flip = albumentations.HorizontalFlip(p=1.0)
+
+    def change(image, mask, name):
+        both = flip(image=image.permute(1, 2, 0).numpy(), mask=mask.numpy())
+        return torch.from_numpy(both["image"].copy()).permute(2, 0, 1), torch.from_numpy(both["mask"].copy()), name
+
+    image, mask, _ = Pairs(opened.train, change)[3]
+    assert torch.equal(image, opened.train[3][0].flip(2)) and torch.equal(mask, opened.train[3][1].flip(1))
+
+
 # the papermill notebook
 
 def papermill(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess, Path]:
@@ -918,11 +1235,10 @@ def test_the_notebook_has_every_field_and_the_demos_values():
     assert given == TrainConfig.from_dict(yaml.safe_load((ROOT / "nbs/experiments/params/demo.yaml").read_text())).to_dict()
 
 
-def test_papermill_refuses_unknown_and_ill_typed_parameters(tmp_path):
-    done, _ = papermill(tmp_path, "-p", "epoch", "3")
-    assert done.returncode != 0 and "unknown configuration keys: epoch" in done.stderr
-    done, _ = papermill(tmp_path, "-p", "lr", "fast")
-    assert done.returncode != 0 and "lr is a number, not 'fast'" in done.stderr
+def test_the_notebook_refuses_unknown_and_ill_typed_parameters(tmp_path):
+    notebook = ROOT / "nbs/experiments/train.ipynb"
+    assert "unknown configuration keys: epoch" in refused_parameters(notebook, runs=str(tmp_path), epoch=3)
+    assert "lr is a number, not 'fast'" in refused_parameters(notebook, runs=str(tmp_path), lr="fast")
     assert not (tmp_path / "demo").exists()
 
 
