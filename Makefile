@@ -66,7 +66,8 @@ test: $(READY)
 	fi
 	echo "==> Running everything that must pass: repository, chapters, network, data, training, evaluation, prediction, export, widgets"
 	# One thread for each process: twice as fast as two for one. Bytecode is kept, for a hundred processes import the package.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	# logical: a worker for every CPU; auto counts physical cores only, and a virtual machine with two CPUs often has one of them.
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 audit: $(READY)
 	@echo "==> Unsafe code: ruff's S rules; exceptions and their reasons stand in pyproject.toml"

@@ -1,12 +1,14 @@
 """What several tests share: the repository's root, the golden numbers and the weights they belong to."""
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 import zipfile
 import zlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -36,6 +38,31 @@ def zipped(source: Path, target: Path, prefix: str = "") -> Path:
             if path.is_file():
                 archive.write(path, prefix + path.relative_to(source).as_posix())
     return target
+
+
+def run_notebook(notebook: Path, output: Path, /, **parameters) -> None:
+    """Execute a notebook through papermill into `output`, whose folder is where its kernel works."""
+    import papermill
+
+    papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, cwd=str(output.parent))
+
+
+def refused_parameters(notebook: Path, /, **parameters) -> str:
+    """The message with which a papermill notebook refuses parameters.
+
+    Imports, parameters, what papermill injects after them, and the cells that check: all in this process, since a kernel takes seconds to start.
+    """
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    place = next(number for number, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+    space: dict = {}
+    with patch("qtseg.training.keep_freed_memory"), pytest.raises(ValueError) as error:
+        for number in range(place - 1, place + 3):
+            exec(TransformerManager().transform_cell("".join(cells[number]["source"])), space)
+            if number == place:
+                space |= parameters
+    return str(error.value)
 
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:

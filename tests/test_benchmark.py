@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, refused_parameters, run_notebook
 
 NOTEBOOK = ROOT / "nbs/experiments/benchmark.ipynb"
 TINY = {"width": 4, "repeats": 1, "seconds": 0.0, "memory": False, "threads": 1, "engines": ["naive", "fused"], "rivals": [],
@@ -26,21 +25,17 @@ def parameters() -> dict:
     return given
 
 
-def papermill(folder: Path, **given) -> tuple[subprocess.CompletedProcess, dict | None]:
-    """Run the notebook; its JSON, or None where it wrote none."""
-    done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR", str(NOTEBOOK), str(folder / "executed.ipynb"),
-                           "-y", yaml.safe_dump({"output": str(folder / "out"), **given})], cwd=folder, capture_output=True, text=True, timeout=400)
-    path = folder / "out/benchmark.json"
-    return done, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def benchmark(folder: Path, **given) -> dict:
+    """Run the notebook; its JSON."""
+    run_notebook(NOTEBOOK, folder / "executed.ipynb", output=str(folder / "out"), **given)
+    return json.loads((folder / "out/benchmark.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict:
     """One tiny run of all sections."""
     folder = tmp_path_factory.mktemp("benchmark")
-    done, written = papermill(folder, **TINY)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {**written, "files": {path.name for path in (folder / "out").iterdir()}}
+    return {**benchmark(folder, **TINY), "files": {path.name for path in (folder / "out").iterdir()}}
 
 
 def rows(report: dict, section: str) -> dict[str, dict]:
@@ -81,20 +76,19 @@ def test_device_versions_claims_and_figures(report):
 
 
 def test_wrong_parameters_are_refused(tmp_path):
-    done, written = papermill(tmp_path, repeat=3, sizes=[64], inference_cases=[[64]], engines=["warp"])
-    assert done.returncode != 0 and written is None
+    said = refused_parameters(NOTEBOOK, output=str(tmp_path / "out"), repeat=3, sizes=[64], inference_cases=[[64]], engines=["warp"])
+    assert not (tmp_path / "out").exists()
     for words in ("unknown parameter repeat;", "unknown parameter sizes;", "inference_cases is a list of pairs [size, batch], not [[64]]",
                   "engines is a list of names out of naive, eager"):
-        assert words in done.stderr
+        assert words in said
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory on a CPU is read from Linux's /proc")
 def test_what_is_missing_is_a_row_and_memory_grows_with_the_batch(tmp_path):
     """A package that cannot be imported leaves a sentence in its row; a larger batch needs more memory."""
     (tmp_path / "segmentation_models_pytorch.py").write_text("raise ImportError('this machine has none')\n")  # the notebook's folder comes first
-    done, written = papermill(tmp_path, **{**TINY, "sections": ["training"], "memory": True, "training_engines": ["eager"],
-                                           "training_rivals": ["unet"], "training_cases": [[128, 1], [128, 8]]})
-    assert done.returncode == 0, done.stderr[-3000:]
+    written = benchmark(tmp_path, **{**TINY, "sections": ["training"], "memory": True, "training_engines": ["eager"],
+                                     "training_rivals": ["unet"], "training_cases": [[128, 1], [128, 8]]})
     found = [row for row in written["rows"] if row["section"] == "training"]
     assert {row.get("missing") for row in found if row["name"] == "unet"} == {"this machine has none"}
     small, large = (row["memory_mb"] for row in found if row["name"] == "eager")

@@ -3,22 +3,17 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, refused_parameters, run_notebook
 from qtseg.phantoms import phantom
 from qtseg.training import TrainConfig, fit
 
-
-def papermill(name: str, output: Path, *options: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR",
-                           str(ROOT / f"nbs/experiments/{name}.ipynb"), str(output), *options], capture_output=True, text=True, cwd=output.parent)
+NOTEBOOKS = ROOT / "nbs/experiments"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +24,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_evaluate_scores_a_checkpoint(checkpoint, tmp_path):
-    done = papermill("evaluate", tmp_path / "evaluated.ipynb", "-p", "checkpoint", str(checkpoint.parent), "-p", "split", "valid", "-p", "output",
-                     str(tmp_path / "result"), "-p", "progress", "False")  # a run is taken for its checkpoint
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_notebook(NOTEBOOKS / "evaluate.ipynb", tmp_path / "evaluated.ipynb", checkpoint=str(checkpoint.parent), split="valid",
+                 output=str(tmp_path / "result"), progress=False)  # a run is taken for its checkpoint
     result = json.loads((tmp_path / "result/evaluation.json").read_text())
     rows = list(csv.DictReader((tmp_path / "result/images.csv").open()))
     dice = [float(row["dice"]) for row in rows if row["size"] == "own"]
@@ -50,9 +44,8 @@ def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
     script = "<img src=x onerror=alert(1)>"
     (images / f"{script}.png").write_bytes((images / "0.png").read_bytes())
     (images / f"{script} broken.png").write_bytes(b"")
-    done = papermill("predict", tmp_path / "predicted.ipynb", "-p", "checkpoint", str(checkpoint), "-y", json.dumps({"inputs": [str(images)]}),
-                     "-p", "output", str(tmp_path / "masks"), "-p", "progress", "False")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_notebook(NOTEBOOKS / "predict.ipynb", tmp_path / "predicted.ipynb", checkpoint=str(checkpoint), inputs=[str(images)],
+                 output=str(tmp_path / "masks"), progress=False)
     for number, size in enumerate((40, 64, 97)):
         assert Image.open(tmp_path / f"masks/{number}.png").size == (size, size)
     assert {row["file"] for row in csv.DictReader((tmp_path / "masks/errors.csv").open())} == {"broken.png", f"{script} broken.png"}
@@ -62,9 +55,9 @@ def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
     assert len(tables) == 2 and not any("<img" in text for text in shown) and all("&#60;img src" in text for text in tables)
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("evaluate", ["-p", "chekpoint", "x", "-p", "batch", "many"], ["unknown parameters: chekpoint", "of the wrong type: batch"]),
-    ("predict", ["-p", "input", "x", "-p", "tta", "yes please"], ["unknown parameters: input", "of the wrong type: tta"])])
-def test_unknown_and_ill_typed_parameters_are_refused(tmp_path, name, options, words):
-    done = papermill(name, tmp_path / "out.ipynb", *options)
-    assert done.returncode != 0 and all(word in done.stderr for word in words), done.stderr[-2000:]
+@pytest.mark.parametrize("name, given, words", [
+    ("evaluate", {"chekpoint": "x", "batch": "many"}, ["unknown parameters: chekpoint", "of the wrong type: batch"]),
+    ("predict", {"input": "x", "tta": "yes please"}, ["unknown parameters: input", "of the wrong type: tta"])])
+def test_unknown_and_ill_typed_parameters_are_refused(name, given, words):
+    said = refused_parameters(NOTEBOOKS / f"{name}.ipynb", **given)
+    assert all(word in said for word in words)

@@ -286,13 +286,13 @@ def test_sources_and_images_in_every_form(network, tmp_path):
     (tmp_path / "images").mkdir()
     Image.fromarray(picture).save(tmp_path / "images" / "a.png")
     expected = TokenExplorer(network, picture).decoded.logits
-    for images in (picture, [picture], Image.fromarray(picture), tmp_path / "images" / "a.png", [str(tmp_path / "images" / "a.png")], tmp_path / "images"):
-        for source in (run, str(run / "best_dice")):
-            panel = TokenExplorer(source, images)
-            assert panel.names == ("ground", "one", "two")
-            np.testing.assert_allclose(panel.decoded.logits, expected, atol=1e-4)
-            if source == run:
-                assert np.array_equal(ShapeTracer(source, images, depth=1).image, picture)
+    sources = [run] * 6 + [str(run / "best_dice")]
+    forms = [picture, [picture], Image.fromarray(picture), tmp_path / "images" / "a.png", [str(tmp_path / "images" / "a.png")], tmp_path / "images", picture]
+    for source, images in zip(sources, forms, strict=True):
+        panel = TokenExplorer(source, images)
+        assert panel.names == ("ground", "one", "two")
+        np.testing.assert_allclose(panel.decoded.logits, expected, atol=1e-4)
+        assert np.array_equal(ShapeTracer(source, images, depth=1).image, picture)
     with pytest.raises(FileNotFoundError, match="nowhere is no folder: name a checkpoint"):
         TokenExplorer(tmp_path / "nowhere", picture)
     for widget in (TokenExplorer, ShapeTracer):
