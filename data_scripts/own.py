@@ -1,9 +1,9 @@
 """Your own images and masks. python data_scripts/own.py --images A --masks B --folds 5 --patient 'patient(\\d+)'
 
-A mask has its image's name, perhaps with _mask, _seg, _segmentation, _label or _gt after it, or mask_ before it. Sub-folders
-are part of the name: A/p3/x.png and B/p3/x_mask.png. A and B may be the same folder, if the masks' names say what they are.
-How the masks are read is decided from all of them together. Images of one patient share a fold; each kind of case
-(--stratum) is spread over the folds.
+A mask has its image's name, perhaps with _mask, _seg, _segmentation, _label or _gt after it, or mask_ before it.
+Sub-folders are part of the name: A/p3/x.png and B/p3/x_mask.png. A and B may be the same folder, if the masks' names
+say what they are. How the masks are read is decided from all of them together. Images of one patient share a fold;
+each kind of case (--stratum) is spread over the folds.
 """
 import argparse
 import os
@@ -101,6 +101,11 @@ def describe(chosen: argparse.Namespace) -> DataSet:
             re.compile(pattern or "")
         except re.error as error:
             raise ValueError(f"{option} is no regular expression: {error}") from error
+    place = Path(chosen.root).expanduser().resolve() / chosen.name
+    for folder in (chosen.images, chosen.masks):
+        if place.is_relative_to(Path(folder).expanduser().resolve()):
+            raise ValueError(f"the prepared folder {place} would lie in {folder}, whose pictures it is made from: "
+                             "name another --root")
     kind = ("index" if count > 2 else "binary") if chosen.masks_are == "auto" else chosen.masks_are
     reading = {"masks": "any" if chosen.instances else kind, "classes": count, "mask_values": values,
                "ignore_value": None if chosen.ignore is None else value(chosen.ignore)}

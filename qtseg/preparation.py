@@ -863,6 +863,8 @@ def steps(dataset: DataSet, chosen: argparse.Namespace) -> None:
     if chosen.workers is not None and chosen.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {chosen.workers}")
     root = Path(chosen.root).expanduser().absolute()
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--root must be a folder, and {root} is a file")
     print(dataset.terms, flush=True)
     if chosen.download_only:
         print("downloaded:", *map(printable, dataset.download(root / "downloads")), sep="\n  ")

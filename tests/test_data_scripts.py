@@ -442,6 +442,18 @@ def test_own_wishes_that_cannot_be_met(tmp_path):
         assert sentence in "\n".join(refused(tmp_path, *arguments)), arguments
 
 
+def test_own_writes_neither_into_its_source_nor_below_a_file(tmp_path):
+    painted(tmp_path, lambda mask, i: (mask > 0).astype(np.uint8) * 255)
+    before = sorted(tmp_path.rglob("*"))
+    for root, sentence in (("A", "would lie in .*A, whose pictures it is made from: name another --root"), ("B/deep", "would lie in .*B,"),
+                           ("A/x0.png", "would lie in"), ("file", "--root must be a folder, and .*file is a file")):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(SystemExit, match=sentence):
+            own_run(tmp_path, "--root", str(tmp_path / root))
+    (tmp_path / "file").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_own_problems_all_at_once(tmp_path):
     for i in range(4):
         save(tmp_path / "A" / f"a{i}.png", picture(i))
