@@ -236,8 +236,11 @@ class Preprocessing:
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """uint8 RGB [H, W, 3] -> uint8 [size, size, channels] in the stored colour space, as in the cache."""
-        small = to_colour(resize_image(image, self.size, self.resize), self.colour)
-        return small if self.channels == 3 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)[..., None]
+        return self.stored(resize_image(image, self.size, self.resize))
+
+    def stored(self, image: np.ndarray) -> np.ndarray:
+        """uint8 RGB [H, W, 3] -> uint8 [H, W, channels] in the stored colour space; of one channel, the luminance."""
+        return to_colour(image, self.colour) if self.channels == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
 
 # %% ../nbs/01_data.ipynb #data049c
 PREPROCESSING_FILE = "preprocessor_config.json"

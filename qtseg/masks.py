@@ -62,23 +62,22 @@ def stored_values(picture: Picture, look_up: bool = False) -> np.ndarray:
 
 def _codes(colors: np.ndarray, tolerance: int = 0) -> np.ndarray:
     """RGB [H, W, 3] -> codes [H, W]; grey where no two channels differ by more than the tolerance."""
-    red, green, blue = cv2.split(colors)
-    if max(cv2.absdiff(*pair).max() for pair in ((red, green), (green, blue), (blue, red))) <= tolerance:
-        return green
-    codes = np.empty(colors.shape[:2], np.uint32)
+    codes = np.ascontiguousarray(colors[:, :, 1])
     for band in _bands(colors):
         red, green, blue = cv2.split(colors[band])
-        grey = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue) <= tolerance
-        if colors.dtype != np.uint8 and not grey.all():
+        grey = cv2.subtract(cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)) <= tolerance
+        if grey.all():
+            continue
+        if colors.dtype != np.uint8:
             raise ValueError("is a colored mask of 16 bits: save it with 8 bits a channel")
-        colored = red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue | COLORED
-        codes[band] = np.where(grey, green, colored)
+        codes = codes.astype(np.uint32, copy=False)
+        codes[band] = np.where(grey, green, red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue | COLORED)
     return codes
 
 
 def _bands(pixels: np.ndarray) -> Iterable[slice]:
-    """Slices of rows with some four million pixels each, so that what is computed for colors stays small."""
-    rows = max(1, (1 << 22) // pixels.shape[1])
+    """Slices of rows with some 260,000 pixels each, so that what is computed for colors stays small."""
+    rows = max(1, (1 << 18) // pixels.shape[1])
     return (slice(first, first + rows) for first in range(0, len(pixels), rows))
 
 
@@ -143,6 +142,17 @@ def _count(codes: np.ndarray) -> dict[int, int]:
     return dict(sorted(total.most_common(4096)))
 
 # %% ../nbs/reference/masks.ipynb #masks011p
+def _steady(codes: np.ndarray, low: int, high: int) -> float:
+    """The share of the codes between `low` and `high` that equal their right neighbor; 1 if there are none."""
+    inside = equal = 0
+    for band in _bands(codes):
+        left, right = codes[band, :-1], codes[band, 1:]
+        between = (left > low) & (left < high)
+        inside += np.count_nonzero(between)
+        equal += np.count_nonzero(between & (left == right))
+    return equal / inside if inside else 1.0
+
+
 def look_at(name: str, codes: np.ndarray, picture: Picture | None = None) -> MaskValues:
     """Count what one mask holds.
 
@@ -158,8 +168,7 @@ def look_at(name: str, codes: np.ndarray, picture: Picture | None = None) -> Mas
             span = cv2.dilate(codes, kernel) - cv2.erode(codes, kernel)
             tolerance = max(counts) // 16 if max(counts) >= 64 else 0
             flat = _count(codes[span <= tolerance]) if (span <= tolerance).any() else {}
-        inside = (codes[:, :-1] > min(counts)) & (codes[:, :-1] < max(counts))
-        steady = float((codes[:, 1:] == codes[:, :-1])[inside].mean()) if inside.any() else 1.0
+        steady = _steady(codes, min(counts), max(counts))
     if picture is None:
         return MaskValues(name, counts, flat, steady, codes.size)
     colors = [] if picture.palette is None else _codes(picture.palette[None])[0].tolist()

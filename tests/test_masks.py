@@ -2,6 +2,11 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -428,3 +433,34 @@ def test_reading_in_pieces_equals_reading_at_once(tmp_path):
     assert mixed.classes_of(np.array([[0, 1]], np.uint8), top=255).tolist() == [[0, 0]]
     picture = read_picture(written(B, tmp_path / "a.jpg", quality=80))
     assert picture.format in LOSSY and stored_values(picture).dtype == np.uint8
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is measured on Linux only")
+def test_a_large_colored_mask_is_read_in_bands(tmp_path):
+    """36 megapixels whose columns alternate, so that no run is longer than one pixel; in a process of its own."""
+    for folder, size in (("small", 60), ("large", 6000)):
+        for part in ("images", "masks"):
+            (tmp_path / folder / part).mkdir(parents=True)
+        for name, side in (("a", 60), ("b", size)):
+            rows = (bytes(1) + bytes((200, 30, 30, 0, 0, 0)) * (side // 2)) * side
+            head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+            (tmp_path / folder / f"masks/{name}.png").write_bytes(
+                b"\x89PNG\r\n\x1a\n" + hostile.chunk(b"IHDR", head) + hostile.chunk(b"IDAT", zlib.compress(rows, 1)) + hostile.chunk(b"IEND", b""))
+            Image.new("RGB", (side, side)).save(tmp_path / folder / f"images/{name}.jpg")
+    code = """
+import re, sys, time
+from pathlib import Path
+from qtseg.data import SegmentationData
+
+def megabytes(what):
+    return int(re.search(what + r":\\s*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+for folder in ("small", "large"):  # the small set loads what is loaded once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, begun = megabytes("VmRSS"), time.process_time()
+    SegmentationData.open(f"{sys.argv[1]}/{folder}", size=64, masks="any", cache=f"{sys.argv[1]}/cache", progress=False, workers=1)
+print(megabytes("VmHWM") - before, time.process_time() - begun)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    megabytes, seconds = map(float, done.stdout.split())
+    assert megabytes < 400 and seconds < 5, f"{megabytes} MB, {seconds} s of the processor"
