@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .colors import class_colors
-from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_preprocessing, rgb_of, to_colour
+from .data import EXTENSIONS, Preprocessing, in_order, normalise, outline, read_preprocessing, rgb_of
 from .evaluation import class_probabilities, decide, undo_resize, weights_sha256
 from .files import (NO_SPACE, Picture, csv_cell, is_picture, limit, printable, read_json, read_picture, read_table,
                          same_form, walk, write_then_rename)
@@ -141,13 +141,13 @@ WORKERS = min(8, os.cpu_count() or 1)  # threads that read, and as many that fin
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _check_channels(network: object) -> None:
-    """Refuse a network that takes another number of channels than the three of RGB."""
+def _check_channels(network: object, made: int) -> None:
+    """Refuse a network that takes another number of channels than its preprocessing makes of a file."""
     config = getattr(network, "config", None)
-    channels = config.get("in_channels", 3) if isinstance(config, dict) else 3
-    if channels != 3:
-        raise ValueError(f"the network takes images of {channels} channel(s), and prediction reads files as RGB, "
-                         "which are 3: train a network with in_channels=3 (grey images become three equal channels)")
+    channels = config.get("in_channels", made) if isinstance(config, dict) else made
+    if channels != made:
+        raise ValueError(f"the network takes images of {channels} channel(s), and its preprocessing makes {made} of a file: "
+                         "train a network with channels 1 or 3, or call it on tensors of your own")
 
 
 def _check_finite(maps: np.ndarray) -> None:
@@ -167,7 +167,7 @@ class _Core:
                              f"{len(preprocessing.class_names)} ({', '.join(preprocessing.class_names)})")
         if amp not in AMP:
             raise ValueError(f"amp is one of {', '.join(AMP)}, not {amp!r}")
-        _check_channels(network)
+        _check_channels(network, preprocessing.channels)
         self.device = choose_device(device)
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
         self.preprocessing, self.classes, self.class_names = preprocessing, classes, preprocessing.class_names
@@ -359,7 +359,7 @@ class _Windows(_Images):
     def _strip(self, pixels: np.ndarray, weight: Tensor, overlap: float, batch: int) -> np.ndarray:
         """One row of windows: uint8 RGB [window, W, 3] -> maps [K, window, W], blended from left to right by weight [window]."""
         window = len(weight)
-        images = torch.from_numpy(to_colour(pixels, self.preprocessing.colour)).permute(2, 0, 1)[None]  # [1, 3, window, W]
+        images = torch.from_numpy(self.preprocessing.stored(pixels)).permute(2, 0, 1)[None]  # [1, C, window, W]
         blended = _monai().sliding_window_inference(  # MONAI computes in its input's type, so the bytes travel as floats
             images.float(), (window, window), batch, lambda part: self.forward(part.byte())[:, self.first_map:], overlap,
             roi_weight_map=weight.expand(window, window))
@@ -447,7 +447,7 @@ class Predictor(_Large):
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
         folder = find_checkpoint(folder)
         model, preprocessing = load_network(folder), read_preprocessing(folder)
-        _check_channels(model)
+        _check_channels(model, preprocessing.channels)
         if engine == "onnx" and (options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu")):
             raise ValueError("ONNX Runtime computes on the CPU, in the precision of its file: leave device and amp as they are")
         network = model.fuse() if engine == "torch" else open_onnx(folder)

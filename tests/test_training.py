@@ -28,7 +28,10 @@ from PIL import Image
 
 from qtseg import training
 from qtseg.augmentation import Augmentation
-from qtseg.data import SegmentationData
+from qtseg.data import SegmentationData, normalise
+from qtseg.evaluation import SIZES, evaluate_checkpoint
+from qtseg.export import export_onnx
+from qtseg.inference import OnnxNetwork, Predictor
 from qtseg.losses import ce_dice_loss
 from qtseg.model import BASELINES, Baseline, QTSeg, load_network
 from qtseg.phantoms import write_prepared
@@ -1181,6 +1184,16 @@ def test_grey_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
     network = load_network(result.checkpoint_dir)
     assert network.config["in_channels"] == 1 and evaluate(network, data.test or data.valid, 2)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
     assert json.loads((result.checkpoint_dir / "preprocessor_config.json").read_text())["channels"] == 1
+    path, _ = data.valid.paths[0]
+    with torch.no_grad():
+        logits = network(normalise(data.valid.batch([0]).images))
+    mask = Predictor.from_checkpoint(result.checkpoint_dir, device="cpu").predict(path)
+    assert (mask == logits.argmax(dim=1)[0].numpy()).all()
+    scored = evaluate_checkpoint(result.folder, device="cpu")
+    assert scored.dice(SIZES[0]).mean() == pytest.approx(result.metrics["test"]["dice"], abs=1e-4) and scored.ids == data.valid.ids
+    assert export_onnx(result.checkpoint_dir) < 1e-3
+    onnx = OnnxNetwork(result.checkpoint_dir / "model.onnx", 1)(normalise(data.valid.batch([0]).images))
+    torch.testing.assert_close(onnx, logits, atol=1e-3, rtol=0)
 
 
 def test_images_in_color_are_not_opened_as_grey_ones(tiny):
