@@ -35,9 +35,9 @@ from .files import limit, printable, read_json, write_then_rename
 from .speed import accelerate
 
 # %% auto #0
-__all__ = ['BASELINES', 'NETWORKS', 'pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'Network', 'Forms', 'find_checkpoint',
-           'shapes_only', 'Checkpoints', 'EncoderWeights', 'QTSeg', 'official_names', 'to_official', 'load_official',
-           'Baseline', 'load_network']
+__all__ = ['RANDOM_FILLS', 'BASELINES', 'NETWORKS', 'pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'Network', 'Forms',
+           'find_checkpoint', 'shapes_only', 'Checkpoints', 'EncoderWeights', 'QTSeg', 'official_names', 'to_official',
+           'load_official', 'Baseline', 'load_network']
 
 # %% ../nbs/08_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
@@ -299,17 +299,33 @@ def _build(network: type[Segmenter], folder: Path) -> Segmenter:
         raise ValueError(printable(f"{path} describes no network that can be built ({str(error)[:300]})")) from None
 
 # %% ../nbs/08_model.ipynb #mdl-shapes
-class _RealLinspace(TorchFunctionMode):
-    """Leaves torch.linspace its memory: some encoders read their drop rates off a few evenly spaced numbers."""
+RANDOM_FILLS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Gives random and stacked tensors their shapes alone, where the meta device would import PyTorch's compiler: two seconds of work.
+
+    torch.linspace keeps its memory: some encoders read their drop rates off a few evenly spaced numbers.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **{**(kwargs or {}), **({"device": "cpu"} if function is torch.linspace else {})})
+        kwargs = kwargs or {}
+        if function in RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        if function is torch.randn:
+            function = torch.empty
+        elif function is torch.stack and len(args) == 1 and not kwargs and len({tensor.shape for tensor in args[0]}) == 1:
+            first = args[0][0]
+            function, args, kwargs = torch.empty, (len(args[0]), *first.shape), {"dtype": first.dtype}
+        elif function is torch.linspace:
+            kwargs = {**kwargs, "device": "cpu"}
+        return function(*args, **kwargs)
 
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Networks built inside have shapes and no memory (PyTorch's meta device), however large they are."""
-    with torch.device("meta"), _RealLinspace():
+    with torch.device("meta"), _WithoutNumbers():
         yield
 
 # %% ../nbs/08_model.ipynb #d1e5331e

@@ -4,6 +4,7 @@ from __future__ import annotations
 import codecs
 import json
 import pickle
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -514,6 +515,23 @@ def test_release_v0_3_1_is_refused(model, tmp_path):
     state = official(model)
     state["mask_decoder.DMAB_s2.layers.0.token_layernorm.weight"] = torch.zeros(128)
     refused_state(tmp_path, state, "v0.3.1", "v0.1.0")
+
+
+@pytest.mark.parametrize("build", [lambda: QTSeg(**SMALL), lambda: QTSeg(**SMALL, position="learned"), lambda: QTSeg(**SMALL, decoder="conv"), Baseline])
+def test_a_network_without_memory_has_the_same_names_shapes_and_types(build):
+    with shapes_only():
+        empty = build().state_dict()
+    real = build().state_dict()
+    assert {tensor.device.type for tensor in empty.values()} == {"meta"}
+    assert [(name, tensor.shape, tensor.dtype) for name, tensor in empty.items()] == [(name, tensor.shape, tensor.dtype) for name, tensor in real.items()]
+
+
+def test_loading_a_checkpoint_imports_no_compiler(model, tmp_path):
+    """It would double the time that qtseg-predict takes to start."""
+    model.save_pretrained(tmp_path)
+    code = "import sys; from qtseg.model import load_network; load_network(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert not {"torch._dynamo", "sympy"} & set(done.stdout.split())
 
 
 def stride_zero(state: dict) -> dict:
