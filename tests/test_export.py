@@ -160,7 +160,7 @@ def test_the_predictor_answers_alike_with_both_engines(exported):
 
 def test_torch_export_computes_the_same_logits(tmp_path):
     """With three classes; sides of 32 are not recorded."""
-    checkpoint = save_checkpoint(tmp_path / "a", small_network(3, decoder="conv"), Preprocessing(64, class_names=("a", "b", "c")))
+    checkpoint = save_checkpoint(tmp_path / "a", small_network(3, bridge="identity", decoder="conv"), Preprocessing(64, class_names=("a", "b", "c")))
     assert 0 <= export_torch(checkpoint) < 1e-4
     data = (checkpoint / "model.pt2").read_bytes()
     assert str(ROOT).encode() not in data and b"site-packages" not in data
