@@ -819,7 +819,8 @@ def _checked_network(model: nn.Module, config: TrainConfig, shape: tuple[int, in
         try:
             logits = model(images)
         except Exception as error:  # whatever somebody's network says about images that it cannot take
-            raise ValueError(f"{name} does not take images {list(images.shape)}: {str(error).splitlines()[:1]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{name} does not take images {list(images.shape)}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, config.classes, *shape[1:]):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{name} makes {got} of images {list(images.shape)}: logits {[1, config.classes, *shape[1:]]} are needed, "
@@ -956,7 +957,7 @@ class Trainer:
         self.progress, self.callbacks = Progress(), []
         if team is None or team.leads:
             self.callbacks = [*callbacks, *([Tracker()] if config.track else [])]
-        _refuse_no_callbacks(self.callbacks)
+        _refuse_no_callbacks(callbacks)
         self.state = FitState(config, data, self.model, self.model, self.progress.history)
 
     @cached_property
@@ -1183,8 +1184,6 @@ def _follow_schedule(trainer: Trainer, before: int) -> None:
 # %% ../nbs/11_training.ipynb #ebf64d9d
 def _load_callbacks(trainer: Trainer, kept: dict[str, dict]) -> None:
     """Give callbacks the states that they were saved with. ValueError for one that is missing, or refuses its state."""
-    if trainer.team is not None and not trainer.team.leads:
-        return  # they are the leader's
     there = {type(one).__name__: one for one in trainer.callbacks if hasattr(one, "load_state_dict")}
     missing = kept.keys() - there.keys() - {Tracker.__name__}  # which track=False switches off
     if missing:
@@ -1213,7 +1212,7 @@ def _load_state(trainer: Trainer) -> None:
         raise ValueError(f"{path} does not fit this run ({wrong}): it is damaged, or of another network, optimizer or version; "
                          f"delete {path.parent} and start again, or choose another name")
     _refuse_other_data(trainer, state)
-    _load_callbacks(trainer, state.get("callbacks", {}))
+    _led(trainer.team, _load_callbacks, trainer, state.get("callbacks", {}))
     for name in ("model", "optimiser", "scheduler", "scaler"):
         getattr(trainer, name).load_state_dict(state[name])
     trainer.progress = Progress(**state["progress"])

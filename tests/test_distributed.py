@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from safetensors.torch import load_file
 
 from qtseg import distributed, training
 from qtseg.augmentation import OPERATIONS, Augmentation
 from qtseg.distributed import TeamError, joined_team, main, read_parameters, read_yaml
 from qtseg.model import QTSeg
-from qtseg.training import TrainConfig, Trainer, fit
+from qtseg.training import EMA, TrainConfig, Trainer, fit
 
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -41,6 +42,13 @@ def set_free(folder: Path, name: str) -> TrainConfig:
 
 def free(folder: Path, name: str) -> TrainConfig:
     return tiny(folder, name=name, epochs=10)  # after six epochs it learns so fast still that last digits decide on the score
+
+
+def own_parts() -> dict:
+    """A network without BatchNorm, a loss, and a moving average."""
+    torch.manual_seed(0)
+    return {"model": torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 1)),
+            "loss": torch.nn.CrossEntropyLoss(), "callbacks": [EMA(0.9)]}
 
 
 # What the two processes do. They go through everything in one session, since starting them takes seconds; then each writes what it saw.
@@ -87,6 +95,7 @@ def work_of_two(folder: Path) -> None:
         seen = {"frozen": attempt(lambda: fit(frozen(folder, "two"), team=team)),
                 "free": attempt(lambda: fit(free(folder, "two_free"), team=team)),
                 "set_free": attempt(lambda: fit(set_free(folder, "two_set_free"), team=team)),
+                "own": attempt(lambda: fit(tiny(folder, name="two_own", epochs=2), **own_parts(), team=team)),
                 "stopped": disturbed(team, frozen(folder, "two_stopped", epochs=2), terminated),
                 "resumed": attempt(lambda: fit(frozen(folder, "two_stopped", epochs=2, resume=True), team=team)),
                 "nan": disturbed(team, frozen(folder, "two_nan"), lambda loss: loss * float("nan")),
@@ -147,6 +156,13 @@ def test_with_fixed_statistics_two_processes_reproduce_one(folder, two, name, co
     scored = [[{"epoch": 0, **metrics[part]} for part in ("valid", "test")] for metrics in (two[0][name]["metrics"], alone.metrics)]
     same_curve(*scored, FLIPPED)
     assert len({row["train_loss"] for row in alone.history}) == len(alone.history)
+
+
+def test_a_team_trains_what_is_given_as_one_process_does(folder, two):
+    alone = fit(tiny(folder, name="one_own", epochs=2), **own_parts())
+    same_curve(two[0]["own"]["history"], alone.history, FLIPPED)
+    for name, value in load_file(folder / "two_own" / "best_loss" / "model.safetensors").items():
+        torch.testing.assert_close(value, load_file(folder / "one_own" / "best_loss" / "model.safetensors")[name], atol=1e-4, rtol=1e-3)
 
 
 def test_the_run_that_is_reproduced_learns_something(two):
