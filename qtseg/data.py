@@ -229,7 +229,7 @@ class Preprocessing:
                              f"{tuple(COLOURS)}; got {self.size!r}, {self.resize!r}, {self.colour!r}")
         if not _whole_number(self.white, 1, 65535):
             raise ValueError(f"white is a whole number from 1 to 65535, got {self.white!r}")
-        if not _whole_number(self.channels, 1, 3) or self.channels == 2 or (self.channels == 1 and self.colour != "rgb"):
+        if self.channels not in (1, 3) or (self.channels == 1 and self.colour != "rgb"):
             raise ValueError(f"channels is 3, or 1 with colour rgb; got {self.channels!r} with {self.colour!r}")
         if len(self.class_names) < 2 or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"class_names are two texts or more, the background's first; got {self.class_names!r}")
@@ -240,7 +240,9 @@ class Preprocessing:
 
     def stored(self, image: np.ndarray) -> np.ndarray:
         """uint8 RGB [H, W, 3] -> uint8 [H, W, channels] in the stored colour space; of one channel, the luminance."""
-        return to_colour(image, self.colour) if self.channels == 3 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+        if self.channels == 1:
+            return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+        return to_colour(image, self.colour)
 
 # %% ../nbs/01_data.ipynb #data049c
 PREPROCESSING_FILE = "preprocessor_config.json"
@@ -1280,13 +1282,14 @@ def batch_positions(count: int, batch: int, *, shuffle: int | None = None, drop_
 
 # %% ../nbs/01_data.ipynb #data142p
 class Split(Dataset):
-    """One part of a data set, on disk: a PyTorch `Dataset`, with faster ways to whole batches, and lists with an entry for each pair.
+    """One part of a data set, on disk: a PyTorch `Dataset` with faster ways to whole batches.
 
-    `split[i]` is (image uint8 [C, size, size], mask uint8 [size, size], id); `DataLoader(split, batch_size=8)` and wrappers of
-    other libraries take it as it is. `batches` reads a batch at once and needs no worker processes. `shape` and `dtype` are those
-    of every image.
+    `split[i]` is (image uint8 [C, size, size], mask uint8 [size, size], id); `DataLoader(split, batch_size=8)` and
+    wrappers of other libraries take it as it is. `batches` reads a batch at once and needs no worker processes. `shape`
+    and `dtype` are those of every image.
 
-    ids, patients, strata, digests (of the image files): str; original_sizes: (height, width); paths: (image path, mask path).
+    With an entry for each pair: ids, patients, strata, digests (of the image files): str; original_sizes: (height,
+    width); paths: (image path, mask path).
     """
 
     dtype = torch.uint8
@@ -1612,13 +1615,15 @@ class DatasetSplit(Dataset):
         if image.ndim != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
             return f"its image is {image.dtype} {list(image.shape)}, where uint8 or float [C, H, W] is needed"
         if mask.shape != image.shape[1:] or mask.is_floating_point():
-            return f"its mask is {mask.dtype} {list(mask.shape)}, where whole numbers {list(image.shape[1:])} are needed, as the image's"
+            return (f"its mask is {mask.dtype} {list(mask.shape)}, where whole numbers {list(image.shape[1:])} are "
+                    "needed, as the image's")
         if self.shape and (tuple(image.shape), image.is_floating_point()) != (self.shape, self.dtype.is_floating_point):
-            return f"its image is {image.dtype} {list(image.shape)}, the first is {self.dtype} {list(self.shape)}; all must be alike"
+            return (f"its image is {image.dtype} {list(image.shape)}, the first is {self.dtype} {list(self.shape)}; "
+                    "all must be alike")
         labels = mask[mask != self.ignore_index] if self.ignore_index is not None else mask
         wrong = labels[(labels < 0) | (labels >= max(self.classes, 2))]
-        return (f"its mask holds {int(wrong[0])}, where class indices 0 to {max(self.classes, 2) - 1} are needed; pixels that count "
-                "nowhere have the label ignore_value") if len(wrong) else ""
+        return (f"its mask holds {int(wrong[0])}, where class indices 0 to {max(self.classes, 2) - 1} are needed; "
+                "pixels that count nowhere have the label ignore_value") if len(wrong) else ""
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """Read the pairs at some positions, in the order asked for."""
@@ -1632,9 +1637,9 @@ class DatasetSplit(Dataset):
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
                 device: str | torch.device = "cpu") -> Iterator[Batch]:
         """Go through it once, as `Split.batches` does."""
-        positions = [one.tolist() for one in batch_positions(len(self), batch, shuffle=shuffle, drop_last=drop_last, start=start)]
-        loader = DataLoader(self, batch_sampler=positions, num_workers=self.workers, collate_fn=self._collate,
-                            generator=torch.Generator().manual_seed(shuffle or 0))
+        positions = batch_positions(len(self), batch, shuffle=shuffle, drop_last=drop_last, start=start)
+        loader = DataLoader(self, batch_sampler=[one.tolist() for one in positions], num_workers=self.workers,
+                            collate_fn=self._collate, generator=torch.Generator().manual_seed(shuffle or 0))
         for part in loader:
             yield to_device(part, torch.device(device))
 
@@ -1733,7 +1738,8 @@ class SegmentationData(OpenedData):
 
     @classmethod
     def from_datasets(cls, train: Dataset, valid: Dataset, test: Dataset | None = None, *, classes: int = 2,
-                      ignore_index: int | None = None, workers: int = 0, preprocessing: Preprocessing | None = None) -> SegmentationData:
+                      ignore_index: int | None = None, workers: int = 0,
+                      preprocessing: Preprocessing | None = None) -> SegmentationData:
         """Datasets of your own, as `fit` takes them.
 
         Args:
@@ -1742,10 +1748,11 @@ class SegmentationData(OpenedData):
 
         Raises: ValueError: no such Dataset, or images of another number of channels.
         """
-        parts = [None if part is None else DatasetSplit(part, classes, ignore_index, workers) for part in (train, valid, test)]
+        parts = [None if part is None else DatasetSplit(part, classes, ignore_index, workers)
+                 for part in (train, valid, test)]
         channels = [str(part.shape[0]) for part in parts if part]
         if len(set(channels)) > 1:
             raise ValueError(f"the Datasets' images differ in their channels: {', '.join(channels)}")
-        names = ("background", "foreground") if classes <= 2 else ("background", *(f"class {index}" for index in range(1, classes)))
-        return cls(type(train).__name__, classes, names, parts[0].shape[1], "squash", "rgb", COLOURS["rgb"], [], None, None, *parts,
-                   ignore_index, 65535, Census([], []), preprocessing)
+        names = ("foreground",) if classes <= 2 else tuple(f"class {index}" for index in range(1, classes))
+        return cls(type(train).__name__, classes, ("background", *names), parts[0].shape[1], "squash", "rgb",
+                   COLOURS["rgb"], [], None, None, *parts, ignore_index, 65535, Census([], []), preprocessing)

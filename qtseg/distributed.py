@@ -59,7 +59,7 @@ class TorchTeam:
         self.leads = self.rank == 0
 
     def wrap(self, model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-        """DDP around the model, which stays what it is: gradients are averaged while `backward` runs. Images are [C, H, W]."""
+        """DDP around the model, which stays what it is: `backward` averages the gradients. Images are [C, H, W]."""
         devices = None
         if next(model.parameters()).is_cuda:
             model, devices = _synchronised(model), [torch.cuda.current_device()]

@@ -1073,7 +1073,8 @@ def _how(preprocessing: Preprocessing, run: _Run, given: dict, same_folder: bool
         classes = run.config.classes
     cache = {"cache": run.config.cache} if same_folder and run.config else {}
     return {"classes": classes, "size": preprocessing.size, "resize": preprocessing.resize, "colour": preprocessing.colour,
-            "channels": preprocessing.channels, "progress": progress, **cache, **_mask_reading(run, given, same_folder), **given}
+            "channels": preprocessing.channels, "progress": progress, **cache,
+            **_mask_reading(run, given, same_folder), **given}
 
 # %% ../nbs/12_evaluation.ipynb #evaluation111a1
 def _open_split(run: _Run, survey: Survey, source: object, how: dict, white: int,
@@ -1183,7 +1184,8 @@ def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
 # %% ../nbs/12_evaluation.ipynb #evaluation112
 def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, data: SegmentationData) -> None:
     """Raise ValueError if opened data was prepared in another way than the checkpoint's images were."""
-    wanted, given = ((way.size, way.resize, way.colour, way.channels, len(way.class_names)) for way in (preprocessing, data.preprocessing))
+    wanted, given = ((way.size, way.resize, way.colour, way.channels, len(way.class_names))
+                     for way in (preprocessing, data.preprocessing))
     if wanted != given or data.white not in (preprocessing.white, 65535):  # 65535: there may be no more than 8 bits
         raise ValueError(f"{checkpoint} expects images prepared as {preprocessing}, the data given was opened as "
                          f"{data.preprocessing}: open it with open_for(checkpoint, source)")

@@ -146,8 +146,8 @@ def _check_channels(network: object, made: int) -> None:
     config = getattr(network, "config", None)
     channels = config.get("in_channels", made) if isinstance(config, dict) else made
     if channels != made:
-        raise ValueError(f"the network takes images of {channels} channel(s), and its preprocessing makes {made} of a file: "
-                         "train a network with channels 1 or 3, or call it on tensors of your own")
+        raise ValueError(f"the network takes images of {channels} channel(s), and its preprocessing makes {made} of a "
+                         "file: train a network with channels 1 or 3, or call it on tensors of your own")
 
 
 def _check_finite(maps: np.ndarray) -> None:

@@ -95,9 +95,11 @@ CHOICES = {"resize": RESIZES, "colour": COLOUR_SPACES, "masks": MASKS,
            "optimiser": OPTIMISERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast"), "amp": ("none", "bf16", "fp16"),
            "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
-            "validate_every": 1, "valid_batch": 1, "channels": 1, "workers": 0, "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
+            "validate_every": 1, "valid_batch": 1, "channels": 1, "workers": 0,
+            "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
             "weight_decay": 0.0, "min_lr": 0.0, "seed": 0, "fold": 0, "folds": 2}
-LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "channels": 1024, "strength": 2.0, "seed": 2**63 - 1}
+LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "channels": 1024,
+           "strength": 2.0, "seed": 2**63 - 1}
 
 
 def _is_folder_name(text: str) -> bool:
@@ -364,7 +366,8 @@ class TrainConfig(_RecipeFields, ConfigProblems):
         return dataclasses.asdict(self)
 
 # %% ../nbs/11_training.ipynb #c043
-RESUMABLE = {"runs", "name", "resume", "track", "progress", "device", "cache", "workers"}  # may differ between a run and its continuation
+# what may differ between a run and its continuation
+RESUMABLE = {"runs", "name", "resume", "track", "progress", "device", "cache", "workers"}
 
 
 def is_path(source: str) -> bool:
@@ -481,8 +484,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16, device: str | torch.device = "cpu",
-             amp: str = "none", losses: dict[str, float] | None = None, ignore_index: int | None = None,
+def evaluate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16,
+             device: str | torch.device = "cpu", amp: str = "none", losses: dict[str, float] | None = None,
+             ignore_index: int | None = None,
              loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, float]:
     """Scores at training size, in percent (see `SegmentationMetrics`), and the mean "loss".
 
@@ -543,7 +547,7 @@ class FitState:
         config: its configuration.
         data: its images.
         model: the network that trains.
-        validated: the network that is validated and kept in the best checkpoints: `model`, or what a callback puts here.
+        validated: the network that is validated and kept in best checkpoints: `model`, or what a callback puts here.
         history: a row of numbers for each epoch that is done. `after_epoch` may add numbers to the last one.
         epoch: the running epoch, or the one that was just done, counted from 1.
         step: steps done in it.
@@ -565,7 +569,7 @@ class FitState:
 
     @torch.no_grad()
     def picture(self, images: int = 4) -> np.ndarray:
-        """Some validation images, spread over the split, with target and present prediction: uint8 [H, images·W, 3]."""
+        """Some validation images, spread over the split, with target and prediction: uint8 [H, images·W, 3]."""
         split, device = self.data.valid, next(self.model.parameters()).device
         batch = split.batch(np.linspace(0, len(split) - 1, min(images, len(split))).astype(int))
         with evaluating(self.validated):
@@ -580,14 +584,15 @@ def _refuse_no_callbacks(callbacks: Sequence[object]) -> None:
     """Raise ValueError for an object without any of the four methods, and for two whose states would have one name."""
     for callback in callbacks:
         if not any(callable(getattr(callback, moment, None)) for moment in MOMENTS):
-            raise ValueError(f"a callback is an object with one of {', '.join(MOMENTS)}, and {_shown(callback)} has none")
+            raise ValueError(f"a callback is an object with one of {', '.join(MOMENTS)}, and {_shown(callback)} has "
+                             "none")
     stateful = [type(callback).__name__ for callback in callbacks if hasattr(callback, "state_dict")]
     if len(set(stateful)) < len(stateful):
         raise ValueError(f"two callbacks of one class keep a state ({', '.join(stateful)}): give one of each")
 
 # %% ../nbs/11_training.ipynb #c077
 class Tracker:
-    """A callback: MLflow in an SQLite file beside the runs gets parameters, metrics and pictures. `track=True` adds it."""
+    """A callback: parameters, metrics and pictures go to MLflow, an SQLite file beside the runs; for `track=True`."""
 
     def __init__(self):
         try:
@@ -639,7 +644,8 @@ class EarlyStopping:
 
     def __init__(self, patience: int = 10, measure: str | None = None):
         if patience < 1 or measure not in (None, *BEST):
-            raise ValueError(f"patience is at least 1 and measure one of {', '.join(BEST)}, got {patience!r} and {measure!r}")
+            raise ValueError(f"patience is at least 1 and measure one of {', '.join(BEST)}, got {patience!r} and "
+                             f"{measure!r}")
         self.patience, self.measure = patience, measure
 
     def after_epoch(self, state: FitState) -> None:
@@ -653,7 +659,7 @@ class EarlyStopping:
 
 # %% ../nbs/11_training.ipynb #f5abe390
 class EMA:
-    """A callback: the exponential moving average of weights and statistics is validated and kept in the best checkpoints.
+    """A callback: an exponential moving average of weights and statistics is validated, and kept in best checkpoints.
 
     Args:
         decay: above 0 and below 1; the average remembers about 1 / (1 - decay) steps.
@@ -670,7 +676,8 @@ class EMA:
             try:
                 self._average.load_state_dict(self._stored)
             except (RuntimeError, TypeError) as error:
-                raise ValueError(f"the average of the weights in resume.pt does not fit the network ({error})") from error
+                said = f"the average of the weights in resume.pt does not fit the network ({error})"
+                raise ValueError(said) from error
         state.validated = self._average.module
 
     def after_batch(self, state: FitState) -> None:
@@ -765,7 +772,7 @@ class Team(typing.Protocol):
     leads: bool  # whether this process validates, writes, and calls callbacks
 
     def wrap(self, model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-        """The network as a training step calls it: its gradients are those of the whole team's batch; images of [C, H, W]."""
+        """The network as a step calls it: its gradients are those of the whole team's batch; images of [C, H, W]."""
 
     def share(self, batch: Tensor) -> Tensor:
         """This process's rows of something that the whole team has drawn: [B, ...] -> [B / size, ...]."""
@@ -787,7 +794,8 @@ def build_network(config: TrainConfig) -> QTSeg | Baseline:
     c = config
     if c.model != "qtseg":
         return Baseline(c.model, c.encoder, c.classes, c.channels)
-    return QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position, c.encoder)
+    return QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position,
+                 c.encoder)
 
 
 def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
@@ -807,13 +815,13 @@ def full_name(thing: object) -> str:
 
 
 def _checked_network(model: nn.Module, config: TrainConfig, shape: tuple[int, int, int]) -> nn.Module:
-    """A network that was given to `fit`, after one image went through it. ValueError if it cannot be trained on such images."""
+    """A network given to `fit`, after an image went through it. ValueError if it cannot train on such images."""
     name = full_name(model)
     if not isinstance(model, nn.Module) or not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(f"{name} cannot be trained: a model is an nn.Module with weights that require gradients")
     if config.encoder_weights is not None:
-        raise ValueError(f"encoder_weights {config.encoder_weights} are for the network that the configuration describes: {name} "
-                         "comes with its own weights")
+        raise ValueError(f"encoder_weights {config.encoder_weights} are for the network that the configuration "
+                         f"describes: {name} comes with its own weights")
     images = torch.zeros(1, *shape, device=next(model.parameters()).device)
     with torch.no_grad(), evaluating(model):
         try:
@@ -823,7 +831,8 @@ def _checked_network(model: nn.Module, config: TrainConfig, shape: tuple[int, in
             raise ValueError(f"{name} does not take images {list(images.shape)}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.shape != (1, config.classes, *shape[1:]):
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{name} makes {got} of images {list(images.shape)}: logits {[1, config.classes, *shape[1:]]} are needed, "
+        wanted = [1, config.classes, *shape[1:]]
+        raise ValueError(f"{name} makes {got} of images {list(images.shape)}: logits {wanted} are needed, "
                          f"for classes={config.classes}")
     return model
 
@@ -873,8 +882,9 @@ class GivenAugmentation:
     """An augmentation of the user's own, called as `Augmentation` is.
 
     Args:
-        function: images uint8 or float [B, C, H, W] and masks [B, H, W] -> the same, images uint8, or float as the network is to
-            get them. A parameter called `generator` gets a torch.Generator on the images' device, seeded for each batch.
+        function: images uint8 or float [B, C, H, W] and masks [B, H, W] -> the same, images uint8, or float as the
+            network is to get them. A parameter called `generator` gets a torch.Generator on the images' device,
+            seeded for each batch.
     """
 
     def __init__(self, function: Callable):
@@ -889,23 +899,25 @@ class GivenAugmentation:
         """The batch for the network: float [B, C, H, W] and int64 [B, H, W]. ValueError for something else."""
         options = {"generator": seeded(seed, f"augmentation {first}", images.device)} if self._seeded else {}
         changed = self.function(images, masks, **options)
-        if not (isinstance(changed, (tuple, list)) and len(changed) == 2 and all(isinstance(one, Tensor) for one in changed)
-                and changed[0].ndim == 4 and changed[0].shape[:1] + changed[0].shape[2:] == changed[1].shape):
-            got = [list(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in changed] \
-                if isinstance(changed, (tuple, list)) else type(changed).__name__
-            raise ValueError(f"{full_name(self.function)} returned {got}: images [B, C, H, W] and masks [B, H, W] are needed")
+        parts = changed if isinstance(changed, (tuple, list)) else [changed]
+        got = [list(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in parts]
+        if len(got) != 2 or len(got[0]) != 4 or got[0][:1] + got[0][2:] != got[1]:
+            raise ValueError(f"{full_name(self.function)} returned {got}: images [B, C, H, W] and masks [B, H, W] are "
+                             "needed")
         return network_input(changed[0]), changed[1].long()
 
 
-def _augmentation(config: TrainConfig, data: SegmentationData, given: Callable | None) -> Augmentation | GivenAugmentation:
+def _augmentation(config: TrainConfig, data: SegmentationData,
+                  given: Callable | None) -> Augmentation | GivenAugmentation:
     """How a run changes its training batches: as given, or as the configuration says."""
     if given is not None:
         return given if isinstance(given, Augmentation) else GivenAugmentation(given)
     if data.train.dtype == torch.uint8:
-        return Augmentation(config.operations, config.most_operations if config.augment else 0, config.strength, data.black)
+        most = config.most_operations if config.augment else 0
+        return Augmentation(config.operations, most, config.strength, data.black)
     if config.augment:
-        raise ValueError(f"{data.name} yields float images, and the operations change uint8 ones: set augment=False, or give fit "
-                         "an augmentation of your own")
+        raise ValueError(f"{data.name} yields float images, and the operations change uint8 ones: set augment=False, "
+                         "or give fit an augmentation of your own")
     return GivenAugmentation(lambda images, masks: (images, masks))
 
 # %% ../nbs/11_training.ipynb #c097
@@ -922,16 +934,20 @@ def _next_rate(scheduler, config: TrainConfig, loss: float | None) -> None:
 def _scalar(loss: Tensor, function: Callable) -> Tensor:
     """The value of a loss. ValueError if it is no scalar with a gradient."""
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-        got = f"a tensor {list(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the loss {full_name(function)} returned {got}: a scalar tensor that depends on the logits is needed")
+        got = type(loss).__name__
+        if isinstance(loss, Tensor):
+            got = f"a tensor {list(loss.shape)}, requires_grad={loss.requires_grad}"
+        raise ValueError(f"the loss {full_name(function)} returned {got}: a scalar tensor that depends on the logits "
+                         "is needed")
     return loss
 
 # %% ../nbs/11_training.ipynb #c097x1
 class Trainer:
-    """One run: network, optimiser, schedule, loss, augmentation, and one step of them. `fit` drives it, with its own arguments."""
+    """One run: network, optimiser, schedule, loss, augmentation, and one step of them. Its arguments are those of `fit`."""
 
-    def __init__(self, config: TrainConfig, data: SegmentationData, model: nn.Module | None = None, loss: Callable | None = None,
-                 augment: Callable | None = None, callbacks: Sequence[object] = (), team: Team | None = None):
+    def __init__(self, config: TrainConfig, data: SegmentationData, model: nn.Module | None = None,
+                 loss: Callable | None = None, augment: Callable | None = None, callbacks: Sequence[object] = (),
+                 team: Team | None = None):
         self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
         images = len(_ready(data.train, "training"))
         self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
@@ -945,7 +961,7 @@ class Trainer:
         self.model = model.to(self.device)
         if config.forms != "plain":
             accelerate(self.model)
-        self.network, self.frozen = None, None  # what `step` calls: made by begin_epoch, anew when the encoder is set free
+        self.network, self.frozen = None, None  # what `step` calls: begin_epoch makes it, anew for an encoder set free
         self.optimiser = OPTIMISERS[config.optimiser](self.model.parameters(), config)
         self.scheduler = SCHEDULERS[config.scheduler](self.optimiser, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -1042,8 +1058,8 @@ def read_splits(run: str | os.PathLike) -> dict | None:
 def data_digest(data: SegmentationData, opened: int = 16) -> str:
     """What a run trains and validates on, wherever it lies: hexadecimal digits.
 
-    The names of all pairs and the sizes of their files enter it, and the bytes of up to `opened` pairs of each split. Of a
-    Dataset of the user's own, only its length does: it may draw its images.
+    The names of all pairs and the sizes of their files enter it, and the bytes of up to `opened` pairs of each split.
+    Of a Dataset of the user's own, only its length does: it may draw its images.
     """
     digest = hashlib.blake2b(digest_size=16)
     for split in (data.train, data.valid):
@@ -1063,7 +1079,8 @@ def data_digest(data: SegmentationData, opened: int = 16) -> str:
 def _save_state(trainer: Trainer) -> None:
     """Write resume.pt: all that a continuation needs, whole or not at all."""
     kept = {type(one).__name__: one.state_dict() for one in trainer.callbacks if hasattr(one, "state_dict")}
-    state = {"progress": dataclasses.asdict(trainer.progress), "data": trainer.digest, "callbacks": trainer.unclaimed | kept,
+    state = {"progress": dataclasses.asdict(trainer.progress), "data": trainer.digest,
+             "callbacks": trainer.unclaimed | kept,
              "model": trainer.model.state_dict(), "optimiser": trainer.optimiser.state_dict(),
              "scheduler": trainer.scheduler.state_dict(), "scaler": trainer.scaler.state_dict()}
     with _clear_disk_errors(trainer.config.folder):
@@ -1187,15 +1204,17 @@ def _load_callbacks(trainer: Trainer, kept: dict[str, dict]) -> None:
     there = {type(one).__name__: one for one in trainer.callbacks if hasattr(one, "load_state_dict")}
     missing = kept.keys() - there.keys() - {Tracker.__name__}  # which track=False switches off
     if missing:
-        raise ValueError(f"{trainer.config.folder} was begun with the callbacks {printable(', '.join(sorted(missing)))}: give them "
-                         "again, or choose another name")
+        names = printable(", ".join(sorted(missing)))
+        raise ValueError(f"{trainer.config.folder} was begun with the callbacks {names}: give them again, or choose "
+                         "another name")
     trainer.unclaimed = {name: state for name, state in kept.items() if name not in there}
     for name, callback in there.items():
         if name in kept:
             try:
                 callback.load_state_dict(kept[name])
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
-                raise ValueError(f"{trainer.config.folder / 'resume.pt'} does not fit this run (its callback {name}: {error})") from error
+                path = trainer.config.folder / "resume.pt"
+                raise ValueError(f"{path} does not fit this run (its callback {name}: {error})") from error
 
 # %% ../nbs/11_training.ipynb #c103dx1
 def _load_state(trainer: Trainer) -> None:
@@ -1243,8 +1262,8 @@ def _save_checkpoint(trainer: Trainer, name: str, model: nn.Module) -> None:
                 "model_type": "module", "class": full_name(model),
                 "note": "a network that was given to fit: build it again, then safetensors.torch.load_model(network, "
                         "'model.safetensors')"}, indent=2) + "\n")
-        if trainer.data.preprocessing:
-            _write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(trainer.data.preprocessing), indent=2) + "\n")
+        if preparing := trainer.data.preprocessing:
+            _write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(preparing), indent=2) + "\n")
 
 
 def _read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
@@ -1329,8 +1348,9 @@ def _show(bar: tqdm, trainer: Trainer) -> None:
 def _validate(trainer: Trainer, epoch: int) -> dict:
     """Score the validation split after an epoch, counted from 1, and keep the best -> what the epoch's row gets."""
     c, begin = trainer.config, time.perf_counter()
-    scores = _led(trainer.team, partial(evaluate, trainer.state.validated, trainer.data.valid, c.classes, batch=c.valid_batch,
-                                        device=trainer.device, amp=c.amp, ignore_index=trainer.data.ignore_index, loss=trainer.loss))
+    score = partial(evaluate, batch=c.valid_batch, device=trainer.device, amp=c.amp, loss=trainer.loss,
+                    ignore_index=trainer.data.ignore_index)
+    scores = _led(trainer.team, score, trainer.state.validated, trainer.data.valid, c.classes)
     _keep_best(trainer, scores, epoch)
     return {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
 
@@ -1434,7 +1454,8 @@ def open_data(config: TrainConfig) -> SegmentationData:
     """The data that a configuration names, checked and cached. `DataProblems` lists what is wrong with it."""
     c = config
     return SegmentationData.open(c.data, classes=c.classes, size=c.size, fold=c.fold, folds=c.folds, resize=c.resize,
-                                 colour=c.colour, channels=c.channels, masks=c.masks, mask_values=c.mask_values, ignore_value=c.ignore_value,
+                                 colour=c.colour, channels=c.channels, masks=c.masks, mask_values=c.mask_values,
+                                 ignore_value=c.ignore_value,
                                  valid_share=c.valid_share, seed=c.seed, cache=c.cache, progress=c.progress)
 
 # %% ../nbs/11_training.ipynb #c129b
@@ -1456,14 +1477,18 @@ def _opened(config: TrainConfig, team: Team | None) -> SegmentationData:
     return opened[0] if opened else open_data(dataclasses.replace(config, progress=False))
 
 
-def _given_data(config: TrainConfig, data: SegmentationData | Sequence[Dataset]) -> tuple[TrainConfig, SegmentationData]:
+def _given_data(config: TrainConfig,
+                data: SegmentationData | Sequence[Dataset]) -> tuple[TrainConfig, SegmentationData]:
     """Data that were given to `fit`, and a configuration that says what they are. ValueError for something else."""
     if not isinstance(data, SegmentationData):
         if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
-            raise ValueError(f"data is a SegmentationData, or two or three Datasets (train, valid, test), not {_shown(data)}")
+            raise ValueError("data is a SegmentationData, or two or three Datasets (train, valid, test), not "
+                             f"{_shown(data)}")
         if isinstance(config.ignore_value, str):
-            raise ValueError(f"ignore_value is the label of pixels that count nowhere in a Dataset's masks, not {config.ignore_value!r}")
-        data = SegmentationData.from_datasets(*data, classes=config.classes, ignore_index=config.ignore_value, workers=config.workers)
+            raise ValueError("ignore_value is the label of pixels that count nowhere in a Dataset's masks, not "
+                             f"{config.ignore_value!r}")
+        data = SegmentationData.from_datasets(*data, classes=config.classes, ignore_index=config.ignore_value,
+                                              workers=config.workers)
     source = config.data if data.folder else f"{data.name}, given to fit"
     return dataclasses.replace(config, data=source, channels=data.shape[0]), data
 
@@ -1497,13 +1522,14 @@ def _write_config(config: TrainConfig, data: SegmentationData) -> None:
     with _clear_disk_errors(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
         if data.folder:  # a Dataset of the user's own has neither names nor files to compare later
-            splits = {"folder": str(data.folder.absolute()), "ignored": data.ignore_index is not None, **split_table(data)}
+            splits = {"folder": str(data.folder.absolute()), "ignored": data.ignore_index is not None,
+                      **split_table(data)}
             _write_text(config.folder / SPLITS_FILE, json.dumps(splits) + "\n")
         _write_text(config.folder / "config.json", json.dumps(located(config), indent=2) + "\n")
 
 # %% ../nbs/11_training.ipynb #c136
 def _save(trainer: Trainer, finished: bool) -> None:
-    """Write where the run stands. The state comes last: a run killed before it repeats the epoch and writes the same again."""
+    """Write where the run stands. The state comes last: a run that is killed before it repeats the epoch."""
     if finished:
         _save_checkpoint(trainer, "last", trainer.model)
         _write_history(trainer.config.folder / "history.csv", trainer.progress.history)
@@ -1537,7 +1563,7 @@ def _run(trainer: Trainer, asked: threading.Event) -> None:
             if not finished:
                 raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
                                         "run again with resume=True to go on from there")
-    if p.history and not p.step and "valid_loss" not in p.history[-1]:  # fewer epochs than were planned: not validated yet
+    if p.history and not p.step and "valid_loss" not in p.history[-1]:  # it ended earlier than planned
         p.history[-1] |= _validate(trainer, p.epoch)
         _led(team, _save, trainer, True)
 
@@ -1552,12 +1578,13 @@ def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationD
 
     Args:
         config: what is not given below, and how to train.
-        model: images [B, C, H, W] -> logits [B, classes, H, W]; trained in place. None: the network that `config` describes.
-        data: opened already, or Datasets (train, valid) or (train, valid, test), see `DatasetSplit`. None: `open_data(config)`.
+        model: images [B, C, H, W] -> logits [B, classes, H, W]; trained in place. None: as `config` describes it.
+        data: opened already, or Datasets (train, valid) or (train, valid, test), see `DatasetSplit`. None:
+            `open_data(config)`.
         loss: (logits, labels int64 [B, H, W]) -> scalar. None: `config.losses`.
         augment: (images, masks) -> (images, masks), see `GivenAugmentation`. None: `config.operations`.
-        callbacks: objects with `before_fit`, `after_batch`, `after_epoch` or `after_fit`, each called with a `FitState`.
-        team: the processes that train together, each of which calls `fit`; the leader alone writes, prints and calls back.
+        callbacks: objects with `before_fit`, `after_batch`, `after_epoch` or `after_fit`, called with a `FitState`.
+        team: the processes that train together, each of which calls `fit`; the leader alone writes and calls back.
 
     Raises:
         ValueError: configuration, data, or a part that was given.
@@ -1580,7 +1607,7 @@ def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationD
 # %% ../nbs/11_training.ipynb #2e9d22cb
 def _fit(trainer: Trainer) -> Result:
     """Train from where the run stands to its end, and score it."""
-    config, team, state = trainer.config, trainer.team, trainer.state  # a run that did more epochs than asked ends where it is
+    config, team, state = trainer.config, trainer.team, trainer.state  # epochs: at least those that were done
     _led(team, _write_config, config, trainer.data)
     for sentence in trainer.data.census.warnings if team is None or team.leads else ():
         warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=3)
