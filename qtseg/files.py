@@ -1037,7 +1037,7 @@ def _table(path: str | os.PathLike, most: int, wide: int, interrupted: bool, opt
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no table that can be read ({printable(error)[:300]})") from None
 
-
+# %% ../nbs/reference/files.ipynb #8381c8d4
 def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, interrupted: bool = False,
                **options) -> tuple[list[str], Iterator[dict[str, str]]]:
     """Read a CSV file of at most MAX_TABLE_BYTES.

@@ -861,7 +861,7 @@ def test_a_damaged_table_is_one_sentence(three):
     predict_files(simple(), folder, output, progress=False)
     with (output / "predictions.csv").open("a") as file:
         file.write("x" * 200_000 + ",1\n")
-    with pytest.raises(ValueError, match="predictions.csv is damaged .*delete it"):
+    with pytest.raises(ValueError, match="predictions.csv is no table.*delete it"):
         predict_files(simple(), folder, output, progress=False)
 
 
