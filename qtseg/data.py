@@ -199,7 +199,7 @@ def _whole_number(value: object, least: int, most: float = float("inf")) -> bool
     """Whether a value is a whole number (no bool) between two others."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
-
+# %% ../nbs/01_data.ipynb #f3b701bd
 @dataclass(frozen=True)
 class Preprocessing:
     """How an image becomes a network's input, and what its classes are called (background first).

@@ -807,7 +807,7 @@ def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
         model.load_encoder(config.encoder_weights, strict=False)
     return model.to(memory_format=torch.channels_last)
 
-
+# %% ../nbs/11_training.ipynb #bef1ee12
 def full_name(thing: object) -> str:
     """What a person calls a function, or the class of an object: module and name."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
