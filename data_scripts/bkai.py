@@ -4,15 +4,16 @@ One set of masks serves both of the paper's tasks: three classes as they are (cl
 """
 from pathlib import Path
 
-from qtseg.data import list_pictures
-from qtseg.download import fetch_kaggle
-from qtseg.preparation import DataSet, Found, colours_of, command_line, find_folders, one_folder, pair_up, run
+from qtseg.data.layout import list_pictures
+from qtseg.data.kaggle import fetch_kaggle
+from qtseg.data.pairing import Found, colors_of, find_folders, one_folder, pair_up
+from qtseg.data.preparation import DataSet, command_line, run
 
 KAGGLE = "bkai-igh-neopolyp"
 
 
 def find(roots: list[Path]) -> Found:
-    """Training images and their coloured masks by name; the test images, whose masks are secret, are not used."""
+    """Training images and their colored masks by name; the test images, whose masks are secret, are not used."""
     found = Found()
     images, masks = one_folder(found, roots, "train"), one_folder(found, roots, "train_gt")
     if images and masks:
@@ -32,7 +33,7 @@ BKAI = DataSet(
     class_names=("background", "non-neoplastic polyp", "neoplastic polyp"),
     download=lambda folder: [fetch_kaggle("competition", KAGGLE, folder, checksums=folder / "checksums.json")],
     find=find,
-    read=colours_of,
+    read=colors_of,
     folds=5,  # 200 images each, by name
 )
 

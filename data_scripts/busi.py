@@ -3,9 +3,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from qtseg.data import list_pictures
-from qtseg.download import fetch_kaggle
-from qtseg.preparation import DataSet, Found, command_line, find_folders, one_folder, pair_up, run
+from qtseg.data.layout import list_pictures
+from qtseg.data.kaggle import fetch_kaggle
+from qtseg.data.pairing import Found, find_folders, one_folder, pair_up
+from qtseg.data.preparation import DataSet, command_line, run
 
 KAGGLE = "aryashah2k/breast-ultrasound-images-dataset"
 MASK = re.compile(r"_mask(_\d+)?$")  # "benign (195)_mask", "…_mask_1", "…_mask_2"

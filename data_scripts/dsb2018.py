@@ -1,10 +1,11 @@
 """Data Science Bowl 2018, cell nuclei: 670 images, one mask file per nucleus. python data_scripts/dsb2018.py --root data"""
 from pathlib import Path
 
-from qtseg.data import list_pictures
-from qtseg.download import fetch_kaggle
-from qtseg.files import walk
-from qtseg.preparation import DataSet, Found, Pair, command_line, run
+from qtseg.data.layout import list_pictures
+from qtseg.data.kaggle import fetch_kaggle
+from qtseg.files.folders import walk
+from qtseg.data.pairing import Found, Pair
+from qtseg.data.preparation import DataSet, command_line, run
 
 KAGGLE = "data-science-bowl-2018"
 

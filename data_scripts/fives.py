@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
-from qtseg.data import list_pictures
-from qtseg.download import DownloadError, fetch
-from qtseg.preparation import DataSet, Found, command_line, held_out, one_folder, pair_up, run
+from qtseg.data.layout import list_pictures
+from qtseg.data.connection import DownloadError
+from qtseg.data.download import fetch
+from qtseg.data.pairing import Found, held_out, one_folder, pair_up
+from qtseg.data.preparation import DataSet, command_line, run
 
 FILES = "https://api.figshare.com/v2/articles/19688169/files"  # a JSON list: name, download_url, …
 ARCHIVE = re.compile(r"\.(rar|zip)$", re.IGNORECASE)

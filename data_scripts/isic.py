@@ -10,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qtseg.data import list_pictures
-from qtseg.download import fetch
-from qtseg.preparation import DataSet, Found, command_line, find_folders, held_out, one_folder, pair_up, run
+from qtseg.data.layout import list_pictures
+from qtseg.data.download import fetch
+from qtseg.data.pairing import Found, find_folders, held_out, one_folder, pair_up
+from qtseg.data.preparation import DataSet, command_line, run
 
 BUCKET = "https://isic-challenge-data.s3.amazonaws.com"
 PAGE = "https://challenge.isic-archive.com/data/"

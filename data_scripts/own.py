@@ -11,9 +11,10 @@ import re
 from functools import partial
 from pathlib import Path
 
-from qtseg.data import image_names, image_of
-from qtseg.masks import MASKS, value_code
-from qtseg.preparation import DataSet, Found, command_line, judge, label, name_of, pair_up, pictures_below, run, slices
+from qtseg.data.layout import image_names, image_of
+from qtseg.data.mask_values import MASKS, value_code
+from qtseg.data.pairing import Found, judge, label, name_of, pair_up, pictures_below, slices
+from qtseg.data.preparation import DataSet, command_line, run
 
 EXAMPLES = """examples (--images A --masks B left out):
   --classes 3                                         masks hold 0, 1 and 2

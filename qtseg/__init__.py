@@ -1,1 +1,16 @@
+"""QTSeg: a query-token network for 2D medical image segmentation."""
 __version__ = "0.1.0"
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "network.model": ["QTSeg"],
+    "network.official": ["load_official"],
+    "training.config": ["TrainConfig"],
+    "training.loop": ["fit"],
+    "evaluation.evaluate": ["evaluate_network"],
+    "prediction.predictor": ["Predictor"],
+    "data.dataset": ["SegmentationData"],
+    "data.phantoms": ["phantom"],
+    "view.figures": ["show_overlay"],
+})

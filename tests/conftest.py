@@ -57,7 +57,7 @@ def refused_parameters(notebook: Path, /, **parameters) -> str:
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     place = next(number for number, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
     space: dict = {}
-    with patch("qtseg.training.keep_freed_memory"), pytest.raises(ValueError) as error:
+    with patch("qtseg.training.hardware.keep_freed_memory"), pytest.raises(ValueError) as error:
         for number in range(place - 1, place + 3):
             exec(TransformerManager().transform_cell("".join(cells[number]["source"])), space)
             if number == place:
@@ -82,7 +82,7 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def golden_state(model) -> dict[str, torch.Tensor]:
     """A state dict under the official names, filled by the formula."""
-    from qtseg.model import to_official
+    from qtseg.network.official import to_official
 
     return {name: torch.from_numpy(np.asarray(golden_weight(name, tuple(tensor.shape)))).to(tensor.dtype)
             for name, tensor in to_official(model).items()}
@@ -97,7 +97,8 @@ def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def golden_model():
     """A function: classes -> QTSeg with the golden weights, in evaluation mode; each built once."""
-    from qtseg.model import QTSeg, to_official
+    from qtseg.network.model import QTSeg
+    from qtseg.network.official import to_official
 
     models = {}
 

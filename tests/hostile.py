@@ -57,7 +57,7 @@ def tiff(entries: dict[int, tuple[int, list[int]]], data: bytes = b"", big: bool
 
 
 def dicom(pixels: bytes | list[bytes] = b"", syntax=ExplicitVRLittleEndian, **entries) -> Dataset:
-    """A DICOM data set, grey, 8 bits, unless `entries` say otherwise."""
+    """A DICOM data set, gray, 8 bits, unless `entries` say otherwise."""
     data = Dataset()
     data.file_meta = meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = syntax, "1.2.840.10008.5.1.4.1.1.7", generate_uid()
@@ -108,7 +108,7 @@ def gif(frames: int) -> bytes:
 
 
 TILES = {256: (4, [600]), 257: (4, [600]), 258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1]), 322: (3, [1]), 323: (3, [1])}
-GREY = {258: (3, [8]), 262: (3, [1]), 277: (3, [1])}
+GRAY = {258: (3, [8]), 262: (3, [1]), 277: (3, [1])}
 
 
 def _deflated(zeros: int) -> bytes:
@@ -283,17 +283,17 @@ FILES: dict[str, Callable[[Path], object]] = {
     "runs.pcx": write(lambda: b"\n\5\1\x08" + struct.pack("<HHHH", 0, 0, 60000, 60000) + bytes(53) + b"\3" + struct.pack("<H", 60001) + bytes(60) + b"\xff\0" * 1000),
     # TIFFs
     "tiles.tif": write(lambda: tiff(TILES | {256: (4, [600]), 257: (4, [600]), 324: (4, [8] * 360_000), 325: (4, [1] * 360_000)}, b"\0")),
-    "strips.tif": write(lambda: tiff(GREY | {256: (4, [1]), 257: (4, [2_000_000]), 259: (3, [1]), 273: (4, [8] * 2_000_000), 278: (3, [1]), 279: (4, [1] * 2_000_000)}, b"\0")),
+    "strips.tif": write(lambda: tiff(GRAY | {256: (4, [1]), 257: (4, [2_000_000]), 259: (3, [1]), 273: (4, [8] * 2_000_000), 278: (3, [1]), 279: (4, [1] * 2_000_000)}, b"\0")),
     "large_tile.tif": write(lambda: tiff(TILES | {256: (4, [16]), 257: (4, [16]), 259: (3, [8]), 322: (4, [40000]), 323: (4, [40000]), 324: (4, [8]), 325: (4, [9])}, zlib.compress(b"\0"))),
-    "deflated.tif": write(lambda: tiff(GREY | {256: (4, [20000]), 257: (4, [20000]), 259: (3, [8]), 273: (4, [8]), 278: (4, [20000]), 279: (4, [10**6])}, bytes(9))),
-    "stated.tif": write(tiff(GREY | {256: (4, [2**31]), 257: (4, [2**31]), 259: (3, [1]), 273: (4, [8]), 278: (4, [2**31]), 279: (4, [9])}, bytes(9))),
-    "stated_big.tif": write(tiff(GREY | {256: (4, [2**31]), 257: (4, [2**31]), 259: (3, [1]), 273: (16, [16]), 278: (4, [2**31]), 279: (16, [2**62])}, bytes(9), big=True)),
-    "overlapping.tif": write(lambda: tiff(GREY | {256: (4, [8]), 257: (4, [8]), 259: (3, [1]), 273: (4, [8]), 279: (4, [64])}
+    "deflated.tif": write(lambda: tiff(GRAY | {256: (4, [20000]), 257: (4, [20000]), 259: (3, [8]), 273: (4, [8]), 278: (4, [20000]), 279: (4, [10**6])}, bytes(9))),
+    "stated.tif": write(tiff(GRAY | {256: (4, [2**31]), 257: (4, [2**31]), 259: (3, [1]), 273: (4, [8]), 278: (4, [2**31]), 279: (4, [9])}, bytes(9))),
+    "stated_big.tif": write(tiff(GRAY | {256: (4, [2**31]), 257: (4, [2**31]), 259: (3, [1]), 273: (16, [16]), 278: (4, [2**31]), 279: (16, [2**62])}, bytes(9), big=True)),
+    "overlapping.tif": write(lambda: tiff(GRAY | {256: (4, [8]), 257: (4, [8]), 259: (3, [1]), 273: (4, [8]), 279: (4, [64])}
                                           | {tag: (4, [0] * 20_000) for tag in range(40_000, 40_100)}, bytes(64))),
     "describes_itself.tif": write(lambda: struct.pack("<2sHIH", b"II", 42, 8, 60_000) + b"".join(struct.pack("<HHII", tag, 7, 700_000, 8) for tag in range(1000, 61_000))),
-    "settings_describe_themselves.tif": write(lambda: tiff(GREY | {256: (4, [8]), 257: (4, [8]), 259: (3, [1]), 273: (4, [8]), 279: (4, [64]), 34665: (4, [300])}, bytes(64)).ljust(300, b"\0")
+    "settings_describe_themselves.tif": write(lambda: tiff(GRAY | {256: (4, [8]), 257: (4, [8]), 259: (3, [1]), 273: (4, [8]), 279: (4, [64]), 34665: (4, [300])}, bytes(64)).ljust(300, b"\0")
                                               + struct.pack("<H", 60_000) + b"".join(struct.pack("<HHII", tag, 7, 700_000, 8) for tag in range(1000, 61_000))),
-    "circle_of_pages.tif": write(lambda: (page := tiff(GREY | {256: (4, [2**20]), 257: (4, [2**20]), 259: (3, [1]), 273: (4, [8]), 279: (4, [64])}, bytes(64)))[:-4] + page[4:8]),
+    "circle_of_pages.tif": write(lambda: (page := tiff(GRAY | {256: (4, [2**20]), 257: (4, [2**20]), 259: (3, [1]), 273: (4, [8]), 279: (4, [64])}, bytes(64)))[:-4] + page[4:8]),
     # DICOM
     "rle.dcm": save(dicom([rle(0)], RLELossless, Rows=65535, Columns=65535)),
     "rle_below_the_limit.dcm": save(dicom([rle(0)], RLELossless, Rows=16000, Columns=16000)),

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qtseg import augmentation
-from qtseg.augmentation import OPERATIONS, Augmentation, Operation, apply_geometry, compose, sampling_grid, seeded, warp
-from qtseg.data import normalise
+from qtseg.training import augmentation as training_augmentation, augmentation_cpu, operations as training_operations
+from qtseg.training.augmentation import Augmentation
+from qtseg.training.operations import OPERATIONS, Operation, apply_geometry, compose, sampling_grid, seeded, warp
+from qtseg.data.dataset import normalize
 
 NAMES = ("vertical_flip", "horizontal_flip", "gaussian_noise", "gaussian_blur", "contrast", "scale", "rotate", "shear",
          "piecewise_affine", "translate")
@@ -25,8 +26,8 @@ SHAPES = [(1, 3, 33, 47), (5, 3, 32, 32), (2, 1, 41, 20), (3, 3, 7, 5), (2, 3, 1
 def reader(request, monkeypatch):
     """Tests that look at pixels run with both ways in which a CPU can do the work."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(augmentation, "OPENCV_IS_EXACT", False)
-    elif not augmentation.OPENCV_IS_EXACT:
+        monkeypatch.setattr(training_augmentation, "OPENCV_IS_EXACT", False)
+    elif not augmentation_cpu.OPENCV_IS_EXACT:
         pytest.skip("this OpenCV rounds positions to 1/32 pixel, so PyTorch reads")
     return request.param
 
@@ -56,9 +57,9 @@ def seed_that_draws(augmentation: Augmentation, shape: tuple[int, int, int], nam
 
 
 def pixel_matrix(matrix: np.ndarray, height: int, width: int) -> np.ndarray:
-    """From pixels about the centre to OpenCV's pixels about the top left one: [3, 3] -> [2, 3]."""
-    centre = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
-    return (centre @ matrix @ np.linalg.inv(centre))[:2]
+    """From pixels about the center to OpenCV's pixels about the top left one: [3, 3] -> [2, 3]."""
+    center = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
+    return (center @ matrix @ np.linalg.inv(center))[:2]
 
 
 # ---------------------------------------------------------------- what comes out
@@ -88,9 +89,9 @@ def test_every_operation_alone(name):
         images, masks = batch(*shape)
         results = [only(name)(images, masks, seed) for seed in range(8)]
         if min(shape[2:]) > 5:
-            assert any(not torch.equal(result, normalise(images)) for result, _ in results), f"it never did anything to {shape}"
+            assert any(not torch.equal(result, normalize(images)) for result, _ in results), f"it never did anything to {shape}"
         if name in PHOTOMETRIC:
-            assert all(torch.equal(result, masks.long()) for _, result in results), "colours do not move masks"
+            assert all(torch.equal(result, masks.long()) for _, result in results), "colors do not move masks"
         for _, result in results:
             assert set(result.unique().tolist()) <= set(masks.unique().tolist()) | {0}
 
@@ -101,7 +102,7 @@ def test_constant_images_and_empty_masks():
         images, masks = torch.full((16, 3, 37, 29), value, dtype=torch.uint8), torch.zeros(16, 37, 29, dtype=torch.uint8)
         settings = Augmentation(operations=GEOMETRIC, fill=(value,) * 3)
         new_images, new_masks = settings(images, masks, seed)
-        assert (new_images - normalise(images)).abs().max() < 1e-6 and not new_masks.any()
+        assert (new_images - normalize(images)).abs().max() < 1e-6 and not new_masks.any()
 
 
 @with_both_readers
@@ -226,7 +227,7 @@ def test_identity_to_the_last_bit(settings):
     images, masks = batch(6, 3, 21, 34)
     for seed in range(5):
         new_images, new_masks = Augmentation(**settings)(images, masks, seed)
-        assert torch.equal(new_images, normalise(images)) and torch.equal(new_masks, masks.long())
+        assert torch.equal(new_images, normalize(images)) and torch.equal(new_masks, masks.long())
 
 
 @with_both_readers
@@ -236,7 +237,7 @@ def test_images_without_geometry_keep_every_bit():
     new_images, new_masks = settings(images, masks, 3)
     empty = [row for row, steps in enumerate(settings.draw(64, (3, 20, 31), 3)) if not steps]
     assert len(empty) > 4
-    assert torch.equal(new_images[empty], normalise(images[empty])) and torch.equal(new_masks[empty], masks[empty].long())
+    assert torch.equal(new_images[empty], normalize(images[empty])) and torch.equal(new_masks[empty], masks[empty].long())
 
 
 # ---------------------------------------------------------------- flips
@@ -246,7 +247,7 @@ def test_images_without_geometry_keep_every_bit():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flips_are_exact(shape):
     images, masks = batch(*shape)
-    plain, labels = normalise(images), masks.long()
+    plain, labels = normalize(images), masks.long()
     settings, seen = Augmentation(operations=FLIPS, most=2), set()
     for seed in range(40):
         new_images, new_masks = settings(images, masks, seed)
@@ -347,8 +348,8 @@ def test_the_displacement_acts_at_its_place_in_the_order():
         in_turn = images
         for step in steps:
             in_turn = ((apply_geometry(in_turn, masks, [compose([step])], fill)[0] + 1) * 127.5).round().to(torch.uint8)
-        centre = (slice(None), slice(None), slice(16, 48), slice(16, 48))
-        assert ((at_once + 1) * 127.5 - in_turn)[centre].abs().mean() < 1.5
+        center = (slice(None), slice(None), slice(16, 48), slice(16, 48))
+        assert ((at_once + 1) * 127.5 - in_turn)[center].abs().mean() < 1.5
         results.append(at_once)
     assert ((results[0] - results[1]) * 127.5).abs().mean() > 4
 
@@ -368,9 +369,9 @@ def test_on_apples_gpus_the_bend_is_read_on_the_cpu(monkeypatch):
     read = torch.nn.functional.grid_sample
     random = torch.Generator().manual_seed(0)
     positions, field = torch.rand((2, 9, 7), generator=random) * 2 - 1, 0.03 * torch.randn((2, 4, 4), generator=random)
-    expected = augmentation.displace(positions, field)
+    expected = training_operations.displace(positions, field)
     monkeypatch.setattr(torch.nn.functional, "grid_sample", grid_sample)
-    moved = augmentation.displace(positions.as_subclass(OnMps), field.as_subclass(OnMps))
+    moved = training_operations.displace(positions.as_subclass(OnMps), field.as_subclass(OnMps))
     assert isinstance(moved, OnMps) and torch.equal(moved.cpu(), expected)
 
 
@@ -390,28 +391,28 @@ def test_fill_outside_images_and_zero_outside_masks(fill):
     masks.fill_(2)
     shift = ("translate", np.array([[1, 0, 12.0], [0, 1, -5.0], [0, 0, 1]]))
     new_images, new_masks = apply_geometry(images, masks, [compose([shift])], torch.tensor(fill, dtype=torch.uint8))
-    expected = normalise(torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1))
+    expected = normalize(torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1))
     assert torch.equal(new_images[:, :, :, :11], expected.expand(1, 3, 40, 11)) and not new_masks[:, :, :12].any()
     assert torch.equal(new_images[:, :, 36:], expected.expand(1, 3, 4, 40)) and not new_masks[:, 35:].any()
-    assert (new_images[:, :, :35, 12:] - normalise(images)[:, :, 5:, :28]).abs().max() < 1e-3
+    assert (new_images[:, :, :35, 12:] - normalize(images)[:, :, 5:, :28]).abs().max() < 1e-3
     assert (new_masks[:, :35, 12:] == 2).all()
 
 
 def test_warp_takes_one_grid_for_both():
     images, masks = batch(2, 3, 16, 16)
     geometries = [compose([("scale", np.diag([0.7, 1.3, 1]))])] * 2
-    new_images, new_masks = warp(normalise(images), masks, sampling_grid(geometries, 16, 16), torch.full((3,), -1.0))
+    new_images, new_masks = warp(normalize(images), masks, sampling_grid(geometries, 16, 16), torch.full((3,), -1.0))
     assert new_images.shape == (2, 3, 16, 16) and new_masks.shape == (2, 16, 16)
 
 
-# ---------------------------------------------------------------- colours
+# ---------------------------------------------------------------- colors
 
 
 @with_both_readers
-def test_noise_has_its_sigma_and_is_grey():
+def test_noise_has_its_sigma_and_is_gray():
     images, masks = torch.full((4, 3, 64, 64), 128, dtype=torch.uint8), torch.zeros(4, 64, 64, dtype=torch.uint8)
     new_images, _ = Augmentation(operations=("gaussian_noise",), most=1)(images, masks, 1)
-    noise = 127.5 * (new_images - normalise(images))
+    noise = 127.5 * (new_images - normalize(images))
     rows = [row for row in range(4) if noise[row].any()]
     assert 0 < len(rows) < 4 and abs(noise[rows].std() - 1.275) < 0.03
     assert torch.equal(noise[:, 0], noise[:, 1]), "one value for all channels of a pixel"
@@ -427,7 +428,7 @@ def test_blur_equals_opencv_inside():
 
 
 @with_both_readers
-def test_contrast_turns_about_grey():
+def test_contrast_turns_about_gray():
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256).repeat(1, 3, 2, 1)
     settings = only("contrast")
     seed = seed_that_draws(settings, (3, 2, 256), ("contrast",))
@@ -461,7 +462,7 @@ def test_opencv_and_pytorch_agree(reader, monkeypatch, channels, height, width, 
             settings = Augmentation(fill=(fill,), most=6)
             ours = settings(images.contiguous(memory_format=layout), masks, seed)
             with monkeypatch.context() as patch:
-                patch.setattr(augmentation, "OPENCV_IS_EXACT", False)
+                patch.setattr(training_augmentation, "OPENCV_IS_EXACT", False)
                 theirs = settings(images, masks, seed)
             assert (ours[0] - theirs[0]).abs().max() < 1e-3 and (ours[0] - theirs[0]).abs().mean() < 1e-5
             assert (ours[1] != theirs[1]).double().mean() < 1e-3
@@ -499,7 +500,7 @@ def test_an_operation_of_ones_own_is_applied_and_its_error_is_seen(monkeypatch, 
     changed, _ = Augmentation(operations=("darken",), most=1)(images, masks, 1)
     rows = [row for row, steps in enumerate(Augmentation(operations=("darken",), most=1).draw(6, (3, 20, 24), 1)) if steps]
     assert 0 < len(rows) < 6
-    assert torch.equal(changed[rows], normalise(images)[rows] * 0.5 - 0.5)
+    assert torch.equal(changed[rows], normalize(images)[rows] * 0.5 - 0.5)
     monkeypatch.setitem(OPERATIONS, "contrast", Operation("photometric", lambda *_: None, fail))  # one of the ten, replaced
     with pytest.raises(RuntimeError, match="own error"):
         Augmentation(operations=("contrast",), most=1)(images, masks, 0)

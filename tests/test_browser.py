@@ -81,10 +81,10 @@ def folder(tmp_path) -> Path:
 
 
 def keep(page, folder: Path, name: str) -> None:
-    """A screenshot among the artefacts, to be looked at."""
-    artefacts = Path(os.environ.get("QTSEG_ARTEFACTS", folder))
-    artefacts.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=artefacts / f"{name}.png")
+    """A screenshot among the artifacts, to be looked at."""
+    artifacts = Path(os.environ.get("QTSEG_ARTEFACTS", folder))
+    artifacts.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=artifacts / f"{name}.png")
 
 
 class Widget:

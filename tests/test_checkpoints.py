@@ -14,10 +14,12 @@ import torch
 from conftest import one_sentence
 from safetensors.torch import load_file, save_file
 
-import qtseg.encoder
-import qtseg.model
-from qtseg.model import Baseline, QTSeg, find_checkpoint, load_network, load_official, shapes_only, to_official
-from qtseg.speed import memory_growth
+from qtseg.network import encoders as network_encoders, model as network_model
+from qtseg.network.baselines import Baseline, load_network
+from qtseg.network.model import QTSeg
+from qtseg.network.official import load_official, to_official
+from qtseg.network.state import find_checkpoint, shapes_only
+from qtseg.evaluation.timing import memory_growth
 
 SMALL = dict(classes=3, in_channels=1, width=8, depths=(1, 1, 2), mlp_width=32)
 
@@ -119,7 +121,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, folder, monkeypatc
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as patch:
         if broken == "save_file":
-            patch.setattr(qtseg.model, "save_file", half_a_file)
+            patch.setattr(network_model, "save_file", half_a_file)
         else:
             patch.setattr(Path, "write_text", half_a_text)
         with pytest.raises((KeyboardInterrupt, OSError)):
@@ -133,7 +135,7 @@ def test_an_interrupted_first_save_leaves_nothing(model, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(qtseg.model, "save_file", half_a_file)
+    monkeypatch.setattr(network_model, "save_file", half_a_file)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -199,7 +201,7 @@ def test_foreign_or_broken_config(folder, text):
     one_sentence(caught, "config.json")
 
 
-@pytest.mark.parametrize("entry", ["colour", "self", "__class__"])
+@pytest.mark.parametrize("entry", ["color", "self", "__class__"])
 def test_unknown_config_entries(folder, entry):
     change_config(folder, **{entry: 1})
     with pytest.raises(ValueError) as caught:
@@ -529,7 +531,7 @@ def test_a_network_without_memory_has_the_same_names_shapes_and_types(build):
 def test_loading_a_checkpoint_imports_no_compiler(model, tmp_path):
     """It would double the time that qtseg-predict takes to start."""
     model.save_pretrained(tmp_path)
-    code = "import sys; from qtseg.model import load_network; load_network(sys.argv[1]); print(*sys.modules)"
+    code = "import sys; from qtseg.network.baselines import load_network; load_network(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert not {"torch._dynamo", "sympy"} & set(done.stdout.split())
 
@@ -712,7 +714,7 @@ def test_official_names_are_for_the_official_network(model, tmp_path):
                          ids=["qtseg", "baseline"])
 def test_imagenet_weights(monkeypatch, build, body):
     """What the package would download arrives in the encoder; offline, or for an encoder that has none, one sentence."""
-    smp = qtseg.encoder.segmentation_models()
+    smp = network_encoders.segmentation_models()
     network, get_encoder = build(), smp.encoders.get_encoder
 
     def fetched(name, in_channels, depth, weights):

@@ -7,11 +7,12 @@ import functools
 import pytest
 import torch
 
-from qtseg.attention import POSITIONS
-from qtseg.bridge import BRIDGES
-from qtseg.decoder import DECODERS
-from qtseg.losses import ce_dice_loss
-from qtseg.model import BASELINES, NETWORKS, Baseline, QTSeg, load_network
+from qtseg.network.attention import POSITIONS
+from qtseg.network.bridge import BRIDGES
+from qtseg.network.decoders import DECODERS
+from qtseg.training.losses import ce_dice_loss
+from qtseg.network.baselines import BASELINES, NETWORKS, Baseline, load_network
+from qtseg.network.model import QTSeg
 
 SMALL = functools.partial(QTSeg, width=8, depths=(1, 1, 1), mlp_width=32)
 MODELS = {

@@ -26,9 +26,13 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, shared_folder, zipped
-from qtseg import data as module
-from qtseg.data import (PREPROCESSING_FILE, DataProblems, Preprocessing, SegmentationData, cache_root, fitted_size, mask_bits, normalise,
-                        pack_mask, read_image, read_mask, read_preprocessing, resize_pair, to_colour, to_rgb, unpack_masks)
+from qtseg.data import cache as data_cache, layout as data_layout, preprocessing, segmentation, sources, splits as data_splits
+from qtseg.data.cache import DataProblems, cache_root, mask_bits, pack_mask, unpack_masks
+from qtseg.data.dataset import normalize
+from qtseg.data.preprocessing import (PREPROCESSING_FILE, Preprocessing, fitted_size, read_preprocessing, resize_pair,
+                                      to_color, to_rgb)
+from qtseg.data.reading import read_image, read_mask
+from qtseg.data.segmentation import SegmentationData
 
 SHARED = shared_folder() / "data"
 
@@ -38,7 +42,7 @@ def real(name: str):
 
 
 def picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
-    """A coloured picture with some structure, uint8 [height, width, 3]; never grey."""
+    """A colored picture with some structure, uint8 [height, width, 3]; never gray."""
     y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(seed)
     waves = [120 + 90 * np.sin(x * a + y * b + c) for a, b, c in rng.uniform(0.05, 0.5, (3, 3))]
@@ -67,7 +71,7 @@ def plain(folder: Path, count: int = 6, first: int = 0, prefix: str = "case", im
     return folder
 
 
-def manifest(folder: Path, rows: list[dict], classes=("background", "lesion"), columns=module.COLUMNS) -> Path:
+def manifest(folder: Path, rows: list[dict], classes=("background", "lesion"), columns=data_layout.COLUMNS) -> Path:
     """manifest.csv and dataset.json, by hand."""
     with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -97,32 +101,32 @@ def opened(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 RGB = picture(1)
-GREY = RGB[:, :, 0]
+GRAY = RGB[:, :, 0]
 
 
 def exact(expected):
     return np.repeat(expected[:, :, None], 3, axis=2) if expected.ndim == 2 else expected
 
 
-def palette_image(indices: np.ndarray, colours: list[int]) -> Image.Image:
+def palette_image(indices: np.ndarray, colors: list[int]) -> Image.Image:
     image = Image.frombytes("P", indices.shape[::-1], indices.astype(np.uint8).tobytes())
-    image.putpalette(colours)
+    image.putpalette(colors)
     return image
 
 
-INDICES = (GREY // 90).astype(np.uint8)
+INDICES = (GRAY // 90).astype(np.uint8)
 PALETTE = [200, 30, 10, 0, 90, 250, 7, 8, 9]
 MODES = {
-    "1": (Image.fromarray(GREY > 120), "png", exact(((GREY > 120) * 255).astype(np.uint8))),
-    "L": (Image.fromarray(GREY), "png", exact(GREY)),
-    "LA": (Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(255 - GREY)]), "png", exact(GREY)),
+    "1": (Image.fromarray(GRAY > 120), "png", exact(((GRAY > 120) * 255).astype(np.uint8))),
+    "L": (Image.fromarray(GRAY), "png", exact(GRAY)),
+    "LA": (Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(255 - GRAY)]), "png", exact(GRAY)),
     "RGB": (Image.fromarray(RGB), "png", RGB),
     "RGB bmp": (Image.fromarray(RGB), "bmp", RGB),
     "RGB tif": (Image.fromarray(RGB), "tif", RGB),
-    "RGBA": (Image.fromarray(np.dstack([RGB, GREY])), "png", RGB),
+    "RGBA": (Image.fromarray(np.dstack([RGB, GRAY])), "png", RGB),
     "P": (palette_image(INDICES, PALETTE), "png", np.array(PALETTE, np.uint8).reshape(-1, 3)[INDICES]),
-    "16 bit": (Image.fromarray(GREY.astype(np.uint16) * 257), "png", exact(GREY)),
-    "16 bit tif": (Image.fromarray(GREY.astype(np.uint16) * 257 + 100), "tif", exact(GREY)),
+    "16 bit": (Image.fromarray(GRAY.astype(np.uint16) * 257), "png", exact(GRAY)),
+    "16 bit tif": (Image.fromarray(GRAY.astype(np.uint16) * 257 + 100), "tif", exact(GRAY)),
     "CMYK": (Image.fromarray(RGB).convert("CMYK"), "tif", RGB),
 }
 
@@ -135,7 +139,7 @@ def test_every_mode_of_image(mode, tmp_path):
     np.testing.assert_array_equal(read, expected)
 
 
-def test_transparent_palette_keeps_its_colours(tmp_path):
+def test_transparent_palette_keeps_its_colors(tmp_path):
     image = palette_image(INDICES, PALETTE)
     path = save(tmp_path / "a.png", image, transparency=bytes([0, 128, 255]))
     np.testing.assert_array_equal(read_image(path), MODES["P"][2])
@@ -204,7 +208,7 @@ BINARY = {
     "16 bit": EIGHT.astype(np.uint16) * 65535,
     "palette black white": palette_image(EIGHT, [0, 0, 0, 255, 255, 255]),
     "palette white black": palette_image(1 - EIGHT, [255, 255, 255, 0, 0, 0]),
-    "coloured": EIGHT[:, :, None] * np.array([0, 200, 0], np.uint8),
+    "colored": EIGHT[:, :, None] * np.array([0, 200, 0], np.uint8),
 }
 
 
@@ -233,7 +237,7 @@ def test_jpeg_mask_is_binary_only(tmp_path):
 
 
 INDEX = {
-    "grey": INDICES,
+    "gray": INDICES,
     "palette": palette_image(INDICES, PALETTE),
     "RGB": np.repeat(INDICES[:, :, None], 3, axis=2),
     "16 bit": INDICES.astype(np.uint16),
@@ -274,7 +278,7 @@ def test_read_mask_refuses_unknown_kinds(tmp_path):
 @pytest.mark.parametrize("height, width", [(40, 48), (97, 61), (33, 200), (64, 64), (20, 90), (31, 17)])
 def test_squash_and_pad_geometry(height, width):
     image, mask = picture(2, height, width), np.ones((height, width), np.uint8)
-    for resize in module.RESIZES:
+    for resize in preprocessing.RESIZES:
         small, small_mask = resize_pair(image, mask, 64, resize)
         assert small.shape == (64, 64, 3) and small_mask.shape == (64, 64) and small.dtype == small_mask.dtype == np.uint8
     new_height, new_width = round(height * 64 / max(height, width)), round(width * 64 / max(height, width))
@@ -297,7 +301,7 @@ def test_an_axis_that_shrinks_is_averaged_while_the_other_grows():
     assert (small == 127).all()
 
 
-def test_mask_takes_the_nearest_pixel_centre():
+def test_mask_takes_the_nearest_pixel_center():
     mask = np.arange(60, dtype=np.uint8).reshape(1, 60).repeat(60, axis=0)
     _, small = resize_pair(np.zeros((60, 60, 3), np.uint8), mask, 20)
     np.testing.assert_array_equal(small[0], np.arange(1, 60, 3))  # the middle of each three
@@ -312,18 +316,18 @@ def test_the_part_of_the_square_that_an_image_fills(height, width, resize, expec
     assert fitted_size(height, width, 64, resize) == expected
 
 
-def test_colour_spaces_there_and_back():
+def test_color_spaces_there_and_back():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert np.abs(to_rgb(to_colour(image, "ycrcb"), "ycrcb").astype(int) - image).max() <= 1
+    assert np.abs(to_rgb(to_color(image, "ycrcb"), "ycrcb").astype(int) - image).max() <= 1
     assert to_rgb(image, "rgb") is image
 
 
-@pytest.mark.parametrize("colour", module.COLOURS)
-@pytest.mark.parametrize("resize", module.RESIZES)
-def test_preprocessing_does_what_the_cache_did(tmp_path, resize, colour):
-    data = SegmentationData.open(plain(tmp_path / "plain"), size=32, resize=resize, colour=colour, cache=tmp_path / "cache", progress=False)
+@pytest.mark.parametrize("color", preprocessing.COLORS)
+@pytest.mark.parametrize("resize", preprocessing.RESIZES)
+def test_preprocessing_does_what_the_cache_did(tmp_path, resize, color):
+    data = SegmentationData.open(plain(tmp_path / "plain"), size=32, resize=resize, color=color, cache=tmp_path / "cache", progress=False)
     told = data.preprocessing
-    (tmp_path / PREPROCESSING_FILE).write_text(json.dumps({"size": 32, "resize": resize, "colour": colour, "class_names": list(data.class_names)}))
+    (tmp_path / PREPROCESSING_FILE).write_text(json.dumps({"size": 32, "resize": resize, "color": color, "class_names": list(data.class_names)}))
     assert told == read_preprocessing(tmp_path)
     image, mask = data.train.paths[1]
     np.testing.assert_array_equal(told.prepare(read_image(image)), data.train.batch([1]).images[0].permute(1, 2, 0).numpy())
@@ -343,7 +347,7 @@ def test_a_damaged_preprocessing_file_is_refused(tmp_path, text, words):
         read_preprocessing(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 64.0}, {"resize": "crop"}, {"colour": "hsv"}, {"class_names": ("a",)}, {"class_names": ("a", 1)}])
+@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 64.0}, {"resize": "crop"}, {"color": "hsv"}, {"class_names": ("a",)}, {"class_names": ("a", 1)}])
 def test_impossible_preprocessing(wrong):
     with pytest.raises(ValueError):
         Preprocessing(**wrong)
@@ -394,7 +398,7 @@ def test_plain_pair_holds_out_a_seeded_share(opened, tmp_path):
     assert data.cache_folder == other.cache_folder, "the split is no part of the cache"
 
 
-def test_unlabelled_part_is_mentioned(opened, tmp_path):
+def test_unlabeled_part_is_mentioned(opened, tmp_path):
     plain(tmp_path / "d" / "train", 4, images="inputs", masks="targets")
     save(tmp_path / "d" / "test" / "inputs" / "x.png", RGB)
     assert any(note.startswith("test/ was left out") for note in opened(tmp_path / "d").notes)
@@ -450,10 +454,10 @@ def test_folds_are_equal_slices_by_name_and_leftovers_train(opened, tmp_path):
 def test_the_reference_rule_for_busi():
     """437 benign in 5 folds of 87 and 210 malignant in folds of 42; benign 436 and 437, sorted by name, always train."""
     names = sorted(f"benign ({i})" for i in range(1, 438)) + sorted(f"malignant ({i})" for i in range(1, 211))
-    records = [module.Record(name, Path(name), None, stratum=name.split()[0]) for name in names]
-    survey = module.Survey(Path("."), "busi", records)
+    records = [data_layout.Record(name, Path(name), None, stratum=name.split()[0]) for name in names]
+    survey = data_layout.Survey(Path("."), "busi", records)
     for fold in range(5):
-        parts, _ = module.assign_splits(survey, fold, 5, 0.1, 0)
+        parts, _ = data_splits.assign_splits(survey, fold, 5, 0.1, 0)
         assert parts["valid"] == [*range(87 * fold, 87 * fold + 87), *range(437 + 42 * fold, 437 + 42 * fold + 42)]
         assert {435, 436} <= set(parts["train"]) and len(parts["train"]) == 647 - 129
 
@@ -548,18 +552,18 @@ def test_a_zip_whose_names_are_no_text_is_one_sentence(tmp_path):
     data = (tmp_path / "a.zip").read_bytes()
     (tmp_path / "a.zip").write_bytes(data.replace("é".encode(), b"\xff\xfe"))
     with pytest.raises(ValueError, match="a.zip is no complete .zip") as refused:
-        module.find_source(tmp_path / "a.zip", tmp_path / "cache", 32)
+        sources.find_source(tmp_path / "a.zip", tmp_path / "cache", 32)
     assert not isinstance(refused.value, UnicodeError)
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr(".", b"x")
     with pytest.raises(ValueError, match="b.zip is refused: a member has no name"):
-        module.find_source(tmp_path / "b.zip", tmp_path / "cache", 32)
+        sources.find_source(tmp_path / "b.zip", tmp_path / "cache", 32)
 
 
 def test_folds_of_patients_without_strata_are_even():
     sizes = [1 + 7 * i % 20 for i in range(30)]
-    records = [module.Record(f"{i}-{k}", Path(), None, patient=f"p{i}") for i, size in enumerate(sizes) for k in range(size)]
-    folds = np.bincount(module.fold_of_each(module.Survey(Path(), "", records), None, 5, []))
+    records = [data_layout.Record(f"{i}-{k}", Path(), None, patient=f"p{i}") for i, size in enumerate(sizes) for k in range(size)]
+    folds = np.bincount(data_splits.fold_of_each(data_layout.Survey(Path(), "", records), None, 5, []))
     assert folds.sum() == sum(sizes) and folds.max() - folds.min() <= 5
 
 
@@ -573,18 +577,18 @@ def test_without_scikit_learn_folds_of_patients_say_what_to_install(opened, tmp_
 
 
 def test_hold_out_without_patients_and_strata_gives_the_rows_of_before():
-    assert module.hold_out(list(range(0, 60, 2)), 0.2, 1996, []) == [0, 10, 12, 16, 50, 58]
-    records = [module.Record(str(i), Path(str(i)), None) for i in range(30)]
-    assert module.hold_out(list(range(30)), 0.1, 3, [], records) == [20, 23, 26]
+    assert data_splits.hold_out(list(range(0, 60, 2)), 0.2, 1996, []) == [0, 10, 12, 16, 50, 58]
+    records = [data_layout.Record(str(i), Path(str(i)), None) for i in range(30)]
+    assert data_splits.hold_out(list(range(30)), 0.1, 3, [], records) == [20, 23, 26]
 
 
 def test_hold_out_spreads_strata():
-    records = [module.Record(str(i), Path(str(i)), None, stratum="rare" if i < 10 else "common") for i in range(100)]
-    rows = module.hold_out(list(range(100)), 0.2, 7, [], records)
-    assert len(rows) == 20 and sum(row < 10 for row in rows) == 2 and rows != module.hold_out(list(range(100)), 0.2, 8, [], records)
-    alone = [module.Record(str(i), Path(str(i)), None, "one patient") for i in range(5)]
+    records = [data_layout.Record(str(i), Path(str(i)), None, stratum="rare" if i < 10 else "common") for i in range(100)]
+    rows = data_splits.hold_out(list(range(100)), 0.2, 7, [], records)
+    assert len(rows) == 20 and sum(row < 10 for row in rows) == 2 and rows != data_splits.hold_out(list(range(100)), 0.2, 8, [], records)
+    alone = [data_layout.Record(str(i), Path(str(i)), None, "one patient") for i in range(5)]
     with pytest.raises(ValueError, match="belong to one patient"):
-        module.hold_out(list(range(5)), 0.2, 7, [], alone)
+        data_splits.hold_out(list(range(5)), 0.2, 7, [], alone)
 
 
 @pytest.mark.parametrize("columns, words", [
@@ -621,7 +625,7 @@ def test_an_old_manifest_with_groups_is_read_as_strata_with_a_note(opened, tmp_p
     data = opened(source, fold=1, folds=4)
     assert data.train.strata == expected.train.strata and data.valid.ids == expected.valid.ids and set(data.train.patients) == {""}
     assert any("group is read as stratum" in note and "rename it to patient" in note for note in data.notes)
-    manifest(source, rows, columns=[*module.COLUMNS, "group"])
+    manifest(source, rows, columns=[*data_layout.COLUMNS, "group"])
     with pytest.raises(DataProblems, match="unknown column.*'group'"):
         opened(source)
 
@@ -1083,7 +1087,7 @@ def test_leakage_that_a_manifest_adds_later_is_found_in_a_finished_cache(opened,
     assert data.cache_folder.is_dir(), "pictures that are sound stay cached"
 
 
-@pytest.mark.parametrize("columns, words", [(("id", "image"), ["lacks", "mask"]), (module.COLUMNS + ("flod",), ["unknown", "'flod'"])])
+@pytest.mark.parametrize("columns, words", [(("id", "image"), ["lacks", "mask"]), (data_layout.COLUMNS + ("flod",), ["unknown", "'flod'"])])
 def test_bad_columns(columns, words, opened, tmp_path):
     source, rows = prepared(tmp_path / "d")
     manifest(source, [{name: row.get(name, "") for name in columns} for row in rows], columns=columns)
@@ -1113,7 +1117,7 @@ def test_unfinished_preparation_and_broken_description(opened, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     ({"size": 31}, "size"), ({"size": 64.0}, "size"), ({"size": 60000}, "at most 8192"), ({"classes": 0}, "classes"), ({"classes": 300}, "classes"), ({"resize": "crop"}, "resize"),
-    ({"colour": "bgr"}, "colour"), ({"masks": "soft"}, "masks"), ({"valid_share": 0}, "valid_share"), ({"valid_share": 1.0}, "valid_share"),
+    ({"color": "bgr"}, "color"), ({"masks": "soft"}, "masks"), ({"valid_share": 0}, "valid_share"), ({"valid_share": 1.0}, "valid_share"),
     ({"fold": -1}, "fold"), ({"folds": 1}, "folds"), ({"workers": 0}, "workers"), ({"fold": 3}, "fold=3.*pass folds=N"),
     ({"fold": 2, "folds": 2}, "out of range: the folds are 0, 1"), ({"folds": 7}, "6 images cannot make folds=7"),
     ({"valid_share": 0.99}, "nothing would be left"),
@@ -1223,24 +1227,24 @@ def test_packing_masks(classes, bits, size):
 
 
 def test_cache_is_smaller_than_the_raw_pixels(opened, tmp_path):
-    colourful = opened(plain(tmp_path / "d", 6))
-    used = sum(path.stat().st_size for path in colourful.cache_folder.iterdir())
+    colorful = opened(plain(tmp_path / "d", 6))
+    used = sum(path.stat().st_size for path in colorful.cache_folder.iterdir())
     assert used < 6 * 32 * 32 * 4
     for i in range(6):
         save(tmp_path / "g" / "images" / f"{i}.png", np.repeat(picture(i)[:, :, :1], 3, axis=2))
         save(tmp_path / "g" / "masks" / f"{i}.png", blob(i))
-    grey = opened(tmp_path / "g")
-    assert sum(path.stat().st_size for path in grey.cache_folder.iterdir()) < used / 2
-    batch = grey.train.batch([1, 3])
-    expected = resize_pair(*map(lambda f, p: f(p), (read_image, lambda p: read_mask(p, "binary")), grey.train.paths[1]), 32)
+    gray = opened(tmp_path / "g")
+    assert sum(path.stat().st_size for path in gray.cache_folder.iterdir()) < used / 2
+    batch = gray.train.batch([1, 3])
+    expected = resize_pair(*map(lambda f, p: f(p), (read_image, lambda p: read_mask(p, "binary")), gray.train.paths[1]), 32)
     np.testing.assert_array_equal(batch.images[0].permute(1, 2, 0), expected[0])
     assert batch.images.shape == (2, 3, 32, 32)
-    assert opened(tmp_path / "g", colour="ycrcb").train.batch([0]).images[0, 1:].unique().tolist() == [128]
+    assert opened(tmp_path / "g", color="ycrcb").train.batch([0]).images[0, 1:].unique().tolist() == [128]
 
 
-def test_colour_spaces_and_black(opened, tmp_path):
+def test_color_spaces_and_black(opened, tmp_path):
     source = plain(tmp_path / "d")
-    rgb, ycrcb = (opened(source, colour=colour, resize="pad") for colour in ("rgb", "ycrcb"))
+    rgb, ycrcb = (opened(source, color=color, resize="pad") for color in ("rgb", "ycrcb"))
     assert rgb.black == (0, 0, 0) and ycrcb.black == (0, 128, 128)
     stored = rgb.train.batch([0]).images[0].permute(1, 2, 0).contiguous().numpy()
     expected = cv2.cvtColor(stored, cv2.COLOR_RGB2YCrCb)
@@ -1271,8 +1275,8 @@ def test_batches(opened, tmp_path):
             next(data.train.batches(4, shuffle=wrong))
     with pytest.raises(ValueError, match="batch must be"):
         next(data.train.batches(0))
-    float_images = normalise(batch.images + 255)
-    assert float_images.dtype == torch.float32 and (float_images == 1).all() and normalise(torch.zeros(1, 1, 2, 2)).min() == -1
+    float_images = normalize(batch.images + 255)
+    assert float_images.dtype == torch.float32 and (float_images == 1).all() and normalize(torch.zeros(1, 1, 2, 2)).min() == -1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -1287,14 +1291,14 @@ def test_cache_is_built_once_and_rebuilt_on_change(opened, tmp_path, monkeypatch
     first = opened(source)
     assert capsys.readouterr().out == ""
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_build", lambda *a: pytest.fail("built twice"))
+        patch.setattr(segmentation, "build_cache", lambda *a: pytest.fail("built twice"))
         again = opened(source)
     assert again.cache_folder == first.cache_folder
     save(source / "masks" / "case002.png", blob(77).astype(np.uint8) * 255)
     changed = opened(source, progress=True)
     assert changed.cache_folder != first.cache_folder and "100%" in capsys.readouterr().out
     assert not torch.equal(changed.train.batch(range(5)).masks, first.train.batch(range(5)).masks)
-    assert len({opened(source, **o).cache_folder for o in ({}, {"size": 40}, {"resize": "pad"}, {"colour": "ycrcb"}, {"masks": "any"})}) == 5
+    assert len({opened(source, **o).cache_folder for o in ({}, {"size": 40}, {"resize": "pad"}, {"color": "ycrcb"}, {"masks": "any"})}) == 5
     plain(source, 1, first=6)
     assert len(opened(source).train) + 1 == 7
 
@@ -1321,9 +1325,9 @@ def test_full_disk(how, opened, tmp_path, monkeypatch):
     source = plain(tmp_path / "d")
     with monkeypatch.context() as patch:
         if how == "free":
-            patch.setattr(module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
+            patch.setattr(segmentation.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 1000))
         else:
-            real_start = module._start_array
+            real_start = data_cache._start_array
 
             def start(path, shape):
                 file = real_start(path, shape)
@@ -1334,7 +1338,7 @@ def test_full_disk(how, opened, tmp_path, monkeypatch):
                     file.close()
                     return Full()
                 return file
-            patch.setattr(module, "_start_array", start)
+            patch.setattr(data_cache, "_start_array", start)
         with pytest.raises(OSError, match="no space left in .*cache.*QTSEG_CACHE") as caught:
             opened(source)
     assert caught.value.errno == errno.ENOSPC and list((tmp_path / "cache").iterdir()) == []
@@ -1344,13 +1348,13 @@ def test_full_disk(how, opened, tmp_path, monkeypatch):
 CHILD = """
 import sys, time
 import qtseg.data as module
-from qtseg.data import SegmentationData
-prepare, slow = module._prepare, float(sys.argv[3])
+from qtseg.data.segmentation import SegmentationData
+prepare, slow = data_cache._prepare, float(sys.argv[3])
 def slowly(*arguments):
     print("one", flush=True)
     time.sleep(slow)
     return prepare(*arguments)
-module._prepare = slowly
+data_cache._prepare = slowly
 print("ready", flush=True)
 sys.stdin.readline()
 data = SegmentationData.open(sys.argv[1], size=32, cache=sys.argv[2], progress=False, workers=1)
@@ -1411,7 +1415,7 @@ def test_memory_stays_flat_over_epochs(opened, tmp_path):
     sizes = []
     for epoch in range(40):
         for batch in data.train.batches(8, shuffle=epoch):
-            normalise(batch.images)
+            normalize(batch.images)
         sizes.append(resident())
     assert sizes[-1] - sizes[9] < 8e6, "less than one more batch of floats"
 
@@ -1430,15 +1434,15 @@ def test_isic_sample(opened, tmp_path):
                 mask = name.replace("/inputs/", "/targets/").replace(".jpg", "_segmentation.png")
                 small.writestr(name, archive.read(name))
                 small.writestr(mask, archive.read(mask))
-    data = opened(tmp_path / "isic.zip", size=256, colour="ycrcb")
+    data = opened(tmp_path / "isic.zip", size=256, color="ycrcb")
     assert len(data.train) == 12 and len(data.valid) == 5 and data.name == "isic2018_512"
     batch = data.train.batch(range(12))
     for i, (image, mask) in enumerate(data.train.paths):
         expected = cv2.resize(cv2.cvtColor(cv2.imread(str(image)), cv2.COLOR_BGR2YCrCb), (256, 256), interpolation=cv2.INTER_AREA)
         assert abs(batch.images[i].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2  # rounding before or after
         stored = cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE) > 127
-        centres = (2 * np.arange(256) + 1) * 512 // 512  # floor((i + 1/2) * 2)
-        np.testing.assert_array_equal(batch.masks[i], stored[centres][:, centres])
+        centers = (2 * np.arange(256) + 1) * 512 // 512  # floor((i + 1/2) * 2)
+        np.testing.assert_array_equal(batch.masks[i], stored[centers][:, centers])
 
 
 @real("bkai_512.zip")

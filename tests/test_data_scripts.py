@@ -19,12 +19,14 @@ from conftest import ROOT, shared_folder
 from PIL import Image
 from test_preparation import box, by_hand, picture, save
 
-from qtseg import preparation
-from qtseg.data import DataProblems, SegmentationData
-from qtseg.download import DownloadError
-from qtseg.phantoms import phantom
-from qtseg.preparation import command_line, prepare, run
-from qtseg.training import TrainConfig, fit
+from qtseg.data import preparation as data_preparation
+from qtseg.data.cache import DataProblems
+from qtseg.data.segmentation import SegmentationData
+from qtseg.data.connection import DownloadError
+from qtseg.data.phantoms import phantom
+from qtseg.data.preparation import command_line, prepare, run
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit
 
 SHARED = shared_folder() / "data"
 FOLDER = ROOT / "data_scripts"
@@ -72,12 +74,12 @@ def stored(folder: Path, row: dict) -> np.ndarray:
 
 
 def by_table(image: np.ndarray) -> np.ndarray:
-    """by_hand, each of the image's colours looked at once."""
+    """by_hand, each of the image's colors looked at once."""
     codes = image[..., 0].astype(np.int32) << 16 | image[..., 1].astype(np.int32) << 8 | image[..., 2]
     classes = np.zeros(1 << 24, np.uint8)
     classes[codes.reshape(-1)] = 1
-    colours = np.flatnonzero(classes)
-    classes[colours] = by_hand(np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1).astype(np.uint8))
+    colors = np.flatnonzero(classes)
+    classes[colors] = by_hand(np.stack([colors >> 16, colors >> 8 & 255, colors & 255], axis=-1).astype(np.uint8))
     return classes[codes]
 
 
@@ -99,8 +101,8 @@ def test_bkai_sample(sample):
     assert [row["fold"] for row in table.values()] == [str(i // 4) if i < 20 else "" for i in range(23)]
     assert "3 test images without masks are not used" in json.loads((folder / "dataset.json").read_text())["notes"]
     for name, row in table.items():
-        coloured = np.asarray(Image.open(raw / "BKAI/train_gt/train_gt" / f"{name}.jpeg"))
-        assert np.array_equal(stored(folder, row), by_table(coloured)), name
+        colored = np.asarray(Image.open(raw / "BKAI/train_gt/train_gt" / f"{name}.jpeg"))
+        assert np.array_equal(stored(folder, row), by_table(colored)), name
         assert (folder / row["image"]).read_bytes() == (raw / "BKAI/train/train" / f"{name}.jpeg").read_bytes()
 
 
@@ -117,7 +119,7 @@ def test_busi_sample(sample):
         wanted = np.zeros(image.size[::-1], bool)
         for path in sorted(source.glob(f"{name}_mask*.png")):
             mask = np.asarray(Image.open(path).convert("L")) > 127
-            if path.name == "benign (4)_mask_1.png":  # 555x465 over 416x416: a figure with margins, see chapter 17
+            if path.name == "benign (4)_mask_1.png":  # 555x465 over 416x416: a figure with margins, see `data.preparation`
                 assert mask.shape == (465, 555) and wanted.shape == (416, 416)
                 mask = mask[24:24 + 416, 69:69 + 416]
             wanted |= mask
@@ -270,7 +272,7 @@ def test_fives(tmp_path):
 def test_from_isic_archives_to_an_epoch(tmp_path, year):
     counts = {"train": 20, "test": 4} | ({"valid": 3} if year > 2016 else {})
     folder = prepare(isic.isic(year), [isic_archives(tmp_path / "zips", year, counts)], tmp_path / "data", progress=False)
-    metrics = one_epoch(folder, tmp_path, colour="ycrcb")
+    metrics = one_epoch(folder, tmp_path, color="ycrcb")
     assert metrics["images"] == ({"train": 18, "valid": 2, "test": 4} if year == 2016 else counts)
 
 
@@ -704,4 +706,4 @@ def test_every_script_says_what_it_wants(name):
 def test_every_description_is_complete():
     for dataset in (*SETS.values(), fives.FIVES, *map(isic.isic, isic.PARTS)):
         assert dataset.title and dataset.licence and dataset.citation and dataset.page.startswith("https://")
-        assert dataset.class_names[0] == "background" and dataset.download and dataset.terms in preparation.DataSet.terms.fget(dataset)
+        assert dataset.class_names[0] == "background" and dataset.download and dataset.terms in data_preparation.DataSet.terms.fget(dataset)

@@ -15,11 +15,16 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from qtseg import distributed, training
-from qtseg.augmentation import OPERATIONS, Augmentation
-from qtseg.distributed import TeamError, joined_team, main, read_parameters, read_yaml
-from qtseg.model import QTSeg
-from qtseg.training import EMA, TrainConfig, Trainer, fit
+from qtseg.training import config as training_config, distributed as training_distributed, loop
+from qtseg.training.augmentation import Augmentation
+from qtseg.training.operations import OPERATIONS
+from qtseg.files.yaml import read_yaml
+from qtseg.training.distributed import TeamError, joined_team, main, read_parameters
+from qtseg.network.model import QTSeg
+from qtseg.training.callbacks import EMA
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit
+from qtseg.training.trainer import Trainer
 
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -170,7 +175,7 @@ def test_the_run_that_is_reproduced_learns_something(two):
 
 
 def test_with_free_statistics_two_processes_learn_as_well_as_one(folder, two):
-    """So short a run is noisy; chapter 19 states the differences of longer ones, measured over several seeds."""
+    """So short a run is noisy; `training.distributed` states the differences of longer ones, measured over several seeds."""
     alone = fit(free(folder, "one_free"))
     assert two[0]["free"]["metrics"]["valid"]["dice"] == pytest.approx(alone.metrics["valid"]["dice"], abs=10) and alone.metrics["valid"]["dice"] > 50
     assert curve(two[0]["free"]["history"]) != curve(alone.history), "BatchNorm saw only its share"
@@ -182,7 +187,7 @@ def test_both_processes_know_the_same_scores_and_only_the_leader_writes(folder, 
     assert two[0]["frozen"]["metrics"]["train"]["processes"] == 2
     assert json.loads((folder / "two" / "metrics.json").read_text()) == two[0]["frozen"]["metrics"]
     assert {path.name for path in (folder / "two").iterdir()} == {"config.json", "splits.json", "history.csv", "metrics.json", "resume.pt", "last",
-                                                                  *(f"best_{name}" for name in training.BEST)}
+                                                                  *(f"best_{name}" for name in training_config.BEST)}
 
 
 def test_a_checkpoint_of_a_team_opens_like_any_other(folder, two):
@@ -225,7 +230,7 @@ def test_shares_means_and_the_leaders_word(two):
 # joining
 
 def test_a_process_that_torchrun_did_not_start_is_told_how(monkeypatch):
-    for name in distributed.STARTED_BY_TORCHRUN:
+    for name in training_distributed.STARTED_BY_TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(TeamError, match="RANK, .* not set.*torchrun"), joined_team("cpu"):
         pass
@@ -252,13 +257,13 @@ def test_a_port_that_is_taken_is_one_sentence(as_if_by_torchrun):
 
 @pytest.mark.parametrize("device", ["cuda:0", "mps"])
 def test_a_team_computes_on_cpus_or_on_a_gpu_for_each_process(as_if_by_torchrun, monkeypatch, device):
-    monkeypatch.setattr(distributed, "choose_device", torch.device)
+    monkeypatch.setattr(training_distributed, "choose_device", torch.device)
     with pytest.raises(ValueError, match=f"one GPU for each process, not on {device}"), joined_team(device):
         pass
 
 
 def test_more_processes_than_gpus_are_refused(as_if_by_torchrun, monkeypatch):
-    monkeypatch.setattr(distributed, "choose_device", torch.device)
+    monkeypatch.setattr(training_distributed, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="4 processes on this machine have 2 GPUs: start at most one for each, --nproc-per-node 2"), joined_team("cuda"):
@@ -267,15 +272,15 @@ def test_more_processes_than_gpus_are_refused(as_if_by_torchrun, monkeypatch):
 
 # what happens on GPUs only, as far as a CPU can tell
 
-def test_synchronised_batchnorm_keeps_parameters_state_and_activations():
-    from qtseg.model import Baseline
+def test_synchronized_batchnorm_keeps_parameters_state_and_activations():
+    from qtseg.network.baselines import Baseline
 
     for model in (QTSeg(width=4, depths=[1, 1, 1], mlp_width=32), Baseline("unet", "tu-efficientnet_lite0")):
         parameters, state = list(model.parameters()), {name: value.clone() for name, value in model.state_dict().items()}
         image = torch.rand(1, 3, 64, 64)
         with torch.no_grad():
             before = model.eval()(image)
-            after = distributed._synchronised(model).eval()(image)
+            after = training_distributed._synchronized(model).eval()(image)
         assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
         assert not any(type(module) is torch.nn.BatchNorm2d for module in model.modules())
         assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
@@ -302,7 +307,7 @@ def test_parameters_come_from_a_file_and_changes_win(tmp_path):
     ("x" * 2**19, [], "is no file of at most 256 kB"), ("name: ..", [], "name is the name of one folder"),
 ], ids=range(16))
 def test_parameters_that_cannot_be_used_are_one_sentence(tmp_path, capsys, monkeypatch, text, changes, said):
-    monkeypatch.setattr(distributed, "joined_team", lambda *_: pytest.fail("a team met"))
+    monkeypatch.setattr(training_distributed, "joined_team", lambda *_: pytest.fail("a team met"))
     (tmp_path / "p.yaml").write_text(text)
     assert main([str(tmp_path / "p.yaml"), *(word for change in changes for word in ("--set", change))]) == 1
     printed = capsys.readouterr()
@@ -334,7 +339,7 @@ def test_a_process_augments_its_share_alone_as_it_is_in_the_whole_batch(tmp_path
     config, seen = tiny(tmp_path, name="shares", operations=list(OPERATIONS), most_operations=6), []
     augment = Augmentation.__call__
     monkeypatch.setattr(Augmentation, "__call__", lambda self, *given: seen.append(augment(self, *given)) or seen[-1])
-    data = training.open_data(config)
+    data = loop.open_data(config)
     for team in (None, Half(0), Half(1)):
         trainer = Trainer(config, data, team=team)
         trainer.step(next(trainer.begin_epoch()))
@@ -346,7 +351,7 @@ def test_a_process_augments_its_share_alone_as_it_is_in_the_whole_batch(tmp_path
 def test_the_command_trains_and_is_stopped_by_one_signal(tmp_path):
     parameters = tmp_path / "p.yaml"
     parameters.write_text(yaml.safe_dump(tiny(tmp_path, name="command", epochs=2000, progress=True, resume=True).to_dict()))
-    command = [*TWO_PROCESSES, "--module", "qtseg.distributed", str(parameters)]
+    command = [*TWO_PROCESSES, "--module", "qtseg.training.distributed", str(parameters)]
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     before = []
     for line in process.stdout:

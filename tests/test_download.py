@@ -23,8 +23,11 @@ from pathlib import Path
 
 import pytest
 
-from qtseg import data, download
-from qtseg.download import DownloadError, fetch, fetch_kaggle, unpack
+from qtseg.data import archives as data_archives, connection as data_connection, download as data_download, kaggle as data_kaggle, sources, transfer
+from qtseg.data.archives import unpack
+from qtseg.data.connection import DownloadError
+from qtseg.data.download import fetch
+from qtseg.data.kaggle import fetch_kaggle
 
 
 def zipped(**files: bytes) -> bytes:
@@ -216,7 +219,7 @@ def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "accept", killed)
+        patch.setattr(data_kaggle, "accept", killed)
         get()
     assert get().read_bytes() == CONTENT and len(archive.requests) == 1 and list(notes.iterdir()) == []
 
@@ -385,7 +388,7 @@ def test_what_may_pass_is_tried_again(archive, get):
 def naps(monkeypatch):
     """Nobody sleeps; the seconds are written down."""
     seconds = []
-    monkeypatch.setattr(download.time, "sleep", seconds.append)
+    monkeypatch.setattr(data_connection.time, "sleep", seconds.append)
     return seconds
 
 
@@ -425,9 +428,9 @@ def test_no_server_at_all(archive, get, tmp_path):
 
 def test_an_unknown_name(tmp_path, monkeypatch):
     def nowhere(*arguments, **options):
-        raise download.urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+        raise data_connection.urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 
-    monkeypatch.setattr(download.urllib.request.OpenerDirector, "open", nowhere)
+    monkeypatch.setattr(data_connection.urllib.request.OpenerDirector, "open", nowhere)
     text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", attempts=2, wait=0, progress=False)
     assert "no connection to isic.example (Name or service not known)" in text
 
@@ -437,11 +440,11 @@ def test_a_certificate_that_is_not_accepted_is_not_tried_again(tmp_path, monkeyp
 
     def impostor(*arguments, **options):
         calls.append(1)
-        error = download.ssl.SSLCertVerificationError(1, "bad")
+        error = data_connection.ssl.SSLCertVerificationError(1, "bad")
         error.verify_message = "certificate has expired"
-        raise download.urllib.error.URLError(error)
+        raise data_connection.urllib.error.URLError(error)
 
-    monkeypatch.setattr(download.urllib.request.OpenerDirector, "open", impostor)
+    monkeypatch.setattr(data_connection.urllib.request.OpenerDirector, "open", impostor)
     text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", wait=0, progress=False)
     assert "certificate has expired" in text and "clock" in text and len(calls) == 1
 
@@ -475,7 +478,7 @@ def test_no_hop_leads_astray(archive, get, tmp_path, monkeypatch):
         archive.script.append({"status": 307, "headers": {"Location": place}})
         text = refusal(DownloadError, get)
         assert "only https:// addresses are downloaded, got" in text and not archive.script
-    redirects, request = download._Redirects(), download.urllib.request.Request("https://isic.example/a.zip")
+    redirects, request = data_connection._Redirects(), data_connection.urllib.request.Request("https://isic.example/a.zip")
     for place in ("http://127.0.0.1/admin", "http://isic.example/a.zip?token=SECRET", "ftp://isic.example/a.zip"):  # a hop in the middle
         text = refusal(ValueError, redirects.http_error_302, request, None, 302, "Found", {"Location": place})
         assert "which is not https://" in text and "SECRET" not in text
@@ -497,9 +500,9 @@ def test_lengths_and_reasons_that_are_no_use(archive, get, capsys):
     """A length of 5000 digits is none; what a server says is shown, not obeyed, on the terminal."""
     archive.script.append({"status": 503, "headers": {"Content-Range": "bytes */" + "9" * 5000}})
     assert get().read_bytes() == CONTENT
-    assert "\x1b" not in str(download.way_out("the server says \x1b[2J", "page", "name"))
+    assert "\x1b" not in str(data_connection.way_out("the server says \x1b[2J", "page", "name"))
     for length in ("9" * 5000, "-1", "1_000", "٣"):
-        assert download._whole_size(type("", (), {"status": 200, "headers": {"Content-Length": length}})) is None
+        assert transfer._whole_size(type("", (), {"status": 200, "headers": {"Content-Length": length}})) is None
 
 
 def test_a_redirect_is_followed_with_its_range(archive, get):
@@ -559,7 +562,7 @@ def test_planted_names_beside_the_file_overwrite_nothing(archive, get, tmp_path)
 
 
 def test_no_room_is_said_before_anything_is_written(archive, get, tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     text = refusal(DownloadError, get)
     assert "no space" in text and "0 MB are free" in text
     assert not (tmp_path / NAME).exists() and len(archive.requests) == 1
@@ -580,7 +583,7 @@ def test_a_disk_without_room_for_even_the_note(archive, get, monkeypatch):
     def full(*arguments, **options):
         raise OSError(122, "Disk quota exceeded")
 
-    monkeypatch.setattr(download.Path, "write_text", full)
+    monkeypatch.setattr(transfer.Path, "write_text", full)
     assert "no space left" in refusal(DownloadError, get)
 
 
@@ -633,7 +636,7 @@ def test_a_killed_process_leaves_its_bytes_and_no_lock(archive, get, tmp_path):
 
 def test_many_records_at_once_lose_none(tmp_path):
     checksums = tmp_path / "checksums.json"
-    threads = [threading.Thread(target=download.record, args=(checksums, f"{n}.zip", str(n))) for n in range(16)]
+    threads = [threading.Thread(target=data_download.record, args=(checksums, f"{n}.zip", str(n))) for n in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -720,8 +723,8 @@ def kaggle(tmp_path, monkeypatch):
     monkeypatch.setenv("STUB_ZIP", str(tmp_path / "stub.zip"))
     monkeypatch.setenv("KAGGLE_API_TOKEN", SECRET)
 
-    def fetch_it(behaviour, kind="dataset", name=BUSI, **options):
-        monkeypatch.setenv("STUB", behaviour)
+    def fetch_it(behavior, kind="dataset", name=BUSI, **options):
+        monkeypatch.setenv("STUB", behavior)
         options = {"checksums": tmp_path / "out" / "checksums.json", "progress": False, **options}
         return fetch_kaggle(kind, name, tmp_path / "out", **options)
     return fetch_it
@@ -740,7 +743,7 @@ def test_kaggle_is_not_asked_twice(kaggle):
     assert kaggle("well") == kaggle("crash")
 
 
-@pytest.mark.parametrize(("behaviour", "words"), [
+@pytest.mark.parametrize(("behavior", "words"), [
     ("no token", "wants an API token, and there is none"),
     ("exit at import", "wants an API token, and there is none"),  # as kaggle 2.0 in Colab does
     ("403", "wants the rules of data-science-bowl-2018 to be accepted first: log in, accept them at "
@@ -749,8 +752,8 @@ def test_kaggle_is_not_asked_twice(kaggle):
     ("bug", "the kaggle client failed (TypeError"),
     ("crash", "ended with code 3"),
 ])
-def test_kaggle_refusals(kaggle, tmp_path, behaviour, words, capsys):
-    text = refusal(DownloadError, kaggle, behaviour, "competition", "data-science-bowl-2018")
+def test_kaggle_refusals(kaggle, tmp_path, behavior, words, capsys):
+    text = refusal(DownloadError, kaggle, behavior, "competition", "data-science-bowl-2018")
     assert words in text and "https://www.kaggle.com/competitions/data-science-bowl-2018/data" in text and "--from" in text
     assert "KGAT" not in text + "".join(capsys.readouterr()) and "S3CRET" not in text
     assert list((tmp_path / "out").iterdir()) == []
@@ -759,7 +762,7 @@ def test_kaggle_refusals(kaggle, tmp_path, behaviour, words, capsys):
 def test_kaggle_refusals_by_their_status():
     for status, words in ((401, "does not accept the API token"), (404, f"no dataset named {BUSI}"), (429, "too many requests"),
                           (403, f"Kaggle refuses {BUSI}: it is private")):
-        text = str(download._kaggle_refusal({"problem": status}, "dataset", BUSI))
+        text = str(data_kaggle._kaggle_refusal({"problem": status}, "dataset", BUSI))
         assert words in text and "rules" not in text and f"https://www.kaggle.com/datasets/{BUSI} in a browser" in text
 
 
@@ -776,11 +779,11 @@ def test_kaggle_continues_no_folder_of_somebody_else(kaggle, tmp_path):
     (planted / name).write_bytes(b"PK")
     (planted / f"{name}.kaggle-partial").write_text("{}")
     assert "ended with code" not in str(kaggle("no leftover")) and zipfile.is_zipfile(tmp_path / "out" / name)
-    ours = download._client_folder(tmp_path / "out" / "b.zip")
-    assert download._client_folder(tmp_path / "out" / "b.zip") == ours and stat.S_IMODE(ours.stat().st_mode) == 0o700
+    ours = data_kaggle._client_folder(tmp_path / "out" / "b.zip")
+    assert data_kaggle._client_folder(tmp_path / "out" / "b.zip") == ours and stat.S_IMODE(ours.stat().st_mode) == 0o700
     ours.rmdir()
     ours.symlink_to(planted)
-    assert download._client_folder(tmp_path / "out" / "b.zip") != ours
+    assert data_kaggle._client_folder(tmp_path / "out" / "b.zip") != ours
 
 
 def test_kaggle_package_missing(kaggle, tmp_path, monkeypatch):
@@ -833,7 +836,7 @@ def test_kaggle_continues_what_the_client_has_noted(kaggle, tmp_path):
 
 def test_kaggle_continues_nothing_else(kaggle, tmp_path):
     (tmp_path / "out").mkdir()
-    folder = download._client_folder(tmp_path / "out" / f"{BUSI.split('/')[1]}.zip")
+    folder = data_kaggle._client_folder(tmp_path / "out" / f"{BUSI.split('/')[1]}.zip")
     (folder / f"{BUSI.split('/')[1]}.zip").write_bytes(b"of an unknown version")
     assert zipfile.is_zipfile(kaggle("no leftover"))
 
@@ -1071,7 +1074,7 @@ def test_unpack_nothing(tmp_path):
 
 
 def test_no_room_to_unpack(tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
     assert f"no space in {tmp_path}:" in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
@@ -1080,7 +1083,7 @@ def test_a_disk_that_fills_up_while_unpacking(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(download, "_bytes_of", full)
+    monkeypatch.setattr(data_archives, "_bytes_of", full)
     text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
     assert "no space left" in text and "cache" not in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
@@ -1092,7 +1095,7 @@ def test_an_interrupted_unpacking_leaves_nothing_and_is_done_again(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, "_bytes_of", interrupted)
+        patch.setattr(data_archives, "_bytes_of", interrupted)
         unpack(path, tmp_path / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
     assert tree(unpack(path, tmp_path / "out", progress=False)) == FILES
@@ -1120,7 +1123,7 @@ def tool(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text("#!/bin/sh\nset -e\n" + script.replace("ARCHIVE", place[0]).replace("FOLDER", place[1]) + "\n")
         path.chmod(0o755)
-        monkeypatch.setattr(download.shutil, "which", lambda command: str(path) if command == name else None)
+        monkeypatch.setattr(transfer.shutil, "which", lambda command: str(path) if command == name else None)
         monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "FIVES.rar").write_bytes(RAR)
     return install
@@ -1135,7 +1138,7 @@ def test_a_rar_is_left_to_a_tool(tmp_path, tool, name):
 
 def test_a_rar_without_a_tool(tmp_path, monkeypatch):
     (tmp_path / "FIVES.rar").write_bytes(RAR)
-    monkeypatch.setattr(download.shutil, "which", lambda command: None)
+    monkeypatch.setattr(transfer.shutil, "which", lambda command: None)
     text = refusal(DownloadError, unpack, tmp_path / "FIVES.rar", tmp_path / "out")
     assert "by hand" in text and "--from" in text and "unar" in text and [entry.name for entry in tmp_path.iterdir()] == ["FIVES.rar"]
 
@@ -1154,4 +1157,4 @@ def test_a_tool_is_watched(tmp_path, tool, script, error, words):
 
 
 def test_the_error_is_an_oserror_and_the_limits_are_those_of_chapter_1():
-    assert issubclass(DownloadError, OSError) and download.check_members is data.check_members
+    assert issubclass(DownloadError, OSError) and data_archives.check_members is sources.check_members

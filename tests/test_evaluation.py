@@ -18,22 +18,32 @@ from conftest import shared_folder
 from PIL import Image
 from torch import nn
 
-from qtseg import evaluation as module
-from qtseg.data import SegmentationData, fitted_size
-from qtseg.evaluation import (BINS, FILES, SCORES, SIZES, THRESHOLDS, Protocol, aligned, bootstrap_interval, bootstrap_means,
-                              calibration_counts, calibration_error, choose_splits, class_frequencies, class_probabilities,
-                              constant_counts, decide, draw_gallery, evaluate_checkpoint, evaluate_network, find_checkpoints,
-                              lesion_counts, main, markdown, mask_scores, multiply_adds, network_cost, open_for, own_size_mask,
-                              predict_batch, replaced_results, require_replaceable, sampling_units, score_image, stratum_rows,
-                              student_quantile, surface_scores, table_rows, threshold_counts, threshold_rows, to_dict,
-                              training_notes, undo_resize)
-from qtseg.metrics import MEASURES, confusion_counts, hard_masks
-from qtseg.model import QTSeg
-from qtseg.phantoms import write_prepared
-from qtseg.training import TrainConfig, evaluate, fit, open_data, split_table
+from qtseg.evaluation import cost as evaluation_cost, evaluate as evaluation_evaluate, results as evaluation_results, runs as evaluation_runs
+from qtseg.data.preprocessing import fitted_size
+from qtseg.data.segmentation import SegmentationData
+from qtseg.evaluation.command import main
+from qtseg.evaluation.cost import multiply_adds, network_cost
+from qtseg.evaluation.evaluate import (SIZES, Protocol, choose_splits, constant_counts, evaluate_network,
+                                       predict_batch, score_image, stratum_rows, threshold_rows)
+from qtseg.evaluation.figures import draw_gallery
+from qtseg.evaluation.results import FILES, replaced_results, require_replaceable, to_dict
+from qtseg.evaluation.runs import evaluate_checkpoint, find_checkpoints, open_for, training_notes
+from qtseg.evaluation.scores import (BINS, SCORES, THRESHOLDS, calibration_counts, calibration_error,
+                                     class_probabilities, decide, lesion_counts, mask_scores, own_size_mask,
+                                     surface_scores, threshold_counts, undo_resize)
+from qtseg.evaluation.tables import aligned, markdown, table_rows
+from qtseg.evaluation.uncertainty import bootstrap_interval, bootstrap_means, sampling_units, student_quantile
+from qtseg.training.frequencies import class_frequencies
+from qtseg.evaluation.metrics import MEASURES, confusion_counts, hard_masks
+from qtseg.network.model import QTSeg
+from qtseg.data.phantom_sets import write_prepared
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit, open_data
+from qtseg.training.run_folder import split_table
+from qtseg.training.validation import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # inside MONAI
-needs_monai = pytest.mark.skipif(module.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
+needs_monai = pytest.mark.skipif(evaluation_evaluate.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
 
 
 # ------------------------------------------------------------------------------------------------ probabilities and decisions
@@ -389,8 +399,8 @@ def test_legacy_touches_the_papers_scores_only():
 
 
 def test_without_monai(monkeypatch):
-    real = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "monai" else real(name))
+    real = evaluation_evaluate.importlib.util.find_spec
+    monkeypatch.setattr(evaluation_evaluate.importlib.util, "find_spec", lambda name: None if name == "monai" else real(name))
     assert Protocol().surface is False and Protocol().measures == SCORES[:-2]
     with pytest.raises(ModuleNotFoundError, match="pip install monai"):
         Protocol(surface=True)
@@ -571,7 +581,7 @@ class Guess(nn.Module):
 @pytest.fixture
 def no_stopwatch(monkeypatch):
     """Timings take seconds and are tested where they belong."""
-    monkeypatch.setattr(module, "_median_seconds", lambda *arguments: 1.0)
+    monkeypatch.setattr(evaluation_cost, "_median_seconds", lambda *arguments: 1.0)
 
 
 QUICK = dict(surface=False, draws=50)
@@ -723,17 +733,17 @@ def test_an_old_result_stays_until_the_new_one_is_whole(run, tmp_path, monkeypat
 
     again(split="test")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    write = module.write_evaluation
+    write = evaluation_results.write_evaluation
 
     def full_disk(*arguments):
         write(*arguments)
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "write_evaluation", full_disk)
+    monkeypatch.setattr(evaluation_runs, "write_evaluation", full_disk)
     with pytest.raises(OSError, match="no space"):
         again(split="valid")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    monkeypatch.setattr(module, "write_evaluation", write)
+    monkeypatch.setattr(evaluation_runs, "write_evaluation", write)
     again(split="valid")
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["split"] == "valid"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -1184,7 +1194,7 @@ def test_names_stay_text_in_tables():
 def test_formulas_in_names_stay_text_in_csv(endoscopy, tmp_path):
     result = evaluate_network(Guess(3), endoscopy, "test", Protocol(**QUICK))
     result.ids[0], result.strata[0], result.patients[0] = "=1+1", "@SUM(A1)", "+patient\x1b"
-    module.write_evaluation(result, tmp_path, {})
+    evaluation_results.write_evaluation(result, tmp_path, {})
     with (tmp_path / "images.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     assert (first["id"], first["stratum"]) == ("'=1+1", "'@SUM(A1)") and first["patient"].startswith("'+patient") and "\x1b" not in first["patient"]

@@ -38,7 +38,7 @@ def test_a_network_of_ones_own_is_trained_and_kept(tmp_path):
     assert json.loads((best / "config.json").read_text())["class"] == "__main__.SmallUNet"
     assert load_file(best / "model.safetensors")["head.weight"].shape == (2, 16, 1, 1)
     given = json.loads((tmp_path / "unet" / "metrics.json").read_text())["given"]
-    assert given == {"model": "__main__.SmallUNet", "callbacks": ["qtseg.training.EMA", "qtseg.training.EarlyStopping"]}
+    assert given == {"model": "__main__.SmallUNet", "callbacks": ["qtseg.training.callbacks.EMA", "qtseg.training.callbacks.EarlyStopping"]}
 
 
 def test_a_dataset_of_ones_own_with_albumentations_is_trained_on(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, refused_parameters, run_notebook
-from qtseg.phantoms import phantom
-from qtseg.training import TrainConfig, fit
+from qtseg.data.phantoms import phantom
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit
 
 NOTEBOOKS = ROOT / "nbs/experiments"
 

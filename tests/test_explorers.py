@@ -1,4 +1,4 @@
-"""Chapter 15, the widgets that look inside: TokenExplorer, ShapeTracer, LossLab; their numbers against independent computations."""
+"""`view.mask_explorer`, the widgets that look inside: TokenExplorer, ShapeTracer, LossLab; their numbers against independent computations."""
 from __future__ import annotations
 
 import dataclasses
@@ -13,28 +13,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from qtseg.data import PREPROCESSING_FILE, Preprocessing, normalise
-from qtseg.inference import Predictor
-from qtseg.losses import binary_dice_loss, cross_entropy_loss
-from qtseg.model import QTSeg
-from qtseg.phantoms import phantom
-from qtseg.widgets import (
-    LAB_LOSSES,
-    STRIDES,
-    LossLab,
-    ShapeTracer,
-    TokenExplorer,
-    decode_image,
-    disc_logits,
-    logits_after,
-    loss_along,
-    network_input,
-    over_pixels,
-    push,
-    signed,
-    token_attention,
-    trace,
-)
+from qtseg.data.dataset import normalize
+from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from qtseg.prediction.predictor import Predictor
+from qtseg.training.losses import binary_dice_loss, cross_entropy_loss
+from qtseg.network.model import QTSeg
+from qtseg.data.phantoms import phantom
+from qtseg.view.loss_lab import LAB_LOSSES, LossLab, disc_logits, loss_along, push, signed
+from qtseg.view.shape_tracer import ShapeTracer, trace
+from qtseg.view.token_explorer import TokenExplorer
+from qtseg.view.tokens import STRIDES, decode_image, logits_after, network_input, over_pixels, token_attention
 
 
 def small(classes: int = 2, seed: int = 0, **options) -> QTSeg:
@@ -95,7 +83,7 @@ def test_decoded_agrees_with_the_network(classes, height, width):
     whole, picture = small(classes), image(height, width)
     decoded = decode_image(whole, picture)
     with torch.inference_mode():
-        logits = whole(normalise(torch.from_numpy(picture).permute(2, 0, 1)[None]))[0]
+        logits = whole(normalize(torch.from_numpy(picture).permute(2, 0, 1)[None]))[0]
     np.testing.assert_allclose(decoded.logits, logits.numpy(), atol=1e-5)
     mask = logits.argmax(dim=0) if classes > 1 else logits[0] > 0
     assert (decoded.mask == mask.numpy()).mean() > 0.999 and decoded.mask.dtype == np.uint8
@@ -127,16 +115,16 @@ def test_over_pixels_repeats_and_cuts():
     assert spread.shape == (7, 10) and all(spread[row, column] == maps[row // 4, column // 4] for row in range(7) for column in range(10))
 
 
-@pytest.mark.parametrize("colour", ["rgb", "ycrcb"])
+@pytest.mark.parametrize("color", ["rgb", "ycrcb"])
 @pytest.mark.parametrize("resize", ["squash", "pad"])
-def test_network_input_is_what_the_predictor_sees(network, colour, resize):
+def test_network_input_is_what_the_predictor_sees(network, color, resize):
     """The explorer's last mask must be the predictor's, for every way of preparing an image."""
-    preparing = Preprocessing(64, resize, colour, ("background", "a", "b"))
+    preparing = Preprocessing(64, resize, color, ("background", "a", "b"))
     predictor = Predictor(network, preparing, 3, device="cpu")
     picture = image(60, 90)
     rgb, pixels = network_input(predictor, picture)
     expected = torch.from_numpy(preparing.prepare(picture)).permute(2, 0, 1)[None]
-    assert torch.equal(pixels, normalise(expected)) and rgb.shape == (64, 64, 3)
+    assert torch.equal(pixels, normalize(expected)) and rgb.shape == (64, 64, 3)
     square = decode_image(predictor, rgb)  # a picture of the network's own size: nothing to undo
     assert (square.mask == predictor.predict(rgb)).mean() > 0.999
 
@@ -190,7 +178,7 @@ def test_answer_is_the_logit_and_the_shares_of_the_pixel(network):
     panel, picture = TokenExplorer(network, image(50, 75), ["ground", "one", "two"]), image(50, 75)
     panel.set(x=70, y=41, stage=16, block=2, head=4)
     with torch.inference_mode():
-        pixels = normalise(torch.from_numpy(picture).permute(2, 0, 1)[None])
+        pixels = normalize(torch.from_numpy(picture).permute(2, 0, 1)[None])
         logits, decoding = network(pixels), network.decode(network.encode(pixels))
     answer = panel.answer()
     assert list(answer["logit"]) == ["ground", "one", "two"]
@@ -498,10 +486,10 @@ def test_losses_along_x_meet_the_current_ones():
         assert values.argmin() == 6  # nearest to the target
 
 
-def test_signed_colours():
-    colours = signed(np.array([[-2.0, -1.0, 0.0, 1.0, 5.0]]), 1.0)[0].astype(int)
-    assert (colours[0] == colours[1]).all() and (colours[3] == colours[4]).all() and colours[2].min() > 240
-    assert colours[0][2] > colours[0][0] and colours[4][0] > colours[4][2]  # blue below, orange above
+def test_signed_colors():
+    colors = signed(np.array([[-2.0, -1.0, 0.0, 1.0, 5.0]]), 1.0)[0].astype(int)
+    assert (colors[0] == colors[1]).all() and (colors[3] == colors[4]).all() and colors[2].min() > 240
+    assert colors[0][2] > colors[0][0] and colors[4][0] > colors[4][2]  # blue below, orange above
     assert (signed(np.zeros((2, 2)), 0.0) > 240).all()
 
 

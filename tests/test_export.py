@@ -17,15 +17,18 @@ import torch
 from conftest import ROOT, one_sentence
 from safetensors.torch import load_file, save_file
 
-from qtseg import export
-from qtseg.data import PREPROCESSING_FILE, Preprocessing
-from qtseg.export import (AnySize, benchmark_engines, checkpoint_engines, data_name, download_checkpoint, engine_table, export_onnx, export_torch,
-                          largest_difference, main, model_card, pack, parity_images, push_to_hub, record_graph, write_card)
-from qtseg.evaluation import weights_sha256
-from qtseg.inference import OnnxNetwork, Predictor
-from qtseg.model import QTSeg
-from qtseg.phantoms import phantom
-from qtseg.training import TrainConfig
+from qtseg.prediction import cards as prediction_cards, export as prediction_export
+from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from qtseg.prediction.cards import data_name, download_checkpoint, model_card, pack, push_to_hub, write_card
+from qtseg.prediction.export import (AnySize, benchmark_engines, checkpoint_engines, engine_table, export_onnx,
+                                     export_torch, largest_difference, parity_images, record_graph)
+from qtseg.prediction.export_command import main
+from qtseg.evaluation.runs import weights_sha256
+from qtseg.prediction.networks import OnnxNetwork
+from qtseg.prediction.predictor import Predictor
+from qtseg.network.model import QTSeg
+from qtseg.data.phantoms import phantom
+from qtseg.training.config import TrainConfig
 
 torch.set_num_threads(1)
 
@@ -90,7 +93,7 @@ def test_any_size_changes_nothing(shape):
 
 def test_parity_images_are_what_they_claim():
     batches = parity_images(4)
-    assert [tuple(batch.shape) for batch in batches] == [(b, 4, h, w) for b, h, w in export.PARITY_SHAPES for _ in range(2)]
+    assert [tuple(batch.shape) for batch in batches] == [(b, 4, h, w) for b, h, w in prediction_export.PARITY_SHAPES for _ in range(2)]
     assert all(batch.min() >= -1 and batch.max() <= 1 and batch.std() > 0.1 for batch in batches)
     assert len({batch.shape[2:] for batch in batches}) == len({len(batch) for batch in batches}) == 3
 
@@ -165,7 +168,7 @@ def test_torch_export_computes_the_same_logits(tmp_path):
     data = (checkpoint / "model.pt2").read_bytes()
     assert str(ROOT).encode() not in data and b"site-packages" not in data
     program, network = torch.export.load(checkpoint / "model.pt2").module(), QTSeg.from_pretrained(checkpoint)
-    assert largest_difference(network, program, [images(*shape) for shape in SHAPES if min(shape[1:]) >= export.SMALLEST_RECORDED]) < 1e-4
+    assert largest_difference(network, program, [images(*shape) for shape in SHAPES if min(shape[1:]) >= prediction_export.SMALLEST_RECORDED]) < 1e-4
 
 
 def test_recording_leaves_the_network_as_it_was():
@@ -193,8 +196,8 @@ class Translated:
 @pytest.fixture
 def translation(exported, monkeypatch):
     """Every translation yields the file of `exported`, without the seconds that a real one takes."""
-    monkeypatch.setattr(export, "record_graph", lambda *arguments: None)
-    monkeypatch.setattr(export, "_translate", lambda *arguments: Translated(exported[0] / "model.onnx"))
+    monkeypatch.setattr(prediction_export, "record_graph", lambda *arguments: None)
+    monkeypatch.setattr(prediction_export, "_translate", lambda *arguments: Translated(exported[0] / "model.onnx"))
 
 
 @pytest.mark.parametrize("problem", ["other weights", "nan", "crash", "other sizes"])
@@ -311,11 +314,11 @@ def test_a_card_invents_nothing(checkpoint, tmp_path):
     alone = save_checkpoint(tmp_path / "alone" / "ck", small_network())
     (tmp_path / "alone" / "config.json").write_text('{"data": "phantoms:all:9", "epochs": 5}')
     card = model_card(alone)
-    assert card.count(export.UNKNOWN) == 3 and "model-index" not in card and "phantoms" not in card
+    assert card.count(prediction_cards.UNKNOWN) == 3 and "model-index" not in card and "phantoms" not in card
     assert front_matter(card)["license"] == "other"
     other = save_checkpoint(checkpoint.parent / "last", small_network(seed=1))
     card = model_card(other)
-    assert card.count(export.UNKNOWN) == 1 and "87.65" not in card and "phantoms:dermoscopy:91" in card and "time: unknown" in card
+    assert card.count(prediction_cards.UNKNOWN) == 1 and "87.65" not in card and "phantoms:dermoscopy:91" in card and "time: unknown" in card
     shutil.copytree(checkpoint, checkpoint.parent / "best_iou")  # the same weights: scored after all
     assert "87.65" in model_card(checkpoint.parent / "best_iou")
 
@@ -520,7 +523,7 @@ def test_a_folder_wins_over_the_hub(checkpoint, monkeypatch, tmp_path):
 def test_the_real_library_offline_is_one_sentence(tmp_path):
     """With huggingface_hub itself, told to stay offline and with an empty cache."""
     pytest.importorskip("huggingface_hub", reason="tests the real library's errors")
-    code = ("from qtseg.export import download_checkpoint\ntry:\n    download_checkpoint('nobody/nothing-at-all')\n"
+    code = ("from qtseg.prediction.cards import download_checkpoint\ntry:\n    download_checkpoint('nobody/nothing-at-all')\n"
             "except (ConnectionError, FileNotFoundError) as error:\n    print(error)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
@@ -614,7 +617,7 @@ def test_a_gigantic_network_is_refused_before_it_takes_memory(checkpoint):
     """In a process of its own: one sentence each, within seconds, and in less memory than a common laptop has."""
     pytest.importorskip("resource", reason="memory is read through POSIX's resource module")
     config = json.loads((checkpoint / "config.json").read_text())
-    code = ("import json, pathlib, resource, sys\nfrom qtseg.model import QTSeg\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+    code = ("import json, pathlib, resource, sys\nfrom qtseg.network.model import QTSeg\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"  # the peak never falls, so every network is held to what all took
             "for config in json.loads(sys.argv[2]):\n"
             "    pathlib.Path(sys.argv[1], 'config.json').write_text(json.dumps(config))\n"
@@ -683,4 +686,4 @@ def test_a_readme_that_swells_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "README.md").open("wb") as file:
         file.truncate(900 * 2**20)  # sparse: it takes no room on the disk
     with pytest.raises(ValueError, match="README.md"):
-        export._own_card(tmp_path)
+        prediction_cards._own_card(tmp_path)

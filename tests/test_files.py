@@ -24,12 +24,15 @@ from PIL import Image, ImageOps
 from pydicom.pixels import compress
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from qtseg import files
-from qtseg.files import csv_cell, escape, is_picture, printable, read_json, read_picture, read_table, same_form, walk, write_then_rename
+from qtseg.files import dicom, headers, writing
+from qtseg.files.folders import same_form, walk
+from qtseg.files.pictures import is_picture, read_picture
+from qtseg.files.text import csv_cell, escape, printable, read_json, read_table
+from qtseg.files.writing import write_then_rename
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (20, 30, 3)).astype(np.uint8)
-GREY = COLOR[:, :, 0]
+GRAY = COLOR[:, :, 0]
 DEEP = RNG.integers(0, 65536, (20, 30)).astype(np.uint16)
 
 
@@ -50,16 +53,16 @@ def test_the_content_decides_never_the_ending(tmp_path, ending):
     assert values.dtype == np.uint8 and values.shape == COLOR.shape and values.flags.writeable
     if ending not in ("gif", "jpg", "jp2", "avif"):
         assert (values == COLOR).all()
-    assert read.format.removesuffix(" lossless") in files.FORMATS
+    assert read.format.removesuffix(" lossless") in headers.FORMATS
 
 
 def test_what_is_stored_is_returned(tmp_path):
-    """Grey, one bit, palette index, alpha dropped and not blended, sixteen bits."""
+    """Gray, one bit, palette index, alpha dropped and not blended, sixteen bits."""
     indices = np.arange(600, dtype=np.uint8).reshape(20, 30) % 7
     palette = Image.frombytes("P", (30, 20), indices.tobytes())
     palette.putpalette([0, 0, 0, 250, 10, 10, 10, 250, 10] + [9] * 12)
-    cases = {"grey": (GREY, GREY, 8), "bit": (Image.fromarray(GREY > 99), GREY > 99, 1), "index": (palette, indices, 8), "deep": (DEEP, DEEP, 16),
-             "rgba": (np.dstack([COLOR, GREY]), COLOR, 8), "la": (Image.merge("LA", [Image.fromarray(GREY)] * 2), GREY, 8)}
+    cases = {"gray": (GRAY, GRAY, 8), "bit": (Image.fromarray(GRAY > 99), GRAY > 99, 1), "index": (palette, indices, 8), "deep": (DEEP, DEEP, 16),
+             "rgba": (np.dstack([COLOR, GRAY]), COLOR, 8), "la": (Image.merge("LA", [Image.fromarray(GRAY)] * 2), GRAY, 8)}
     for name, (stored, values, bits) in cases.items():
         read = read_picture(save(tmp_path / f"{name}.png", stored))
         assert (read.values == values).all() and read.bits == bits, name
@@ -68,12 +71,12 @@ def test_what_is_stored_is_returned(tmp_path):
             assert read.palette.shape == (256, 3) and read.palette[2].tolist() == [10, 250, 10]
 
 
-@pytest.mark.parametrize("kind", ["png", "png with alpha", "grey with alpha", "tif", "turned tif"])
+@pytest.mark.parametrize("kind", ["png", "png with alpha", "gray with alpha", "tif", "turned tif"])
 def test_colors_of_sixteen_bits_stay_sixteen(tmp_path, kind):
     import cv2
     deep = RNG.integers(0, 65536, (20, 30, 3)).astype(np.uint16)
     path = tmp_path / ("x.tif" if kind.endswith("tif") else "x.png")
-    if kind == "grey with alpha":  # which no library here writes
+    if kind == "gray with alpha":  # which no library here writes
         rows = np.stack([DEEP, DEEP], 2).astype(">u2")
         data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + hostile.chunk(b"IHDR", struct.pack(">IIBBBBB", 30, 20, 16, 4, 0, 0, 0)) + hostile.chunk(b"IDAT", data)
@@ -85,7 +88,7 @@ def test_colors_of_sixteen_bits_stay_sixteen(tmp_path, kind):
     else:
         cv2.imwrite(str(path), np.dstack([deep[:, :, ::-1], DEEP]) if "alpha" in kind else deep[:, :, ::-1])
     read = read_picture(path)
-    right = {"grey with alpha": np.stack([DEEP] * 3, 2), "turned tif": np.rot90(deep, -1)}.get(kind, deep)
+    right = {"gray with alpha": np.stack([DEEP] * 3, 2), "turned tif": np.rot90(deep, -1)}.get(kind, deep)
     assert read.bits == 16 and read.values.dtype == np.uint16 and (read.values == right).all() and bool(read.turned) == (kind == "turned tif")
 
 
@@ -132,7 +135,7 @@ def test_exif_turns_are_carried_out_and_told(tmp_path, orientation):
     """Square pictures too, whose turn no size betrays."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for name, array in (("a.png", COLOR), ("b.png", COLOR[:, :20]), ("c.jpg", COLOR), ("d.tif", COLOR), ("e.webp", GREY), ("f.png", DEEP)):
+    for name, array in (("a.png", COLOR), ("b.png", COLOR[:, :20]), ("c.jpg", COLOR), ("d.tif", COLOR), ("e.webp", GRAY), ("f.png", DEEP)):
         path = save(tmp_path / name, array, exif=exif)
         read = read_picture(path)
         right = np.asarray(ImageOps.exif_transpose(Image.open(path)))
@@ -140,7 +143,7 @@ def test_exif_turns_are_carried_out_and_told(tmp_path, orientation):
 
 
 def test_twins_have_one_digest(tmp_path):
-    one, two = save(tmp_path / "one.png", COLOR), save(tmp_path / "two.png", GREY)
+    one, two = save(tmp_path / "one.png", COLOR), save(tmp_path / "two.png", GRAY)
     (tmp_path / "three").write_bytes(one.read_bytes())
     assert read_picture(one).digest == read_picture(tmp_path / "three").digest != read_picture(two).digest
     assert len(read_picture(one).digest) == 24
@@ -177,11 +180,11 @@ def test_dicom_shows_what_a_screen_shows(tmp_path, bits):
     """MONOCHROME1 inverted at every depth, signed values, rescaling, the window, colors of more than eight bits."""
     kind, allocated = np.dtype(f"u{bits // 8}"), {"BitsAllocated": bits}
     ramp = np.linspace(0, 2**bits - 1, 64).astype(kind)
-    grey = shown(tmp_path, hostile.dicom(ramp.tobytes(), **allocated)).values.ravel()
-    assert (grey == np.rint(ramp / (2**bits - 1) * 255)).all()
-    assert (shown(tmp_path, hostile.dicom(ramp.tobytes(), PhotometricInterpretation="MONOCHROME1", **allocated)).values.ravel() == 255 - grey).all()
+    gray = shown(tmp_path, hostile.dicom(ramp.tobytes(), **allocated)).values.ravel()
+    assert (gray == np.rint(ramp / (2**bits - 1) * 255)).all()
+    assert (shown(tmp_path, hostile.dicom(ramp.tobytes(), PhotometricInterpretation="MONOCHROME1", **allocated)).values.ravel() == 255 - gray).all()
     signed = (ramp.astype(np.int64) - 2 ** (bits - 1)).astype(f"i{bits // 8}")
-    assert (shown(tmp_path, hostile.dicom(signed.tobytes(), PixelRepresentation=1, **allocated)).values.ravel() == grey).all()
+    assert (shown(tmp_path, hostile.dicom(signed.tobytes(), PixelRepresentation=1, **allocated)).values.ravel() == gray).all()
     upside = shown(tmp_path, hostile.dicom(ramp.tobytes(), RescaleSlope=-2, RescaleIntercept=7, **allocated)).values.ravel()
     assert (upside == np.rint((1 - ramp / (2**bits - 1)) * 255)).all()
     window = shown(tmp_path, hostile.dicom(ramp.tobytes(), WindowCenter=2 ** (bits - 1), WindowWidth=2 ** (bits - 2), **allocated)).values.ravel()
@@ -298,7 +301,7 @@ def test_a_large_picture_leaves_pillows_own_limit_alone(tmp_path):
 import sys, threading, warnings
 warnings.simplefilter("error")
 from PIL import Image
-from qtseg.files import read_picture
+from qtseg.files.pictures import read_picture
 before, seen, read = Image.MAX_IMAGE_PIXELS, set(), []
 reader = threading.Thread(target=lambda: read.append(read_picture(sys.argv[1])))
 reader.start()
@@ -314,9 +317,9 @@ assert read[0].values.shape == (9460, 9460) and seen | {Image.MAX_IMAGE_PIXELS} 
 
 
 def test_225_megapixels_are_honest_work():
-    """By the header alone, which is what decides: a JPEG of 20 MB, a TIFF without compression, a PNG of 200 MB; grey even if it is flat."""
+    """By the header alone, which is what decides: a JPEG of 20 MB, a TIFF without compression, a PNG of 200 MB; gray even if it is flat."""
     for size, plain, peak in ((20e6, 3, 7), (675e6, 3, 7), (200e6, 3, 7), (230e3, 1, 2), (100e6, 2, 4)):
-        files._require_memory(15_000, 15_000, plain, peak, size)
+        dicom.require_memory(15_000, 15_000, plain, peak, size)
 
 
 def test_an_image_is_judged_as_rgb_a_mask_as_it_is(tmp_path):
@@ -440,8 +443,8 @@ def test_json_from_odd_places(tmp_path):
 
 def test_tables_of_strangers_are_bounded(tmp_path):
     """A sparse file, millions of rows, of columns, a cell or a row without an end; each through the two readers of this layer's neighbors."""
-    from qtseg.visualisation import read_history
-    from qtseg.widgets import SavedPredictions
+    from qtseg.view.figures import read_history
+    from qtseg.view.album import SavedPredictions
     path = tmp_path / "x.csv"
     path.write_text("\ufeffid,dice\na,0.5\n\"b\nc\",1\n", encoding="utf-8")
     columns, rows = read_table(path)
@@ -534,7 +537,7 @@ def test_a_planted_link_is_not_followed(tmp_path):
 
 
 def test_a_temporary_name_that_exists_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "guessed")
+    monkeypatch.setattr(writing.secrets, "token_hex", lambda count: "guessed")
     victim = tmp_path / "victim"
     (tmp_path / ".guessed.tmp").symlink_to(victim)
     with pytest.raises(FileExistsError):
@@ -558,7 +561,7 @@ def test_writing_keeps_long_names_modes_and_the_old_file(tmp_path):
 def test_the_sweep_leaves_alone_what_it_did_not_make(tmp_path):
     for name in (".building,x", ".building,a,b,c,d,e", f".building,{os.uname().nodename},999999999999999999999,ab"):
         (tmp_path / name).mkdir()
-    with files.new_folder(tmp_path / "target") as private:
+    with writing.new_folder(tmp_path / "target") as private:
         (private / "a").write_text("x")
     assert (tmp_path / "target" / "a").is_file() and len(os.listdir(tmp_path)) == 4
 

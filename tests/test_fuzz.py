@@ -26,11 +26,20 @@ from pydicom.pixels import compress
 from pydicom.uid import RLELossless
 from safetensors.torch import save
 
-from qtseg.data import DataProblems, SegmentationData, find_source, read_image, read_mask, survey_folder
-from qtseg.experiments import read_study
-from qtseg.files import csv_cell, escape, printable, read_json, read_picture
-from qtseg.model import QTSeg, _copy_into, _read_safetensors, load_network, load_official
-from qtseg.training import TrainConfig, _read_state
+from qtseg.data.cache import DataProblems
+from qtseg.data.layout import survey_folder
+from qtseg.data.reading import read_image, read_mask
+from qtseg.data.segmentation import SegmentationData
+from qtseg.data.sources import find_source
+from qtseg.study.plan import read_study
+from qtseg.files.pictures import read_picture
+from qtseg.files.text import csv_cell, escape, printable, read_json
+from qtseg.network.baselines import load_network
+from qtseg.network.model import QTSeg
+from qtseg.network.official import load_official
+from qtseg.network.state import copy_into, read_safetensors
+from qtseg.training.config import TrainConfig
+from qtseg.training.state import _read_state
 
 CASES = int(os.environ.get("QTSEG_FUZZ", 200))
 fuzzed = settings(max_examples=CASES, deadline=None, print_blob=False, derandomize=CASES == 200, database=None, suppress_health_check=list(HealthCheck))
@@ -145,14 +154,14 @@ def place(tmp_path_factory):
 # Pictures and masks
 
 def _pictures() -> list[bytes]:
-    image, grey = Image.fromarray(COLOR), Image.fromarray(COLOR[:, :, 0])
+    image, gray = Image.fromarray(COLOR), Image.fromarray(COLOR[:, :, 0])
     exif = Image.Exif()
     exif[0x0112] = 6
     kinds = [(image, form, {}) for form in ("PNG", "TIFF", "BMP", "PPM", "SGI", "TGA", "PCX", "QOI", "DIB", "WEBP", "GIF", "JPEG2000", "AVIF")]
-    kinds += [(image, "JPEG", {"exif": exif}), (image, "JPEG", {"progressive": True}), (grey, "PNG", {}), (grey.convert("1"), "TIFF", {"compression": "group4"}),
-              (image, "TIFF", {"compression": "tiff_deflate"}), (image, "TIFF", {"compression": "jpeg"}), (grey, "TIFF", {"compression": "packbits"}),
+    kinds += [(image, "JPEG", {"exif": exif}), (image, "JPEG", {"progressive": True}), (gray, "PNG", {}), (gray.convert("1"), "TIFF", {"compression": "group4"}),
+              (image, "TIFF", {"compression": "tiff_deflate"}), (image, "TIFF", {"compression": "jpeg"}), (gray, "TIFF", {"compression": "packbits"}),
               (image.quantize(8), "PNG", {}), (image.quantize(8), "BMP", {}), (Image.fromarray(COLOR[:, :, 0].astype(np.uint16) * 257), "PNG", {}),
-              (Image.fromarray(COLOR[:, :, 0].astype(np.uint16) * 257), "TIFF", {}), (image, "GIF", {"save_all": True, "append_images": [grey, image]}),
+              (Image.fromarray(COLOR[:, :, 0].astype(np.uint16) * 257), "TIFF", {}), (image, "GIF", {"save_all": True, "append_images": [gray, image]}),
               (image, "TIFF", {"save_all": True, "append_images": [image], "exif": exif}), (image, "PNG", {"exif": exif})]
     return [of(lambda stream: picture.save(stream, form, **options)) for picture, form, options in kinds] + [hostile.png(9, 9, 16, 6), b"P3 3 2 255\n" + b"1 2 3 " * 6]
 
@@ -309,7 +318,7 @@ def tensors():
 def test_safetensors(place, tensors, changes):
     stored, path = save(tensors), place / "model.safetensors"
     path.write_bytes(mutated(stored, stored, changes))
-    good_or_one_sentence(lambda: _copy_into({name: value.clone() for name, value in tensors.items()}, _read_safetensors(path), path))
+    good_or_one_sentence(lambda: copy_into({name: value.clone() for name, value in tensors.items()}, read_safetensors(path), path))
 
 
 def saved(content) -> bytes:
@@ -388,7 +397,7 @@ def test_texts(text):
 def panel():
     widgets = pytest.importorskip("ipywidgets")  # noqa: F841
     pytest.importorskip("anywidget")
-    from qtseg.widgets import AugmentationPlayground
+    from qtseg.view.playground import AugmentationPlayground
     panel = AugmentationPlayground(np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8), size=32)
     panel.view
     return panel

@@ -11,7 +11,9 @@ import pytest
 import torch
 from conftest import golden_images, shared_folder
 
-from qtseg.model import QTSeg, official_names, to_official
+from qtseg.network.model import QTSeg
+from qtseg.network.names import official_names
+from qtseg.network.official import to_official
 
 HERE = Path(__file__).parent / "golden"
 SAMPLED = np.load(HERE / "v0.1.0_sampled.npz")  # 256 values of every golden tensor, at places that its name determines

@@ -27,36 +27,34 @@ import torch
 from conftest import ROOT, shared_folder
 from PIL import Image
 
-from qtseg import inference
+from qtseg.prediction import inputs as prediction_inputs, networks, options as prediction_options, outputs as prediction_outputs, tiles
 from qtseg.colors import class_colors
-from qtseg.data import PREPROCESSING_FILE, Preprocessing, SegmentationData, normalise, read_mask
-from qtseg.evaluation import class_probabilities, decide, own_size_mask
-from qtseg.inference import (
-    FLIPS,
-    OnnxNetwork,
-    Predictor,
-    as_rgb,
-    describe_mask,
-    find_images,
-    keep_largest_components,
-    main,
-    name_outputs,
-    predict_files,
-    window_starts,
-)
-from qtseg.model import QTSeg
-from qtseg.phantoms import write_prepared
+from qtseg.data.dataset import normalize
+from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from qtseg.data.reading import read_mask
+from qtseg.data.segmentation import SegmentationData
+from qtseg.evaluation.scores import class_probabilities, decide, own_size_mask
+from qtseg.prediction.command import main
+from qtseg.prediction.folders import predict_files
+from qtseg.prediction.inputs import find_images, name_outputs
+from qtseg.prediction.networks import FLIPS, OnnxNetwork, keep_largest_components
+from qtseg.prediction.outputs import describe_mask
+from qtseg.prediction.predictor import Predictor
+from qtseg.prediction.reading import as_rgb
+from qtseg.prediction.tiles import window_starts
+from qtseg.network.model import QTSeg
+from qtseg.data.phantom_sets import write_prepared
 
 torch.set_num_threads(1)
 
 
 def brightness(images: torch.Tensor) -> torch.Tensor:
-    """A network that anyone can follow: foreground where the pixel is brighter than grey."""
+    """A network that anyone can follow: foreground where the pixel is brighter than gray."""
     return torch.stack([torch.zeros_like(images[:, 0]), 10 * images.mean(dim=1)], dim=1)
 
 
-def simple(resize="squash", size=64, colour="rgb", **options) -> Predictor:
-    return Predictor(brightness, Preprocessing(size, resize, colour), 2, device="cpu", **options)
+def simple(resize="squash", size=64, color="rgb", **options) -> Predictor:
+    return Predictor(brightness, Preprocessing(size, resize, color), 2, device="cpu", **options)
 
 
 def scene(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -96,7 +94,7 @@ def test_mask_has_the_images_size_and_place(resize, height, width):
     assert mask.shape == (height, width) and mask.dtype == np.uint8
     if min(height, width) >= 31 and (resize == "squash" or max(height, width) < 1000):
         assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.95
-        for axis in (0, 1):  # no shift: the centres of mass agree to a pixel of the network's square
+        for axis in (0, 1):  # no shift: the centers of mass agree to a pixel of the network's square
             scale = max(height, width) / 128 if resize == "pad" else image.shape[axis] / 128
             assert abs(np.nonzero(mask)[axis].mean() - np.nonzero(truth)[axis].mean()) < 0.3 * max(scale, 1)
 
@@ -120,19 +118,19 @@ def test_any_number_of_classes(classes):
     image = np.random.default_rng(0).integers(0, 256, (80, 50, 3), dtype=np.uint8)
     probabilities = predictor.probabilities(image)
     assert probabilities.shape == (80, 50, max(classes, 2)) and not model.training
-    batch = normalise(torch.from_numpy(predictor.preprocessing.prepare(image)).permute(2, 0, 1)[None])
+    batch = normalize(torch.from_numpy(predictor.preprocessing.prepare(image)).permute(2, 0, 1)[None])
     with torch.no_grad():
         square = class_probabilities(model(batch))[0].permute(1, 2, 0).numpy()
     assert (predictor.predict(image) == own_size_mask(square, 80, 50, "pad")).all()
 
 
-@pytest.mark.parametrize("colour", ["rgb", "ycrcb"])
-def test_the_network_gets_what_it_was_trained_on(colour):
+@pytest.mark.parametrize("color", ["rgb", "ycrcb"])
+def test_the_network_gets_what_it_was_trained_on(color):
     seen = []
     network = lambda images: seen.append(images) or brightness(images)  # noqa: E731
     image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Predictor(network, Preprocessing(64, "squash", colour), 2, device="cpu").predict(image)
-    expected = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb) if colour == "ycrcb" else image
+    Predictor(network, Preprocessing(64, "squash", color), 2, device="cpu").predict(image)
+    expected = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb) if color == "ycrcb" else image
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), expected / 127.5 - 1, atol=1e-6)
 
 
@@ -292,33 +290,33 @@ def test_answers_that_are_not_finite_are_refused(value, classes, tmp_path):
 # --- files -----------------------------------------------------------------------------------------------------------------
 
 
-GREY = (np.arange(48 * 32).reshape(48, 32) % 251).astype(np.uint8)  # upright: 48 rows, 32 columns
+GRAY = (np.arange(48 * 32).reshape(48, 32) % 251).astype(np.uint8)  # upright: 48 rows, 32 columns
 
 
 def write_kind(folder: Path, kind: str) -> tuple[Path, np.ndarray]:
     """One file of a kind, and the RGB pixels that it must yield."""
-    rgb = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=2)
-    grey3 = GREY[:, :, None].repeat(3, axis=2)
+    rgb = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], axis=2)
+    gray3 = GRAY[:, :, None].repeat(3, axis=2)
     path = folder / f"picture.{kind.split()[-1]}"
-    if kind in ("grey png", "grey bmp", "grey tiff"):
-        Image.fromarray(GREY).save(path)
-        return path, grey3
+    if kind in ("gray png", "gray bmp", "gray tiff"):
+        Image.fromarray(GRAY).save(path)
+        return path, gray3
     if kind == "1-bit png":
-        Image.fromarray(GREY > 100).save(path)
-        return path, ((GREY > 100) * np.uint8(255))[:, :, None].repeat(3, axis=2)
+        Image.fromarray(GRAY > 100).save(path)
+        return path, ((GRAY > 100) * np.uint8(255))[:, :, None].repeat(3, axis=2)
     if kind in ("16-bit png", "16-bit tiff"):
-        Image.fromarray(GREY.astype(np.uint16) * 257).save(path)
-        return path, grey3
+        Image.fromarray(GRAY.astype(np.uint16) * 257).save(path)
+        return path, gray3
     if kind == "RGBA png":
-        Image.fromarray(np.dstack([rgb, GREY])).save(path)
+        Image.fromarray(np.dstack([rgb, GRAY])).save(path)
         return path, rgb
     if kind == "palette png":
-        picture = Image.fromarray(GREY % 5)
+        picture = Image.fromarray(GRAY % 5)
         picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130, 140, 150])
         picture.save(path)
-        return path, np.arange(10, 160, 10, dtype=np.uint8).reshape(5, 3)[GREY % 5]
+        return path, np.arange(10, 160, 10, dtype=np.uint8).reshape(5, 3)[GRAY % 5]
     if kind == "CMYK tiff":
-        inks = [*np.ascontiguousarray((255 - rgb).transpose(2, 0, 1)), np.zeros_like(GREY)]
+        inks = [*np.ascontiguousarray((255 - rgb).transpose(2, 0, 1)), np.zeros_like(GRAY)]
         Image.merge("CMYK", [Image.fromarray(ink) for ink in inks]).save(path)
         return path, rgb
     if kind == "EXIF tiff":
@@ -331,9 +329,9 @@ def write_kind(folder: Path, kind: str) -> tuple[Path, np.ndarray]:
 
 
 KINDS = [
-    "grey png",
-    "grey bmp",
-    "grey tiff",
+    "gray png",
+    "gray bmp",
+    "gray tiff",
     "1-bit png",
     "16-bit png",
     "16-bit tiff",
@@ -365,11 +363,11 @@ def write_dicom(path: Path, values: np.ndarray, **tags) -> Path:
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid()
     header = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
-    colour = values.ndim == 3 and values.shape[2] == 3
-    frames = len(values) if values.ndim == 3 and not colour else 1
+    color = values.ndim == 3 and values.shape[2] == 3
+    frames = len(values) if values.ndim == 3 and not color else 1
     header.Rows, header.Columns = values.shape[1:3] if frames > 1 else values.shape[:2]
-    header.SamplesPerPixel, header.PhotometricInterpretation = (3, "RGB") if colour else (1, "MONOCHROME2")
-    if colour:
+    header.SamplesPerPixel, header.PhotometricInterpretation = (3, "RGB") if color else (1, "MONOCHROME2")
+    if color:
         header.PlanarConfiguration = 0
     if frames > 1:
         header.NumberOfFrames = frames
@@ -387,13 +385,13 @@ def test_dicom(tmp_path):
     values = np.array([[-1000, 0, 40], [80, 400, 3000]], np.int16)
     stored = values + 1024  # rescale intercept -1024
 
-    def grey(name, **tags):
+    def gray(name, **tags):
         return as_rgb(write_dicom(tmp_path / name, stored, RescaleSlope=1, RescaleIntercept=-1024, **tags))[:, :, 0].tolist()
 
-    assert grey("full.dcm") == [[0, 64, 66], [69, 89, 255]]  # (value + 1000) * 255 / 4000, rounded
+    assert gray("full.dcm") == [[0, 64, 66], [69, 89, 255]]  # (value + 1000) * 255 / 4000, rounded
     window = dict(WindowCenter=40.5, WindowWidth=81)  # black at 0, white at 80
-    assert grey("window.dcm", **window) == [[0, 0, 128], [255, 255, 255]]
-    assert grey("inverted", PhotometricInterpretation="MONOCHROME1", **window) == [[255, 255, 128], [0, 0, 0]]
+    assert gray("window.dcm", **window) == [[0, 0, 128], [255, 255, 255]]
+    assert gray("inverted", PhotometricInterpretation="MONOCHROME1", **window) == [[255, 255, 128], [0, 0, 0]]
     several = write_dicom(
         tmp_path / "frames.DCM",
         np.stack([np.full((4, 6), 9 * index, np.uint8) for index in range(4)]),
@@ -402,7 +400,7 @@ def test_dicom(tmp_path):
     )
     assert as_rgb(several).shape == (4, 6, 3) and as_rgb(several).max() == 0
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(as_rgb(write_dicom(tmp_path / "colour.dcm", rgb)), rgb)
+    np.testing.assert_array_equal(as_rgb(write_dicom(tmp_path / "color.dcm", rgb)), rgb)
     write_dicom(tmp_path / "truncated.dcm", np.zeros((40, 40), np.uint8))
     (tmp_path / "truncated.dcm").write_bytes((tmp_path / "truncated.dcm").read_bytes()[:-700])
     with pytest.raises(ValueError, match=r"truncated.dcm: cannot be read as DICOM"):
@@ -411,7 +409,7 @@ def test_dicom(tmp_path):
 
 def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
     pytest.importorskip("pydicom", reason="pydicom is not installed")
-    write_dicom(tmp_path / "scan.dcm", GREY)
+    write_dicom(tmp_path / "scan.dcm", GRAY)
     for module in [name for name in sys.modules if name.split(".")[0] == "pydicom"]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"scan.dcm: .*needs pydicom: pip install"):
@@ -640,8 +638,8 @@ def test_equal_names_do_not_collide(tmp_path):
     same = [tmp_path / name for name in ("e/A.png", "e/a.PNG", "f/\u00fc.png", "f/u\u0308.png", "f/v.png")]  # for some file systems
     names += (others := [name_outputs(tmp_path, same)[file] for file in same])
     assert others[4] == "f/v" and name_outputs(tmp_path, same[:1] + same[2:3]) == {same[0]: "e/A", same[2]: "f/\u00fc"}
-    masks = {unicodedata.normalize("NFC", f"{name}{ending}").lower() for name in names for ending in inference.OUTPUTS}
-    assert len(masks) == len(files + same) * len(inference.OUTPUTS)
+    masks = {unicodedata.normalize("NFC", f"{name}{ending}").lower() for name in names for ending in prediction_inputs.OUTPUTS}
+    assert len(masks) == len(files + same) * len(prediction_inputs.OUTPUTS)
 
 
 def test_measures_of_a_mask():
@@ -651,7 +649,7 @@ def test_measures_of_a_mask():
     assert describe_mask(np.zeros((4, 4), np.uint8), 1) == [0, "0.0000", 0, ""]
     speckled = np.zeros((100, 100), np.uint8)
     speckled[::2, ::2] = 1
-    assert describe_mask(speckled, 2)[2] == 2500 and describe_mask(speckled, 2)[3].count(";") == inference.MOST_BOXES - 1
+    assert describe_mask(speckled, 2)[2] == 2500 and describe_mask(speckled, 2)[3].count(";") == prediction_outputs.MOST_BOXES - 1
 
 
 @pytest.mark.parametrize("classes", [2, 5, 256])
@@ -659,11 +657,11 @@ def test_every_program_reads_class_indices_from_masks(classes, tmp_path):
     """OpenCV and scikit-image read a palette's colors, so by default there is none; with one, Pillow shows colors to people."""
     skimage = pytest.importorskip("skimage.io", reason="scikit-image is not installed")
     mask, path = np.random.default_rng(0).integers(0, classes, (33, 47)).astype(np.uint8), tmp_path / "mask.png"
-    path.write_bytes(inference.mask_png(mask))
+    path.write_bytes(prediction_outputs.mask_png(mask))
     for read in (lambda: cv2.imread(str(path), cv2.IMREAD_UNCHANGED), lambda: skimage.imread(path), lambda: np.asarray(Image.open(path)),
                  lambda: read_mask(path, classes=classes)):
         np.testing.assert_array_equal(read(), mask)
-    path.write_bytes(inference.mask_png(mask, palette=True))
+    path.write_bytes(prediction_outputs.mask_png(mask, palette=True))
     with Image.open(path) as picture:
         assert picture.mode == "P" and (np.asarray(picture) == mask).all() and (read_mask(path, classes=classes) == mask).all()
         assert (np.asarray(picture.convert("RGB")) == class_colors(256)[mask]).all()
@@ -691,7 +689,7 @@ def test_all_outputs(tmp_path):
 
 def test_overlays_of_giants_shrink():
     picture = Image.open(
-        io.BytesIO(inference.overlay_jpg(np.full((20, 70_000, 3), 90, np.uint8), np.ones((20, 70_000), np.uint8)))
+        io.BytesIO(prediction_outputs.overlay_jpg(np.full((20, 70_000, 3), 90, np.uint8), np.ones((20, 70_000), np.uint8)))
     )
     assert picture.size == (8192, 2)
 
@@ -797,7 +795,7 @@ def test_a_killed_run_leaves_rows_that_count(three):
 
 def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(three, monkeypatch):
     folder, output = three
-    write = inference.write_then_rename
+    write = prediction_outputs.write_then_rename
 
     def full(path, function):
         def until_full(temporary):
@@ -808,7 +806,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(three, monkey
 
         return write(path, until_full)
 
-    monkeypatch.setattr(inference, "write_then_rename", full)
+    monkeypatch.setattr(prediction_outputs, "write_then_rename", full)
     with pytest.raises(OSError, match=r"b.png could not be written \(No space left on device\)"):
         predict_files(simple(), folder, output, batch=1, progress=False)
     assert not [path for path in output.rglob("*") if path.name.endswith(".tmp") or path.name == "b.png"]
@@ -838,7 +836,7 @@ def test_two_runs_into_one_folder(three):
     first.join()
     assert len(table(output / "predictions.csv")) == 3 and predict_files(simple(), folder, output, progress=False).skipped == 3
     if (child := os.fork()) == 0:  # a run that crashes
-        inference._only_writer(output).__enter__()
+        prediction_options.only_writer(output).__enter__()
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     (output / "a.png").unlink()
@@ -927,7 +925,7 @@ def test_rows_of_windows_equal_monai_on_the_whole_image(height, width):
     rows = list(predictor.rows(image, 64, 0.25, batch=3))
     padded = np.pad(image, ((0, max(0, 64 - height)), (0, max(0, 64 - width)), (0, 0)))
     whole = torch.from_numpy(cv2.cvtColor(padded, cv2.COLOR_RGB2YCrCb)).permute(2, 0, 1)[None].float()
-    bell = inference._monai().compute_importance_map((64,), mode="gaussian")
+    bell = tiles._monai().compute_importance_map((64,), mode="gaussian")
     expected = sliding_window_inference(
         whole,
         (64, 64),
@@ -1030,7 +1028,7 @@ def test_onnx_engine(checkpoint, tmp_path):
     small_onnx(folder, folder / "model.onnx", "0" * 64)
     with pytest.raises(ValueError, match="was not exported from the model.safetensors beside it"):
         Predictor.from_checkpoint(folder, engine="onnx")
-    small_onnx(folder, folder / "model.onnx", inference.weights_sha256(folder))
+    small_onnx(folder, folder / "model.onnx", networks.weights_sha256(folder))
     predictor = Predictor.from_checkpoint(folder, engine="onnx", threshold=0.7)
     assert predictor.device.type == "cpu" and predictor.identity.startswith("onnx ")
     (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64))))
@@ -1063,7 +1061,7 @@ def test_onnx_engine(checkpoint, tmp_path):
 def test_the_command_in_a_shell(checkpoint, three, capfd):
     folder, output = three
     words = [str(checkpoint), str(folder), "--output", str(output), "--device", "cpu"]
-    code = "import sys; from qtseg.inference import main; sys.exit(main())"
+    code = "import sys; from qtseg.prediction.command import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "--tta", "--keep-largest", "--threshold", "0.4", "--overlay"],
         cwd=ROOT,
@@ -1121,14 +1119,14 @@ def test_prediction_from_files_equals_evaluation_from_the_cache(tmp_path):
     """The cache, then evaluation's way back to the image's size; the files, then the Predictor: the same masks."""
     write_prepared(tmp_path / "data", "dermoscopy", 8, 96)
     data = SegmentationData.open(
-        tmp_path / "data", size=64, resize="pad", colour="ycrcb", cache=tmp_path / "cache", progress=False
+        tmp_path / "data", size=64, resize="pad", color="ycrcb", cache=tmp_path / "cache", progress=False
     )
     torch.manual_seed(0)
     model = QTSeg(width=4, depths=[1, 1, 1], mlp_width=64).eval()
     predictor = Predictor(model, data.preprocessing, 2, device="cpu")
     for index in range(len(data.train)):
         with torch.no_grad():
-            square = class_probabilities(model(normalise(data.train.batch([index]).images)))[0].permute(1, 2, 0).numpy()
+            square = class_probabilities(model(normalize(data.train.batch([index]).images)))[0].permute(1, 2, 0).numpy()
         height, width = data.train.original_sizes[index]
         assert (predictor.predict(data.train.paths[index][0]) == own_size_mask(square, height, width, "pad")).all()
 
@@ -1148,12 +1146,12 @@ def test_real_images_of_the_shared_folder(tmp_path):
         assert read_mask(tmp_path / "out" / row["mask"]).shape == (int(row["height"]), int(row["width"]))
 
 
-def test_masks_are_grey_pngs_of_class_indices_with_and_without_opencvs_filter_option(monkeypatch):
+def test_masks_are_gray_pngs_of_class_indices_with_and_without_opencvs_filter_option(monkeypatch):
     mask = np.random.default_rng(0).integers(0, 5, (37, 53), dtype=np.uint8)
     for name in (None, "IMWRITE_PNG_FILTER"):
         if name and hasattr(cv2, name):
             monkeypatch.delattr(cv2, name)
-        data = inference.mask_png(mask)
+        data = prediction_outputs.mask_png(mask)
         picture = Image.open(io.BytesIO(data))
         assert picture.mode == "L" and (np.array(picture) == mask).all()
         assert (cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) == mask).all()

@@ -1,4 +1,4 @@
-"""Chapter 9, losses: the official code's numbers, segmentation-models-pytorch, gradients, refusals, half precision, extremes."""
+"""Lesson 11, losses: the official code's numbers, segmentation-models-pytorch, gradients, refusals, half precision, extremes."""
 from __future__ import annotations
 
 import itertools
@@ -10,17 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qtseg.losses import (
-    LOSSES,
-    bce_loss,
-    binary_dice_loss,
-    categorical_dice_loss,
-    ce_dice_loss,
-    check_labels,
-    cross_entropy_loss,
-    focal_loss,
-    weighted_loss,
-)
+from qtseg.training.losses import (LOSSES, bce_loss, binary_dice_loss, categorical_dice_loss, ce_dice_loss,
+                                   check_labels, cross_entropy_loss, focal_loss, weighted_loss)
 
 # Printed by the official code, release v0.1.0, on golden_inputs.
 GOLDEN = {
@@ -454,7 +445,7 @@ def test_no_value_is_read(name, channels):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @every_case
-def test_no_synchronisation_on_cuda(name, channels):
+def test_no_synchronization_on_cuda(name, channels):
     logits, target = random_inputs(channels, (2, 64, 64), dtype=torch.float32)
     expected = LOSSES[name](logits, target)
     on_device, labels = logits.cuda().requires_grad_(), target.cuda()

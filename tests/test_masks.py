@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qtseg.data import DataProblems, SegmentationData, read_mask
-from qtseg.files import read_picture
-from qtseg.masks import COLORED, IGNORE, LOSSY, MaskReading, judge_masks, look_at, looks_up, spell, stored_values, value_code
+from qtseg.data.cache import DataProblems
+from qtseg.data.reading import read_mask
+from qtseg.data.segmentation import SegmentationData
+from qtseg.files.pictures import read_picture
+from qtseg.data.mask_values import COLORED, IGNORE, LOSSY, MaskReading, look_at, spell, stored_values, value_code
+from qtseg.data.masks import judge_masks, looks_up
 
 
 def disc(x: int = 32, y: int = 32, r: int = 14) -> np.ndarray:
@@ -296,7 +299,7 @@ def test_masks_of_255_only_are_told_what_255_may_mean():
     assert "pass ignore_value=255 if these pixels count nowhere" in judged(EMPTY + 255, masks="index").problems[0]
 
 
-def test_a_flat_grey_among_softened_edges_is_a_warning():
+def test_a_flat_gray_among_softened_edges_is_a_warning():
     marked = [mask.copy() for mask in AROUND * 4]
     marked[2][50:60, 50:60] = 120
     assert any("1 masks hold flat regions of 120 (2.png)" in note and "read as background" in note for note in judged(*marked).notes)
@@ -450,7 +453,7 @@ def test_a_large_colored_mask_is_read_in_bands(tmp_path):
     code = """
 import re, sys, time
 from pathlib import Path
-from qtseg.data import SegmentationData
+from qtseg.data.segmentation import SegmentationData
 
 def megabytes(what):
     return int(re.search(what + r":\\s*([0-9]+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -1,4 +1,4 @@
-"""Chapter 10, metrics: the official code's numbers, an independent computation, invariances and refusals."""
+"""Lesson 12, metrics: the official code's numbers, an independent computation, invariances and refusals."""
 from __future__ import annotations
 
 import random
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtseg.metrics import SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
+from qtseg.evaluation.metrics import SegmentationMetrics, confusion_counts, hard_masks, scores_in_percent
 
 NAMES = ("mae", "acc", "dice", "iou")
 # Printed by the official code, release v0.1.0, in float32 (legacy); the honest ones by an independent computation in float64.
@@ -250,7 +250,7 @@ def test_counts_are_exact_beyond_float32():
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_update_reads_no_pixel(classes):
-    """Tensors on `meta` have no contents: what runs there cannot have synchronised."""
+    """Tensors on `meta` have no contents: what runs there cannot have synchronized."""
     metrics = SegmentationMetrics(classes)
     metrics.update(torch.empty(4, classes, 33, 65, device="meta"), torch.empty(4, 33, 65, dtype=torch.int64, device="meta"))
     assert len(metrics) == 4
@@ -258,7 +258,7 @@ def test_update_reads_no_pixel(classes):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("classes", [1, 2, 5])
-def test_cuda_gives_the_same_and_does_not_synchronise(classes):
+def test_cuda_gives_the_same_and_does_not_synchronize(classes):
     masks, target = random_pair(7, 5, 31, 45, classes)
     logits = as_logits(masks, classes)
     here, there = SegmentationMetrics(classes), SegmentationMetrics(classes)

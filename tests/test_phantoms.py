@@ -1,4 +1,4 @@
-"""Chapter 0, phantoms: repeatable pictures, exact masks, thresholds that fail, folders that are whole or absent."""
+"""Lesson 0, phantoms: repeatable pictures, exact masks, thresholds that fail, folders that are whole or absent."""
 from __future__ import annotations
 
 import csv
@@ -14,9 +14,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from qtseg import phantoms
-from qtseg.phantoms import (CHANNELS, CLASS_NAMES, COLUMNS, FAMILIES, best_threshold, outline, paint, phantom, speckle, stretched,
-                            write_manifest, write_prepared)
+from qtseg.data import phantom_sets, phantoms as data_phantoms
+from qtseg.data.phantom_sets import COLUMNS, write_manifest, write_prepared
+from qtseg.data.phantoms import (CHANNELS, CLASS_NAMES, FAMILIES, best_threshold, outline, paint, phantom, speckle,
+                                 stretched)
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -55,7 +56,7 @@ def test_same_arguments_same_bytes_and_every_seed_its_own_picture(family):
 
 
 def test_another_process_draws_the_same_bytes():
-    code = ("import zlib; from qtseg.phantoms import FAMILIES, phantom; "
+    code = ("import zlib; from qtseg.data.phantoms import FAMILIES, phantom; "
             "print([zlib.crc32(part.tobytes()) for family in FAMILIES for part in phantom(family, 11)])")
     here = [zlib.crc32(part.tobytes()) for family in FAMILIES for part in phantom(family, 11)]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -91,7 +92,7 @@ def test_the_global_random_state_is_neither_used_nor_changed(family):
 
 @each_family
 def test_nothing_is_computed_in_double_precision(family):
-    image, mask = phantoms._DRAW[family](np.random.default_rng(0), 64)
+    image, mask = data_phantoms._DRAW[family](np.random.default_rng(0), 64)
     assert image.dtype == np.float32 and image.shape == (3, 64, 64) and mask.shape == (64, 64)
 
 
@@ -129,7 +130,7 @@ def test_endoscopy_shows_none_one_and_both_classes():
     assert 0 < seen.count(frozenset([0])) < 15, "some images without a polyp, but few: they weigh heavily in a mean Dice"
 
 
-def test_polyp_classes_cannot_be_told_by_brightness_or_colour_alone():
+def test_polyp_classes_cannot_be_told_by_brightness_or_color_alone():
     means = {1: [], 2: []}
     for seed in range(150):
         image, mask = phantom("endoscopy", seed)
@@ -155,7 +156,7 @@ def test_a_threshold_does_find_a_toy_blob():
         masks[index, 4 + index: 20, 6:18] = 1
         images[index][masks[index] == 1] = (90, 200, 90)
     score, channel, threshold, bright = best_threshold(images, masks)
-    assert score == 100 and bright and 90 <= threshold < 200 and channel in ("green", "grey")
+    assert score == 100 and bright and 90 <= threshold < 200 and channel in ("green", "gray")
     assert best_threshold(255 - images, masks)[3] is False
 
 
@@ -170,7 +171,7 @@ def test_threshold_search_equals_brute_force():
             for bright in (False, True):
                 scores = []
                 for image, mask in zip(images, masks):
-                    values = phantoms._channel(image, name)
+                    values = data_phantoms._channel(image, name)
                     found = values > threshold if bright else values <= threshold
                     scores.append(100.0 if not found.any() and not mask.any() else 100 * dice(found, mask > 0))
                 best = max(best, float(np.mean(scores)))
@@ -276,7 +277,7 @@ def test_splits_are_70_15_15_in_every_family_and_share_nothing(prepared):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 20, 100])
 def test_small_folders_train_at_least(n):
     rows = [{"stratum": "nuclei"} for _ in range(n)]
-    phantoms._split(rows)
+    phantom_sets._split(rows)
     splits = [row["split"] for row in rows]
     assert splits[0] == "train" and (n < 4 or {"train", "valid", "test"} == set(splits))
     assert splits == sorted(splits, key=["train", "valid", "test"].index)
@@ -309,7 +310,7 @@ def test_other_arguments_are_refused_and_nothing_is_touched(prepared, other):
 
 
 def test_pictures_of_an_older_recipe_are_not_taken_for_new(prepared, monkeypatch):
-    monkeypatch.setattr(phantoms, "RECIPE", phantoms.RECIPE + 1)
+    monkeypatch.setattr(phantom_sets, "RECIPE", phantom_sets.RECIPE + 1)
     with pytest.raises(FileExistsError):
         write_prepared(prepared, n=80, size=32)
 
@@ -331,7 +332,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, error):
-    whole, calls = phantoms.phantom, []
+    whole, calls = data_phantoms.phantom, []
 
     def breaks(*arguments):
         calls.append(arguments)
@@ -339,21 +340,21 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, error):
             raise error
         return whole(*arguments)
 
-    monkeypatch.setattr(phantoms, "phantom", breaks)
+    monkeypatch.setattr(phantom_sets, "phantom", breaks)
     with pytest.raises(type(error)):
         write_prepared(tmp_path / "out", n=8, size=32)
     assert not any(tmp_path.iterdir())
 
 
 def test_two_builders_at_once_end_with_one_whole_folder(tmp_path, monkeypatch):
-    fill = phantoms._fill
+    fill = phantom_sets._fill
 
     def slower(folder, made_with):
         fill(folder, made_with)
-        monkeypatch.setattr(phantoms, "_fill", fill)
+        monkeypatch.setattr(phantom_sets, "_fill", fill)
         write_prepared(tmp_path / "out", n=4, size=32)  # the other one is faster
 
-    monkeypatch.setattr(phantoms, "_fill", slower)
+    monkeypatch.setattr(phantom_sets, "_fill", slower)
     assert len(manifest(write_prepared(tmp_path / "out", n=4, size=32))) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -371,7 +372,7 @@ def test_manifest_of_other_data(tmp_path):
 
 # --- the command line
 def test_command_writes_says_so_and_needs_no_torch(tmp_path):
-    code = ("import sys; from qtseg.phantoms import main; main([sys.argv[1], '--n', '6', '--size', '32', '--family', 'nuclei']); "
+    code = ("import sys; from qtseg.data.phantom_sets import main; main([sys.argv[1], '--n', '6', '--size', '32', '--family', 'nuclei']); "
             "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -380,7 +381,7 @@ def test_command_writes_says_so_and_needs_no_torch(tmp_path):
 
 
 def test_module_runs_as_a_command(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "qtseg.phantoms", "out", "--n", "0"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "qtseg.data.phantom_sets", "out", "--n", "0"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1 and "n must be" in done.stderr
     assert not any(tmp_path.iterdir())
@@ -389,5 +390,5 @@ def test_module_runs_as_a_command(tmp_path):
 @pytest.mark.parametrize("wrong", [["--n", "x"], ["--n", "0"], ["--family", "moles"], ["--size", "31"], ["--seed", "-1"], ["--nn", "3"]])
 def test_wrong_arguments_exit_and_leave_nothing(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as caught:
-        phantoms.main([str(tmp_path / "out"), *wrong])
+        phantom_sets.main([str(tmp_path / "out"), *wrong])
     assert caught.value.code not in (0, None) and not any(tmp_path.iterdir()) and capsys.readouterr().out == ""

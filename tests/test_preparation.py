@@ -1,4 +1,4 @@
-"""Preparation: masks united and coloured ones understood, folds as published and without leaks, nothing half-made taken for done."""
+"""Preparation: masks united and colored ones understood, folds as published and without leaks, nothing half-made taken for done."""
 from __future__ import annotations
 
 import csv
@@ -20,17 +20,21 @@ import pytest
 from conftest import ROOT, one_sentence, zipped
 from PIL import Image
 
-from qtseg import preparation as module
+from qtseg.data import conversion, pairing, preparation as data_preparation
 from qtseg.colors import class_colors
-from qtseg.data import DataProblems, SegmentationData, list_pictures, read_image, read_mask
-from qtseg.files import read_picture
-from qtseg.preparation import (POLYP_RANGES, DataSet, Done, Found, Pair, as_png, bad_names, classes_of_colours, contact_sheet,
-                               copyable, drop_twins, find_folders, gather, held_out, label, laid_over, one_folder, pair_up,
-                               prepare, report, slices, summary, union_of)
+from qtseg.data.cache import DataProblems
+from qtseg.data.layout import list_pictures
+from qtseg.data.reading import read_image, read_mask
+from qtseg.data.segmentation import SegmentationData
+from qtseg.files.pictures import read_picture
+from qtseg.data.conversion import Done, as_png, contact_sheet, copyable, drop_twins, summary
+from qtseg.data.pairing import (POLYP_RANGES, Found, Pair, bad_names, classes_of_colors, find_folders, held_out,
+                                label, laid_over, one_folder, pair_up, slices, union_of)
+from qtseg.data.preparation import DataSet, gather, prepare, report
 
 
 def picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
-    """A coloured picture with some structure, uint8 [height, width, 3]; never grey."""
+    """A colored picture with some structure, uint8 [height, width, 3]; never gray."""
     y, x = np.mgrid[:height, :width]
     waves = [120 + 90 * np.sin(x * a + y * b + c) for a, b, c in np.random.default_rng(seed).uniform(0.05, 0.5, (3, 3))]
     return np.clip(np.stack(waves, axis=2), 0, 255).astype(np.uint8)
@@ -87,7 +91,7 @@ def pairs(*specifications: tuple) -> list[Pair]:
 # masks
 
 def test_union_of_masks_of_every_kind(tmp_path):
-    kinds = {"one bit": Image.fromarray(box(0, 0) > 0), "grey": box(5, 5) * 255, "grey, dark": box(20, 20) * 200,
+    kinds = {"one bit": Image.fromarray(box(0, 0) > 0), "gray": box(5, 5) * 255, "gray, dark": box(20, 20) * 200,
              "rgb": np.repeat(box(10, 30)[..., None] * 255, 3, axis=2),
              "rgba": np.dstack([*[box(28, 0) * 255] * 3, np.full((40, 48), 255, np.uint8)]), "empty": np.zeros((40, 48), np.uint8)}
     paths = [save(tmp_path / f"{name}.png", array) for name, array in kinds.items()]
@@ -149,15 +153,15 @@ def by_hand(image: np.ndarray) -> np.ndarray:
     return np.where(red, 2, np.where(green, 1, 0)).astype(np.uint8)
 
 
-def test_colours_become_classes_as_the_reference_says():
-    colours = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
-    assert np.array_equal(classes_of_colours(colours), by_hand(colours))
+def test_colors_become_classes_as_the_reference_says():
+    colors = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    assert np.array_equal(classes_of_colors(colors), by_hand(colors))
     named = np.array([[[0, 0, 0], [255, 0, 0], [0, 255, 0], [255, 0, 40], [0, 0, 255], [255, 255, 255], [19, 0, 0], [20, 0, 0]]],
                      np.uint8)
-    assert classes_of_colours(named)[0].tolist() == [0, 2, 1, 2, 0, 0, 0, 2]
+    assert classes_of_colors(named)[0].tolist() == [0, 2, 1, 2, 0, 0, 0, 2]
 
 
-def test_no_colour_is_both_red_and_green():
+def test_no_color_is_both_red_and_green():
     """So the order of the ranges cannot matter: their hues are disjoint."""
     hues = [set(range(low[0], high[0] + 1)) for _, low, high in POLYP_RANGES]
     assert all(not a & b for i, a in enumerate(hues) for b in hues[:i])
@@ -178,12 +182,12 @@ def test_what_must_be_rewritten(tmp_path):
     turned[0x0112] = 6
     upright = Image.Exif()
     upright[0x0112] = 1
-    grey = picture(0)[..., 0]
-    files = {"alpha.png": (np.dstack([picture(0), grey]), {}, None), "turned.jpg": (picture(0), {"exif": turned}, None),
-             "palette.png": (Image.fromarray(picture(0)).quantize(16), {}, None), "bits.png": (Image.fromarray(grey > 99), {}, None),
-             "cmyk.jpg": (Image.fromarray(picture(0)).convert("CMYK"), {}, None), "grey.jpg": (grey, {}, None),
-             "greys.png": (np.dstack([grey, grey])[..., 0], {}, ".png"), "deep.png": (grey.astype(np.uint16) * 257, {}, ".png"),
-             "moving.png": (Image.fromarray(grey), {"save_all": True, "append_images": [Image.fromarray(grey + 1)]}, None),
+    gray = picture(0)[..., 0]
+    files = {"alpha.png": (np.dstack([picture(0), gray]), {}, None), "turned.jpg": (picture(0), {"exif": turned}, None),
+             "palette.png": (Image.fromarray(picture(0)).quantize(16), {}, None), "bits.png": (Image.fromarray(gray > 99), {}, None),
+             "cmyk.jpg": (Image.fromarray(picture(0)).convert("CMYK"), {}, None), "gray.jpg": (gray, {}, None),
+             "grays.png": (np.dstack([gray, gray])[..., 0], {}, ".png"), "deep.png": (gray.astype(np.uint16) * 257, {}, ".png"),
+             "moving.png": (Image.fromarray(gray), {"save_all": True, "append_images": [Image.fromarray(gray + 1)]}, None),
              "upright.jpg": (picture(0), {"exif": upright}, ".jpg")}
     for name, (array, options, extension) in files.items():
         path = save(tmp_path / name, array, **options)
@@ -282,10 +286,10 @@ def maze(tmp_path):
 
 def test_walks_end(maze, tmp_path):
     assert find_folders([maze], "train") == [maze / "train"] and find_folders([maze], "other") == []
-    assert module.fingerprint(maze) == module.fingerprint(maze) != module.fingerprint(maze / "train")
+    assert data_preparation.fingerprint(maze) == data_preparation.fingerprint(maze) != data_preparation.fingerprint(maze / "train")
     assert gather([maze], tmp_path / "out", r".*\.zip") == [maze]
     found = Found()
-    assert module.pictures_below(found, maze / "train") == [maze / "train" / "a.png"]
+    assert pairing.pictures_below(found, maze / "train") == [maze / "train" / "a.png"]
     assert sorted(problem.split("/")[-1] for problem in found.problems) == [
         f"{name}: not a file (a pipe, a socket or a device)" for name in ("pipe.png", "zero.png")]
     assert len(found.notes) == 3 and all("train" in note and "passed over" in note for note in found.notes)
@@ -417,7 +421,7 @@ def test_the_summary_counts_rightly(tmp_path):
 def test_the_table_names_strata_and_splits():
     made = [{"id": str(i), "stratum": kind, "fold": None, "split": split, "width": 4, "height": 2 + i % 2}
             for i, (kind, split) in enumerate([("b", "train"), ("a", "test"), ("a", "valid"), ("b", "train"), ("a", "train")])]
-    lines = summary(made, [Done({}, [8, 0, 0], "", [], [], module.Seen("PNG", 8, 0, 255, 1, False))] * 5, ("background", "x"))
+    lines = summary(made, [Done({}, [8, 0, 0], "", [], [], conversion.Seen("PNG", 8, 0, 255, 1, False))] * 5, ("background", "x"))
     assert [line.split() for line in lines[:4]] == [["images", "train", "valid", "test", "sum"], ["a", "1", "1", "1", "3"],
                                                     ["b", "2", "0", "0", "2"], ["all", "3", "1", "1", "5"]]
     assert "4x2 to 4x3 pixels, most often 4x2 (3 images)" in lines[4] and lines[5] == "files: 5 PNG of 8 bit(s), values 0 to 255"
@@ -430,12 +434,12 @@ def test_the_contact_sheet_shows_every_class(tmp_path):
         save(tmp_path / name, array)
     sheet = contact_sheet(tmp_path, [{"id": "a", "stratum": "", "image": "images/a.png", "mask": "masks/a.png"}], ("bg", "one", "two"))
     assert sheet.shape == (16 + 144, 960, 3)
-    for colour in class_colors(3)[1:]:
-        assert (sheet[16:] == colour).all(axis=2).sum() > 40
+    for color in class_colors(3)[1:]:
+        assert (sheet[16:] == color).all(axis=2).sum() > 40
     assert not (sheet == class_colors(4)[3]).all(axis=2).any()
 
 
-def test_the_contact_sheet_shows_ignored_pixels_in_grey_and_tiny_images(tmp_path):
+def test_the_contact_sheet_shows_ignored_pixels_in_gray_and_tiny_images(tmp_path):
     save(tmp_path / "images/a.png", picture(0))
     save(tmp_path / "masks/a.png", np.where(box(2, 2) > 0, 255, box(20, 20)).astype(np.uint8))
     sheet = contact_sheet(tmp_path, [{"id": "a", "stratum": "", "image": "images/a.png", "mask": "masks/a.png"}], ("bg", "one"))
@@ -443,7 +447,7 @@ def test_the_contact_sheet_shows_ignored_pixels_in_grey_and_tiny_images(tmp_path
 
 
 def deep_set(folder: Path, top: int, count: int = 3) -> Path:
-    """Grey images of 16 bits, the brightest pixel of all is `top`."""
+    """Gray images of 16 bits, the brightest pixel of all is `top`."""
     for i in range(count):
         values = (picture(i)[..., 0].astype(np.uint32) * top // 255).astype(np.uint16)
         values[0, 0] = top
@@ -466,9 +470,9 @@ def test_images_of_12_bits_keep_their_levels(tmp_path, top, white):
 def test_images_of_every_kind_keep_what_they_show(tmp_path):
     """A palette, one bit, a 16-bit TIFF of two pages, a DICOM and a file without ending; the odd ones are warnings."""
     shown, raw = {}, tmp_path / "raw" / "pictures"
-    colours = Image.fromarray(picture(0)).quantize(16)
-    save(raw / "palette.png", colours)
-    shown["palette"] = np.asarray(colours.convert("RGB"))
+    colors = Image.fromarray(picture(0)).quantize(16)
+    save(raw / "palette.png", colors)
+    shown["palette"] = np.asarray(colors.convert("RGB"))
     save(raw / "bits.png", Image.fromarray(picture(1)[..., 0] > 120))
     shown["bits"] = np.repeat((picture(1)[..., :1] > 120) * np.uint8(255), 3, axis=2)
     pages = [Image.fromarray(picture(i)[..., 0].astype(np.uint16) * 257) for i in (2, 3)]
@@ -486,7 +490,7 @@ def test_images_of_every_kind_keep_what_they_show(tmp_path):
 
     def find_all(roots):
         found = Found()
-        pair_up(found, *(module.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        pair_up(found, *(pairing.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
         return found
 
     folder = prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False)
@@ -512,8 +516,8 @@ def test_masks_that_were_looked_at_are_warned_of_as_by_open(tmp_path):
 
     def find_all(roots):
         found = Found()
-        pair_up(found, *(module.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
-        module.judge(found)
+        pair_up(found, *(pairing.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        pairing.judge(found)
         return found
 
     text = report(prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False))
@@ -619,7 +623,7 @@ def test_a_second_run_does_nothing(tmp_path, monkeypatch):
     source = raw_set(tmp_path / "raw")
     folder = prepare(described(), [source], tmp_path / "data", progress=False)
     before = state(folder)
-    monkeypatch.setattr(module, "fill", lambda *arguments: pytest.fail("it was prepared already"))
+    monkeypatch.setattr(data_preparation, "fill", lambda *arguments: pytest.fail("it was prepared already"))
     assert prepare(described(), [source], tmp_path / "data", progress=False) == folder
     assert prepare(described(download=lambda folder: pytest.fail("no need")), None, tmp_path / "data") == folder
     assert state(folder) == before
@@ -662,7 +666,7 @@ def test_a_half_made_folder_is_not_taken_for_done(tmp_path):
     source = raw_set(tmp_path / "raw")
     folder = prepare(described(), [source], tmp_path / "data", progress=False)
     (folder / "manifest.csv").unlink()
-    assert module.made_from(folder) is None
+    assert data_preparation.made_from(folder) is None
     with pytest.raises(ValueError, match="exists, but no data script made it"):
         prepare(described(), [source], tmp_path / "data", progress=False)
 
@@ -681,7 +685,7 @@ def test_force_deletes_nothing_that_it_did_not_make(tmp_path, kind):
         prepare(described(), [source], tmp_path / "data", force=True, progress=False)
     assert (folder / name).read_bytes() == b"an evening of work" and len(rows(folder)) == 3
     with pytest.raises(ValueError, match="move them elsewhere"):
-        module.set_aside(folder)  # also where the file came while the new folder was made
+        data_preparation.set_aside(folder)  # also where the file came while the new folder was made
     (folder / name).unlink()
     if kind != "a redrawn mask":
         prepare(described(), [source], tmp_path / "data", force=True, progress=False)
@@ -757,7 +761,7 @@ def test_the_disk_fills_up(tmp_path, monkeypatch):
     def full(pixels):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "as_png", full)
+    monkeypatch.setattr(data_preparation, "as_png", full)
     with pytest.raises(OSError, match="no space left"):
         prepare(described(), [raw_set(tmp_path / "raw")], tmp_path / "data", progress=False)
     assert not list((tmp_path / "data").iterdir())

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, refused_parameters, run_notebook
-from qtseg.files import escape
-from qtseg.model import QTSeg
-from qtseg.training import TrainConfig
+from qtseg.files.text import escape
+from qtseg.network.model import QTSeg
+from qtseg.training.config import TrainConfig
 
 pytest.importorskip("pandas", reason="reports need pandas: pip install pandas")
 stats = pytest.importorskip("scipy.stats", reason="reports need scipy: pip install scipy")
 multitest = pytest.importorskip("statsmodels.stats.multitest", reason="compares with statsmodels: pip install statsmodels")
 
-from qtseg import report  # noqa: E402  (after the skips)
+from qtseg.study import drawing, report as study_report, results as study_results, statistics as study_statistics
 
 NOTEBOOK = ROOT / "nbs/experiments/report.ipynb"
 TINY = {"width": 4, "depths": [1, 1, 1], "mlp_width": 16}
@@ -68,7 +68,7 @@ def by_seed(**arms: list[float | None]) -> dict[tuple, float | None]:
 
 def priced(frame, *multiply_adds: int):
     """A table as `costs` makes it, without building any network."""
-    arms = report.summarise(frame)[["study", "arm"]]
+    arms = study_results.summarize(frame)[["study", "arm"]]
     return arms.assign(size=32, parameters=2_000_000, multiply_adds=multiply_adds or 3_000_000_000, latency_low=math.nan, latency_ms=math.nan,
                        latency_high=math.nan, device="an abacus")
 
@@ -83,15 +83,15 @@ def only(table):
 
 def test_interval_and_test_by_hand_and_by_scipy():
     differences = [2.0, 0.0, 1.0, 3.0, -1.0]  # mean 1, sd sqrt(2.5), standard error sqrt(0.5), t quantile 2.776
-    found, expected = report.paired_interval(differences), stats.ttest_1samp(differences, 0)
+    found, expected = study_statistics.paired_interval(differences), stats.ttest_1samp(differences, 0)
     assert (found.n, found.mean) == (5, 1.0) and found.sd == pytest.approx(math.sqrt(2.5))
     assert (found.low, found.high) == (pytest.approx(1 - 2.7764451 * math.sqrt(0.5)), pytest.approx(1 + 2.7764451 * math.sqrt(0.5)))
     assert found.p == pytest.approx(expected.pvalue) and found.low == pytest.approx(expected.confidence_interval(0.95).low)
-    assert report.paired_interval(differences, level=90).high == pytest.approx(expected.confidence_interval(0.90).high)
+    assert study_statistics.paired_interval(differences, level=90).high == pytest.approx(expected.confidence_interval(0.90).high)
 
 
 def test_overlapping_folds_widen_the_interval_by_nadeau_and_bengio():
-    naive, corrected = (report.paired_interval([2.0, 0.0, 1.0, 3.0, -1.0], overlap) for overlap in (0.0, 0.25))
+    naive, corrected = (study_statistics.paired_interval([2.0, 0.0, 1.0, 3.0, -1.0], overlap) for overlap in (0.0, 0.25))
     assert (corrected.high - 1) / (naive.high - 1) == pytest.approx(math.sqrt((1 / 5 + 1 / 4) / (1 / 5))) == pytest.approx(1.5)
     t = 1 / math.sqrt((1 / 5 + 1 / 4) * 2.5)
     assert corrected.p == pytest.approx(2 * stats.t.sf(t, 4)) and corrected.p > naive.p
@@ -99,43 +99,43 @@ def test_overlapping_folds_widen_the_interval_by_nadeau_and_bengio():
 
 @pytest.mark.parametrize("differences, low, p", [([1.5], math.nan, math.nan), ([0.0, 0.0, 0.0], 0.0, 1.0), ([0.7, 0.7, 0.7], math.nan, math.nan)])
 def test_what_cannot_be_known_is_not_said(differences, low, p):
-    found = report.paired_interval(differences)
+    found = study_statistics.paired_interval(differences)
     assert (found.low, found.p) == (pytest.approx(low, nan_ok=True), pytest.approx(p, nan_ok=True))
 
 
 def test_two_differences_give_the_interval_of_12_7_standard_errors():
-    found = report.paired_interval([0.0, 2.0])
+    found = study_statistics.paired_interval([0.0, 2.0])
     assert found.high - 1 == pytest.approx(12.706205 * 1.0)  # sd sqrt(2), standard error 1
 
 
 @pytest.mark.parametrize("wrong", [[], [1.0, math.nan], [[1.0, 2.0]]])
 def test_no_differences_are_refused(wrong):
     with pytest.raises(ValueError, match="finite numbers"):
-        report.paired_interval(wrong)
+        study_statistics.paired_interval(wrong)
 
 
 @pytest.mark.parametrize("differences, p", [([1.0], 1.0), ([1.0, 2.0], 0.5), ([1.0, 2.0, 4.0], 0.25), ([1.0, -2.0, 4.0], 0.75), ([0.0, 0.0], 1.0),
                                             ([0.1, 0.2, -0.3], 1.0), ([1.0] * 10, 2.0**-9)])
 def test_sign_flips_by_hand(differences, p):
-    assert report.sign_flip_p(differences) == p
+    assert study_statistics.sign_flip_p(differences) == p
 
 
 def test_sign_flips_agree_with_scipy():
     differences = np.random.default_rng(3).normal(0.6, 1, 9)
     found = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
-    assert report.sign_flip_p(differences) == pytest.approx(found.pvalue)
+    assert study_statistics.sign_flip_p(differences) == pytest.approx(found.pvalue)
     with pytest.raises(ValueError, match="1 to 20 differences, got 21"):
-        report.sign_flip_p([1.0] * 21)
+        study_statistics.sign_flip_p([1.0] * 21)
 
 
 def test_holm_by_hand_keeps_what_was_not_asked():
-    assert report.holm([0.01, math.nan, 0.04, 0.03]) == pytest.approx([0.03, math.nan, 0.06, 0.06], nan_ok=True)
-    assert np.isnan(report.holm([math.nan])).all() and report.holm([]).size == 0
+    assert study_statistics.holm([0.01, math.nan, 0.04, 0.03]) == pytest.approx([0.03, math.nan, 0.06, 0.06], nan_ok=True)
+    assert np.isnan(study_statistics.holm([math.nan])).all() and study_statistics.holm([]).size == 0
 
 
 def test_holm_agrees_with_statsmodels():
     p = [*np.random.default_rng(2).uniform(0, 0.1, 6), 0.02, 0.02, 0.5, 0.9]  # ties, and products above 1
-    assert report.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    assert study_statistics.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
 
 
 # ---- reading ----
@@ -145,12 +145,12 @@ def test_runs_are_read_with_what_is_unfinished(tmp_path):
     (folder / "unet-seed2").mkdir()
     (folder / "unet-seed3").mkdir()
     (folder / "unet-seed3/error.txt").write_text("RuntimeError: no memory left\n\nTraceback …\n")
-    frame = report.read_runs(folder)
-    assert list(frame.columns) == list(report.COLUMNS) and list(frame["state"]) == ["done", "done", "waiting", "done", "unfinished", "failed"]
+    frame = study_results.read_runs(folder)
+    assert list(frame.columns) == list(study_results.COLUMNS) and list(frame["state"]) == ["done", "done", "waiting", "done", "unfinished", "failed"]
     first = frame.iloc[0]
     assert (first["study"], first["reference"], first["arm"], first["seed"], first["dice"]) == ("tiny", "qtseg", "qtseg", 1, 90.0)
     assert (first["scored_on"], first["scored_images"], first["seconds"], first["hardware"]) == ("validation", 30, 10.0, "an abacus")
-    sentence = report.caveats(frame)[0]
+    sentence = study_report.caveats(frame)[0]
     assert "3 of 6 runs are not finished" in sentence
     assert "qtseg-seed3 (waiting), unet-seed2 (unfinished), unet-seed3 (failed: RuntimeError: no memory left)" in sentence
 
@@ -158,7 +158,7 @@ def test_runs_are_read_with_what_is_unfinished(tmp_path):
 def test_several_studies_and_runs_that_a_study_no_longer_plans(tmp_path):
     first = write_study(tmp_path, by_seed(qtseg=[90.0, 91.0]), "first")
     write_run(first / "dropped-seed1", "dropped", 1, None, 80.0)
-    frame = report.read_runs([first, write_study(tmp_path, by_seed(qtseg=[70.0]), "second")])
+    frame = study_results.read_runs([first, write_study(tmp_path, by_seed(qtseg=[70.0]), "second")])
     assert list(zip(frame["study"], frame["arm"])) == [("first", "qtseg"), ("first", "qtseg"), ("first", "dropped"), ("second", "qtseg")]
 
 
@@ -169,7 +169,7 @@ def test_every_damaged_file_is_named_at_once(tmp_path):
     text = (folder / "qtseg-seed3/metrics.json").read_text()
     (folder / "qtseg-seed3/metrics.json").write_text(text.replace('"dice": 92.0', '"dice": NaN'))
     with pytest.raises(ValueError) as error:
-        report.read_runs(folder)
+        study_results.read_runs(folder)
     for words in ("qtseg-seed1/metrics.json is no JSON that can be read", "qtseg-seed2/metrics.json is damaged (it lacks test.mae",
                   "qtseg-seed3/metrics.json is damaged (a score, a count or a time is no finite number)", "repeats this run alone"):
         assert words in str(error.value)
@@ -190,7 +190,7 @@ def test_a_hostile_file_of_a_study_is_one_sentence(tmp_path, name, text):
     folder = write_study(tmp_path, by_seed(a=[90.0]))
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match=name) as error:
-        report.read_runs(folder)
+        study_results.read_runs(folder)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
 
 
@@ -202,30 +202,30 @@ def test_metrics_with_values_of_another_kind_are_refused(tmp_path, part, key, va
     metrics[part] = metrics[part] | {key: value} if key else value
     (folder / "a-seed1/metrics.json").write_text(json.dumps(metrics))
     if value is True:  # a number, after all
-        assert report.read_runs(folder)["iou"].tolist() == [1.0]
+        assert study_results.read_runs(folder)["iou"].tolist() == [1.0]
     else:
         with pytest.raises(ValueError, match="a-seed1/metrics.json is "):
-            report.read_runs(folder)
+            study_results.read_runs(folder)
 
 
 def test_a_copied_run_and_a_folder_that_is_no_study_are_refused(tmp_path):
     folder = write_study(tmp_path, by_seed(qtseg=[90.0, 91.0]))
     shutil.copytree(folder / "qtseg-seed1", folder / "copy")
     with pytest.raises(ValueError, match="both call themselves qtseg-seed1: delete the copy"):
-        report.read_runs(folder)
+        study_results.read_runs(folder)
     (folder / "copy/run.json").write_text('{"arm": "qtseg", "seed": 7, "fold": null}')
     with pytest.raises(ValueError, match="is called qtseg-seed7, its metrics.json speaks of seed 1"):
-        report.read_runs(folder)
+        study_results.read_runs(folder)
     with pytest.raises(FileNotFoundError, match="study.json is missing: name the folder of a study"):
-        report.read_runs(tmp_path)
+        study_results.read_runs(tmp_path)
     (folder / "study.json").write_text('{"study": "tiny", "arms": {"a": {}}, "reference": "b", "seeds": [1]}')
     with pytest.raises(ValueError, match="reference 'b' is none of its arms"):
-        report.read_runs(folder)
+        study_results.read_runs(folder)
 
 
 def test_nothing_finished_is_one_sentence(tmp_path):
-    frame = report.read_runs(write_study(tmp_path, by_seed(qtseg=[None, None])))
-    for function in (report.summarise, report.compare, report.costs, report.draw_runs, report.learning_curves):
+    frame = study_results.read_runs(write_study(tmp_path, by_seed(qtseg=[None, None])))
+    for function in (study_results.summarize, study_results.compare, study_results.costs, drawing.draw_runs, drawing.learning_curves):
         with pytest.raises(ValueError, match="none of the 2 runs of tiny is finished"):
             function(frame)
 
@@ -234,41 +234,41 @@ def test_nothing_finished_is_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("dice", [[90.0], [90.0, 91.0], [90.0, 91.0, 95.0]])
 def test_summary_of_one_two_and_three_seeds(tmp_path, dice):
-    row = only(report.summarise(report.read_runs(write_study(tmp_path, by_seed(qtseg=dice)))))
+    row = only(study_results.summarize(study_results.read_runs(write_study(tmp_path, by_seed(qtseg=dice)))))
     assert (row["n"], row["planned"], row["dice_mean"], row["dice_min"], row["dice_max"]) == (len(dice), len(dice), np.mean(dice), min(dice), max(dice))
     assert row["dice_sd"] == pytest.approx(np.std(dice, ddof=1) if len(dice) > 1 else math.nan, nan_ok=True)
-    text = report.summary_rows(report.summarise(report.read_runs(tmp_path / "tiny")))[1][5]
+    text = study_report.summary_rows(study_results.summarize(study_results.read_runs(tmp_path / "tiny")))[1][5]
     assert text == {1: "90.00", 2: "90.50 ± 0.71", 3: "92.00 ± 2.65"}[len(dice)]
 
 
 def test_seeds_are_the_unit_where_there_is_one_fold(tmp_path):
     ours, theirs, third = [91.0, 92.5, 90.0], [90.0, 90.5, 90.5], [85.0, 85.2, 85.9]
-    frame = report.read_runs(write_study(tmp_path, by_seed(reference=theirs, ours=ours, third=third)))
-    table = report.compare(frame).set_index("arm")
+    frame = study_results.read_runs(write_study(tmp_path, by_seed(reference=theirs, ours=ours, third=third)))
+    table = study_results.compare(frame).set_index("arm")
     expected = [stats.ttest_rel(values, theirs) for values in (ours, third)]
     assert list(table["unit"]) == ["seed", "seed"] and list(table["n"]) == [3, 3] and list(table["note"]) == ["", ""]
     assert list(table["p"]) == pytest.approx([one.pvalue for one in expected])
     assert table.loc["ours", "low"] == pytest.approx(expected[0].confidence_interval(0.95).low)
     assert list(table["p_holm"]) == pytest.approx(multitest.multipletests([one.pvalue for one in expected], method="holm")[1])
     assert list(table["p_flip_least"]) == [0.25, 0.25] and table.loc["third", "p_flip"] == 0.25
-    other = report.compare(frame, "third", "mae").set_index("arm")
+    other = study_results.compare(frame, "third", "mae").set_index("arm")
     assert set(other.index) == {"reference", "ours"} and other.loc["ours", "difference"] == pytest.approx((np.mean(third) - np.mean(ours)) / 8)
 
 
 def test_folds_are_the_unit_where_there_are_several(tmp_path):
     difficulty, rng = [0.0, -4.0, 3.0, 1.0, -2.0], np.random.default_rng(1)
     dice = {(arm, seed, fold): 85 + difficulty[fold] + (arm == "b") + rng.normal() for arm in "ab" for fold in range(5) for seed in (1, 2, 3)}
-    row = only(report.compare(report.read_runs(write_study(tmp_path, dice))))
+    row = only(study_results.compare(study_results.read_runs(write_study(tmp_path, dice))))
     values = [np.mean([dice["b", seed, fold] - dice["a", seed, fold] for seed in (1, 2, 3)]) for fold in range(5)]
-    expected = report.paired_interval(values, 30 / 120)  # held-out images per training image
+    expected = study_statistics.paired_interval(values, 30 / 120)  # held-out images per training image
     assert (row["unit"], row["n"], row["difference"], row["sd"]) == ("fold", 5, pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
-    assert (row["low"], row["p"]) == (pytest.approx(expected.low), pytest.approx(expected.p)) and row["p_flip"] == report.sign_flip_p(values)
+    assert (row["low"], row["p"]) == (pytest.approx(expected.low), pytest.approx(expected.p)) and row["p_flip"] == study_statistics.sign_flip_p(values)
 
 
 def test_pairs_without_a_partner_are_named_and_left_out(tmp_path):
     dice = {(arm, seed, fold): 80.0 + seed + fold + (arm == "b") * fold for arm in "ab" for seed in (1, 2) for fold in (0, 1, 2)}
     dice |= {("a", 2, 1): None, ("b", 1, 2): None, ("b", 2, 2): None}
-    row = only(report.compare(report.read_runs(write_study(tmp_path, dice))))
+    row = only(study_results.compare(study_results.read_runs(write_study(tmp_path, dice))))
     assert row["unpaired"] == "b-seed2-fold1, a-seed1-fold2, a-seed2-fold2"
     assert (row["n"], row["difference"]) == (2, 0.5) and row["note"] == "two folds: the interval reaches 12.7 standard errors each way"
     assert row["high"] - 0.5 == pytest.approx(12.706205 * math.sqrt((1 / 2 + 1 / 4) * 0.5))
@@ -279,26 +279,26 @@ def test_pairs_without_a_partner_are_named_and_left_out(tmp_path):
                                                        ([90.0, 91.0], [90.5, 91.5], "the same difference in every seed: no spread to judge by", math.nan),
                                                        ([90.0, None], [None, 91.0], "no pair is finished", math.nan)])
 def test_doubtful_comparisons_say_so(tmp_path, reference, other, note, p):
-    table = report.compare(report.read_runs(write_study(tmp_path, by_seed(reference=reference, other=other))))
+    table = study_results.compare(study_results.read_runs(write_study(tmp_path, by_seed(reference=reference, other=other))))
     row = only(table)
     assert row["note"] == note and row["p"] == pytest.approx(p, nan_ok=True) == pytest.approx(row["p_holm"], nan_ok=True)
-    assert report.comparison_rows(table)[1][-1].startswith(note)
-    assert report.draw_differences(table)._repr_png_().startswith(b"\x89PNG")
-    said = report.describe_differences(table)
+    assert study_report.comparison_rows(table)[1][-1].startswith(note)
+    assert drawing.draw_differences(table)._repr_png_().startswith(b"\x89PNG")
+    said = study_report.describe_differences(table)
     assert len(said) == 1 and ("no arm can be tested" in said[0]) == math.isnan(p)
 
 
 def test_compare_refuses_what_it_cannot_mean(tmp_path):
-    first, second = (report.read_runs(write_study(tmp_path, by_seed(a=[90.0], b=[91.0]), name)) for name in ("one", "two"))
-    for frame, options in ((report.read_runs([tmp_path / "one", tmp_path / "two"]), {}), (first, {"reference": "c"}), (second, {"measure": "loss"})):
+    first, second = (study_results.read_runs(write_study(tmp_path, by_seed(a=[90.0], b=[91.0]), name)) for name in ("one", "two"))
+    for frame, options in ((study_results.read_runs([tmp_path / "one", tmp_path / "two"]), {}), (first, {"reference": "c"}), (second, {"measure": "loss"})):
         with pytest.raises(ValueError, match="compare one study"):
-            report.compare(frame, **options)
+            study_results.compare(frame, **options)
 
 
 def test_caveats_name_what_is_unlike(tmp_path):
     folder = write_study(tmp_path, {("a", 1, 0): 90.0, ("a", 1, 1): 91.0, ("b", 1, 0): 90.0}, images={"train": 90, "valid": 10, "test": 20})
     write_run(folder / "b-seed1-fold1", "b", 1, 1, 92.0, images={"train": 80, "valid": 10, "test": 20}, epochs=8)
-    text = " ".join(report.caveats(report.read_runs(folder)))
+    text = " ".join(study_report.caveats(study_results.read_runs(folder)))
     for words in ("one seed", "scored on the same test images", "arms differ in epochs (4, 8)", "arms differ in training images (90, 80)"):
         assert words in text
     assert "validation split" not in text and "pixels" not in text and "hardware" not in text
@@ -308,34 +308,34 @@ def test_caveats_name_what_is_unlike(tmp_path):
 
 def test_costs_are_those_of_the_checkpoints(tmp_path, checkpoint):
     folder = write_study(tmp_path, by_seed(a=[90.0, 91.0], b=[92.0]), checkpoint=checkpoint)
-    frame = report.read_runs(folder)
-    table = report.costs(frame, rounds=2)
+    frame = study_results.read_runs(folder)
+    table = study_results.costs(frame, rounds=2)
     network = QTSeg(**TINY)
     assert list(table["arm"]) == ["a", "b"] and list(table["size"]) == [32, 32]
     assert set(table["parameters"]) == {sum(p.numel() for p in network.parameters())}
-    assert set(table["multiply_adds"]) == {report.multiply_adds(network, 32)}
+    assert set(table["multiply_adds"]) == {study_results.multiply_adds(network, 32)}
     assert (table["latency_low"] <= table["latency_ms"]).all() and (table["latency_ms"] <= table["latency_high"]).all()
-    silent = report.costs(frame[frame["arm"] == "a"], 64, rounds=0)
-    assert silent["latency_ms"].isna().all() and set(silent["multiply_adds"]) == {report.multiply_adds(network, 64)}
-    assert report.arm_cost_rows(silent)[1][5] == "not measured"
+    silent = study_results.costs(frame[frame["arm"] == "a"], 64, rounds=0)
+    assert silent["latency_ms"].isna().all() and set(silent["multiply_adds"]) == {study_results.multiply_adds(network, 64)}
+    assert study_report.arm_cost_rows(silent)[1][5] == "not measured"
     shutil.rmtree(folder / "b-seed1/best_dice")
     with pytest.raises(FileNotFoundError, match="best_dice"):
-        report.costs(frame, rounds=0)
+        study_results.costs(frame, rounds=0)
 
 
 def test_every_network_has_its_turn_in_every_round():
     turns = []
     networks = [lambda image, name=name: turns.append((name, tuple(image.shape))) for name in "abc"]
-    assert report.interleaved_seconds(networks, 32, rounds=4).shape == (4, 3)
+    assert study_results.interleaved_seconds(networks, 32, rounds=4).shape == (4, 3)
     rounds = ["".join(name for name, _ in turns[start:start + 3]) for start in range(0, 18, 3)]
     assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab"] and {shape for _, shape in turns} == {(1, 3, 32, 32)}
 
 
 def test_the_paper_stands_beside_with_what_differs(tmp_path):
-    frame = report.read_runs([write_study(tmp_path, by_seed(qtseg=[90.0, 92.0]), data="data/bkai_512.zip", epochs=350),
+    frame = study_results.read_runs([write_study(tmp_path, by_seed(qtseg=[90.0, 92.0]), data="data/bkai_512.zip", epochs=350),
                               write_study(tmp_path, by_seed(qtseg=[50.0]), "phantoms")])
-    table = report.beside_published(frame, priced(frame))
-    assert list(table["method"]) == [*report.PUBLISHED, "QTSeg v1: qtseg"], "no published row for phantoms"
+    table = study_report.beside_published(frame, priced(frame))
+    assert list(table["method"]) == [*study_report.PUBLISHED, "QTSeg v1: qtseg"], "no published row for phantoms"
     published = table.set_index("method").loc["U-Net"]
     assert (published["mae"], published["dice"], published["iou"], published["source"]) == (0.99, 87.25, 81.33, "published, BKAI")
     ours = table.iloc[-1]
@@ -346,43 +346,43 @@ def test_the_paper_stands_beside_with_what_differs(tmp_path):
 
 def test_what_differs_of_an_equal_run_is_nothing_and_isic_counts_its_images():
     paper = TrainConfig().to_dict() | {"encoder_weights": "fpn-nano.pth", "data": "isic2016"}
-    assert report.what_differs(paper, {"train": 900, "valid": 0, "test": 379}) == []
-    assert report.what_differs(paper, {"train": 1600, "valid": 400, "test": 0}) == ["1600 training and 400 scored images instead of 900 and 379"]
-    assert "1 kinds of augmentation instead of 10" in report.what_differs(paper | {"operations": ["vertical_flip"]}, {"train": 900, "valid": 0, "test": 379})
+    assert study_report.what_differs(paper, {"train": 900, "valid": 0, "test": 379}) == []
+    assert study_report.what_differs(paper, {"train": 1600, "valid": 400, "test": 0}) == ["1600 training and 400 scored images instead of 900 and 379"]
+    assert "1 kinds of augmentation instead of 10" in study_report.what_differs(paper | {"operations": ["vertical_flip"]}, {"train": 900, "valid": 0, "test": 379})
 
 
 def test_latex_escapes_every_special_character():
     rows = [["arm_1 & 2", "Dice"], ["50 % of {a}\\b^c~d #1 $", "90.00 ± 0.50"], ["a|b < c", "–"]]
-    text = report.latex(rows, "100 % of it_", "tab:x")
+    text = study_report.latex(rows, "100 % of it_", "tab:x")
     for words in (r"\begin{tabular}{lr}", r"arm\_1 \& 2 & Dice \\", r"50 \% of \{a\}\textbackslash{}b\textasciicircum{}c\textasciitilde{}d \#1 \$ & 90.00 $\pm$ 0.50 \\",
                   r"a\textbar{}b $<$ c & -- \\", r"\caption{100 \% of it\_}", r"\label{tab:x}", r"\bottomrule"):
         assert words in text
     assert text.count("{") == text.count("}") and text.isascii()
-    odd = report.latex([["arm", "Dice"], ["[2cm] \\input{/etc/passwd}", "``a--b'' \"\x1b[2J\r\n,,"]], "", "tab:x")
+    odd = study_report.latex([["arm", "Dice"], ["[2cm] \\input{/etc/passwd}", "``a--b'' \"\x1b[2J\r\n,,"]], "", "tab:x")
     assert r"{}[2cm] \textbackslash{}input\{/etc/passwd\} & \textasciigrave{}\textasciigrave{}a-{}-b{'}{'} {\char34}\textbackslash{}x1b[2J ,{}, \\" in odd
 
 
 def test_sentences_follow_the_numbers(tmp_path):
     dice = by_seed(a=[90.0, 90.2, 89.9], b=[80.1, 80.3, 80.1], c=[90.3, 90.1, 90.2])
-    frame = report.read_runs(write_study(tmp_path, dice))
-    summary, comparison = report.summarise(frame), report.compare(frame)
-    assert "best mean Dice is c's (90.20 ± 0.10, 3 runs), the worst b's (80.17)" in report.describe_scores(summary)[0]
-    assert "0.30 points apart (a): more than the 0.17 points between the best arm and the second, a" in report.describe_scores(summary)[0]
-    assert "the best mean MAE is c's" in report.describe_scores(summary, "mae")[0]
-    assert report.describe_scores(report.summarise(frame[frame["seed"] == 1]))[0] == (
+    frame = study_results.read_runs(write_study(tmp_path, dice))
+    summary, comparison = study_results.summarize(frame), study_results.compare(frame)
+    assert "best mean Dice is c's (90.20 ± 0.10, 3 runs), the worst b's (80.17)" in study_report.describe_scores(summary)[0]
+    assert "0.30 points apart (a): more than the 0.17 points between the best arm and the second, a" in study_report.describe_scores(summary)[0]
+    assert "the best mean MAE is c's" in study_report.describe_scores(summary, "mae")[0]
+    assert study_report.describe_scores(study_results.summarize(frame[frame["seed"] == 1]))[0] == (
         "tiny: the best mean Dice is c's (90.30, 1 run), the worst b's (80.10). No arm was run twice: how far luck moves a score is unknown.")
-    said = report.describe_differences(comparison)[0]
+    said = study_report.describe_differences(comparison)[0]
     assert "1 of 2 differences in Dice has p < 0.05 after Holm's correction: b (−9.87 [" in said and "below 0.25" in said
-    assert "all arms take 3.00 G" in report.describe_costs(summary, priced(frame))[0]
-    said = report.describe_costs(summary, priced(frame, 300_000_000, 10_000_000, 200_000_000))[0]
+    assert "all arms take 3.00 G" in study_report.describe_costs(summary, priced(frame))[0]
+    said = study_report.describe_costs(summary, priced(frame, 300_000_000, 10_000_000, 200_000_000))[0]
     assert "run from 10.00 M (b) to 0.300 G (a), 30.0 times as many." in said and said.split("fewer of them: ")[1].startswith("c, b.")
-    assert "to 0.110 G (a), 10 % more." in report.describe_costs(summary, priced(frame, 110_000_000, 100_000_000, 100_000_000))[0]
-    curves = report.learning_curves(frame)
+    assert "to 0.110 G (a), 10 % more." in study_report.describe_costs(summary, priced(frame, 110_000_000, 100_000_000, 100_000_000))[0]
+    curves = drawing.learning_curves(frame)
     assert curves["tiny", "a"].shape == (4, 4) and curves["tiny", "a"][0].tolist() == pytest.approx([1, 90.0333 / 2, 89.9 / 2, 90.2 / 2], abs=1e-3)
-    assert "between epochs 3 and 4 c rose most, by +5.64 points: training had not ended" in report.describe_curves(curves)[0]
+    assert "between epochs 3 and 4 c rose most, by +5.64 points: training had not ended" in drawing.describe_curves(curves)[0]
     flat = {key: np.column_stack([curve[:, 0], *[np.full(4, 90.0)] * 3]) for key, curve in curves.items()}
-    assert "no arm was still rising" in report.describe_curves(flat)[0]
-    assert "cannot be seen" in report.describe_curves({key: curve[:2] for key, curve in curves.items()})[0]
+    assert "no arm was still rising" in drawing.describe_curves(flat)[0]
+    assert "cannot be seen" in drawing.describe_curves({key: curve[:2] for key, curve in curves.items()})[0]
 
 
 FILES = {*(f"{name}.csv" for name in ("runs", "summary", "comparison", "costs", "published")),
@@ -391,14 +391,14 @@ FILES = {*(f"{name}.csv" for name in ("runs", "summary", "comparison", "costs", 
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, checkpoint) -> report.Report:
+def whole(tmp_path_factory, checkpoint) -> study_report.Report:
     """The report of a study of two arms with two seeds each."""
-    return report.build_report(write_study(tmp_path_factory.mktemp("whole"), by_seed(a=[90.0, 91.0], b_1=[91.0, 93.5]), checkpoint=checkpoint), rounds=1)
+    return study_report.build_report(write_study(tmp_path_factory.mktemp("whole"), by_seed(a=[90.0, 91.0], b_1=[91.0, 93.5]), checkpoint=checkpoint), rounds=1)
 
 
 def test_a_report_is_written_whole_and_replaces_only_reports(tmp_path, whole, monkeypatch):
     output = tmp_path / "out"
-    assert report.write_report(whole, output) == output and {path.name for path in output.iterdir()} == FILES
+    assert study_report.write_report(whole, output) == output and {path.name for path in output.iterdir()} == FILES
     told = json.loads((output / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert told["comparison"][0]["difference"] == 1.75 and told["runs"][0]["fold"] is None and told["sentences"] == whole.sentences
     assert [row["arm"] for row in csv.DictReader((output / "runs.csv").open())] == ["a", "a", "b_1", "b_1"]
@@ -409,27 +409,27 @@ def test_a_report_is_written_whole_and_replaces_only_reports(tmp_path, whole, mo
     def break_off(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report, "report_markdown", break_off)
+    monkeypatch.setattr(study_report, "report_markdown", break_off)
     with pytest.raises(OSError, match="disk full"):
-        report.write_report(whole, output)
+        study_report.write_report(whole, output)
     assert {path.name for path in output.iterdir()} == FILES and (output / "report.md").stat().st_mtime_ns == before
     assert {path.name for path in tmp_path.iterdir()} == {"out"}, "nothing half-written stays"
     (tmp_path / "study").mkdir()
     (tmp_path / "study/study.json").touch()
     with pytest.raises(FileExistsError, match="holds no report"):
-        report.write_report(whole, tmp_path / "study")
+        study_report.write_report(whole, tmp_path / "study")
 
 
 def test_what_the_report_did_not_write_stays_and_what_it_no_longer_writes_goes(tmp_path, whole):
     output = tmp_path / "out"
-    report.write_report(whole, output)
+    study_report.write_report(whole, output)
     (output / "pictures").mkdir()
     (output / "pictures/mine.png").touch()
     (output / "notes.txt").write_text("mine")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/mine.txt").touch()
     (output / "caught").symlink_to(tmp_path / "elsewhere")
-    report.write_report(dataclasses.replace(whole, figures={name: figure for name, figure in whole.figures.items() if name != "curves"}), output)
+    study_report.write_report(dataclasses.replace(whole, figures={name: figure for name, figure in whole.figures.items() if name != "curves"}), output)
     assert {path.name for path in output.iterdir()} == FILES - {"curves.png"} | {"pictures", "notes.txt", "caught"}
     assert (output / "notes.txt").read_text() == "mine" and (output / "pictures/mine.png").is_file() and (tmp_path / "elsewhere/mine.txt").is_file()
 
@@ -438,10 +438,10 @@ def test_texts_of_a_study_stay_texts_in_markdown_and_in_spreadsheets(tmp_path):
     folder = write_study(tmp_path, by_seed(a=[90.0, 91.0], b=[None, None]))
     (folder / "b-seed1").mkdir()
     (folder / "b-seed1/error.txt").write_text('=HYPERLINK("x") <img src=x onerror=alert(1)> \x1b[2J | [a](javascript:b)\n')
-    frame = report.read_runs(folder)
-    whole = report.Report("dice", frame, report.summarise(frame), report.compare(frame), priced(frame), report.beside_published(frame, priced(frame)),
-                          report.caveats(frame), {"scores": report.describe_scores(report.summarise(frame)), "differences": [], "costs": [], "curves": []}, {})
-    report.write_report(whole, tmp_path / "out")
+    frame = study_results.read_runs(folder)
+    whole = study_report.Report("dice", frame, study_results.summarize(frame), study_results.compare(frame), priced(frame), study_report.beside_published(frame, priced(frame)),
+                          study_report.caveats(frame), {"scores": study_report.describe_scores(study_results.summarize(frame)), "differences": [], "costs": [], "curves": []}, {})
+    study_report.write_report(whole, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "onerror" in text and "<img" not in text and "](" not in text and "\x1b" not in text
     note = next(row["note"] for row in csv.DictReader((tmp_path / "out/runs.csv").open()) if row["state"] == "failed")
@@ -449,16 +449,16 @@ def test_texts_of_a_study_stay_texts_in_markdown_and_in_spreadsheets(tmp_path):
 
 
 def test_a_single_arm_is_reported_without_comparison(tmp_path, checkpoint):
-    whole = report.build_report(write_study(tmp_path, by_seed(a=[90.0]), checkpoint=checkpoint), rounds=0)
+    whole = study_report.build_report(write_study(tmp_path, by_seed(a=[90.0]), checkpoint=checkpoint), rounds=0)
     assert set(whole.figures) == {"dots", "bubble", "curves"} and whole.sentences["differences"] == []
-    assert "differences.png" not in report.report_markdown(whole)
+    assert "differences.png" not in study_report.report_markdown(whole)
 
 
 def test_missing_library_is_one_sentence(monkeypatch, tmp_path):
     folder = write_study(tmp_path, by_seed(a=[90.0]))
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match="a report needs pandas, which is not installed: pip install"):
-        report.read_runs(folder)
+        study_results.read_runs(folder)
 
 
 # ---- the notebook ----

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import audit
@@ -22,11 +23,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-CHAPTERS = tool.chapters()
+LESSONS = tool.lessons()
 REFERENCES = tool.references()
 NOTEBOOKS = tool.notebooks()
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
-MODULES = sorted(path for path in (ROOT / "qtseg").glob("*.py") if not path.name.startswith("_"))
+MODULES = sorted(path for path in (ROOT / "qtseg").rglob("*.py") if not path.name.startswith("_"))
+LAYERS = [{"files", "colors"}, {"data"}, {"network"}, {"training", "evaluation"}, {"prediction"}, {"study", "view"}, {"cli"}]  # left to right
 INI = tool.settings()
 
 
@@ -34,8 +36,9 @@ def by_name(path: Path) -> str:
     return path.name
 
 
-def module_of(chapter: Path) -> str:
-    return re.search(r"^#\|\s*default_exp (\w+)", chapter.read_text(encoding="utf-8").replace("\\n", "\n").replace('"', "\n"), re.M)[1]
+def dotted(path: Path) -> str:
+    """The name of a module below the package: `network.blocks`."""
+    return ".".join(path.relative_to(ROOT / "qtseg").with_suffix("").parts)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +55,10 @@ def derived_anew(tmp_path_factory) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("module", [*MODULES, ROOT / "qtseg" / "__init__.py", ROOT / "qtseg" / "_modidx.py"], ids=by_name)
+@pytest.mark.parametrize("module", [*MODULES, ROOT / "qtseg" / "__init__.py", ROOT / "qtseg" / "_modidx.py"], ids=dotted)
 def test_module_is_what_its_notebook_exports(derived_anew, module):
-    assert module.read_text(encoding="utf-8") == (derived_anew / "qtseg" / module.name).read_text(encoding="utf-8"), (
-        f"{module.name} differs from its notebook: edit the notebook and run `make sync`")
+    assert module.read_text(encoding="utf-8") == (derived_anew / module.relative_to(ROOT)).read_text(encoding="utf-8"), (
+        f"{dotted(module)} differs from its notebook: edit the notebook and run `make sync`")
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
@@ -65,8 +68,9 @@ def test_notebook_is_clean_small_and_addressed(derived_anew, notebook):
     assert notebook.stat().st_size <= 600_000, f"{notebook.name} is over 600 KB: draw smaller or fewer pictures"
 
 
-def test_every_module_has_a_notebook_and_every_chapter_a_module():
-    assert sorted(module_of(notebook) for notebook in [*CHAPTERS, *REFERENCES]) == [path.stem for path in MODULES]
+def test_every_module_has_a_notebook_and_every_reference_a_module():
+    assert sorted(tool.modules()) == sorted(map(dotted, MODULES))
+    assert all(tool.module_of(path) == path.stem.replace("_", ".", 1) or tool.module_of(path) == path.stem for path in REFERENCES)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
@@ -76,9 +80,9 @@ def test_notebook_needs_no_development_tool(notebook):
         assert not re.search(forbidden, code, re.M), f"{notebook.name} contains {forbidden}"
 
 
-@pytest.mark.parametrize("chapter", [*CHAPTERS, *REFERENCES], ids=by_name)
-def test_first_code_cell_makes_the_chapter_run_in_colab(chapter):
-    first = next(cell for cell in nbformat.read(chapter, as_version=4).cells if cell.cell_type == "code")
+@pytest.mark.parametrize("lesson", [*LESSONS, *REFERENCES], ids=by_name)
+def test_first_code_cell_makes_the_chapter_run_in_colab(lesson):
+    first = next(cell for cell in nbformat.read(lesson, as_version=4).cells if cell.cell_type == "code")
     assert first.source == tool.FIRST_CELL.format(user=INI["user"], repo=INI["repo"], branch=INI["branch"])
 
 
@@ -89,9 +93,9 @@ def too_long(source: str) -> bool:
     return sum(bool(line.strip()) for line in source.splitlines()) > (80 if whole_class else 40)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=by_name)
-def test_chapter_has_the_parts_of_a_lesson(chapter):
-    cells = nbformat.read(chapter, as_version=4).cells
+@pytest.mark.parametrize("lesson", LESSONS, ids=by_name)
+def test_chapter_has_the_parts_of_a_lesson(lesson):
+    cells = nbformat.read(lesson, as_version=4).cells
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     exported = [cell.source for cell in cells if cell.cell_type == "code" and re.search(r"^#\|\s*export", cell.source, re.M)]
     assert prose.count("<summary>") >= 3, "at least three exercises with folded solutions"
@@ -123,7 +127,7 @@ def test_readme_is_the_rendered_index():
 def test_relative_links_lead_somewhere():
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *NOTEBOOKS]:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".ipynb":  # what a cell prints is no link of the chapter
+        if path.suffix == ".ipynb":  # what a cell prints is no link of the lesson
             text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
         for link in re.findall(r"\]\(([^)#:\s\\]+?)(?:#[^)]*)?\)", text):
             if re.fullmatch(r"[\w./-]+\.(ipynb|md|svg|png|py|ini)", link):
@@ -140,8 +144,8 @@ def test_results_stand_on_the_front_page_as_they_were_measured():
 
 def test_the_map_names_every_chapter():
     index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
-    for chapter in CHAPTERS:
-        assert f"({chapter.name})" in index and tool.colab_link(chapter) in index, f"index.ipynb's map lacks {chapter.name}"
+    for lesson in LESSONS:
+        assert f"({lesson.name})" in index and tool.colab_link(lesson) in index, f"index.ipynb's map lacks {lesson.name}"
 
 
 def test_pyproject_and_settings_agree():
@@ -159,17 +163,35 @@ def test_pyproject_and_settings_agree():
     assert f"version: {INI['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_modules_import_only_lower_numbered_ones():
-    number = {module_of(chapter): int(chapter.name[:2]) for chapter in CHAPTERS}
-    number |= {name: place - 10 for place, name in enumerate(("files", "colors", "masks"))}  # reference notebooks, below the first chapter
-    number["speed"] = number["decoder"] + 0.5  # read last, for it measures everything; needs blocks only, and serves the model
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("qtseg.")):
-                imported = (node.module or "").removeprefix("qtseg.")
-                if not imported and {alias.name for alias in node.names} == {"__version__"}:
-                    continue  # the package's own, no chapter
-                assert number[imported] < number[path.stem], f"{path.name} imports {imported}, a later chapter"
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of everything that a module imports from this package, as `network.blocks`, `C2f`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "qtseg"):
+            above = dotted(path).split(".")[:-node.level] if node.level else []
+            base = ".".join([*above, *((node.module or "").split(".") if node.level else node.module.split(".")[1:])]).strip(".")
+            for alias in node.names:
+                yield base, alias.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_its_own_room_or_those_to_the_left(path):
+    layer = {room: place for place, rooms in enumerate(LAYERS) for room in rooms}
+    for base, name in imports(path):
+        if (base, name) != ("", "__version__"):
+            assert layer[base.split(".")[0]] <= layer[dotted(path).split(".")[0]], f"{dotted(path)} imports {base}, which stands to its right"
+            assert not name.startswith("_"), f"{dotted(path)} imports {base}.{name}, which is private"
+
+
+def test_no_module_imports_itself_by_a_detour():
+    graph = {dotted(path): {base for base, _ in imports(path) if base} for path in MODULES}
+    while leaves := [module for module, needs in graph.items() if not needs & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"these modules import each other in a circle: {sorted(graph)}"
+
+
+def test_modules_are_short():
+    assert not [dotted(path) for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
 
 
 def test_no_undefined_names():
@@ -193,7 +215,7 @@ def test_an_audit_without_answers_is_not_clean():
 
 
 def test_import_needs_only_the_runtime_requirements():
-    modules = ", ".join(f"qtseg.{path.stem}" for path in MODULES)
+    modules = ", ".join(f"qtseg.{dotted(path)}" for path in MODULES)
     code = (f"import sys, qtseg, {modules}; heavy = {{'segmentation_models_pytorch', 'mlflow', 'matplotlib', 'ipywidgets', "
             "'torchvision', 'kaggle', 'nbdev', 'fastcore', 'timm', 'pandas', 'dask', 'distributed', 'papermill', 'yaml', 'scipy', 'statsmodels'}; "
             "print(sorted(heavy & sys.modules.keys()))")
@@ -209,7 +231,7 @@ def test_the_wheel_holds_only_the_package(tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names} == {"qtseg", f"qtseg-{INI['version']}.dist-info"}
-    assert {Path(name).name for name in names if name.startswith("qtseg/")} == {path.name for path in (ROOT / "qtseg").glob("*.py")}
+    assert {name for name in names if name.startswith("qtseg/")} == {path.relative_to(ROOT).as_posix() for path in (ROOT / "qtseg").rglob("*.py")}
 
 
 def test_runtime_requirements_resolve_in_colab(tmp_path):

@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from qtseg import speed
-from qtseg.attention import Attention
-from qtseg.blocks import ConvBNAct
-from qtseg.bridge import UpConvBNAct
-from qtseg.data import SegmentationData
-from qtseg.decoder import MaskHead
-from qtseg.losses import ce_dice_loss
-from qtseg.model import QTSeg
-from qtseg.training import TrainConfig, Trainer
+from qtseg.evaluation import timing
+from qtseg.network import fast as network_fast
+from qtseg.network.attention import Attention
+from qtseg.network.blocks import ConvBNAct
+from qtseg.network.bridge import UpConvBNAct
+from qtseg.data.segmentation import SegmentationData
+from qtseg.network.mqm import MaskHead
+from qtseg.training.losses import ce_dice_loss
+from qtseg.network.model import QTSeg
+from qtseg.training.config import TrainConfig
+from qtseg.training.trainer import Trainer
 
 SIZES = [(1, 64, 64), (2, 33, 47), (1, 32, 160), (3, 96, 64), (1, 200, 136)]  # batch, height, width
 
@@ -49,7 +51,7 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 def accelerated(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
-    speed.accelerate(twin)
+    network_fast.accelerate(twin)
     return twin
 
 
@@ -59,14 +61,14 @@ def kinds(model: nn.Module) -> Counter:
 
 def test_fast_forms_stand_where_they_belong():
     network = QTSeg(width=8)
-    assert not {kind for kind in kinds(network) if kind.__module__ == "qtseg.speed"}, "what one builds is the readable form"
+    assert not {kind for kind in kinds(network) if kind.__module__ == "qtseg.network.fast"}, "what one builds is the readable form"
     training, fused = accelerated(network), accelerated(network).fuse()
     for form in (training, fused, network.fuse()):
         found = kinds(form)
-        assert found[speed.FewQueriesAttention] == 6 + 3  # one in each block, one at the end of each stage
-        assert found[speed.FewKeysAttention] == found[Attention] == found[speed.FastFeedForward] == 6  # Attention: among tokens
-        assert found[speed.FastConvBNAct] > 50 and found[speed.FastUpConvBNAct] == 3 and found[speed.FastMaskHead] == 1
-        assert found[speed.FastUpConv] == 3 + 4  # the bridge's, and two between stages, two in the mask head
+        assert found[network_fast.FewQueriesAttention] == 6 + 3  # one in each block, one at the end of each stage
+        assert found[network_fast.FewKeysAttention] == found[Attention] == found[network_fast.FastFeedForward] == 6  # Attention: among tokens
+        assert found[network_fast.FastConvBNAct] > 50 and found[network_fast.FastUpConvBNAct] == 3 and found[network_fast.FastMaskHead] == 1
+        assert found[network_fast.FastUpConv] == 3 + 4  # the bridge's, and two between stages, two in the mask head
         assert not found[ConvBNAct] + found[UpConvBNAct] + found[MaskHead]
     assert training.state_dict().keys() == network.state_dict().keys()
 
@@ -106,7 +108,7 @@ def test_gradients_at_full_width_in_single_precision():
     assert_same_gradients(gradients(accelerated(model), x, target), expected)
 
 
-@pytest.mark.parametrize("kind, shapes", [(speed.FewQueriesAttention, (3, 50)), (speed.FewKeysAttention, (50, 3))])
+@pytest.mark.parametrize("kind, shapes", [(network_fast.FewQueriesAttention, (3, 50)), (network_fast.FewKeysAttention, (50, 3))])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5])
 def test_attention_equals_the_plain_form_below_and_above_its_limit(kind, shapes, heads, tokens):
@@ -131,7 +133,7 @@ def test_fast_mask_head_equals_the_plain_form_for_any_chunk(chunk, classes):
     torch.manual_seed(0)
     plain = MaskHead(16).double()
     fast = copy.deepcopy(plain)
-    fast.__class__, fast.chunk = speed.FastMaskHead, chunk
+    fast.__class__, fast.chunk = network_fast.FastMaskHead, chunk
     tokens = torch.randn(2, classes, 16, dtype=torch.float64, requires_grad=True)
     features = torch.randn(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
     found = []
@@ -148,7 +150,7 @@ def test_fast_mask_head_equals_the_plain_form_for_any_chunk(chunk, classes):
 def test_fast_blocks_equal_the_plain_ones_in_training(form):
     """Output, gradients and the counted statistics, in training and evaluation; frozen weights get no gradient."""
     torch.manual_seed(0)
-    for plain, fast in ((ConvBNAct(4, 6), speed.FastConvBNAct), (UpConvBNAct(4, 6, 2), speed.FastUpConvBNAct)):
+    for plain, fast in ((ConvBNAct(4, 6), network_fast.FastConvBNAct), (UpConvBNAct(4, 6, 2), network_fast.FastUpConvBNAct)):
         plain = plain.double()
         twin = copy.deepcopy(plain)
         twin.__class__ = fast
@@ -167,14 +169,14 @@ def test_fast_mask_head_keeps_no_wide_map():
     """Nothing of the last step's width is saved for the backward pass."""
     torch.manual_seed(0)
     saved = {}
-    for form in (MaskHead, speed.FastMaskHead):
+    for form in (MaskHead, network_fast.FastMaskHead):
         head, sizes = MaskHead(16), []
         head.__class__, head.chunk = form, 256
         note = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             head(torch.randn(1, 2, 16, requires_grad=True), torch.randn(1, 16, 32, 32, requires_grad=True))
         saved[form] = max(sizes)
-    assert saved[MaskHead] >= 16 * 32 * 32 * 16 > 2 * saved[speed.FastMaskHead]
+    assert saved[MaskHead] >= 16 * 32 * 32 * 16 > 2 * saved[network_fast.FastMaskHead]
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # PyTorch, when its switch is used
@@ -186,12 +188,12 @@ def test_fused_form_is_the_same_without_one_dnn(batch, height, width, monkeypatc
         expected = fused(x)
         with torch.backends.mkldnn.flags(enabled=False):
             torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=0)
-        monkeypatch.setattr(speed, "HAS_ONE_DNN", False)
+        monkeypatch.setattr(timing, "HAS_ONE_DNN", False)
         torch.testing.assert_close(fused(x), expected, atol=1e-4, rtol=0)
-    assert speed.operations(lambda: small()(x)) > 0
+    assert timing.operations(lambda: small()(x)) > 0
 
 
-@pytest.mark.skipif(not speed.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.skipif(not network_fast.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
 def test_weights_kept_for_one_dnn_follow_their_originals():
     """New weights, a copy, a pickle, another type: never an answer from weights that are no longer there."""
     torch.manual_seed(0)
@@ -217,7 +219,7 @@ def test_weights_kept_for_one_dnn_follow_their_originals():
     assert not torch.allclose(before, expected, atol=1e-3)
 
 
-@pytest.mark.skipif(not speed.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.skipif(not network_fast.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
 def test_kept_weights_follow_what_happens_to_a_layer_alone():
     """New memory in an old weight is noticed; a write to .data is not counted by PyTorch, and forgotten when told."""
     torch.manual_seed(0)
@@ -232,7 +234,7 @@ def test_kept_weights_follow_what_happens_to_a_layer_alone():
             before = fused(x)
             change()
             if name in writes:
-                speed.forget_kept(fused)
+                network_fast.forget_kept(fused)
             torch.testing.assert_close(fused(x), copy.deepcopy(fused)(x), atol=1e-5, rtol=0, msg=name)
             assert not torch.equal(fused(x), before), name
 
@@ -265,16 +267,16 @@ def test_hooks_hold_what_they_were_given(form):
 
 
 def test_what_is_trained_is_not_kept_for_one_dnn():
-    """PyTorch's fused optimisers write to weights without raising their version: validation must see the new ones all the same."""
+    """PyTorch's fused optimizers write to weights without raising their version: validation must see the new ones all the same."""
     torch.manual_seed(0)
     model, x = accelerated(small()), images(2, 64, 64)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     for _ in range(3):
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(x), model.naive()(x), atol=1e-4, rtol=0)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         ce_dice_loss(model.train()(x), (x[:, 0] > 0).long()).backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def test_fused_form_gives_images_a_gradient():
@@ -287,11 +289,11 @@ def test_fused_form_gives_images_a_gradient():
 def test_operations_are_counted_alike_in_all_forms():
     """Convolutions and products behind oneDNN's operators count, too; absorbed attention needs fewer."""
     model, x = QTSeg(width=8).eval(), images(1, 64, 64)
-    naive, fused = (speed.operations(lambda form=form: torch.no_grad()(form)(x)) for form in (model.requires_grad_(False).naive(), model.fuse()))
+    naive, fused = (timing.operations(lambda form=form: torch.no_grad()(form)(x)) for form in (model.requires_grad_(False).naive(), model.fuse()))
     assert 0.8 * naive < fused <= naive
 
 
-def test_frozen_and_unusual_normalisation_goes_the_readable_way():
+def test_frozen_and_unusual_normalization_goes_the_readable_way():
     """BatchNorm that doesn't move, or averages in another way, is none that the fast form knows."""
     torch.manual_seed(0)
     for change in (lambda norm: norm.eval(), lambda norm: setattr(norm, "momentum", None)):
@@ -324,37 +326,37 @@ def test_training_takes_the_forms_it_is_told(forms, tmp_path):
     loss, _ = trainer.step(next(trainer.begin_epoch()))
     assert loss.isfinite()
     found = kinds(trainer.model)
-    assert bool(found[speed.FewKeysAttention]) is bool(found[speed.FastMaskHead]) is (forms == "fast")
+    assert bool(found[network_fast.FewKeysAttention]) is bool(found[network_fast.FastMaskHead]) is (forms == "fast")
     trainer.model.save_pretrained(tmp_path / "saved")
-    assert not {kind for kind in kinds(QTSeg.from_pretrained(tmp_path / "saved")) if kind.__module__ == "qtseg.speed"}
+    assert not {kind for kind in kinds(QTSeg.from_pretrained(tmp_path / "saved")) if kind.__module__ == "qtseg.network.fast"}
 
 
 def test_jobs_take_turns_and_are_timed():
     calls = []
     jobs = {"short": lambda: calls.append("short"), "long": lambda: (calls.append("long"), time.sleep(0.01))}
-    times = speed.interleaved_times(jobs, rounds=3, warm_up=1)
+    times = timing.interleaved_times(jobs, rounds=3, warm_up=1)
     assert calls == ["short", "long"] * 4
     assert [len(values) for values in times.values()] == [3, 3] and times["long"] == sorted(times["long"])
     assert min(times["long"]) >= 10
-    lines = speed.timing_lines({"a": [10.0, 20.0, 40.0], "bb": [5.0, 5.0, 6.0]})
+    lines = timing.timing_lines({"a": [10.0, 20.0, 40.0], "bb": [5.0, 5.0, 6.0]})
     assert "20.0 ms" in lines[0] and "1.00×" in lines[0] and "4.00×" in lines[1]
 
 
 def test_boxes_add_up():
     model = nn.Sequential(nn.Identity(), nn.Linear(4, 4))
-    times = speed.box_times(model, torch.randn(2, 4), ["0", "1"], rounds=3)
+    times = timing.box_times(model, torch.randn(2, 4), ["0", "1"], rounds=3)
     assert list(times) == ["0", "1", "rest"] and all(value >= 0 for value in times.values())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its highest memory use")
 def test_memory_growth_sees_a_tensor_come_and_go():
-    assert 75 < speed.memory_growth(lambda: torch.ones(20_000_000).sum()) < 130  # 80 MB of float32
-    assert speed.memory_growth(lambda: None) < 20
+    assert 75 < timing.memory_growth(lambda: torch.ones(20_000_000).sum()) < 130  # 80 MB of float32
+    assert timing.memory_growth(lambda: None) < 20
 
 
 def test_operations_and_exponent():
     a, b = torch.randn(3, 4), torch.randn(4, 5)
-    assert speed.operations(lambda: a @ b) == 2 * 3 * 4 * 5
-    assert speed.growth_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
-    assert speed.matrix_rate(side=64) > 0 and speed.copy_rate(megabytes=1) > 0
+    assert timing.operations(lambda: a @ b) == 2 * 3 * 4 * 5
+    assert timing.growth_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert timing.matrix_rate(side=64) > 0 and timing.copy_rate(megabytes=1) > 0

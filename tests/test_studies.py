@@ -22,11 +22,13 @@ from conftest import ROOT, refused_parameters, run_notebook
 from distributed import LocalCluster, Security
 from nbformat.v4 import new_code_cell, new_notebook
 
-from qtseg import experiments
-from qtseg.experiments import (Run, arm_rows, exclusive, find_notebooks, local_client, main, read_study, run_arm, run_study,
-                               slurm_client, study_table)
-from qtseg.losses import weighted_loss
-from qtseg.training import TrainConfig
+from qtseg.study import cluster as study_cluster, plan, sweep as study_sweep
+from qtseg.study.cluster import local_client, slurm_client
+from qtseg.study.plan import Run, read_study
+from qtseg.study.runs import arm_rows, exclusive, run_arm, study_table
+from qtseg.study.sweep import find_notebooks, main, run_study
+from qtseg.training.losses import weighted_loss
+from qtseg.training.config import TrainConfig
 
 STUDIES = sorted((ROOT / "nbs" / "experiments" / "studies").glob("*.yaml"))
 TINY = {"study": "tiny", "question": "Does it run?", "reference": "plain", "seeds": [1, 2], "arms": {"plain": {}, "heads": {"heads": 4}},
@@ -49,7 +51,7 @@ def test_study_files_can_be_run(path):
 
 
 def test_every_question_of_the_plan_has_its_file():
-    assert {path.stem for path in STUDIES} == {"bridge_decoder", "depth", "heads", "mlp_width", "position", "resize", "colour", "loss", "augmentation",
+    assert {path.stem for path in STUDIES} == {"bridge_decoder", "depth", "heads", "mlp_width", "position", "resize", "color", "loss", "augmentation",
                                                "width", "size", "encoder_frozen", "baselines", "phantoms_quick", "isic2018_128"}
 
 
@@ -150,7 +152,7 @@ def test_a_key_that_stands_twice_is_not_silently_dropped(tmp_path):
 def test_numbers_survive_every_way_of_writing_them(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("{a: 1e-3, b: 1.0e-3, c: 1.e+3, d: -2E5, e: 1e-06x, f: 0.5, g: 12, h: null}")
-    assert experiments.read_yaml(path) == {"a": 1e-3, "b": 1e-3, "c": 1e3, "d": -2e5, "e": "1e-06x", "f": 0.5, "g": 12, "h": None}
+    assert plan.read_yaml(path) == {"a": 1e-3, "b": 1e-3, "c": 1e3, "d": -2e5, "e": "1e-06x", "f": 0.5, "g": 12, "h": None}
     for source in STUDIES:
         study = read_study(source)
         path.write_text(json.dumps(study.to_dict(), indent=2))
@@ -431,8 +433,8 @@ def test_a_notebook_beside_the_study_file_is_not_executed(stand_in, tmp_path, mo
     path.write_text(json.dumps(stand_in("plain").to_dict()))  # the stand-in notebook lies one folder above
     write_notebook(path.parent / "ablation.ipynb", STAND_IN)
     monkeypatch.chdir(path.parent)
-    monkeypatch.setattr(experiments, "local_client", lambda workers: contextlib.nullcontext())
-    monkeypatch.setattr(experiments, "_sweep", lambda sweep: executed.extend(sweep.notebooks.values()))
+    monkeypatch.setattr(study_sweep, "local_client", lambda workers: contextlib.nullcontext())
+    monkeypatch.setattr(study_sweep, "_sweep", lambda sweep: executed.extend(sweep.notebooks.values()))
     run_study(path, tmp_path / "runs")
     assert executed == [ROOT / "nbs/experiments/ablation.ipynb"]
 
@@ -447,7 +449,7 @@ def alive(process: int) -> bool:
 
 @pytest.fixture
 def settings(tmp_path) -> dict:
-    """Dask's settings with a TLS key in files, as chapter 20 sets them up; in tmp_path/dask, too, for processes of their own."""
+    """Dask's settings with a TLS key in files, as lesson 15 sets them up; in tmp_path/dask, too, for processes of their own."""
     key, names = Security.temporary(), {"key": str(tmp_path / "key.pem"), "cert": str(tmp_path / "cert.pem")}
     Path(names["key"]).write_text(key.tls_worker_key)
     Path(names["cert"]).write_text(key.tls_ca_file)
@@ -490,7 +492,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_is_completed_twice(stand_in, 
     ("tcp://127.0.0.1:9", ["--insecure"], "no Dask scheduler answers at tcp://127.0.0.1:9"),
     ("tls://127.0.0.1:9", [], "no Dask scheduler answers at tls://127.0.0.1:9"), ("tls://a:b:c", [], "no Dask scheduler answers at tls://a:b:c")])
 def test_a_scheduler_without_tls_or_without_an_answer_is_one_sentence(stand_in, tmp_path, capsys, monkeypatch, address, options, said):
-    monkeypatch.setattr(experiments, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(study_cluster, "CONNECT_SECONDS", 0.5)
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(stand_in("plain").to_dict()))
     assert main([str(path), "--runs", str(tmp_path / "runs"), "--notebooks", str(tmp_path), "--scheduler", address, *options]) == 1
@@ -511,7 +513,7 @@ def test_ctrl_c_saves_the_running_run_and_the_same_study_goes_on(tmp_path, monke
     monkeypatch.setenv("QTSEG_CACHE", str(tmp_path.parent / "cache"))
     study = TINY | {"seeds": [1], "arms": {"conv": {"decoder": "conv"}}, "reference": "conv", "common": TINY["common"] | {"epochs": 8}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "-c", "import sys; from qtseg.experiments import main; sys.exit(main())", "tiny.yaml", "--workers", "1"]
+    command = [sys.executable, "-c", "import sys; from qtseg.study.sweep import main; sys.exit(main())", "tiny.yaml", "--workers", "1"]
     folder = tmp_path / "runs/tiny/conv-seed1"
     sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                              env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -26,16 +26,24 @@ import yaml
 from conftest import ROOT, refused_parameters, shared_folder
 from PIL import Image
 
-from qtseg import training
-from qtseg.augmentation import Augmentation
-from qtseg.data import SegmentationData, normalise
-from qtseg.evaluation import SIZES, evaluate_checkpoint
-from qtseg.export import export_onnx
-from qtseg.inference import OnnxNetwork, Predictor
-from qtseg.losses import ce_dice_loss
-from qtseg.model import BASELINES, Baseline, QTSeg, load_network
-from qtseg.phantoms import write_prepared
-from qtseg.training import BEST, EMA, OPTIMISERS, SCHEDULERS, EarlyStopping, TrainConfig, Trainer, draw_seed, evaluate, fit, mask_pictures
+from qtseg.training import callbacks as training_callbacks, distributed, hardware as training_hardware, loop as training_loop, run_folder, trainer as training_trainer
+from qtseg.training.augmentation import Augmentation
+from qtseg.data.dataset import normalize
+from qtseg.data.segmentation import SegmentationData
+from qtseg.evaluation.evaluate import SIZES
+from qtseg.evaluation.runs import evaluate_checkpoint
+from qtseg.prediction.export import export_onnx
+from qtseg.prediction.networks import OnnxNetwork
+from qtseg.prediction.predictor import Predictor
+from qtseg.training.losses import ce_dice_loss
+from qtseg.network.baselines import BASELINES, Baseline, load_network
+from qtseg.network.model import QTSeg
+from qtseg.data.phantom_sets import write_prepared
+from qtseg.training.callbacks import EMA, EarlyStopping, mask_pictures
+from qtseg.training.config import BEST, OPTIMIZERS, SCHEDULERS, TrainConfig
+from qtseg.training.loop import fit
+from qtseg.training.trainer import Trainer, draw_seed
+from qtseg.training.validation import evaluate
 
 PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
 
@@ -75,7 +83,7 @@ def timeless(history: list[dict]) -> list[dict]:
 
 
 def run_in_a_process(config: TrainConfig, before: str = "") -> subprocess.Popen:
-    code = (f"import json, sys\n{before}\nfrom qtseg.training import TrainConfig, fit\n"
+    code = (f"import json, sys\n{before}\nfrom qtseg.training.config import TrainConfig; from qtseg.training.loop import fit\n"
             f"fit(TrainConfig.from_dict(json.loads({json.dumps(json.dumps(config.to_dict()))})))")
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -83,13 +91,13 @@ def run_in_a_process(config: TrainConfig, before: str = "") -> subprocess.Popen:
 SLOW = """
 import time
 from qtseg import training
-step = training.Trainer.step
+step = training_trainer.Trainer.step
 def slow(self, batch):
     if (self.progress.epoch, self.progress.step) == (1, 2):
         print("IN", flush=True)
         time.sleep(20)
     return step(self, batch)
-training.Trainer.step = slow
+training_trainer.Trainer.step = slow
 """
 
 
@@ -104,7 +112,7 @@ def wait_until_mid_epoch(process: subprocess.Popen) -> None:
 
 def test_the_defaults_are_the_papers_recipe():
     c = TrainConfig()
-    assert (c.size, c.batch, c.drop_last, c.optimiser, c.lr, c.weight_decay, c.betas) == (512, 32, True, "adamw", 1e-3, 1e-4, [0.9, 0.999])
+    assert (c.size, c.batch, c.drop_last, c.optimizer, c.lr, c.weight_decay, c.betas) == (512, 32, True, "adamw", 1e-3, 1e-4, [0.9, 0.999])
     assert (c.scheduler, c.step_epochs, c.gamma, c.min_lr, c.epochs, c.seed, c.freeze_epochs) == ("step", 50, 0.5, 1e-5, 350, 1996, 50)
 
 
@@ -120,7 +128,7 @@ def test_unknown_keys_are_refused_by_name():
     ("lr", "1e-3", "lr is a number, not '1e-3'"), ("augment", "true", "augment is true or false, not 'true'"),
     ("fold", "0", "fold is a whole number or null, not '0'"), ("depths", [1, "2"], "depths is a list of whole numbers, not"),
     ("losses", {"ce": "1"}, "losses is a mapping of texts to numbers, not"), ("milestones", [1.5], "milestones is a list of whole numbers, not [1.5]"), ("betas", [float("nan"), 0.9], "betas is a list of numbers, not [nan, 0.9]"), ("epochs", "10", "in YAML write 10, without"), ("fold", "0", "in YAML write 0, without"), ("betas", 0.9, "betas is a list"), ("lr", float("nan"), "lr is a number"),
-    ("lr", 0.0, "lr is above 0"), ("epochs", 0, "epochs is at least 1"), ("optimiser", "lion", "optimiser is one of adamw, adam, sgd"),
+    ("lr", 0.0, "lr is above 0"), ("epochs", 0, "epochs is at least 1"), ("optimizer", "lion", "optimizer is one of adamw, adam, sgd"),
     ("losses", {"dice": 1.0}, "losses has the unknown entry 'dice'"), ("losses", {}, "losses names at least one"),
     ("operations", ["flip"], "operations has the unknown entry 'flip'"), ("name", "a/b", "name is the name of one folder"),
     ("name", "", "name is the name of one folder"), ("select", "f1", "select is one of"), ("amp", "fp8", "amp is one of none, bf16, fp16"),
@@ -150,7 +158,7 @@ def test_wrong_values_are_refused_by_name(key, value, said):
 @pytest.mark.parametrize("changes, said", [
     ({"losses": {"bce": 1.0}, "classes": 3}, "losses bce does not go with classes 3 (this loss needs logits with 1 to 2 channels)"),
     ({"losses": {"ce": 1.0}, "classes": 1}, "losses ce does not go with classes 1"), ({"fold": 2, "folds": 2}, "fold is below folds, 2: counted from 0, 2 is not there"),
-    ({"optimiser": "sgd", "nesterov": True, "momentum": 0.0}, "nesterov needs a momentum above 0"),
+    ({"optimizer": "sgd", "nesterov": True, "momentum": 0.0}, "nesterov needs a momentum above 0"),
     ({"scheduler": "plateau", "gamma": 1.0}, "scheduler plateau needs a gamma below 1"),
     ({"model": "unet", "epochs": 0}, "encoder fpn is QTSeg's own"),
 ])
@@ -305,19 +313,19 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids_of_its_batch(tiny, monkeyp
 
 def test_ids_in_messages_are_shown_and_not_obeyed(tiny):
     config = tiny()
-    trainer = Trainer(config, training.open_data(config))
+    trainer = Trainer(config, training_loop.open_data(config))
     pending = (torch.tensor(float("nan")), torch.zeros(1, 1, 4, dtype=torch.int64), ["a\x1b[2Jb"])
     with pytest.raises(FloatingPointError) as caught:
-        training._settle(trainer, pending, ["c\rd"])
+        training_loop._settle(trainer, pending, ["c\rd"])
     assert "a\\x1b[2Jb" in str(caught.value) and "c\\rd" in str(caught.value) and str(caught.value).isprintable()
     counts = torch.tensor([[[4, 0, 0, 4]], [[0, 0, 0, 0]]])  # of the second image no pixel counts: it has no Dice
-    training._settle(trainer, (torch.tensor(1.0), counts, ["a", "b"]), [])
+    training_loop._settle(trainer, (torch.tensor(1.0), counts, ["a", "b"]), [])
     assert trainer.progress.sums["dice"] == 100
 
 
 def test_a_huge_learning_rate_is_stopped(tiny):
     with pytest.raises(FloatingPointError, match="lower lr"):
-        fit(tiny(lr=1e30, optimiser="sgd", momentum=0.0))
+        fit(tiny(lr=1e30, optimizer="sgd", momentum=0.0))
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tiny, uninterrupted):
@@ -326,7 +334,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tiny, uninterrupted):
         fit(config)
 
 
-@pytest.mark.parametrize("mistake", [{"data": "nowhere"}, {"batch": 64}, {"device": "warp"}, {"size": 32, "batch": 1}, {"lr": 1e30, "optimiser": "sgd", "momentum": 0.0}])
+@pytest.mark.parametrize("mistake", [{"data": "nowhere"}, {"batch": 64}, {"device": "warp"}, {"size": 32, "batch": 1}, {"lr": 1e30, "optimizer": "sgd", "momentum": 0.0}])
 def test_a_start_that_failed_leaves_its_name_free(tiny, mistake):
     with pytest.raises((ValueError, OSError, FloatingPointError)):
         fit(tiny(**mistake))
@@ -408,10 +416,10 @@ CHANGES = {"no dictionary": ("its parts", lambda state: [1]), "a part missing": 
            "right shape, few numbers": ("its model", lambda state: state["model"].update({"encoder.down2.conv.weight": torch.zeros(1).expand(4, 3, 3, 3)})),
            "another type": ("its model", lambda state: state["model"].update({name: value.double() for name, value in state["model"].items()})),
            "a NaN": ("its model", lambda state: state["model"]["encoder.down2.norm.bias"].fill_(math.nan)),
-           "endless moments": ("its optimiser", lambda state: state["optimiser"]["state"][0].update(exp_avg=endless(None))),
-           "moments missing": ("its optimiser", lambda state: state["optimiser"]["state"][0].pop("exp_avg_sq")),
-           "moments of nothing": ("its optimiser", lambda state: state["optimiser"]["state"].update({10**6: {}})),
-           "a group's text": ("its optimiser", lambda state: state["optimiser"]["param_groups"][0].update(lr="fast")),
+           "endless moments": ("its optimizer", lambda state: state["optimizer"]["state"][0].update(exp_avg=endless(None))),
+           "moments missing": ("its optimizer", lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq")),
+           "moments of nothing": ("its optimizer", lambda state: state["optimizer"]["state"].update({10**6: {}})),
+           "a group's text": ("its optimizer", lambda state: state["optimizer"]["param_groups"][0].update(lr="fast")),
            "a method replaced": ("its scheduler", lambda state: state["scheduler"].update(step=5)),
            "a text for a number": ("its scheduler", lambda state: state["scheduler"].update(last_epoch="3")),
            "epochs beyond the history": ("its progress", lambda state: state["progress"].update(epoch=10**9)),
@@ -448,7 +456,7 @@ def test_a_stored_configuration_that_cannot_be_read_is_one_sentence(tiny, text, 
 @pytest.mark.parametrize("device", ["meta", "cpu:7x", "", "hpu", None])
 def test_odd_devices_are_one_sentence(device):
     with pytest.raises(ValueError, match="device .* cannot be used"):
-        training.choose_device(device)
+        training_hardware.choose_device(device)
 
 
 def test_a_file_where_a_folder_must_be_is_one_sentence(tiny, tmp_path):
@@ -518,8 +526,8 @@ def test_an_image_that_changed_is_seen_though_its_size_and_name_are_the_same(tin
     """`data_digest` opens some files of each split, splits.json knows all images by their content."""
     folder = copied(uninterrupted, Path(tiny().runs))
     known = json.loads((folder / "splits.json").read_text())
-    data = training.open_data(tiny())
-    assert {name: known[name] for name in ("train", "valid", "test")} == training.split_table(data) and known["folder"] == str(data.folder)
+    data = training_loop.open_data(tiny())
+    assert {name: known[name] for name in ("train", "valid", "test")} == run_folder.split_table(data) and known["folder"] == str(data.folder)
     assert known["train"][0] == [data.train.ids[0], data.train.digests[0], 64, 64]
     monkeypatch.setattr(data.train, "digests", ["0" * 24, *data.train.digests[1:]])
     with pytest.raises(ValueError, match="was begun with other images or masks"):
@@ -590,12 +598,12 @@ def test_parts_that_are_ignored_altogether_are_known_before_the_first_step(part,
 
 def test_a_single_image_and_a_teams_shares_of_one_are_told_too(tiny):
     config, shape = tiny(size=32, batch=2), (3, 32, 32)
-    network = training.build_network(config)
+    network = training_trainer.build_network(config)
     with pytest.raises(ValueError, match="a process's share of a batch holds one image"):
-        training._refuse_lone_images(config, 16, network, shape, 2, torch.device("cpu"))
-    training._refuse_lone_images(config, 16, network, shape, 2, torch.device("cuda"))  # there BatchNorm sees the team's batch
+        training_trainer._refuse_lone_images(config, 16, network, shape, 2, torch.device("cpu"))
+    training_trainer._refuse_lone_images(config, 16, network, shape, 2, torch.device("cuda"))  # there BatchNorm sees the team's batch
     with pytest.raises(ValueError) as caught:
-        training._refuse_lone_images(tiny(size=32, drop_last=False), 1, network, shape, 1, torch.device("cpu"))
+        training_trainer._refuse_lone_images(tiny(size=32, drop_last=False), 1, network, shape, 1, torch.device("cpu"))
     assert "drop_last" not in str(caught.value), "which would leave no batch at all"
 
 
@@ -634,7 +642,7 @@ def test_the_best_constant_mask_stands_beside_the_network(tiny, uninterrupted, p
 def test_masks_without_foreground_or_without_background_are_told_loudly(tiny, tmp_path, value):
     source = with_masks(tmp_path / "flat", lambda number: np.full((64, 64), value, np.uint8))
     config = tiny(data=str(source), cache=str(tmp_path / "cache"), epochs=1)
-    data = training.open_data(config)
+    data = training_loop.open_data(config)
     assert data.census.warnings
     with pytest.warns(UserWarning) as told:
         result = fit(config, data=data)
@@ -654,7 +662,7 @@ def test_ignored_pixels_count_in_no_loss_and_no_score(tiny, tmp_path):
     for ignored in (7, 9):  # two stored values, one meaning
         source = with_masks(tmp_path / f"ignored{ignored}", lambda number: mask(number, ignored))
         config = tiny(data=str(source), cache=str(tmp_path / "cache"), masks="index", mask_values=[0, 1], ignore_value=ignored, epochs=2, name=f"run{ignored}")
-        data = training.open_data(config)
+        data = training_loop.open_data(config)
         assert data.ignore_index is not None
         result = fit(config, data=data)
         histories.append(timeless(result.history))
@@ -667,7 +675,7 @@ def test_ignored_pixels_count_in_no_loss_and_no_score(tiny, tmp_path):
 
 def test_a_score_that_is_no_number_neither_wins_nor_blocks(tiny, monkeypatch):
     losses = iter([0.5, math.nan, 9.0, 0.4])
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": next(losses, 0.4), "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
+    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: {"loss": next(losses, 0.4), "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
     assert fit(tiny(size=32, epochs=4, select="loss")).metrics["best"]["loss"] == {"epoch": 4, "value": 0.4}
     losses = iter([math.nan, 9.0, 0.5, math.nan])
     assert fit(tiny(size=32, epochs=4, select="loss", name="first")).metrics["best"]["loss"] == {"epoch": 3, "value": 0.5}
@@ -677,7 +685,7 @@ def test_a_score_that_is_no_number_neither_wins_nor_blocks(tiny, monkeypatch):
 
 
 def test_plateau_watches_the_validation_loss_alone(tiny, monkeypatch):
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": 1e-9, "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
+    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: {"loss": 1e-9, "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
     seen, step = [], torch.optim.lr_scheduler.ReduceLROnPlateau.step
     monkeypatch.setattr(torch.optim.lr_scheduler.ReduceLROnPlateau, "step", lambda self, loss, *more: (seen.append(loss), step(self, loss, *more))[1])
     result = fit(tiny(size=32, epochs=5, scheduler="plateau", step_epochs=1, validate_every=2))
@@ -685,35 +693,35 @@ def test_plateau_watches_the_validation_loss_alone(tiny, monkeypatch):
 
 
 def test_the_host_process_keeps_its_memory_as_it_was(tiny, monkeypatch):
-    monkeypatch.setattr(training, "keep_freed_memory", lambda: pytest.fail("fit is a guest in this process"))
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: pytest.fail("fit is a guest in this process"))
     fit(tiny(size=32, epochs=1))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_schedule_steps_and_stays_above_the_floor(tiny, phantoms, name):
     config = tiny(scheduler=name, step_epochs=2, milestones=[1, 2], min_lr=4e-4, epochs=5)
-    trainer = Trainer(config, training.open_data(config))
+    trainer = Trainer(config, training_loop.open_data(config))
     rates = []
     for _ in range(5):
-        rates.append(trainer.optimiser.param_groups[0]["lr"])
-        trainer.optimiser.step()
-        training._next_rate(trainer.scheduler, config, 1.0)  # a loss that never improves
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        training_trainer.step_rate(trainer.scheduler, config, 1.0)  # a loss that never improves
     assert rates[0] == 1e-3 and min(rates) >= 4e-4
     assert (len(set(rates)) == 1) == (name == "constant")
 
 
 def test_the_papers_schedule_by_hand(tiny):
     config = tiny(scheduler="step", step_epochs=2, epochs=20)
-    trainer = Trainer(config, training.open_data(config))
+    trainer = Trainer(config, training_loop.open_data(config))
     rates = []
     for _ in range(20):
-        rates.append(trainer.optimiser.param_groups[0]["lr"])
-        trainer.optimiser.step()
-        training._next_rate(trainer.scheduler, config, 1.0)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        training_trainer.step_rate(trainer.scheduler, config, 1.0)
     assert rates == pytest.approx([max(1e-3 * 0.5 ** (epoch // 2), 1e-5) for epoch in range(20)])
 
 
-@pytest.mark.parametrize("changes", [*({"optimiser": name} for name in OPTIMISERS), {"amp": "bf16"}, {"clip": 0.5}, {"classes": 1, "losses": {"bce": 1.0}},
+@pytest.mark.parametrize("changes", [*({"optimizer": name} for name in OPTIMIZERS), {"amp": "bf16"}, {"clip": 0.5}, {"classes": 1, "losses": {"bce": 1.0}},
                                      {"augment": False}, {"drop_last": False, "batch": 5}, {"validate_every": 2}, {"bridge": "identity"}],
                          ids=lambda changes: "-".join(map(str, changes.values())))
 def test_every_option_trains(tiny, changes):
@@ -761,7 +769,7 @@ def test_three_classes_train_from_phantom_masks(tmp_path):
 
 
 def test_the_frozen_encoder_keeps_its_weights_while_its_batch_norm_follows_the_data(tiny, tmp_path):
-    from qtseg.model import to_official
+    from qtseg.network.official import to_official
 
     source = QTSeg(width=4, depths=[1, 1, 1], mlp_width=32)
     torch.save({name: tensor for name, tensor in to_official(source).items() if name.startswith("image_encoder.")}, tmp_path / "encoder.pth")
@@ -785,12 +793,12 @@ def test_an_encoder_comes_from_a_checkpoint_of_an_earlier_run(tiny, uninterrupte
 
 def test_freeze_norm_keeps_all_running_statistics_and_trains_the_rest(tiny):
     config = tiny(freeze_norm=True, epochs=2)  # validation lies between the epochs
-    fresh = Trainer(config, training.open_data(config)).model.state_dict()
+    fresh = Trainer(config, training_loop.open_data(config)).model.state_dict()
     after = QTSeg.from_pretrained(fit(config).folder / "last").state_dict()
     for name, value in fresh.items():
         if "running" in name or "num_batches" in name:
             assert torch.equal(value, after[name]), name
-    training._refuse_lone_images(dataclasses.replace(config, batch=1), 9, training.build_network(config), (3, 32, 32), 1, torch.device("cpu"))  # no batch is looked at
+    training_trainer._refuse_lone_images(dataclasses.replace(config, batch=1), 9, training_trainer.build_network(config), (3, 32, 32), 1, torch.device("cpu"))  # no batch is looked at
     moved = [name for name in fresh if ".norm." in name and name.endswith(("weight", "bias")) and not torch.equal(fresh[name], after[name])]
     assert len(moved) > 50
 
@@ -843,7 +851,7 @@ def test_a_team_is_asked_for_everything_that_several_processes_do_differently(ti
     team = Recorded()
     result = fit(tiny(), team=team)
     assert scores(result.folder) == scores(uninterrupted)
-    steps = len(training.open_data(tiny()).train) // 4 * 3
+    steps = len(training_loop.open_data(tiny()).train) // 4 * 3
     assert team.asked.count("wrap") == 1 and team.asked.count(("share", 4)) == 2 * steps and team.asked.count("lead") >= 3
 
 
@@ -856,7 +864,7 @@ def test_a_process_that_does_not_lead_writes_and_says_nothing(tiny, capsys):
 
     config = tiny(epochs=1, progress=True, track=False)
     seen = []
-    result = fit(config, data=training.open_data(config), callbacks=[Calling(seen.append)], team=Follower())
+    result = fit(config, data=training_loop.open_data(config), callbacks=[Calling(seen.append)], team=Follower())
     assert result.history[0]["valid_dice"] == 50 and not config.folder.exists() and not seen
     assert "epoch" not in capsys.readouterr().out
 
@@ -873,7 +881,7 @@ def test_pictures_show_target_and_prediction(phantoms):
     batch = data.valid.batch([0, 1])
     picture = mask_pictures(batch, torch.zeros_like(batch.masks))
     assert picture.shape == (64, 128, 3) and picture.dtype == np.uint8
-    assert (picture == training.COLOURS["target"]).all(axis=2).any() and not (picture == training.COLOURS["prediction"]).all(axis=2).any()
+    assert (picture == training_callbacks.COLORS["target"]).all(axis=2).any() and not (picture == training_callbacks.COLORS["prediction"]).all(axis=2).any()
 
 
 def resident() -> int:
@@ -889,7 +897,7 @@ def test_memory_stays_flat_over_epochs(tiny):
 
 def test_mlflow_holds_parameters_metrics_and_pictures(tiny):
     config = tiny(track=True, epochs=2)
-    code = (f"import json, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom qtseg.training import TrainConfig, fit\n"
+    code = (f"import json, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom qtseg.training.config import TrainConfig; from qtseg.training.loop import fit\n"
             f"fit(TrainConfig.from_dict(json.loads({json.dumps(json.dumps(config.to_dict()))})))\n"
             "import mlflow\n"
             "run = mlflow.search_runs(search_all_experiments=True, output_format='list')[0]\n"
@@ -952,7 +960,7 @@ def test_a_given_network_is_trained_kept_scored_and_resumed_to_the_same_result(t
     assert best["model_type"] == "module" and best["class"] == "torch.nn.modules.container.Sequential" and "build it again" in best["note"]
     network = small_network()
     safetensors.torch.load_model(network, whole.checkpoint_dir / "model.safetensors")
-    data = training.open_data(tiny())
+    data = training_loop.open_data(tiny())
     assert evaluate(network, data.test, 2, batch=4)["dice"] == whole.metrics["test"]["dice"]
     assert whole.metrics["given"]["model"] == best["class"] and (whole.checkpoint_dir / "preprocessor_config.json").is_file()
     with pytest.raises(Stop):
@@ -1107,7 +1115,7 @@ def test_what_a_callback_does_wrong_costs_no_epoch(tiny, uninterrupted):
 
 def test_early_stopping_counts_validations_since_the_best_and_stays_stopped(tiny, monkeypatch):
     dices = iter([50.0, 60.0, 55.0, math.nan, 58.0, 70.0])
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": 1.0, "mae": 1.0, "acc": 99.0, "dice": next(dices, 60.0), "iou": 40.0})
+    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: {"loss": 1.0, "mae": 1.0, "acc": 99.0, "dice": next(dices, 60.0), "iou": 40.0})
     config = dict(size=32, epochs=9)
     stopped = fit(tiny(**config), callbacks=[EarlyStopping(patience=3)])
     assert [row["epoch"] for row in stopped.history] == [1, 2, 3, 4, 5] and stopped.metrics["best"]["dice"] == {"epoch": 2, "value": 60.0}
@@ -1165,8 +1173,8 @@ def test_a_damaged_average_is_refused(tiny):
 
 # one channel, and splits as Datasets
 
-def test_grey_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tmp_path):
-    source = tmp_path / "grey"
+def test_gray_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tmp_path):
+    source = tmp_path / "gray"
     for part in ("images", "masks"):
         (source / part).mkdir(parents=True)
     for number in range(12):
@@ -1176,9 +1184,9 @@ def test_grey_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
         Image.fromarray(image).save(source / "images" / f"{number}.png")
         Image.fromarray(mask).save(source / "masks" / f"{number}.png")
     config = tiny(data=str(source), cache=str(tmp_path / "cache"), channels=1, epochs=2)
-    data = training.open_data(config)
+    data = training_loop.open_data(config)
     assert data.shape == (1, 64, 64) and data.white == 4095 and data.train[0][0].shape == (1, 64, 64)
-    three = training.open_data(dataclasses.replace(config, channels=3))
+    three = training_loop.open_data(dataclasses.replace(config, channels=3))
     assert torch.equal(three.train[0][0], data.train[0][0].expand(3, -1, -1)) and three.cache_folder == data.cache_folder
     result = fit(config)
     network = load_network(result.checkpoint_dir)
@@ -1186,17 +1194,17 @@ def test_grey_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
     assert json.loads((result.checkpoint_dir / "preprocessor_config.json").read_text())["channels"] == 1
     path, _ = data.valid.paths[0]
     with torch.no_grad():
-        logits = network(normalise(data.valid.batch([0]).images))
+        logits = network(normalize(data.valid.batch([0]).images))
     mask = Predictor.from_checkpoint(result.checkpoint_dir, device="cpu").predict(path)
     assert (mask == logits.argmax(dim=1)[0].numpy()).all()
     scored = evaluate_checkpoint(result.folder, device="cpu")
     assert scored.dice(SIZES[0]).mean() == pytest.approx(result.metrics["test"]["dice"], abs=1e-4) and scored.ids == data.valid.ids
     assert export_onnx(result.checkpoint_dir) < 1e-3
-    onnx = OnnxNetwork(result.checkpoint_dir / "model.onnx", 1)(normalise(data.valid.batch([0]).images))
+    onnx = OnnxNetwork(result.checkpoint_dir / "model.onnx", 1)(normalize(data.valid.batch([0]).images))
     torch.testing.assert_close(onnx, logits, atol=1e-3, rtol=0)
 
 
-def test_images_in_color_are_not_opened_as_grey_ones(tiny):
+def test_images_in_color_are_not_opened_as_gray_ones(tiny):
     with pytest.raises(ValueError, match="holds images in color: open it with channels=3"):
         fit(tiny(channels=1))
     with pytest.raises(ValueError, match="channels is 1 or 3, got 4: for others, give fit a Dataset of your own"):
@@ -1269,7 +1277,7 @@ def test_papermill_trains_evaluates_and_shows(tmp_path):
 
 # real images
 
-@pytest.mark.parametrize("archive, options", [("isic2018_512.zip", {"colour": "ycrcb"}), ("bkai_512.zip", {"folds": 4, "fold": 3, "masks": "any"}),
+@pytest.mark.parametrize("archive, options", [("isic2018_512.zip", {"color": "ycrcb"}), ("bkai_512.zip", {"folds": 4, "fold": 3, "masks": "any"}),
                                               ("bkai_512.zip", {"folds": 4, "fold": 3, "classes": 3})])
 def test_real_images_train(tmp_path, tiny, archive, options):
     """A few real images through the whole road: archive, check, cache, a step, evaluation."""
@@ -1290,7 +1298,7 @@ def test_freed_memory_is_kept():
     """Blocks of 40 MB: as it comes each is faulted in anew, page by page; kept, soon none is."""
     program = """
 import resource, torch
-from qtseg.training import keep_freed_memory
+from qtseg.training.hardware.hardware import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qtseg.attention import POSITIONS, LearnedPositionalEncoding, PositionalEncoding
-from qtseg.blocks import TwoForms
-from qtseg.bridge import BRIDGES
-from qtseg.decoder import DECODERS, ConvDecoder, MQMStage
-from qtseg.encoder import fold_batchnorms
+from qtseg.network.attention import POSITIONS, LearnedPositionalEncoding, PositionalEncoding
+from qtseg.network.blocks import TwoForms
+from qtseg.network.bridge import BRIDGES
+from qtseg.network.decoders import DECODERS, ConvDecoder
+from qtseg.network.mqm import MQMStage
+from qtseg.network.encoders import fold_batchnorms
 
 CHANNELS = (16, 32, 64)  # width 4
 SIZES = [(32, 64), (96, 160), (224, 32)]  # an odd number of pixels at stride 32, and a single one
@@ -150,9 +151,9 @@ def test_a_learned_grid_follows_the_size_of_the_map():
     as_map = lambda height, width: encoding(height, width, x)[0].T.unflatten(1, (height, width))
     torch.testing.assert_close(as_map(16, 16), cells)
     torch.testing.assert_close(as_map(8, 8), nn.functional.avg_pool2d(cells, 2))
-    large = as_map(48, 80)  # a cell is 3 × 5 pixels, the pixel in the middle has its centre
+    large = as_map(48, 80)  # a cell is 3 × 5 pixels, the pixel in the middle has its center
     torch.testing.assert_close(large[:, 1::3, 2::5], cells)
-    torch.testing.assert_close(large[:, 24], large[:, 22] / 3 + large[:, 25] * 2 / 3)  # rows 22 and 25 go through centres
+    torch.testing.assert_close(large[:, 24], large[:, 22] / 3 + large[:, 25] * 2 / 3)  # rows 22 and 25 go through centers
 
 
 def test_a_learned_grid_is_interpolated_in_float32_and_never_kept():
@@ -287,7 +288,7 @@ def test_the_default_decoder_is_the_papers():
 
 
 class Strange(nn.Module):
-    """Five pairs of convolution and batch normalisation, of which only the first and the last may be folded."""
+    """Five pairs of convolution and batch normalization, of which only the first and the last may be folded."""
 
     def __init__(self):
         super().__init__()

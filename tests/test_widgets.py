@@ -16,19 +16,28 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from qtseg.augmentation import OPERATIONS, Augmentation
-from qtseg.data import IGNORE, Preprocessing, SegmentationData
-from qtseg.evaluation import THRESHOLDS, decide, mask_scores
-from qtseg.inference import Predictor, predict_files
-from qtseg.phantoms import phantom, write_prepared
-from qtseg.widgets import (KNOBS, VIEWS, AugmentationPlayground, MaskExplorer, Panel, SavedPredictions, Setting, Window, as_cases,
-                           between, captioned, encoded, entropy, one_hot, one_of, some_of, yes_or_no)
+from qtseg.training.augmentation import Augmentation
+from qtseg.training.operations import OPERATIONS
+from qtseg.data.mask_values import IGNORE
+from qtseg.data.preprocessing import Preprocessing
+from qtseg.data.segmentation import SegmentationData
+from qtseg.evaluation.scores import THRESHOLDS, decide, mask_scores
+from qtseg.prediction.folders import predict_files
+from qtseg.prediction.predictor import Predictor
+from qtseg.data.phantom_sets import write_prepared
+from qtseg.data.phantoms import phantom
+from qtseg.view.album import SavedPredictions, as_cases, entropy, one_hot
+from qtseg.view.canvas import captioned, encoded
+from qtseg.view.controls import Setting, between, one_of, some_of, yes_or_no
+from qtseg.view.mask_explorer import VIEWS, MaskExplorer
+from qtseg.view.panel import Panel, Window
+from qtseg.view.playground import KNOBS, AugmentationPlayground
 
 ipywidgets = pytest.importorskip("ipywidgets", reason="controls are ipywidgets: pip install ipywidgets")
 
 
 class Toy(Panel):
-    """The smallest panel: one grey picture."""
+    """The smallest panel: one gray picture."""
 
     KEYS = ("ArrowLeft",)
     level = Setting(0.5, between(0, 1))
@@ -146,14 +155,14 @@ def test_the_canvas_reports_and_the_picture_moves_to_it():
 
 
 def test_without_anywidget_everything_else_works(monkeypatch):
-    monkeypatch.setattr("qtseg.widgets._canvas_class", lambda: None)
+    monkeypatch.setattr("qtseg.view.canvas._canvas_class", lambda: None)
     toy = Toy()
     controls(toy)["level"].value = 1.0
     assert toy._screen.canvas is None and shown(toy).min() >= 254
 
 
 def test_without_ipywidgets_pictures_and_settings_work_and_the_remedy_is_named():
-    code = ("import sys; sys.modules['ipywidgets'] = None\nimport numpy as np\nfrom qtseg.widgets import AugmentationPlayground\n"
+    code = ("import sys; sys.modules['ipywidgets'] = None\nimport numpy as np\nfrom qtseg.view.playground import AugmentationPlayground\n"
             "p = AugmentationPlayground(np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), np.uint8))\np.rotate = 30\nprint(p.picture().shape)\n"
             "try:\n    p.view\nexcept ModuleNotFoundError as error:\n    print(error)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

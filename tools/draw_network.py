@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch
 
-from qtseg.model import QTSeg
+from qtseg.network.model import QTSeg
 
 TARGET = Path(__file__).resolve().parent.parent / "nbs" / "images" / "network.svg"
-COLOURS = {"encoder": "#cfe3f5", "bridge": "#fde3c8", "decoder": "#d9ecd9", "plain": "#f3f3f3"}
+COLORS = {"encoder": "#cfe3f5", "bridge": "#fde3c8", "decoder": "#d9ecd9", "plain": "#f3f3f3"}
 matplotlib.rcParams["svg.hashsalt"] = "qtseg"
 
 
@@ -33,7 +33,7 @@ def measure(size: int = 512) -> dict[str, str]:
 
 def box(axes, x: float, y: float, text: str, kind: str, width: float = 1.7, height: float = 0.78) -> None:
     axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.02,rounding_size=0.08",
-                                  facecolor=COLOURS[kind], edgecolor="#555555", linewidth=1))
+                                  facecolor=COLORS[kind], edgecolor="#555555", linewidth=1))
     axes.text(x, y, text, ha="center", va="center", fontsize=9)
 
 

@@ -34,14 +34,26 @@ def notebooks(root: Path = ROOT) -> list[Path]:
     return sorted(path for path in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 
 
-def chapters(root: Path = ROOT) -> list[Path]:
-    """The numbered notebooks, in order; each is exported to a module."""
+def lessons(root: Path = ROOT) -> list[Path]:
+    """The numbered notebooks, in order: the course. Those that teach a module export it."""
     return [path for path in notebooks(root) if path.parent == root / "nbs" and re.match(r"\d\d_", path.name)]
 
 
 def references(root: Path = ROOT) -> list[Path]:
-    """The notebooks of modules that every chapter may use: each is exported, and explains on a page what it does."""
+    """The engine room: each notebook exports a module that no lesson teaches, and explains on a page what it does."""
     return [path for path in notebooks(root) if path.parent == root / "nbs" / "reference"]
+
+
+def module_of(path: Path) -> str | None:
+    """The module that a notebook exports, as `network.blocks`; None if it exports none."""
+    cells = nbformat.read(path, as_version=4).cells
+    found = (re.match(r"#\|\s*default_exp ([\w.]+)", cell.source) for cell in cells if cell.cell_type == "code")
+    return next((match[1] for match in found if match), None)
+
+
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Each exported module, with its notebook."""
+    return {module: path for path in [*lessons(root), *references(root)] if (module := module_of(path))}
 
 
 def colab_link(path: Path, root: Path = ROOT) -> str:
@@ -113,7 +125,7 @@ def main() -> None:
     run("nbdev_export", ROOT)
     run("nbdev_clean", ROOT)
     (ROOT / "README.md").write_text(render_readme(), encoding="utf-8")
-    print(f"Exported {len(chapters()) + len(references())} modules, cleaned {len(notebooks())} notebooks, rendered README.md")
+    print(f"Exported {len(modules())} modules, cleaned {len(notebooks())} notebooks, rendered README.md")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import albumentations
 import numpy as np
 import torch
 
-from qtseg.phantoms import phantom
-from qtseg.training import TrainConfig, fit
+from qtseg.data.phantoms import phantom
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit
 
 TRAINING = albumentations.Compose([albumentations.HorizontalFlip(), albumentations.Affine(rotate=(-30, 30))])
 

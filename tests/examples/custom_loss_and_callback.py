@@ -4,7 +4,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from qtseg.training import TrainConfig, fit
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit
 
 
 def twice_the_foreground(logits, labels):

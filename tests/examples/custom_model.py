@@ -4,7 +4,9 @@ import sys
 import torch
 from torch import nn
 
-from qtseg.training import EMA, EarlyStopping, TrainConfig, fit
+from qtseg.training.callbacks import EMA, EarlyStopping
+from qtseg.training.config import TrainConfig
+from qtseg.training.loop import fit
 
 
 class SmallUNet(nn.Module):

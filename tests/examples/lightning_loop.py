@@ -5,9 +5,10 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from qtseg.data import SegmentationData, normalise
-from qtseg.losses import ce_dice_loss
-from qtseg.model import QTSeg
+from qtseg.data.dataset import normalize
+from qtseg.data.segmentation import SegmentationData
+from qtseg.training.losses import ce_dice_loss
+from qtseg.network.model import QTSeg
 
 
 class Module(lightning.LightningModule):
@@ -17,7 +18,7 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch, number):
         images, masks, ids = batch
-        return ce_dice_loss(self.network(normalise(images)), masks.long())
+        return ce_dice_loss(self.network(normalize(images)), masks.long())
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-3)
