@@ -30,15 +30,24 @@ def _mask_value(text: str) -> int | str:
 
 def _parser() -> argparse.ArgumentParser:
     """The command line of qtseg-evaluate."""
-    parser = argparse.ArgumentParser(prog="qtseg-evaluate", description="Score a checkpoint, or every checkpoint of a run, at "
-                                     "training size and at the images' own size; write tables and pictures beside it.")
+    parser = argparse.ArgumentParser(
+        prog="qtseg-evaluate",
+        description="Score a checkpoint, or every checkpoint of a run, at "
+        "training size and at the images' own size; write tables and pictures beside it.",
+    )
     parser.add_argument("checkpoint", help="a checkpoint folder (best_dice, last, …) or the folder of a run")
     parser.add_argument("--data", help="a folder, a .zip or phantoms:family:n, as for training; else the run's own")
-    parser.add_argument("--split", choices=PARTS, help="images to score (test, or valid where there is no test split; all of "
-                        "other data that has no splits)")
-    parser.add_argument("--masks", default="auto", help="how masks are read: auto, index, binary, any (as in the run, or auto)")
-    parser.add_argument("--mask-values", type=lambda text: [_mask_value(value) for value in text.split(",")], metavar="V,V,…",
-                        help="the value or color of class 0, 1, …, such as 0,120,255 or #000000,#ff0000 (as in the run)")
+    parser.add_argument(
+        "--split", choices=PARTS,
+        help="images to score (test, or valid where there is no test split; all of other data that has no splits)")
+    parser.add_argument(
+        "--masks", default="auto", help="how masks are read: auto, index, binary, any (as in the run, or auto)")
+    parser.add_argument(
+        "--mask-values",
+        type=lambda text: [_mask_value(value) for value in text.split(",")],
+        metavar="V,V,…",
+        help="the value or color of class 0, 1, …, such as 0,120,255 or #000000,#ff0000 (as in the run)",
+    )
     parser.add_argument("--ignore-value", type=_mask_value, metavar="V",
                         help="the value or color in masks of pixels that count nowhere (as in the run)")
     parser.add_argument("--fold", type=int, help="the fold that validates (as in the run)")
@@ -47,19 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="images per step (16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
     parser.add_argument("--legacy", action="store_true", help="accuracy, Dice and IoU with the official code's quirk")
-    parser.add_argument("--threshold", type=float, help="foreground where its probability is above this (most probable class)")
+    parser.add_argument(
+        "--threshold", type=float, help="foreground where its probability is above this (most probable class)")
     parser.add_argument("--tolerance", type=float, default=2.0, help="of the surface Dice, in pixels (2)")
     parser.add_argument("--lesion-overlap", type=float, default=0.1, metavar="SHARE",
                         help="share of a lesion's area that must be covered for it to count as found (0.1)")
-    parser.add_argument("--no-surface", action="store_true", help="leave out HD95 and surface Dice, which take the longest")
+    parser.add_argument(
+        "--no-surface", action="store_true", help="leave out HD95 and surface Dice, which take the longest")
     parser.add_argument("--no-pictures", action="store_true", help="write numbers only")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[], metavar="PIXELS", help="further sizes for the cost table")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[], metavar="PIXELS", help="further sizes for the cost table")
     parser.add_argument("--no-progress", action="store_true", help="without a progress bar")
     return parser
 
 # %% ../../nbs/reference/evaluation_command.ipynb #evaluation120
 def _evaluate_all(chosen: argparse.Namespace) -> dict[str, Evaluation]:
-    """Evaluate what the command line asks for -> evaluations by the checkpoint's name; says which share their weights."""
+    """Evaluate what the command line asks for -> evaluations by the checkpoint's name; says which share their
+    weights."""
     protocol = Protocol(chosen.threshold, chosen.legacy, False if chosen.no_surface else None, chosen.tolerance,
                         chosen.lesion_overlap)
     check_sizes(chosen.sizes)
@@ -74,8 +87,9 @@ def _evaluate_all(chosen: argparse.Namespace) -> dict[str, Evaluation]:
             print(printable(f"{', '.join(twins)}: same weights as {checkpoint.name}"))
         output = chosen.output and Path(chosen.output, *([checkpoint.name] if len(found) > 1 else []))
         evaluations[checkpoint.name] = evaluate_checkpoint(
-            checkpoint, data, output, split=chosen.split or whole, protocol=protocol, batch=chosen.batch, device=chosen.device,
-            sizes=chosen.sizes, pictures=False if chosen.no_pictures else None, progress=not chosen.no_progress)
+            checkpoint, data, output, split=chosen.split or whole, protocol=protocol, batch=chosen.batch,
+            device=chosen.device, sizes=chosen.sizes, pictures=False if chosen.no_pictures else None,
+            progress=not chosen.no_progress)
     return evaluations
 
 # %% ../../nbs/reference/evaluation_command.ipynb #evaluation121

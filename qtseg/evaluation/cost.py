@@ -36,7 +36,8 @@ def _median_seconds(run: Callable[[], object], device: torch.device, budget: flo
 
 # %% ../../nbs/reference/evaluation_cost.ipynb #evaluation097
 def multiply_adds(network: nn.Module, size: int) -> int:
-    """Multiply-adds of convolutions and matrix products for one image of size x size pixels, on the graph as the paper has it.
+    """Multiply-adds of convolutions and matrix products for one image of size x size pixels, on the graph as the paper
+    has it.
 
     A multiply-add is two of the floating-point operations that `torch.utils.flop_counter` reports.
     """
@@ -51,9 +52,11 @@ def _channels(network: nn.Module) -> int:
 # %% ../../nbs/reference/evaluation_cost.ipynb #evaluation098
 def network_cost(network: nn.Module, size: int, *, batch: int = 8, device: str | torch.device = "cpu",
                  budget: float = 0.5) -> dict:
-    """What a network costs at one size: parameters, multiply-adds of an image, latency at batch 1, throughput; device named.
+    """What a network costs at one size: parameters, multiply-adds of an image, latency at batch 1, throughput; device
+    named.
 
-    Times are medians after a warm-up, in float32, on the fused form where there is one; `budget`: seconds for each of the two.
+    Times are medians after a warm-up, in float32, on the fused form where there is one; `budget`: seconds for each of
+    the two.
     """
     device = torch.device(device)
     fast = (network.fuse() if hasattr(network, "fuse") else copy.deepcopy(network)).to(device).eval()

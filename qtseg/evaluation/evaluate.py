@@ -44,7 +44,8 @@ def _mean(values: np.ndarray, axis: int) -> np.ndarray:
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation058
 def is_wanted(choice: bool | None, module: str, purpose: str) -> bool:
-    """Whether to do what needs an optional module: None means if it is installed; True without it: ModuleNotFoundError."""
+    """Whether to do what needs an optional module: None means if it is installed; True without it:
+    ModuleNotFoundError."""
     installed = importlib.util.find_spec(module) is not None
     if choice and not installed:
         raise ModuleNotFoundError(f"{purpose} need {module}, which is not installed: pip install {module}")
@@ -55,7 +56,8 @@ def is_wanted(choice: bool | None, module: str, purpose: str) -> bool:
 class Protocol:
     """How masks are made, scored and averaged: see `decide`, `mask_scores`, `lesion_counts` and `bootstrap_means`.
 
-    surface: whether hd95 and nsd are computed, None: if MONAI is installed; tolerance: of nsd, in pixels of the size at hand;
+    surface: whether hd95 and nsd are computed, None: if MONAI is installed; tolerance: of nsd, in pixels of the size at
+    hand;
     lesion_overlap: the share of a lesion's area that must be covered for it to count as found.
     ValueError for values that can never be right, ModuleNotFoundError for surface=True without MONAI.
     """
@@ -74,10 +76,12 @@ class Protocol:
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance must be a number of pixels of at least 0, got {self.tolerance!r}")
         if not 0 < self.lesion_overlap <= 1:
-            raise ValueError(f"lesion_overlap is a share of a lesion's area, above 0 and at most 1, got {self.lesion_overlap!r}")
+            raise ValueError(
+                f"lesion_overlap is a share of a lesion's area, above 0 and at most 1, got {self.lesion_overlap!r}")
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1, got {self.draws!r}")
-        object.__setattr__(self, "surface", is_wanted(self.surface, "monai", "hd95 and nsd"))  # frozen, but None must be settled
+        # frozen, but None must be settled
+        object.__setattr__(self, "surface", is_wanted(self.surface, "monai", "hd95 and nsd"))
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -85,10 +89,12 @@ class Protocol:
         return SCORES if self.surface else MEASURES + RATES
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation061b
-def constant_counts(frequent: np.ndarray, target: np.ndarray, classes: int, ignore_index: int | None = None) -> np.ndarray:
+def constant_counts(
+    frequent: np.ndarray, target: np.ndarray, classes: int, ignore_index: int | None = None) -> np.ndarray:
     """Counts of masks that look at no image against a target [H, W] -> int64 [classes + 1, classes - 1, 4].
 
-    First, for each class, the mask that holds it everywhere; last `frequent`, the most frequent class of each pixel [H, W].
+    First, for each class, the mask that holds it everywhere; last `frequent`, the most frequent class of each pixel [H,
+    W].
     """
     counted = target if ignore_index is None else target[target != ignore_index]
     there = np.bincount(counted.ravel(), minlength=classes)  # pixels of each class
@@ -96,7 +102,8 @@ def constant_counts(frequent: np.ndarray, target: np.ndarray, classes: int, igno
     alike = np.arange(classes)[:, None] == np.arange(1, classes)  # [mask, class]
     tp, fp, fn = np.where(alike, true, 0), np.where(alike, pixels - true, 0), np.where(alike, 0, true)
     everywhere = np.stack([tp, fp, fn, pixels - tp - fp - fn], axis=2)  # [classes, classes - 1, 4]
-    return np.concatenate([everywhere, mask_scores(frequent, target, classes, surface=False, ignore_index=ignore_index)[0][None]])
+    return np.concatenate(
+        [everywhere, mask_scores(frequent, target, classes, surface=False, ignore_index=ignore_index)[0][None]])
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation062
 SIZES = ("training", "own")  # the network's square, the image's own size
@@ -132,7 +139,8 @@ def score_image(probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray,
     """
     classes, (height, width) = probabilities.shape[2], own_target.shape
     own = own_size_mask(probabilities, height, width, resize, protocol.threshold)
-    options = dict(legacy=protocol.legacy, surface=protocol.surface, tolerance=protocol.tolerance, ignore_index=ignore_index)
+    options = dict(
+        legacy=protocol.legacy, surface=protocol.surface, tolerance=protocol.tolerance, ignore_index=ignore_index)
     pairs = ((mask, target), (own, own_target))
     counts, scores = zip(*(mask_scores(*pair, classes, **options) for pair in pairs))
     lesions = [[lesion_counts((found == label) & (true != ignore_index), true == label, protocol.lesion_overlap)
@@ -148,7 +156,8 @@ def score_image(probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray,
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation066
 @torch.no_grad()
 def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size], on the CPU.
+    """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size], on the
+    CPU.
 
     FloatingPointError if the network returns NaN or infinity: such a mask would look like an empty one.
     """
@@ -160,8 +169,9 @@ def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = 
     return probabilities, masks
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation069
-def _score_all(network: nn.Module, splits: Sequence[Split], batch: int, device: torch.device, progress: bool,
-               resize: str, protocol: Protocol, frequencies: np.ndarray, ignore_index: int | None = None) -> list[ImageScores]:
+def _score_all(
+    network: nn.Module, splits: Sequence[Split], batch: int, device: torch.device, progress: bool, resize: str,
+    protocol: Protocol, frequencies: np.ndarray, ignore_index: int | None = None) -> list[ImageScores]:
     """Score every image of the splits; threads score a batch while the network computes the next. Keeps no picture."""
     options = dict(resize=resize, protocol=protocol, frequencies=frequencies, ignore_index=ignore_index)
     scored: list[ImageScores] = []
@@ -182,8 +192,14 @@ def _score_all(network: nn.Module, splits: Sequence[Split], batch: int, device: 
             for part in split.batches(batch, device=device):
                 probabilities, masks = predict_batch(network, part.images, protocol.threshold)
                 targets = part.masks.cpu().numpy()
-                waiting.append([pool.submit(_score_position, split, position + row, probabilities[row], masks[row], targets[row],
-                                            **options) for row in range(len(masks))])
+                waiting.append(
+                    [
+                        pool.submit(
+                            _score_position, split, position + row, probabilities[row], masks[row], targets[row],
+                            **options)
+                        for row in range(len(masks))
+                    ]
+                )
                 position += len(masks)
                 if len(waiting) > 1:
                     collect()
@@ -202,7 +218,8 @@ PARTS = ("test", "valid", "train", "all")
 
 
 def choose_splits(data: SegmentationData, split: str | None = None) -> tuple[str, list[Split]]:
-    """Name and splits of the images to score. None: the test split, or validation where there is none; "all": every image.
+    """Name and splits of the images to score. None: the test split, or validation where there is none; "all": every
+    image.
 
     ValueError for another name and for a split that the data does not have.
     """
@@ -257,7 +274,8 @@ class Evaluation(EvaluationData):
 
     @cached_property
     def summary(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """size -> "mean" or class name -> measure -> mean, low, high (95 % bootstrap interval), defined (number of scores)."""
+        """size -> "mean" or class name -> measure -> mean, low, high (95 % bootstrap interval), defined (number of
+        scores)."""
         return {size: _summary(scores, self) for size, scores in zip(SIZES, self.scores)}
 
     @cached_property
@@ -299,17 +317,23 @@ class Evaluation(EvaluationData):
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation075
 def _summary(scores: np.ndarray, evaluation: EvaluationData) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over images, then over classes, of scores [images, C, len(SCORES)], with intervals; each class beside the mean."""
+    """Means over images, then over classes, of scores [images, C, len(SCORES)], with intervals; each class beside the
+    mean."""
     protocol, names = evaluation.protocol, evaluation.class_names[1:]
-    draws = bootstrap_means(scores, evaluation.strata, evaluation.patients, protocol.draws, protocol.seed)  # [draws, C, scores]
+    # [draws, C, scores]
+    draws = bootstrap_means(scores, evaluation.strata, evaluation.patients, protocol.draws, protocol.seed)
     interval = partial(bootstrap_interval, units=evaluation.units)
     means, defined = _mean(scores, 0), (~np.isnan(scores)).sum(axis=0)  # [C, scores]
     parts = {"mean": (_mean(means, 0), interval(_mean(draws, 1)), defined.sum(axis=0))}
     if len(names) > 1:
         parts |= {name: (means[c], interval(draws[:, c]), defined[c]) for c, name in enumerate(names)}
-    return {name: {measure: {"mean": float(mean[i]), "low": float(low[i]), "high": float(high[i]), "defined": int(count[i])}
-                   for i, measure in enumerate(protocol.measures)}
-            for name, (mean, (low, high), count) in parts.items()}
+    return {
+        name: {
+            measure: {"mean": float(mean[i]), "low": float(low[i]), "high": float(high[i]), "defined": int(count[i])}
+            for i, measure in enumerate(protocol.measures)
+        }
+        for name, (mean, (low, high), count) in parts.items()
+    }
 
 
 def _best_constant(evaluation: EvaluationData) -> dict:
@@ -350,7 +374,8 @@ def stratum_rows(evaluation: EvaluationData) -> list[dict]:
 
 
 def threshold_rows(evaluation: EvaluationData) -> list[dict]:
-    """A row per threshold: mean Dice, precision and recall at training size, percent; NaN left out as in the summary."""
+    """A row per threshold: mean Dice, precision and recall at training size, percent; NaN left out as in the
+    summary."""
     counts = torch.from_numpy(evaluation.thresholds)  # [thresholds, images, C, 4]
     scores = np.concatenate([scores_in_percent(counts), rates_in_percent(counts)], axis=-1)
     means = _mean(_mean(scores, 1), 1)  # [thresholds, scores]
@@ -370,12 +395,13 @@ def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
         network.train(was_training)
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation078
-def evaluate_network(network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
-                     batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
+def evaluate_network(
+    network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
+    batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
     """Score a network, images float [B, 3, size, size] in [-1, 1] -> logits [B, data.classes, size, size], on a split.
 
-    split: see `choose_splits`. Moves the network to the device. ValueError for a split that is not there, FloatingPointError
-    for logits that are not finite.
+    split: see `choose_splits`. Moves the network to the device. ValueError for a split that is not there,
+    FloatingPointError for logits that are not finite.
     """
     name, splits = choose_splits(data, split)
     protocol, device, ignored = protocol or Protocol(), torch.device(device), data.ignore_index

@@ -25,7 +25,8 @@ __all__ = ['outlined', 'ranked', 'own_size_picture', 'draw_gallery', 'draw_calib
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation088
 def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, longest: int = 360) -> np.ndarray:
-    """A picture to look at: uint8 RGB [H, W, 3] with the target outlined in orange, the prediction in blue, both at own size.
+    """A picture to look at: uint8 RGB [H, W, 3] with the target outlined in orange, the prediction in blue, both at own
+    size.
 
     Lines are drawn at full size, then the whole is shrunk until its longest side has `longest` pixels.
     """
@@ -39,7 +40,8 @@ def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, long
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation089
 def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:
-    """Positions of the best, the middle and the worst images by Dice at own size, best first in each; none without a Dice."""
+    """Positions of the best, the middle and the worst images by Dice at own size, best first in each; none without a
+    Dice."""
     dice = evaluation.dice()
     order = [place for place in np.argsort(-dice, kind="stable").tolist() if not math.isnan(dice[place])]
     count = min(count, len(order))
@@ -49,14 +51,16 @@ def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:
 
 def own_size_picture(network: nn.Module, data: SegmentationData, split: Split, position: int, threshold: float | None,
                      device: str | torch.device) -> np.ndarray:
-    """Predict one image of a split anew and draw it at its own size, see `outlined`; nothing is drawn on ignored pixels."""
+    """Predict one image of a split anew and draw it at its own size, see `outlined`; nothing is drawn on ignored
+    pixels."""
     image, target = read_image(split.paths[position][0], data.preprocessing.white), split.original_mask(position)
     probabilities, _ = predict_batch(network, split.batch([position]).images.to(device), threshold)
     prediction = own_size_mask(probabilities[0], *target.shape, data.resize, threshold)
     return outlined(image, *(np.where(target == data.ignore_index, 0, mask) for mask in (target, prediction)))
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation090
-def draw_gallery(evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: str | torch.device = "cpu"):
+def draw_gallery(
+    evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: str | torch.device = "cpu"):
     """Best, median and worst images at own size, target orange and prediction blue -> a matplotlib figure.
 
     `network`, `data` and `device` as `evaluate_network` had them; the few masks shown are computed anew.
@@ -76,7 +80,8 @@ def draw_gallery(evaluation: Evaluation, network: nn.Module, data: SegmentationD
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation093
 def draw_calibration(evaluation: Evaluation):
-    """Foreground probability against the share of pixels that are foreground, and how many pixels there are -> a figure."""
+    """Foreground probability against the share of pixels that are foreground, and how many pixels there are -> a
+    figure."""
     from matplotlib.figure import Figure
 
     pixels, probabilities, foreground = evaluation.calibration.T
@@ -84,8 +89,14 @@ def draw_calibration(evaluation: Evaluation):
     figure = Figure(figsize=(7.5, 3), dpi=90, layout="constrained")
     curve, histogram = figure.subplots(1, 2)
     curve.plot([0, 1], [0, 1], color="#999999", linestyle="--", label="perfectly calibrated")
-    curve.plot(probabilities[seen] / pixels[seen], foreground[seen] / pixels[seen], color="#0072B2", marker="o", markersize=4,
-               label=f"network, error {evaluation.calibration_error:.2f} %")
+    curve.plot(
+        probabilities[seen] / pixels[seen],
+        foreground[seen] / pixels[seen],
+        color="#0072B2",
+        marker="o",
+        markersize=4,
+        label=f"network, error {evaluation.calibration_error:.2f} %",
+    )
     curve.set(xlabel="predicted probability of foreground", ylabel="share that is foreground", xlim=(0, 1), ylim=(0, 1))
     curve.legend(fontsize=8)
     histogram.bar((np.arange(BINS) + 0.5) / BINS, pixels, width=0.9 / BINS, color="#56B4E9")

@@ -20,7 +20,8 @@ def hard_masks(logits: Tensor) -> Tensor:
     """Decide each pixel's class: logits [B, C, H, W] -> masks [B, H, W], int64.
 
     C >= 2: the channel with the largest logit, the first one among equals. C = 1: 1 where sigmoid(logit) > 0.5, else 0.
-    Raises ValueError unless `logits` is a floating-point tensor of rank 4 with a channel. Source: official repository, v0.1.0.
+    Raises ValueError unless `logits` is a floating-point tensor of rank 4 with a channel. Source: official repository,
+    v0.1.0.
     """
     if logits.ndim != 4 or logits.shape[1] < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating-point [B, C, H, W], got {logits.dtype} {tuple(logits.shape)}")
@@ -30,14 +31,17 @@ def hard_masks(logits: Tensor) -> Tensor:
 
 # %% ../../nbs/12_metrics.ipynb #metrics022
 def _check_pair(masks: Tensor, target: Tensor) -> None:
-    """Raise ValueError unless masks and target are index maps [B, H, W] of one shape on one device, the target int64."""
+    """Raise ValueError unless masks and target are index maps [B, H, W] of one shape on one device, the target
+    int64."""
     if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.ndim != 3:
         raise ValueError(f"target must be an int64 tensor [B, H, W], got {getattr(target, 'dtype', type(target))} "
                          f"{tuple(getattr(target, 'shape', ()))}")
     if not isinstance(masks, Tensor) or masks.is_floating_point() or masks.is_complex():
-        raise ValueError(f"masks must hold class indices, not {getattr(masks, 'dtype', type(masks))}; logits belong in update()")
+        raise ValueError(
+            f"masks must hold class indices, not {getattr(masks, 'dtype', type(masks))}; logits belong in update()")
     if masks.shape != target.shape:
-        raise ValueError(f"prediction {tuple(masks.shape)} and target {tuple(target.shape)} must have one shape [B, H, W]")
+        raise ValueError(
+            f"prediction {tuple(masks.shape)} and target {tuple(target.shape)} must have one shape [B, H, W]")
     if masks.device != target.device:
         raise ValueError(f"prediction on {masks.device} and target on {target.device}: move one to the other")
     if target.shape[1] * target.shape[2] == 0:
@@ -51,7 +55,8 @@ def _check_classes(classes: int) -> None:
 
 # %% ../../nbs/12_metrics.ipynb #metrics028
 def confusion_counts(masks: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
-    """Count TP, FP, FN and TN of each foreground class in each image: two [B, H, W] -> [B, foreground classes, 4], int64.
+    """Count TP, FP, FN and TN of each foreground class in each image: two [B, H, W] -> [B, foreground classes, 4],
+    int64.
 
     Args:
         masks, target: class indices; labels are checked on the CPU alone, on other devices nothing waits for them.
@@ -83,8 +88,9 @@ MEASURES = ("mae", "acc", "dice", "iou")
 def scores_in_percent(counts: Tensor, legacy: bool = False) -> Tensor:
     """Turn counts [..., 4] (TP, FP, FN, TN) into scores [..., 4] (mae, acc, dice, iou): percent, float64, on the CPU.
 
-    Both masks empty: Dice and IoU are 100. No overlap otherwise: 0. All NaN where no pixel was counted. `legacy=True` counts
-    one true positive where there is none, as the official code (release v0.1.0) does: a missed lesion then scores above 0.
+    Both masks empty: Dice and IoU are 100. No overlap otherwise: 0. All NaN where no pixel was counted. `legacy=True`
+    counts one true positive where there is none, as the official code (release v0.1.0) does: a missed lesion then
+    scores above 0.
     Source: the paper's evaluation metrics.
     """
     counts = counts.cpu().double()
@@ -100,20 +106,26 @@ def scores_in_percent(counts: Tensor, legacy: bool = False) -> Tensor:
 
 # %% ../../nbs/12_metrics.ipynb #metrics051
 def _stray_pixels(masks: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
-    """Count pixels whose label is no class index: two [B, H, W] -> [2] (prediction, target), int64, on the same device."""
+    """Count pixels whose label is no class index: two [B, H, W] -> [2] (prediction, target), int64, on the same
+    device."""
     stray, wrong = ((labels < 0) | (labels >= max(classes, 2)) for labels in (masks.long(), target))
     return torch.stack([stray.sum(), (wrong if ignore_index is None else wrong & (target != ignore_index)).sum()])
 
 # %% ../../nbs/12_metrics.ipynb #metrics053
 def _refuse_strays(strays: list[Tensor], undecided: list[Tensor], classes: int) -> None:
-    """Raise ValueError if any update saw a stray label or NaN; reads the device, so it belongs where the scores are read."""
+    """Raise ValueError if any update saw a stray label or NaN; reads the device, so it belongs where the scores are
+    read."""
     if count := int(sum(undecided)):
-        raise ValueError(f"{count} logits are no numbers (NaN), and no mask follows from them: the network's training diverged, "
-                         "or its images hold NaN; reset() and start again")
+        raise ValueError(
+            f"{count} logits are no numbers (NaN), and no mask follows from them: the network's training diverged, "
+            "or its images hold NaN; reset() and start again"
+        )
     for name, pixels in zip(("prediction", "target"), torch.stack(strays).sum(dim=0).tolist()):
         if pixels:
-            raise ValueError(f"{pixels} pixels of the {name} hold a label outside 0..{max(classes, 2) - 1} (a mask saved as 0 and "
-                             "255?): use (target > 0).long(), or ignore_index if they count nowhere; reset() and start again")
+            raise ValueError(
+                f"{pixels} pixels of the {name} hold a label outside 0..{max(classes, 2) - 1} (a mask saved as 0 and "
+                "255?): use (target > 0).long(), or ignore_index if they count nowhere; reset() and start again"
+            )
 
 # %% ../../nbs/12_metrics.ipynb #metrics056
 def _named_means(per_image: Tensor, classes: int) -> dict[str, float]:
@@ -160,7 +172,8 @@ class SegmentationMetrics:
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch: logits [B, classes, H, W], target [B, H, W] int64."""
         if logits.ndim == 4 and logits.shape[1] != self.classes:
-            raise ValueError(f"logits have {logits.shape[1]} channels, the metrics were made for classes={self.classes}")
+            raise ValueError(
+                f"logits have {logits.shape[1]} channels, the metrics were made for classes={self.classes}")
         self.update_masks(hard_masks(logits), target)
         self._undecided.append(logits.isnan().sum())
 

@@ -27,15 +27,29 @@ def to_dict(evaluation: Evaluation) -> dict:
     """Everything but the rows of images.csv and strata.csv, in plain values fit for JSON; undefined scores are None."""
     pixels, probabilities, foreground = evaluation.calibration.T.tolist()
     units = evaluation.units
-    return plain({
-        "checkpoint": evaluation.checkpoint, "split": evaluation.split, "images": len(evaluation.ids),
-        "class_names": evaluation.class_names, "size": evaluation.size, "protocol": asdict(evaluation.protocol),
-        "scores": evaluation.summary, "missed": evaluation.missed, "constant": evaluation.constant,
-        "undefined_hd95": "the image's diagonal where one of the two masks is empty",
-        "intervals": {"level": 95, "resampled": units.name, "number": len(units.stratum), "strata": units.strata},
-        "calibration": {"error": evaluation.calibration_error, "pixels": pixels, "probabilities": probabilities,
-                        "foreground": foreground},
-        "thresholds": threshold_rows(evaluation), "cost": evaluation.cost, "notes": evaluation.notes, "versions": versions()}, nan_as_none=True)
+    return plain(
+        {
+            "checkpoint": evaluation.checkpoint,
+            "split": evaluation.split,
+            "images": len(evaluation.ids),
+            "class_names": evaluation.class_names,
+            "size": evaluation.size,
+            "protocol": asdict(evaluation.protocol),
+            "scores": evaluation.summary,
+            "missed": evaluation.missed,
+            "constant": evaluation.constant,
+            "undefined_hd95": "the image's diagonal where one of the two masks is empty",
+            "intervals": {"level": 95, "resampled": units.name, "number": len(units.stratum), "strata": units.strata},
+            "calibration": {
+                "error": evaluation.calibration_error, "pixels": pixels, "probabilities": probabilities,
+                "foreground": foreground},
+            "thresholds": threshold_rows(evaluation),
+            "cost": evaluation.cost,
+            "notes": evaluation.notes,
+            "versions": versions(),
+        },
+        nan_as_none=True,
+    )
 
 # %% ../../nbs/reference/evaluation_results.ipynb #evaluation103
 def _write_csv(path: Path, rows: Iterable[dict]) -> None:
@@ -53,7 +67,8 @@ FILES = ("evaluation.json", "images.csv", "strata.csv", "gallery.png", "calibrat
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, figures: dict) -> None:
-    """Write evaluation.json, images.csv, strata.csv where there are strata, and each figure as NAME.png into a folder."""
+    """Write evaluation.json, images.csv, strata.csv where there are strata, and each figure as NAME.png into a
+    folder."""
     _write_csv(folder / "images.csv", evaluation.rows())
     if strata := stratum_rows(evaluation):
         _write_csv(folder / "strata.csv", strata)
@@ -63,30 +78,39 @@ def write_evaluation(evaluation: Evaluation, folder: Path, figures: dict) -> Non
 
 # %% ../../nbs/reference/evaluation_results.ipynb #evaluation106
 def _own_files(folder: Path, marker: str, names: Iterable[str]) -> set[str]:
-    """The files in `folder` that its marker lists; without a list (an older result) those that are about to be replaced."""
+    """The files in `folder` that its marker lists; without a list (an older result) those that are about to be
+    replaced."""
     try:
         listed = read_json(folder / marker).get("files", [*names])
     except (OSError, ValueError):
         listed = []
-    plain = {name for name in listed if isinstance(name, str) and name == Path(name).name} if isinstance(listed, list) else set()
+    plain = (
+        {name for name in listed if isinstance(name, str) and name == Path(name).name}
+        if isinstance(listed, list)
+        else set()
+    )
     return {name for name in plain | {marker} if not (folder / name).is_dir()}
 
 
 def require_replaceable(folder: Path, marker: str, names: Iterable[str] = ()) -> None:
-    """Raise FileExistsError if writing `names` into a folder would overwrite what no earlier result with this marker wrote."""
+    """Raise FileExistsError if writing `names` into a folder would overwrite what no earlier result with this marker
+    wrote."""
     if not folder.exists():
         return
     if not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} exists and holds no {marker}: name another output folder")
     own = _own_files(folder, marker, names)
     if foreign := [name for name in names if os.path.lexists(folder / name) and name not in own]:
-        raise FileExistsError(f"{folder} holds {', '.join(foreign)}, which its {marker} does not list and a new result would "
-                              "overwrite: move that, or name another output folder")
+        raise FileExistsError(
+            f"{folder} holds {', '.join(foreign)}, which its {marker} does not list and a new result would "
+            "overwrite: move that, or name another output folder"
+        )
 
 # %% ../../nbs/reference/evaluation_results.ipynb #evaluation106b
 @contextmanager
 def replaced_results(folder: Path, marker: str) -> Iterator[Path]:
-    """Yield a private folder for files; at the end they replace those of an earlier result in `folder`, the marker last.
+    """Yield a private folder for files; at the end they replace those of an earlier result in `folder`, the marker
+    last.
 
     Args:
         folder: of the results; it may hold other files, which stay.

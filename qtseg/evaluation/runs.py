@@ -44,8 +44,10 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Prepro
     network, preprocessing = load_network(folder), read_preprocessing(folder)
     classes = network.config["classes"]
     if len(preprocessing.class_names) != max(classes, 2):
-        raise ValueError(f"{folder}: the network has {classes} classes, preprocessing names {len(preprocessing.class_names)}: "
-                         "copy the checkpoint folder again")
+        raise ValueError(
+            f"{folder}: the network has {classes} classes, preprocessing names {len(preprocessing.class_names)}: "
+            "copy the checkpoint folder again"
+        )
     return network, preprocessing
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation110
@@ -72,7 +74,8 @@ def _run_folder(checkpoint: Path) -> Path | None:
 def _run_of(checkpoint: Path) -> _Run:
     """The run that a checkpoint lies in. ValueError if it cannot be read.
 
-    A relative path to the data counts from where the run was started: its folders are tried upwards, then the one we are in.
+    A relative path to the data counts from where the run was started: its folders are tried upwards, then the one we
+    are in.
     """
     run = _run_folder(checkpoint)
     if run is None:
@@ -81,7 +84,8 @@ def _run_of(checkpoint: Path) -> _Run:
     try:
         config = TrainConfig.from_dict(read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path} does not say which data the run had ({error}): name the data to evaluate on") from None
+        raise ValueError(
+            f"{path} does not say which data the run had ({error}): name the data to evaluate on") from None
     if is_path(config.data) and not Path(config.data).expanduser().is_absolute():
         found = next((parent / config.data for parent in run.parents if (parent / config.data).exists()), config.data)
         config = replace(config, data=str(found))
@@ -91,8 +95,8 @@ def _run_of(checkpoint: Path) -> _Run:
 def _split_as_there(images: Split, known: dict, same_folder: bool) -> dict[str, str] | None:
     """The run's split of each of these images, by id; None if they are not the run's.
 
-    In the run's own folder an image is known by its name and size, or, renamed, by its content. Elsewhere the images are the
-    run's if all that it had are there, unchanged.
+    In the run's own folder an image is known by its name and size, or, renamed, by its content. Elsewhere the images
+    are the run's if all that it had are there, unchanged.
     """
     rows = [(part, *row) for part in SPLITS for row in known[part]]
     here = set(zip(images.ids, images.digests))
@@ -111,8 +115,13 @@ def _changes(images: Split, known: dict, parts: dict[str, str]) -> list[str]:
     gone = sum(len(known[part]) for part in SPLITS) - len(parts)
     strange = [name for name, digest in zip(images.ids, images.digests) if digest not in theirs]
     new, changed = sum(name not in parts for name in strange), sum(name in parts for name in strange)
-    counts = [f"{count} {what}" for count, what in ((new, "images are new and in no split of it"), (gone, "of its images are gone"),
-                                                    (changed, "of its images have another content")) if count]
+    counts = [
+        f"{count} {what}"
+        for count, what in (
+            (new, "images are new and in no split of it"), (gone, "of its images are gone"),
+            (changed, "of its images have another content"))
+        if count
+    ]
     return [f"WARNING: the data has changed since the run: {', '.join(counts)}"] if counts else []
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation111
@@ -126,7 +135,8 @@ def _refuse_other_classes(checkpoint: Path, preprocessing: Preprocessing, names:
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation111a
 def _mask_reading(run: _Run, given: dict, same_folder: bool) -> dict:
-    """How masks are read where it is not given: as in the run. 255 that the run took as ignored by itself stays ignored."""
+    """How masks are read where it is not given: as in the run. 255 that the run took as ignored by itself stays
+    ignored."""
     if run.config is None or {"masks", "mask_values"} & given.keys():
         return {}
     reading = {name: getattr(run.config, name) for name in ("masks", "mask_values", "ignore_value")}
@@ -136,14 +146,16 @@ def _mask_reading(run: _Run, given: dict, same_folder: bool) -> dict:
 
 
 def _how(preprocessing: Preprocessing, run: _Run, given: dict, same_folder: bool, progress: bool) -> dict:
-    """The options of `SegmentationData.open` but for the split: as the checkpoint wants its images and the run its masks."""
+    """The options of `SegmentationData.open` but for the split: as the checkpoint wants its images and the run its
+    masks."""
     classes = len(preprocessing.class_names)
     if run.config and max(run.config.classes, 2) == classes:
         classes = run.config.classes
     cache = {"cache": run.config.cache} if same_folder and run.config else {}
-    return {"classes": classes, "size": preprocessing.size, "resize": preprocessing.resize, "color": preprocessing.color,
-            "channels": preprocessing.channels, "progress": progress, **cache,
-            **_mask_reading(run, given, same_folder), **given}
+    return {
+        "classes": classes, "size": preprocessing.size, "resize": preprocessing.resize, "color": preprocessing.color,
+        "channels": preprocessing.channels, "progress": progress, **cache, **_mask_reading(run, given, same_folder),
+        **given}
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation111a1
 def _open_split(run: _Run, survey: Survey, source: object, how: dict, white: int,
@@ -183,10 +195,13 @@ def open_checkpoint_data(checkpoint: Path, source: str | os.PathLike | None, pro
     except ValueError:
         if source is None:
             raise
-        run = _Run(None)  # the data is named, so that the run need not be readable; `training_notes` says what was not checked
+        # the data is named, so that the run need not be readable; `training_notes` says what was not checked
+        run = _Run(None)
     if source is None and run.config is None:
-        raise FileNotFoundError(f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is missing): "
-                                "name the data to evaluate on")
+        raise FileNotFoundError(
+            f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is missing): "
+            "name the data to evaluate on"
+        )
     given = {name: value for name, value in options.items() if value is not None and (name, value) != ("masks", "auto")}
     place = run.config.data if source is None else source
     root = cache_root(given.get("cache") or (run.config.cache if source is None else None))
@@ -197,7 +212,8 @@ def open_checkpoint_data(checkpoint: Path, source: str | os.PathLike | None, pro
         _refuse_other_classes(checkpoint, preprocessing, survey.class_names, place)
     data, whole = _open_split(run, survey, place, how, preprocessing.white, same_folder)
     if source is None and whole:
-        raise ValueError(f"{data.folder} holds none of the images of the run {run.config.name}: name the data to evaluate on")
+        raise ValueError(
+            f"{data.folder} holds none of the images of the run {run.config.name}: name the data to evaluate on")
     reading = {} if same_folder else _mask_reading(run, given, same_folder)
     if reading:
         said = ", ".join(f"{name} {value}" for name, value in reading.items())
@@ -215,7 +231,8 @@ def open_for(checkpoint: str | os.PathLike, source: str | os.PathLike | None = N
         options: of `SegmentationData.open`; what is given goes before what the run had.
 
     Raises:
-        FileNotFoundError, ValueError: no run, no data, or classes that do not fit; DataProblems: what is wrong in the data.
+        FileNotFoundError, ValueError: no run, no data, or classes that do not fit; DataProblems: what is wrong in the
+        data.
     """
     return open_checkpoint_data(find_checkpoint(checkpoint), source, progress, options)[0]
 
@@ -245,10 +262,18 @@ def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
               zip(split.paths, split.digests, split.ids, split.original_sizes)]
     same = [name for name, digest, _ in scored if digest in trained]
     alike = [name for name, digest, key in scored if digest not in trained | others and key in names]
-    counts = [(same, "trained this network", ""),
-              (alike, "have the name and the size of images that trained this network", ", if these are the same pictures saved anew")]
-    return [f"WARNING: {len(found)} of the {len(scored)} scored images {what} ({_some(found)}): these scores say nothing about "
-            f"new images{when}" for found, what, when in counts if found]
+    counts = [
+        (same, "trained this network", ""),
+        (
+            alike, "have the name and the size of images that trained this network",
+            ", if these are the same pictures saved anew"),
+    ]
+    return [
+        f"WARNING: {len(found)} of the {len(scored)} scored images {what} ({_some(found)}): these scores say nothing about "
+        f"new images{when}"
+        for found, what, when in counts
+        if found
+    ]
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation112
 def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, data: SegmentationData) -> None:
@@ -273,15 +298,17 @@ def _figures(evaluation: Evaluation, network: nn.Module, data: SegmentationData,
             "thresholds": draw_thresholds(evaluation)}
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation115b
-def evaluate_checkpoint(checkpoint: str | os.PathLike, data: SegmentationData | str | os.PathLike | None = None,
-                        output: str | os.PathLike | None = None, *, split: str | None = None, protocol: Protocol | None = None,
-                        batch: int = 16, device: str = "auto", sizes: Sequence[int] = (), pictures: bool | None = None,
-                        progress: bool = False, **options) -> Evaluation:
+def evaluate_checkpoint(
+    checkpoint: str | os.PathLike, data: SegmentationData | str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None, *, split: str | None = None, protocol: Protocol | None = None,
+    batch: int = 16, device: str = "auto", sizes: Sequence[int] = (), pictures: bool | None = None,
+    progress: bool = False, **options) -> Evaluation:
     """Score a checkpoint on a split, write everything into a folder, and return it.
 
     Args:
         checkpoint: a checkpoint folder, or a run (its selected checkpoint).
-        data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all of it is scored.
+        data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all of it is
+        scored.
         output: <checkpoint>/evaluation_<split> unless named; the files of an earlier evaluation there are replaced.
         sizes: for the cost table, in pixels; the checkpoint's own comes first.
         pictures: None means if matplotlib is installed.
@@ -304,11 +331,13 @@ def evaluate_checkpoint(checkpoint: str | os.PathLike, data: SegmentationData | 
     try:
         evaluation = evaluate_network(network, data, name, protocol, batch=batch, device=place, progress=progress)
     except FloatingPointError as error:
-        raise ValueError(f"{checkpoint}: {error}; its training diverged or its images have other values: choose another "
-                         "checkpoint") from error
+        raise ValueError(
+            f"{checkpoint}: {error}; its training diverged or its images have other values: choose another checkpoint"
+        ) from error
     evaluation.checkpoint, evaluation.folder, evaluation.class_names = checkpoint, folder, preprocessing.class_names
     evaluation.notes += training_notes(checkpoint, splits)
-    evaluation.cost = [network_cost(network, size, device=place) for size in dict.fromkeys((preprocessing.size, *sizes))]
+    evaluation.cost = [
+        network_cost(network, size, device=place) for size in dict.fromkeys((preprocessing.size, *sizes))]
     figures = _figures(evaluation, network, data, place) if pictures else {}
     with replaced_results(folder, "evaluation.json") as private:
         write_evaluation(evaluation, private, figures)

@@ -27,7 +27,8 @@ __all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'class_probabili
 def class_probabilities(logits: Tensor) -> Tensor:
     """Turn logits [B, C, H, W] into probabilities float32 [B, max(C, 2), H, W], background first.
 
-    C >= 2: softmax over the classes. C = 1: sigmoid p becomes (1 - p, p). ValueError unless `logits` has rank 4 and a channel.
+    C >= 2: softmax over the classes. C = 1: sigmoid p becomes (1 - p, p). ValueError unless `logits` has rank 4 and a
+    channel.
     """
     if logits.ndim != 4 or logits.shape[1] < 1:
         raise ValueError(f"logits must be [B, C, H, W], got {tuple(logits.shape)}")
@@ -40,24 +41,27 @@ def class_probabilities(logits: Tensor) -> Tensor:
 def undo_resize(maps: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
     """Bring maps over the network's square back to an image's own size: float32 [size, size, K] -> [height, width, K].
 
-    Cuts off what `resize_image` padded, then resamples: area average where the image is smaller, linear where it is larger.
-    ValueError for an unknown `resize` or maps that are no square.
+    Cuts off what `resize_image` padded, then resamples: area average where the image is smaller, linear where it is
+    larger. ValueError for an unknown `resize` or maps that are no square.
     """
     if maps.ndim != 3 or maps.shape[0] != maps.shape[1]:
         raise ValueError(f"maps must be [size, size, K], got {maps.shape}")
     rows, columns = fitted_size(height, width, len(maps), resize)
     filled = maps[:rows, :columns]
-    parts = [resample(np.ascontiguousarray(filled[..., first:first + 4]), height, width).reshape(height, width, -1)
-             for first in range(0, maps.shape[2], 4)]  # OpenCV takes four channels at most, and drops the axis of a single one
+    parts = [
+        resample(np.ascontiguousarray(filled[..., first : first + 4]), height, width).reshape(height, width, -1)
+        for first in range(0, maps.shape[2], 4)
+    ]  # OpenCV takes four channels at most, and drops the axis of a single one
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
 
 # %% ../../nbs/reference/evaluation_scores.ipynb #evaluation018
 def decide(probabilities: np.ndarray, threshold: float | None = None) -> np.ndarray:
     """Decide each pixel's class: probabilities [..., K], background first -> class index, uint8 [...].
 
-    K = 2, or K = 1 holding the foreground alone: 1 where its probability is above `threshold` (None: 0.5). K > 2: the most
-    probable class, the first among equals; with a threshold the most probable foreground class wherever all of them together
-    are above it, else 0. With None it agrees with `hard_masks`. ValueError for a threshold outside (0, 1).
+    K = 2, or K = 1 holding the foreground alone: 1 where its probability is above `threshold` (None: 0.5). K > 2: the
+    most probable class, the first among equals; with a threshold the most probable foreground class wherever all of
+    them together are above it, else 0. With None it agrees with `hard_masks`. ValueError for a threshold outside (0,
+    1).
     """
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}")
@@ -65,13 +69,16 @@ def decide(probabilities: np.ndarray, threshold: float | None = None) -> np.ndar
         return (probabilities[..., -1] > (0.5 if threshold is None else threshold)).astype(np.uint8)
     if threshold is None:
         return probabilities.argmax(axis=-1).astype(np.uint8)
-    return np.where(1 - probabilities[..., 0] > threshold, probabilities[..., 1:].argmax(axis=-1) + 1, 0).astype(np.uint8)
+    return np.where(1 - probabilities[..., 0] > threshold, probabilities[..., 1:].argmax(axis=-1) + 1, 0).astype(
+        np.uint8)
 
 # %% ../../nbs/reference/evaluation_scores.ipynb #evaluation021
-def own_size_mask(probabilities: np.ndarray, height: int, width: int, resize: str, threshold: float | None = None) -> np.ndarray:
+def own_size_mask(
+    probabilities: np.ndarray, height: int, width: int, resize: str, threshold: float | None = None) -> np.ndarray:
     """From probabilities float32 [size, size, K] to the mask at the image's own size, uint8 [height, width].
 
-    Of two classes only the foreground is resampled: the background's probability is the rest. ValueError as its two steps.
+    Of two classes only the foreground is resampled: the background's probability is the rest. ValueError as its two
+    steps.
     """
     needed = probabilities[..., 1:] if probabilities.shape[2] == 2 else probabilities
     return decide(undo_resize(needed, height, width, resize), threshold)
@@ -83,9 +90,9 @@ RATES = ("precision", "recall", "specificity")
 def rates_in_percent(counts: Tensor) -> Tensor:
     """Turn counts [..., 4] (TP, FP, FN, TN) into rates [..., 3] (precision, recall, specificity): percent, float64.
 
-    Precision: share of the predicted pixels that are right; recall: share of the target that was found; specificity: share of
-    the background left alone. 0/0 is 100 where prediction and target agree that there is nothing, else NaN: undefined, as where
-    no pixel was counted.
+    Precision: share of the predicted pixels that are right; recall: share of the target that was found; specificity:
+    share of the background left alone. 0/0 is 100 where prediction and target agree that there is nothing, else NaN:
+    undefined, as where no pixel was counted.
     """
     tp, fp, fn, tn = counts.cpu().double().unbind(dim=-1)  # each [...]
 
@@ -119,9 +126,10 @@ SURFACES = ("hd95", "nsd")
 def surface_scores(prediction: np.ndarray, target: np.ndarray, tolerance: float = 2.0) -> tuple[float, float]:
     """95 % Hausdorff distance (pixels) and normalized surface Dice (percent) of two boolean masks [H, W], by MONAI.
 
-    hd95: the larger of the two directed 95th percentiles of the distance from border to border; nsd: the share of both borders
-    that lies within `tolerance` pixels of the other. Both masks empty: 0 and 100. One empty: the image's diagonal, and 0.
-    ModuleNotFoundError without MONAI. Source: monai.metrics; Nikolov et al., arXiv 1809.04430, for nsd, here over pixels.
+    hd95: the larger of the two directed 95th percentiles of the distance from border to border; nsd: the share of both
+    borders that lies within `tolerance` pixels of the other. Both masks empty: 0 and 100. One empty: the image's
+    diagonal, and 0. ModuleNotFoundError without MONAI. Source: monai.metrics; Nikolov et al., arXiv 1809.04430, for
+    nsd, here over pixels.
     """
     if not prediction.any() or not target.any():
         return (math.hypot(*target.shape), 0.0) if prediction.any() or target.any() else (0.0, 100.0)
@@ -137,7 +145,8 @@ SCORES = MEASURES + RATES + SURFACES  # the columns of every table of scores
 
 def mask_scores(prediction: np.ndarray, target: np.ndarray, classes: int, *, legacy: bool = False, surface: bool = True,
                 tolerance: float = 2.0, ignore_index: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Score a mask, class index uint8 [H, W], against its target -> counts [foreground classes, 4], scores [.., len(SCORES)].
+    """Score a mask, class index uint8 [H, W], against its target -> counts [foreground classes, 4], scores [..,
+    len(SCORES)].
 
     Args:
         legacy: see `scores_in_percent`.
@@ -169,7 +178,8 @@ def lesion_counts(prediction: np.ndarray, target: np.ndarray, overlap: float = 0
     area, covered = (np.bincount(found, minlength=lesions)[1:] for found in (labels.ravel(), labels[prediction]))
     regions, own = cv2.connectedComponents(prediction.astype(np.uint8), connectivity=8)
     touching = len(np.unique(own[prediction & target]))
-    found = (covered > 0) & (covered >= overlap * area - 1e-9)  # 7 of 70 pixels are 10 %, whatever 0.1 * 70 is rounded to
+    # 7 of 70 pixels are 10 %, whatever 0.1 * 70 is rounded to
+    found = (covered > 0) & (covered >= overlap * area - 1e-9)
     return np.array([lesions - 1, found.sum(), regions - 1, regions - 1 - touching])
 
 # %% ../../nbs/reference/evaluation_scores.ipynb #evaluation043
@@ -187,7 +197,8 @@ def calibration_counts(foreground: np.ndarray, target: np.ndarray) -> np.ndarray
 
 
 def calibration_error(counts: np.ndarray) -> float:
-    """Expected calibration error of counts [BINS, 3], in percent: mean over pixels of |probability - share| of their bin."""
+    """Expected calibration error of counts [BINS, 3], in percent: mean over pixels of |probability - share| of their
+    bin."""
     pixels, probabilities, foreground = counts.T
     return float(100 * np.abs(probabilities - foreground).sum() / max(pixels.sum(), 1))
 
@@ -196,7 +207,8 @@ THRESHOLDS = np.arange(1, 20, dtype=np.float32) / 20  # 0.05, 0.10, … 0.95
 
 
 def threshold_counts(probabilities: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Counts TP, FP, FN, TN of `decide(probabilities, t)` for every t of THRESHOLDS: [..., K] -> [len(THRESHOLDS), K - 1, 4].
+    """Counts TP, FP, FN, TN of `decide(probabilities, t)` for every t of THRESHOLDS: [..., K] -> [len(THRESHOLDS), K -
+    1, 4].
 
     One pass over the pixels: each is sorted by how many thresholds lie below its foreground probability.
     """

@@ -24,21 +24,35 @@ LABELS = {"mae": "MAE, %", "acc": "accuracy, %", "dice": "Dice, %", "iou": "IoU,
 def table_rows(evaluations: dict[str, Evaluation]) -> list[list[str]]:
     """Evaluations by name as a table of texts, head first: a row per measure, for each evaluation a column per size.
 
-    "mean [low, high]"; with "of" where a score is undefined for some; below, the best constant mask, missed lesions and false
-    alarms. A lesion is missed if less of its area is covered than its evaluation's `Protocol.lesion_overlap`.
+    "mean [low, high]"; with "of" where a score is undefined for some; below, the best constant mask, missed lesions and
+    false alarms. A lesion is missed if less of its area is covered than its evaluation's `Protocol.lesion_overlap`.
     """
     columns = [(name, evaluation, size) for name, evaluation in evaluations.items() for size in SIZES]
-    measures = [measure for measure in SCORES if all(measure in evaluation.protocol.measures for _, evaluation, _ in columns)]
+    measures = [
+        measure for measure in SCORES if all(measure in evaluation.protocol.measures for _, evaluation, _ in columns)]
     head = ["", *(f"{name} at {evaluation.size}x{evaluation.size}" if size == "training" else f"{name} at own size"
                   for name, evaluation, size in columns)]
-    rows = [[LABELS[measure], *(_cell(evaluation, size, measure) for _, evaluation, size in columns)] for measure in measures]
-    constant = [[f"best constant mask: {LABELS[measure]}", *(f"{evaluation.constant['scores'][size][measure]:.2f}"
-                                                             for _, evaluation, size in columns)] for measure in ("dice", "iou")]
-    covered = " or ".join(dict.fromkeys(f"{evaluation.protocol.lesion_overlap:.0%}" for evaluation in evaluations.values()))
-    counts = [[title, *(f"{evaluation.missed[size][key]} of {evaluation.missed[size][of]}" for _, evaluation, size in columns)]
-              for title, key, of in ((f"missed lesions (under {covered} of the area covered)", "missed", "lesions"),
-                                     ("false alarms (regions that touch no lesion)", "false_alarms", "regions"),
-                                     ("empty targets with a prediction", "marked", "empty"))]
+    rows = [
+        [LABELS[measure], *(_cell(evaluation, size, measure) for _, evaluation, size in columns)]
+        for measure in measures
+    ]
+    constant = [
+        [
+            f"best constant mask: {LABELS[measure]}",
+            *(f"{evaluation.constant['scores'][size][measure]:.2f}" for _, evaluation, size in columns)]
+        for measure in ("dice", "iou")
+    ]
+    covered = " or ".join(
+        dict.fromkeys(f"{evaluation.protocol.lesion_overlap:.0%}" for evaluation in evaluations.values()))
+    counts = [
+        [
+            title,
+            *(f"{evaluation.missed[size][key]} of {evaluation.missed[size][of]}" for _, evaluation, size in columns)]
+        for title, key, of in (
+            (f"missed lesions (under {covered} of the area covered)", "missed", "lesions"),
+            ("false alarms (regions that touch no lesion)", "false_alarms", "regions"),
+            ("empty targets with a prediction", "marked", "empty"))
+    ]
     return [head, *rows, *constant, *counts]
 
 

@@ -30,7 +30,8 @@ __all__ = ['interleaved_times', 'timing_lines', 'operation_counter', 'operations
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #c006
 def interleaved_times(jobs: dict[str, Callable], rounds: int = 11, warm_up: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of every call, `rounds` per job, sorted; the jobs take turns, so that all suffer the same disturbances.
+    """Milliseconds of every call, `rounds` per job, sorted; the jobs take turns, so that all suffer the same
+    disturbances.
 
     A job that starts work on a GPU has to wait for it itself (`torch.cuda.synchronize`).
     """
@@ -45,7 +46,8 @@ def interleaved_times(jobs: dict[str, Callable], rounds: int = 11, warm_up: int 
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #c007
 def timing_lines(times: dict[str, list[float]]) -> list[str]:
-    """One line per job: median, fastest and slowest call in milliseconds, and how many times as fast as the first job."""
+    """One line per job: median, fastest and slowest call in milliseconds, and how many times as fast as the first
+    job."""
     first = statistics.median(next(iter(times.values())))
     longest = max(map(len, times))
     return [f"{name:{longest}s} {statistics.median(values):8.1f} ms  ({min(values):.1f} to {max(values):.1f})  "
@@ -53,18 +55,22 @@ def timing_lines(times: dict[str, list[float]]) -> list[str]:
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #faef6ae5
 def _uncounted() -> dict:
-    """How to count what PyTorch's counter does not know: attention on a CPU, and oneDNN's operators. It hands over shapes."""
+    """How to count what PyTorch's counter does not know: attention on a CPU, and oneDNN's operators. It hands over
+    shapes."""
     from torch.utils.flop_counter import conv_flop_count, sdpa_flop_count
 
-    rules = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    rules = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     if HAS_ONE_DNN:
-        rules[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape: conv_flop_count(x, weight, out_shape)
+        rules[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape: conv_flop_count(
+            x, weight, out_shape)
         rules[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, out_shape: 2 * math.prod(out_shape) * x[-1]
     return rules
 
 
 def operation_counter() -> FlopCounterMode:
-    """A context that counts the operations inside: `get_total_flops()`. Knows attention on a CPU and oneDNN's operators too."""
+    """A context that counts the operations inside: `get_total_flops()`. Knows attention on a CPU and oneDNN's operators
+    too."""
     from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes a while
 
     return FlopCounterMode(display=False, custom_mapping=_uncounted())
@@ -86,7 +92,8 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 def matrix_rate(side: int = 1024, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> float:
     """Floating-point operations per second of a product of two [side, side] matrices: the fastest call of several.
 
-    On a CPU PyTorch has two libraries for that, one for `@` and oneDNN for convolutions; in float32 the faster one counts.
+    On a CPU PyTorch has two libraries for that, one for `@` and oneDNN for convolutions; in float32 the faster one
+    counts.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -101,11 +108,16 @@ def copy_rate(megabytes: int = 128, device: str | torch.device = "cpu") -> float
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     source = torch.ones(megabytes * 2**18, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (interleaved_times({"copy": lambda: (target.copy_(source), wait())}, rounds=9)["copy"][0] / 1000)
+    return (
+        2
+        * source.nbytes
+        / (interleaved_times({"copy": lambda: (target.copy_(source), wait())}, rounds=9)["copy"][0] / 1000)
+    )
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #c018
 def box_times(model: nn.Module, images: Tensor, boxes: Sequence[str], rounds: int = 7) -> dict[str, float]:
-    """Median milliseconds that each submodule in `boxes` (dotted names) takes in a forward pass, and "rest", all else."""
+    """Median milliseconds that each submodule in `boxes` (dotted names) takes in a forward pass, and "rest", all
+    else."""
     spent = {name: [] for name in (*boxes, "rest")}
     started: dict[nn.Module, float] = {}
 
@@ -115,8 +127,9 @@ def box_times(model: nn.Module, images: Tensor, boxes: Sequence[str], rounds: in
     hooks = []
     for name in boxes:
         box = model.get_submodule(name)
-        hooks += [box.register_forward_pre_hook(lambda module, inputs: started.__setitem__(module, time.perf_counter())),
-                  box.register_forward_hook(partial(leave, name))]
+        hooks += [
+            box.register_forward_pre_hook(lambda module, inputs: started.__setitem__(module, time.perf_counter())),
+            box.register_forward_hook(partial(leave, name))]
     for _ in range(rounds):
         start = time.perf_counter()
         model(images)
@@ -132,7 +145,8 @@ def _kilobytes(field: str) -> int:
 
 
 def memory_growth(job: Callable, device: str = "cpu") -> float:
-    """By how many megabytes (10⁶ bytes) the memory in use rises at its highest while `job` runs, over what it was before.
+    """By how many megabytes (10⁶ bytes) the memory in use rises at its highest while `job` runs, over what it was
+    before.
 
     On CUDA what PyTorch allocates; on the CPU the whole process, which only Linux tells (else OSError).
     """

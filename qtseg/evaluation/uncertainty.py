@@ -44,7 +44,8 @@ def sampling_units(images: int, strata: Sequence[str] | None = None, patients: S
     inside: list[set[str]] = [set() for _ in number]
     for unit, stratum in zip(of_image, strata):
         inside[unit].add(stratum)
-    _, stratum = np.unique(["\n".join(sorted(found)) for found in inside], return_inverse=True)  # a name has no line break
+    # a name has no line break
+    _, stratum = np.unique(["\n".join(sorted(found)) for found in inside], return_inverse=True)
     sizes = np.bincount(stratum)
     alone = np.flatnonzero(sizes == 1)
     if len(alone) and len(sizes) > 1:  # joined with one another, or with the largest
@@ -56,8 +57,9 @@ def bootstrap_means(values: np.ndarray, strata: Sequence[str] | None = None, pat
                     draws: int = 2000, seed: int = 1996) -> np.ndarray:
     """Means of resampled sets: values [images, ...] -> [draws, ...], NaN left out of every mean.
 
-    Each draw takes from every stratum as many patients as it has, with replacement, each with all their images; an image whose
-    patient is "" is drawn by itself. All NaN for a single patient or image. Source: Efron, Annals of Statistics 7 (1979).
+    Each draw takes from every stratum as many patients as it has, with replacement, each with all their images; an
+    image whose patient is "" is drawn by itself. All NaN for a single patient or image. Source: Efron, Annals of
+    Statistics 7 (1979).
     """
     units, rng = sampling_units(len(values), strata, patients), np.random.default_rng(seed)
     flat = values.reshape(len(values), -1)
@@ -74,7 +76,8 @@ def bootstrap_means(values: np.ndarray, strata: Sequence[str] | None = None, pat
 
 # %% ../../nbs/reference/evaluation_uncertainty.ipynb #8e2a021a
 def student_quantile(share: float, degrees: float) -> float:
-    """The quantile of Student's t distribution, to about 1 % from 3 degrees of freedom (Abramowitz and Stegun, 26.7.5)."""
+    """The quantile of Student's t distribution, to about 1 % from 3 degrees of freedom (Abramowitz and Stegun,
+    26.7.5)."""
     z = NormalDist().inv_cdf(share)
     return (z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3))
@@ -88,23 +91,29 @@ def _percentiles(draws: np.ndarray, level: float, units: Units | None) -> list[f
     wide = math.sqrt((degrees + units.strata) / degrees) * student_quantile(0.5 + level / 200, degrees)
     deviation = draws - np.nanmean(draws)
     spread = np.sqrt(np.nanmean(deviation**2))
-    bias = float(np.nanmean(deviation**3) / spread**3 / 6) if spread > 0 else 0.0  # the bias and the acceleration of a mean
+    # the bias and the acceleration of a mean
+    bias = float(np.nanmean(deviation**3) / spread**3 / 6) if spread > 0 else 0.0
     bent = [bias + (bias + z) / max(1 - bias * (bias + z), 1e-9) for z in (-wide, wide)]
     return [100 * NormalDist().cdf(z) for z in bent]
 
 
-def bootstrap_interval(means: np.ndarray, level: float = 95.0, units: Units | None = None) -> np.ndarray | tuple[float, float]:
+def bootstrap_interval(
+    means: np.ndarray, level: float = 95.0, units: Units | None = None) -> np.ndarray | tuple[float, float]:
     """The percentile interval of bootstrap means [draws, ...] -> low and high, [2, ...]; NaN where no mean is defined.
 
     Of means [draws] the interval is two plain numbers.
 
     Args:
         level: in percent.
-        units: what was drawn, see `sampling_units`. Plain percentiles (None) hold the truth too rarely when units are few.
+        units: what was drawn, see `sampling_units`. Plain percentiles (None) hold the truth too rarely when units are
+        few.
 
     Reference:
         T. Hesterberg, The American Statistician 69 (2015), section 5; B. Efron, JASA 82 (1987), for skewed draws.
     """
     columns = means.reshape(len(means), -1).T
-    ends = [(np.nan, np.nan) if np.isnan(draws).all() else np.nanpercentile(draws, _percentiles(draws, level, units)) for draws in columns]
+    ends = [
+        (np.nan, np.nan) if np.isnan(draws).all() else np.nanpercentile(draws, _percentiles(draws, level, units))
+        for draws in columns
+    ]
     return tuple(map(float, ends[0])) if means.ndim == 1 else np.array(ends).T.reshape(2, *means.shape[1:])

@@ -22,7 +22,8 @@ __all__ = ['DEFLATED', 'require_memory', 'rgb_memory', 'read_dicom']
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-014
 def require_memory(width: int, height: int, plain: float, peak: float, size: int) -> None:
-    """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file of `size` bytes.
+    """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file of `size`
+    bytes.
 
     plain: bytes of a pixel in the result; peak: bytes of a pixel while it is decoded.
     """
@@ -30,7 +31,9 @@ def require_memory(width: int, height: int, plain: float, peak: float, size: int
     require_within("MAX_PIXELS", pixels, f"has {width} x {height} = {pixels} pixels")
     if pixels * peak > limit("MAX_FREE_BYTES"):
         swell = int(pixels * plain / max(1, size))
-        require_within("MAX_SWELL", swell, f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
+        require_within(
+            "MAX_SWELL", swell,
+            f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
 
 
 def rgb_memory(plain: float, peak: float, stored_values: bool) -> tuple[float, float]:
@@ -42,7 +45,8 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def _transfer_syntax(head: bytes) -> tuple[str, int]:
-    """How a DICOM file's data set is encoded, and where it begins; ValueError for file meta information that is damaged."""
+    """How a DICOM file's data set is encoded, and where it begins; ValueError for file meta information that is
+    damaged."""
     at, syntax = 132, ""
     for _ in range(64):
         group, element, kind, length = struct.unpack_from("<HH2sH", head, at)
@@ -76,8 +80,10 @@ class _Inflating:
             self.at += len(parts[-1])
             count -= len(parts[-1])
         if self.at > self.most:
-            raise Refusal(f"would swell from {self.size / 1e6:.1f} MB to more than {self.most / 1e6:.0f} MB: set the environment variable "
-                           f"QTSEG_MAX_SWELL to more than {limit('MAX_SWELL')} if you trust this file")
+            raise Refusal(
+                f"would swell from {self.size / 1e6:.1f} MB to more than {self.most / 1e6:.0f} MB: set the environment variable "
+                f"QTSEG_MAX_SWELL to more than {limit('MAX_SWELL')} if you trust this file"
+            )
         return b"".join(parts)
 
     def tell(self) -> int:
@@ -90,7 +96,8 @@ class _Inflating:
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-024
 def _require_few_runs(frame: bytes, pixels: int) -> None:
-    """Raise ValueError for a frame in DICOM's run-length code that becomes far more than its pixels, or holds millions of runs."""
+    """Raise ValueError for a frame in DICOM's run-length code that becomes far more than its pixels, or holds millions
+    of runs."""
     offsets = struct.unpack_from("<16I", frame)
     left = 128 * limit("MAX_PIECES")
     for at, end in zip(offsets[1:], (*offsets[2:], 0)):
@@ -103,7 +110,8 @@ def _require_few_runs(frame: bytes, pixels: int) -> None:
                 at, room = at + 1 + (code + 1) % 129, room - code - 1
             left -= 1
             if room < 0 or left < 0:
-                raise Refusal(f"holds a frame of {pixels} pixels in far more or far longer runs: save it without compression")
+                raise Refusal(
+                    f"holds a frame of {pixels} pixels in far more or far longer runs: save it without compression")
 
 
 def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, rle: bool) -> int:
@@ -121,13 +129,16 @@ def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, r
     source = io.BytesIO(frame)
     values, scans = require_few_parts(name, source, len(frame)), jpeg_scans(source) if name == "JPEG" else 1
     if not 0 < values <= rows * columns * samples:
-        raise Refusal(f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its compressed frame")
+        raise Refusal(
+            f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its compressed frame"
+        )
     require_few_scans(scans, values)
     return 8 if name == "JPEG2000" else 2 * (scans > 1)
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-025
 def _window(header, values: np.ndarray) -> tuple[float, float]:
-    """Which of a gray DICOM's values are black and white: its (first) window if it states one, else the extremes present."""
+    """Which of a gray DICOM's values are black and white: its (first) window if it states one, else the extremes
+    present."""
     center, width = header.get("WindowCenter"), header.get("WindowWidth")
     if center is None or width is None:
         return values.min(), values.max()
@@ -142,7 +153,8 @@ def _on_screen(values: np.ndarray, header) -> np.ndarray:
     from pydicom.pixels import apply_modality_lut
 
     low, table = 0, values
-    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:  # each possible value once, which is faster and smaller
+    # each possible value once, which is faster and smaller
+    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
         low = int(values.min())
         table = np.arange(low, int(values.max()) + 1, dtype=values.dtype)
     rescaled = apply_modality_lut(table, header).astype(np.float64)
@@ -274,7 +286,8 @@ def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-026
 def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
-    """Gray values of a DICOM [H, W] as they are stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative ones."""
+    """Gray values of a DICOM [H, W] as they are stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative
+    ones."""
     if values.min() < 0 or values.max() > 65535:
         raise Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read as a mask")
     values = values.astype(np.uint8 if bits <= 8 else np.uint16)

@@ -52,8 +52,8 @@ def _reason(entry: os.DirEntry) -> str:
 def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:
     """All files in a folder and in the folders inside it.
 
-    Links to folders are followed, after the folders themselves, and each folder is listed once. Hidden entries and folders
-    with a predictions.json (earlier results) are passed over, and so are folders more than MAX_DEPTH deep.
+    Links to folders are followed, after the folders themselves, and each folder is listed once. Hidden entries and
+    folders with a predictions.json (earlier results) are passed over, and so are folders more than MAX_DEPTH deep.
 
     Returns:
         The files, sorted, and what was passed over, with the reason.
@@ -85,5 +85,6 @@ def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]
 
 # %% ../../nbs/reference/files_folders.ipynb #files-031
 def same_form(text: str) -> str:
-    """A name in Unicode's composed form (NFC): a Mac writes ü as u and two dots, others as one character. Compare names in this form."""
+    """A name in Unicode's composed form (NFC): a Mac writes ü as u and two dots, others as one character. Compare names
+    in this form."""
     return unicodedata.normalize("NFC", text)

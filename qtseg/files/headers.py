@@ -23,10 +23,21 @@ __all__ = ['SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'format_of', 'require
 
 # %% ../../nbs/reference/files_headers.ipynb #files-010
 SIGNATURES = {  # format -> what the first bytes of its files match
-    "PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "TIFF": rb"II[*+]\0|MM\0[*+]", "GIF": rb"GIF8[79]a", "BMP": rb"BM",
-    "WEBP": rb"RIFF....WEBP", "JPEG2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n", "AVIF": rb"....ftyp(avi[fs]|mif1)",
-    "PPM": rb"P[0-6fF]\s", "PCX": rb"\n[\0\x02\x03\x05]\x01", "SGI": rb"\x01\xda[\0\x01][\x01\x02]", "QOI": rb"qoif",
-    "SUN": rb"\x59\xa6\x6a\x95", "DIB": rb"[\x28\x7c]\0{3}", "TGA": rb".(\0[\x02\x03\x0a\x0b]|\x01[\x01\x09]).{9}(?!\0\0)..(?!\0\0)..[\x01\x08\x0f\x10\x18\x20]",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "GIF": rb"GIF8[79]a",
+    "BMP": rb"BM",
+    "WEBP": rb"RIFF....WEBP",
+    "JPEG2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n",
+    "AVIF": rb"....ftyp(avi[fs]|mif1)",
+    "PPM": rb"P[0-6fF]\s",
+    "PCX": rb"\n[\0\x02\x03\x05]\x01",
+    "SGI": rb"\x01\xda[\0\x01][\x01\x02]",
+    "QOI": rb"qoif",
+    "SUN": rb"\x59\xa6\x6a\x95",
+    "DIB": rb"[\x28\x7c]\0{3}",
+    "TGA": rb".(\0[\x02\x03\x0a\x0b]|\x01[\x01\x09]).{9}(?!\0\0)..(?!\0\0)..[\x01\x08\x0f\x10\x18\x20]",
 }
 FORMATS = tuple(SIGNATURES)
 
@@ -39,16 +50,20 @@ def format_of(head: bytes) -> str | None:
 
 # %% ../../nbs/reference/files_headers.ipynb #e0d031fa
 def require_plausible_size(width: int, height: int, plain: float, frames: int, size: int) -> None:
-    """Raise ValueError for a large file that is far larger than its pictures: hashing it would take longer than reading them."""
+    """Raise ValueError for a large file that is far larger than its pictures: hashing it would take longer than reading
+    them."""
     spare = size - int((64 if frames > 1 else 2) * width * height * plain * max(1, frames))
-    require_within("MAX_WHOLE_BYTES", spare, f"has {size} bytes for {frames} picture(s) of {width} x {height} pixels, {max(0, spare)} of them to spare")
+    require_within(
+        "MAX_WHOLE_BYTES", spare,
+        f"has {size} bytes for {frames} picture(s) of {width} x {height} pixels, {max(0, spare)} of them to spare")
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0161
 SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG markers that state the picture's size
 
 
 def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
-    """Where the part after the one at `at` begins (0: parts end here), a JPEG's marker or whether it is pixels, and what we need of it."""
+    """Where the part after the one at `at` begins (0: parts end here), a JPEG's marker or whether it is pixels, and
+    what we need of it."""
     source.seek(at)
     head = source.read(8)
     if name == "PNG":
@@ -66,11 +81,14 @@ def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
         return 0, 0, b""
     length = struct.unpack(">H", head[2:4])[0]
     source.seek(at + 4)
-    return at + 2 + max(2, length), head[1], source.read(length - 2) if head[1] in (0xE1, 0xE2, *SIZES) and length > 2 else b""
+    return (
+        at + 2 + max(2, length), head[1],
+        source.read(length - 2) if head[1] in (0xE1, 0xE2, *SIZES) and length > 2 else b"")
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0166
 def require_few_parts(name: str, source: BinaryIO, size: int) -> int:
-    """Raise ValueError for far too many or too large parts beside the pixels of a PNG, JPEG or JPEG 2000, or for an absurd directory.
+    """Raise ValueError for far too many or too large parts beside the pixels of a PNG, JPEG or JPEG 2000, or for an
+    absurd directory.
 
     Returns:
         How many values (pixels times channels) a JPEG or JPEG 2000 states; 0 if it states no size.
@@ -125,7 +143,8 @@ def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0164
 def _require_few_blocks(source: BinaryIO, at: int) -> int:
-    """Raise ValueError for a JPEG 2000 of millions of tiles, precincts, code blocks or layers; returns how many values it states."""
+    """Raise ValueError for a JPEG 2000 of millions of tiles, precincts, code blocks or layers; returns how many values
+    it states."""
     values = tiles = 0
     for step, (marker, body) in enumerate(_codestream(source, at)):
         require_within("MAX_PIECES", step, f"has {step} markers")
@@ -137,7 +156,11 @@ def _require_few_blocks(source: BinaryIO, at: int) -> int:
             first = 5 if marker == 0x52 else 2
             layers = int.from_bytes(body[2:4], "big") if marker == 0x52 else 1
             levels, across, down = body[first], (body[first + 1] & 15) + 2, (body[first + 2] & 15) + 2
-            sizes = body[first + 5:first + 6 + levels] if body[first - 5 if marker == 0x52 else first - 1] & 1 else b"\xff" * (levels + 1)
+            sizes = (
+                body[first + 5 : first + 6 + levels]
+                if body[first - 5 if marker == 0x52 else first - 1] & 1
+                else b"\xff" * (levels + 1)
+            )
             blocks = precincts = 0
             for level, size in enumerate(sizes):
                 here = values >> 2 * (levels - level)
@@ -148,7 +171,8 @@ def _require_few_blocks(source: BinaryIO, at: int) -> int:
     return values
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0162
-TIFF_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}  # of an entry's type; 1 for all others
+# of an entry's type; 1 for all others
+TIFF_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
 class _Layout(NamedTuple):
@@ -164,21 +188,26 @@ def _layout(head: bytes) -> tuple[_Layout, int]:
     """The layout that the first 16 bytes of a TIFF state, and where its first directory is."""
     order, big = "<>"[head[:1] == b"M"], head[2:4] in (b"+\0", b"\0+")
     items = [struct.Struct(order + item) for item in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I"))]
-    return _Layout(*items, 0 if order == "<" else 8 * (items[2].size - 2)), items[2].unpack_from(head, 8 if big else 4)[0]
+    return _Layout(*items, 0 if order == "<" else 8 * (items[2].size - 2)), items[2].unpack_from(head, 8 if big else 4)[
+        0]
 
 
 def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """A directory, tag -> (count, value or position), and where the next one is; ValueError if it describes far too much."""
+    """A directory, tag -> (count, value or position), and where the next one is; ValueError if it describes far too
+    much."""
     source.seek(at)
     count = layout.count.unpack(source.read(layout.count.size))[0]
     require_within("MAX_PIECES", count, f"has a directory of {count} entries")
     table = list(layout.entry.iter_unpack(source.read(count * layout.entry.size)))
     following = layout.pointer.unpack(source.read(layout.pointer.size).ljust(layout.pointer.size, b"\0"))[0]
     described = sum(many * TIFF_BYTES.get(kind, 1) for _, kind, many, _ in table)
-    if described > min(2 * size + 2**20, MAX_WHOLE_BYTES) or any(many > 3 * 2**16 for tag, kind, many, _ in table
-                                                               if kind not in (1, 2, 6, 7) and tag not in (273, 279, 324, 325)):
+    if described > min(2 * size + 2**20, MAX_WHOLE_BYTES) or any(
+        many > 3 * 2**16 for tag, kind, many, _ in table if kind not in (1, 2, 6, 7) and tag not in (273, 279, 324, 325)
+    ):
         raise Refusal(f"has a directory that describes {described} bytes, in a file of {size}: save it as PNG")
-    return {tag: (many, value >> layout.shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table}, following
+    return {
+        tag: (many, value >> layout.shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table
+    }, following
 
 
 def first_directory(source: BinaryIO, size: int) -> dict[int, tuple[int, int]]:
@@ -223,7 +252,8 @@ def _require_sane_tiff(tags: dict[int, tuple[int, int]]) -> None:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-018
 def _gif_frames(source: BinaryIO, size: int) -> int:
-    """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first of them."""
+    """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first of
+    them."""
     source.seek(10)
     flags = source.read(3)[0]
     source.seek(13 + (3 << (flags & 7) + 1) * (flags >> 7))
@@ -257,7 +287,8 @@ def require_few_scans(scans: int, samples: int) -> None:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-021
 def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """What can be said without Pillow: a TIFF's first directory, and the frames of a TIFF or GIF (else 0); ValueError."""
+    """What can be said without Pillow: a TIFF's first directory, and the frames of a TIFF or GIF (else 0);
+    ValueError."""
     if name in ("PNG", "JPEG", "JPEG2000"):
         require_few_parts(name, source, size)
     if name == "TIFF":
@@ -278,7 +309,8 @@ def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tu
 
 # %% ../../nbs/reference/files_headers.ipynb #081cdba4
 def plain(value: object, nan_as_none: bool = False) -> object:
-    """A value as JSON knows it: paths become texts, numbers of NumPy and PyTorch become Python's, tuples and arrays become lists."""
+    """A value as JSON knows it: paths become texts, numbers of NumPy and PyTorch become Python's, tuples and arrays
+    become lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(type(value), "tolist"):

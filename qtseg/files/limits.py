@@ -30,7 +30,8 @@ class Refusal(ValueError):
 
 
 def limit(name: str, default: int | None = None) -> int:
-    """What the environment variable QTSEG_<name> says, else `default`, else this module's limit `name`; ValueError if it is no number."""
+    """What the environment variable QTSEG_<name> says, else `default`, else this module's limit `name`; ValueError if
+    it is no number."""
     text = os.environ.get(f"QTSEG_{name}", "")
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"the environment variable QTSEG_{name} must be a whole number, got {text!r}")
@@ -40,4 +41,6 @@ def limit(name: str, default: int | None = None) -> int:
 def require_within(name: str, value: int, what: str) -> None:
     """Raise ValueError, naming the variable that raises the limit, if `value` exceeds it."""
     if value > limit(name):
-        raise Refusal(f"{what}, more than {limit(name)}: set the environment variable QTSEG_{name}={value} if you trust this file")
+        raise Refusal(
+            f"{what}, more than {limit(name)}: set the environment variable QTSEG_{name}={value} if you trust this file"
+        )

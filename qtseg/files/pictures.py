@@ -31,7 +31,8 @@ __all__ = ['UPRIGHT', 'SLOW', 'OTHERS', 'Picture', 'is_picture', 'hash_file', 'r
 class Picture(NamedTuple):
     """One decoded file: its first page or frame, upright."""
 
-    values: np.ndarray  # uint8 or uint16, [H, W] (gray, bits 0 and 1, palette index) or [H, W, 3] (RGB; alpha is dropped)
+    # uint8 or uint16, [H, W] (gray, bits 0 and 1, palette index) or [H, W, 3] (RGB; alpha is dropped)
+    values: np.ndarray
     palette: np.ndarray | None  # uint8 [256, 3] where the values are palette indices
     format: str  # "PNG", "JPEG", "TIFF", "DICOM", …; "WEBP lossless" is told from "WEBP"
     bits: int  # of a channel, as stored: 1, 8, 12 (where the file says so), 16
@@ -63,7 +64,8 @@ def _source(file: BinaryIO) -> tuple[BinaryIO, int]:
 
 
 def hash_file(file: str | os.PathLike | BinaryIO, digest: hashlib._Hash | None = None) -> hashlib._Hash:
-    """Feed all bytes of a regular file, or of an open one, to a digest of hashlib (None: a new SHA-256), in pieces of 1 MiB; returns it."""
+    """Feed all bytes of a regular file, or of an open one, to a digest of hashlib (None: a new SHA-256), in pieces of 1
+    MiB; returns it."""
     digest = digest or hashlib.sha256()
     with nullcontext(file) if hasattr(file, "read") else open_regular(file) as source:
         source.seek(0)
@@ -92,21 +94,29 @@ def _open_header(source: BinaryIO, name: str) -> Image.Image:
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-019
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -> what turns the array upright
-    2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a.swapaxes(0, 1)[:, ::-1], 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a.swapaxes(0, 1)[::-1],
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[::-1],
 }
 
 
 def _array(picture: Image.Image) -> np.ndarray:
-    """A decoded picture -> uint8 or uint16, [H, W] or [H, W, 3]; ValueError for pixels of unknown range (float, 32 bits)."""
+    """A decoded picture -> uint8 or uint16, [H, W] or [H, W, 3]; ValueError for pixels of unknown range (float, 32
+    bits)."""
     if picture.mode == "F":
         raise Refusal("holds floating-point pixels, whose range nobody knows: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
             remedy = "add an offset that makes them positive" if values.min() < 0 else "divide them"
-            raise Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: {remedy}, and save "
-                           "it with 8 or 16 bits")
+            raise Refusal(
+                f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: {remedy}, and save "
+                "it with 8 or 16 bits"
+            )
         return values.astype(np.uint16)
     if picture.mode in ("1", "L", "P", "LA", "La", "PA"):
         return np.array(picture.getchannel(0) if len(picture.getbands()) > 1 else picture).astype(np.uint8, copy=False)
@@ -151,7 +161,8 @@ def _depth(picture: Image.Image, source: BinaryIO) -> int:
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-0205
 def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
-    """The EXIF orientation of a picture, 1 to 8; read here, for Pillow would load all that an EXIF block claims to hold."""
+    """The EXIF orientation of a picture, 1 to 8; read here, for Pillow would load all that an EXIF block claims to
+    hold."""
     exif = picture.info.get("exif", b"")
     if not exif and "Raw profile type exif" in picture.info:  # of older PNG files, in hexadecimal
         exif = bytes.fromhex("".join(picture.info["Raw profile type exif"].split("\n")[3:]))
@@ -208,7 +219,8 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tupl
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
         frames = frames or getattr(picture, "n_frames", 1)
         _judge(picture, deep, frames, source, size, stored_values)
-        highest = picture.tile[0][3][1:] if name == "PPM" and picture.tile and isinstance(picture.tile[0][3], tuple) else ()
+        highest = (
+            picture.tile[0][3][1:] if name == "PPM" and picture.tile and isinstance(picture.tile[0][3], tuple) else ())
         values = _deep_color(source) if deep else _values(picture)
         if stored_values and highest:  # Pillow has brought them to the full range
             values = np.rint(values * (highest[0] / np.iinfo(values.dtype).max)).astype(values.dtype)
@@ -218,14 +230,17 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tupl
         orientation = _orientation(picture, tags)
         turn = UPRIGHT.get(orientation)
         alpha = picture.getextrema()[-1] if not deep and picture.getbands()[-1] in ("A", "a") else None
-        if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):  # a TIFF is upright as it comes from Pillow or OpenCV
+        # a TIFF is upright as it comes from Pillow or OpenCV
+        if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):
             values = np.ascontiguousarray(turn(values))
         form = "WEBP lossless" if picture.format == "WEBP" and _is_lossless_webp(source) else picture.format
         return values, _indices(picture), form, bits, frames, orientation if turn else 0, alpha
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-027
-OTHERS = {"a PostScript (EPS) file": rb"%!PS|\xc5\xd0\xd3\xc6", "a PDF file": rb"%PDF", "a Photoshop file": rb"8BPS", "an icon": rb"\0\0[\x01\x02]\0",
-          "a ZIP archive": rb"PK\x03\x04", "a gzip file": rb"\x1f\x8b", "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
+OTHERS = {
+    "a PostScript (EPS) file": rb"%!PS|\xc5\xd0\xd3\xc6", "a PDF file": rb"%PDF", "a Photoshop file": rb"8BPS",
+    "an icon": rb"\0\0[\x01\x02]\0", "a ZIP archive": rb"PK\x03\x04", "a gzip file": rb"\x1f\x8b",
+    "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
 
 
 def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
@@ -233,10 +248,13 @@ def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
     head = source.read(132)
     name = format_of(head)
     if name is None:
-        other = next((other for other, pattern in OTHERS.items() if re.match(pattern, head)), "no image, or damaged at its very beginning")
+        other = next(
+            (other for other, pattern in OTHERS.items() if re.match(pattern, head)),
+            "no image, or damaged at its very beginning")
         raise Refusal(f"cannot be read ({other}): images are {', '.join(FORMATS)} and DICOM files")
     try:
-        return read_dicom(source, size, stored_values) if name == "DICOM" else _raster(source, name, size, stored_values)
+        return (
+            read_dicom(source, size, stored_values) if name == "DICOM" else _raster(source, name, size, stored_values))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('is a DICOM file, which needs pydicom: pip install "pydicom>=3"') from error
     except Refusal:
@@ -257,11 +275,13 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Pictur
 
     Args:
         path: A PNG, JPEG, TIFF, … (`FORMATS`) or DICOM file, or a link to one.
-        stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must. Otherwise the
+        stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must.
+        Otherwise the
             picture is judged by its size as RGB.
 
     Returns:
-        The `Picture`. Unless `stored_values` is set, gray DICOM values are brought to 8 bits as a screen would show them.
+        The `Picture`. Unless `stored_values` is set, gray DICOM values are brought to 8 bits as a screen would show
+        them.
 
     Raises:
         ValueError: The file is refused or damaged; the sentence continues "FILE ", which the caller puts in front.

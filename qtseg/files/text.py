@@ -22,8 +22,11 @@ __all__ = ['NO_UTF8', 'BIDI', 'open_regular', 'read_text', 'read_json', 'read_ta
 
 # %% ../../nbs/reference/files_text.ipynb #files-011
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a regular file, after links, without waiting for anyone; ValueError for folders, pipes and devices, OSError."""
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    """Open a regular file, after links, without waiting for anyone; ValueError for folders, pipes and devices,
+    OSError."""
+    kinds = {
+        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device"}
     if not stat.S_ISREG(mode := os.stat(path).st_mode):  # before it is opened, for opening a device can have effects
         raise ValueError(f"is {kinds.get(stat.S_IFMT(mode), 'something else')}, not a file")
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -34,11 +37,12 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return file
 
 # %% ../../nbs/reference/files_text.ipynb #files-034
-NO_UTF8 = "is not encoded in UTF-8: open it in the program that wrote it and save it as UTF-8 (a table as \"CSV UTF-8\")"
+NO_UTF8 = 'is not encoded in UTF-8: open it in the program that wrote it and save it as UTF-8 (a table as "CSV UTF-8")'
 
 
 def read_text(path: str | os.PathLike, errors: str = "strict", most: str = "MAX_TEXT_BYTES") -> str:
-    """Read a text file (UTF-8, with or without a byte order mark) within the limit that `most` names; `errors` as in bytes.decode.
+    """Read a text file (UTF-8, with or without a byte order mark) within the limit that `most` names; `errors` as in
+    bytes.decode.
 
     Raises:
         ValueError: One sentence that names the file: no regular file, too large, not UTF-8.
@@ -59,7 +63,8 @@ def read_json(path: str | os.PathLike) -> dict:
     """Read a JSON object.
 
     Raises:
-        ValueError: One sentence that names the file: no JSON, no object, nested too deep, too large, not UTF-8, a key twice.
+        ValueError: One sentence that names the file: no JSON, no object, nested too deep, too large, not UTF-8, a key
+        twice.
         OSError: It cannot be opened.
     """
     def once(pairs: list[tuple[str, object]]) -> dict:
@@ -80,7 +85,9 @@ def read_json(path: str | os.PathLike) -> dict:
     return found
 
 # %% ../../nbs/reference/files_text.ipynb #files-0341
-def _table(path: str | os.PathLike, most: int, wide: int, interrupted: bool, options: dict) -> Iterator[list[str] | dict[str, str]]:
+def _table(
+    path: str | os.PathLike, most: int, wide: int, interrupted: bool, options: dict
+) -> Iterator[list[str] | dict[str, str]]:
     """The columns, then the rows of `read_table`."""
     text = read_text(path, "replace" if interrupted else "strict", "MAX_TABLE_BYTES")
     if interrupted:
@@ -119,21 +126,24 @@ def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, int
     Args:
         most: rows.
         wide: columns.
-        interrupted: Its writer may have been stopped: a last line without its end is left out, bytes that are not UTF-8 are replaced.
+        interrupted: Its writer may have been stopped: a last line without its end is left out, bytes that are not UTF-8
+        are replaced.
         options: Of csv.DictReader.
 
     Returns:
         The columns, and the rows, read one at a time.
 
     Raises:
-        ValueError: One sentence that names the file, at once or at the row: see `read_text`; not CSV, or more than the limits.
+        ValueError: One sentence that names the file, at once or at the row: see `read_text`; not CSV, or more than the
+        limits.
         OSError: It cannot be opened.
     """
     rows = _table(path, most, wide, interrupted, options)
     return next(rows), rows
 
 # %% ../../nbs/reference/files_text.ipynb #files-036
-BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"  # turn lines round, or break them
+# turn lines round, or break them
+BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
 def _visible(character: str) -> str:
@@ -141,7 +151,8 @@ def _visible(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"  # a byte of a name that is no UTF-8
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
 
 def printable(text: object) -> str:
@@ -150,17 +161,24 @@ def printable(text: object) -> str:
 
 # %% ../../nbs/reference/files_text.ipynb #files-037
 def escape(text: object) -> str:
-    """A text for a Markdown cell or table or for HTML, where it looks the same and does nothing. Not for use inside a tag."""
+    """A text for a Markdown cell or table or for HTML, where it looks the same and does nothing. Not for use inside a
+    tag."""
     def number(found: re.Match) -> str:
         return "".join(f"&#{ord(character)};" for character in found[0])
 
     text = printable(text)
-    text = re.sub(r"[&<>\"'*`|~\[\]#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|^[-+=\s]+|(?<=^\d)[.)]|\s+$", number, text)
-    return re.sub(r"[\\$]", lambda found: f"<span>&#{ord(found[0])};</span>", text)  # in a tag of its own it begins no formula
+    text = re.sub(
+        r"[&<>\"'*`|~\[\]#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|^[-+=\s]+|(?<=^\d)[.)]|\s+$",
+        number,
+        text,
+    )
+    # in a tag of its own it begins no formula
+    return re.sub(r"[\\$]", lambda found: f"<span>&#{ord(found[0])};</span>", text)
 
 # %% ../../nbs/reference/files_text.ipynb #files-038
 def csv_cell(value: object) -> object:
-    """A cell of a CSV file: a text that a spreadsheet would take for a formula gets a ' in front; numbers and None stay."""
+    """A cell of a CSV file: a text that a spreadsheet would take for a formula gets a ' in front; numbers and None
+    stay."""
     if value is None or isinstance(value, (bool, int, float, np.generic)):
         return value
     text = str(value)

@@ -24,7 +24,8 @@ __all__ = ['NO_SPACE', 'write_then_rename', 'require_space', 'private_name', 'ne
 def write_then_rename(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
     """`write(temporary path)`, then rename: a reader sees the old file or the whole new one, never a part.
 
-    The temporary file is created before `write` gets its name, which nobody can guess: a planted link is never followed.
+    The temporary file is created before `write` gets its name, which nobody can guess: a planted link is never
+    followed.
     """
     temporary = Path(path).with_name(f".{secrets.token_hex(8)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the process's umask

@@ -21,7 +21,8 @@ MAX_YAML_BYTES, MAX_YAML_VALUES = 2**18, 100_000  # parameter files have a few k
 
 
 def _count_values(node, counted: dict[int, int]) -> int:
-    """How many values a YAML document stands for, its aliases followed. ValueError for one that lies in what it names."""
+    """How many values a YAML document stands for, its aliases followed. ValueError for one that lies in what it
+    names."""
     if id(node) not in counted:
         counted[id(node)] = -1  # until its parts are counted
         pairs = node.value if isinstance(node.value, list) else []
@@ -38,7 +39,8 @@ def _repeated_keys(node) -> list[str]:
         return []
     pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in node.value]
     keys = Counter(str(key.value) for key, _ in pairs if key is not None)
-    return [key for key, times in keys.items() if times > 1] + [key for _, part in pairs for key in _repeated_keys(part)]
+    return [key for key, times in keys.items() if times > 1] + [
+        key for _, part in pairs for key in _repeated_keys(part)]
 
 # %% ../../nbs/reference/files_yaml.ipynb #c032a-2
 def parse_yaml(text: str) -> tuple[object, list[str]]:
@@ -51,7 +53,8 @@ def parse_yaml(text: str) -> tuple[object, list[str]]:
     class Loader(yaml.SafeLoader):
         """Reads 1e-3, as JSON and everybody writes it, as the number that it is; YAML 1.1 has it as a text."""
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
     try:
         loader = Loader(text)
         node = loader.get_single_node()
@@ -63,7 +66,8 @@ def parse_yaml(text: str) -> tuple[object, list[str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(where + printable(" ".join(str(getattr(error, "problem", None) or error).split()))[:300]) from None
+        raise ValueError(
+            where + printable(" ".join(str(getattr(error, "problem", None) or error).split()))[:300]) from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

@@ -62,14 +62,16 @@ def pixel_centers(height: int, width: int, device: torch.device | None = None) -
 
 # %% ../../nbs/04_attention.ipynb #beaedd7d
 def fourier_features(places: Tensor, matrix: Tensor) -> Tensor:
-    """Sines, then cosines, of 2π · places · matrix: [N, 2] and frequencies [2, K] -> [N, 2 · K]. Source: Segment Anything."""
+    """Sines, then cosines, of 2π · places · matrix: [N, 2] and frequencies [2, K] -> [N, 2 · K]. Source: Segment
+    Anything."""
     x, y = places[:, :1], places[:, 1:]  # [N, 1] each
     angles = 2 * math.pi * (x * matrix[0] + y * matrix[1])  # [N, K]; no matrix product: autocast would round it
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 # %% ../../nbs/04_attention.ipynb #c95f675e
 class PositionalEncoding(TwoForms):
-    """Random Fourier features of the pixel centers: (height, width, like) -> [1, height · width, features], dtype of `like`.
+    """Random Fourier features of the pixel centers: (height, width, like) -> [1, height · width, features], dtype of
+    `like`.
 
     The fast form keeps what it computed, per size and dtype, as long as the random matrix stays what it was.
     Raises ValueError when `features` is odd. Source: Segment Anything's `PositionEmbeddingRandom`; x before y.
@@ -86,7 +88,8 @@ class PositionalEncoding(TwoForms):
 
     def forget(self) -> None:
         """Drop what was kept: needed only after a write to `gaussian_matrix.data`, which PyTorch does not count."""
-        self._cache = None, 0, {}  # the matrix, its version, (height, width, dtype) -> encoding; never changed, only exchanged
+        # the matrix, its version, (height, width, dtype) -> encoding; never changed, only exchanged
+        self._cache = None, 0, {}
 
     def __getstate__(self) -> dict:
         """Copies and pickles start with an empty cache: the version of a copied matrix says nothing about it."""
@@ -122,7 +125,8 @@ class LearnedPositionalEncoding(nn.Module):
 
     def __init__(self, features: int, cells: int = 16):
         super().__init__()
-        self.grid = nn.Parameter(math.sqrt(0.5) * torch.randn(1, features, cells, cells))  # as large as sines and cosines
+        # as large as sines and cosines
+        self.grid = nn.Parameter(math.sqrt(0.5) * torch.randn(1, features, cells, cells))
 
     def forward(self, height: int, width: int, like: Tensor) -> Tensor:
         maps = F.interpolate(self.grid.float(), (height, width), mode="bilinear", align_corners=False)
@@ -177,7 +181,8 @@ class TwoWayBlock(nn.Module):
     def forward(
         self, tokens: Tensor, features: Tensor, position: Tensor, weights: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`position` [1, N, F]; a dict given as `weights` receives who looked at whom, [B, heads, queries, keys] each."""
+        """`position` [1, N, F]; a dict given as `weights` receives who looked at whom, [B, heads, queries, keys]
+        each."""
         placed = features + position  # for comparing; what is carried home stays without position
         if weights is not None:
             weights["self"] = self.self_attention.weights(tokens, tokens)

@@ -18,7 +18,11 @@ __all__ = ['BASELINES', 'NETWORKS', 'Baseline', 'load_network']
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-baselines
 BASELINES = {  # name -> class of segmentation-models-pytorch
-    "unet": "Unet", "unetplusplus": "UnetPlusPlus", "deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer",
+    "unet": "Unet",
+    "unetplusplus": "UnetPlusPlus",
+    "deeplabv3plus": "DeepLabV3Plus",
+    "fpn": "FPN",
+    "segformer": "Segformer",
 }
 
 
@@ -26,11 +30,13 @@ NETWORKS = ("qtseg", *BASELINES)
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-baseline
 class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
-    """A network of segmentation-models-pytorch, kept to QTSeg's contract: images in [-1, 1] -> logits [B, classes, H, W].
+    """A network of segmentation-models-pytorch, kept to QTSeg's contract: images in [-1, 1] -> logits [B, classes, H,
+    W].
 
     `model` is a name in BASELINES, `encoder` one of the package's encoders; both with random weights. Any H, W >= 32.
     `naive()` is a plain copy: there is no other form of these graphs here. ModuleNotFoundError without the package;
-    ValueError for unknown names and for encoders that the model cannot use. In training, DeepLabV3+ refuses a batch of one.
+    ValueError for unknown names and for encoders that the model cannot use. In training, DeepLabV3+ refuses a batch of
+    one.
     """
 
     model_type, encoder_prefix = "baseline", "net.encoder."
@@ -53,8 +59,10 @@ class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and len(images) == 1 and self.config["model"] == "deeplabv3plus":
-            raise ValueError("deeplabv3plus averages whole images, which leaves BatchNorm one value per channel and image: "
-                             "train on two images or more")
+            raise ValueError(
+                "deeplabv3plus averages whole images, which leaves BatchNorm one value per channel and image: "
+                "train on two images or more"
+            )
         return self.net(self.prepare(images))[..., : images.shape[-2], : images.shape[-1]]  # [B, classes, H, W]
 
     def fold(self) -> None:
@@ -63,7 +71,8 @@ class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-load
 def load_network(folder: str | Path) -> QTSeg | Baseline:
-    """Whatever network a checkpoint or a run holds (see `find_checkpoint`), in evaluation mode. FileNotFoundError, ValueError."""
+    """Whatever network a checkpoint or a run holds (see `find_checkpoint`), in evaluation mode. FileNotFoundError,
+    ValueError."""
     folder = find_checkpoint(folder)
     kind, _ = read_config(folder)
     return {"qtseg": QTSeg, "baseline": Baseline}[kind].from_pretrained(folder)

@@ -36,7 +36,8 @@ def watched(*modules: nn.Module) -> bool:
 class ConvBNAct(nn.Module):
     """Convolution without bias, batch normalization, SiLU: [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)].
 
-    `kernel` is odd, and padding is `kernel // 2`. Source: YOLOv8's `Conv`; the paper's encoder and bridge are made of it.
+    `kernel` is odd, and padding is `kernel // 2`. Source: YOLOv8's `Conv`; the paper's encoder and bridge are made of
+    it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1):
@@ -74,7 +75,8 @@ class Bottleneck(nn.Module):
 class C2f(nn.Module):
     """Cross-stage partial block, 2 convolutions, fast: [B, in, H, W] -> [B, out, H, W]. Source: YOLOv8.
 
-    A 1×1 convolution makes two halves; a chain of bottlenecks continues the second; all of it is concatenated and mixed.
+    A 1×1 convolution makes two halves; a chain of bottlenecks continues the second; all of it is concatenated and
+    mixed.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bottlenecks: int = 1, residual: bool = True):
@@ -92,7 +94,8 @@ class C2f(nn.Module):
 
 # %% ../../nbs/01_blocks.ipynb #c075
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: [B, in, H, W] -> [B, out, H, W]; sees windows of 5, 9 and 13. Source: YOLOv5/v8."""
+    """Spatial pyramid pooling, fast: [B, in, H, W] -> [B, out, H, W]; sees windows of 5, 9 and 13. Source:
+    YOLOv5/v8."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: int = 5):
         super().__init__()

@@ -34,7 +34,8 @@ class UpConv(TwoForms):
         return self.conv_transpose(x)
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
-        """The product that it is, for one pixel: matrix [scale * scale * out, in] and bias [scale * scale * out] or None."""
+        """The product that it is, for one pixel: matrix [scale * scale * out, in] and bias [scale * scale * out] or
+        None."""
         weight, bias = self.conv_transpose.weight, self.conv_transpose.bias  # weight [in, out, scale, scale]
         return weight.permute(2, 3, 1, 0).flatten(0, 2), None if bias is None else bias.repeat(self.scale**2)
 
@@ -76,8 +77,8 @@ class UpConvBNAct(nn.Module):
 class MLFF(nn.Module):
     """Multi-level feature fusion: three maps -> three maps of the same shapes, each mixed from all three.
 
-    `channels` counts those of the maps at strides 8, 16, 32, multiples of 4 (else ValueError). Half of an output's channels
-    come from its own level, a quarter from each other one; 64 channels at stride 8 are 32 + 16 + 16.
+    `channels` counts those of the maps at strides 8, 16, 32, multiples of 4 (else ValueError). Half of an output's
+    channels come from its own level, a quarter from each other one; 64 channels at stride 8 are 32 + 16 + 16.
     Source: the paper's "multi-level feature fusion" (called MLFD in its second version).
     """
 
@@ -86,9 +87,12 @@ class MLFF(nn.Module):
         c8, c16, c32 = channels
         if any(c % 4 for c in channels):
             raise ValueError(f"channels come in quarters, so they are multiples of 4, not {tuple(channels)}")
-        self.to8 = nn.ModuleList([ConvBNAct(c8, c8 // 2, 1), UpConvBNAct(c16, c8 // 4, 2), UpConvBNAct(c32, c8 // 4, 4)])
-        self.to16 = nn.ModuleList([ConvBNAct(c8, c16 // 4, 3, 2), ConvBNAct(c16, c16 // 2, 1), UpConvBNAct(c32, c16 // 4, 2)])
-        self.to32 = nn.ModuleList([ConvBNAct(c8, c32 // 4, 3, 4), ConvBNAct(c16, c32 // 4, 3, 2), ConvBNAct(c32, c32 // 2, 1)])
+        self.to8 = nn.ModuleList(
+            [ConvBNAct(c8, c8 // 2, 1), UpConvBNAct(c16, c8 // 4, 2), UpConvBNAct(c32, c8 // 4, 4)])
+        self.to16 = nn.ModuleList(
+            [ConvBNAct(c8, c16 // 4, 3, 2), ConvBNAct(c16, c16 // 2, 1), UpConvBNAct(c32, c16 // 4, 2)])
+        self.to32 = nn.ModuleList(
+            [ConvBNAct(c8, c32 // 4, 3, 4), ConvBNAct(c16, c32 // 4, 3, 2), ConvBNAct(c32, c32 // 2, 1)])
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(
@@ -98,7 +102,8 @@ class MLFF(nn.Module):
 
 # %% ../../nbs/03_bridge.ipynb #bridge-48
 class IdentityBridge(nn.Module):
-    """No bridge: three maps pass unchanged, whatever `channels` they have. This project's control for an ablation of MLFF."""
+    """No bridge: three maps pass unchanged, whatever `channels` they have. This project's control for an ablation of
+    MLFF."""
 
     def __init__(self, channels: Sequence[int]):
         super().__init__()
@@ -124,8 +129,9 @@ class ProjectionBridge(nn.Module):
 class SingleLevelBridge(nn.Module):
     """All three levels made from the map at stride 8 alone: three maps -> three maps of the same shapes.
 
-    MLFF's first column at full width; the maps at strides 16 and 32 go unused, so what only they need in the encoder gets
-    no gradient. `channels` counts those of the maps at strides 8, 16, 32. This project's control for several levels.
+    MLFF's first column at full width; the maps at strides 16 and 32 go unused, so what only they need in the encoder
+    gets no gradient. `channels` counts those of the maps at strides 8, 16, 32. This project's control for several
+    levels.
     """
 
     def __init__(self, channels: Sequence[int]):

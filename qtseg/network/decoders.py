@@ -19,8 +19,8 @@ __all__ = ['DECODERS', 'SingleStageDecoder', 'ThinBottleneck', 'ConvDecoder']
 class SingleStageDecoder(nn.Module):
     """MQM with one stage: maps at strides 8, 16, 32 -> low-resolution logits [B, classes, H/2, W/2].
 
-    The maps at strides 32 and 16 are upscaled and added; the stage at stride 8, of depth `depths[0]`, does all the asking.
-    Arguments and errors are those of `MQMDecoder`. This project's control for the paper's several stages.
+    The maps at strides 32 and 16 are upscaled and added; the stage at stride 8, of depth `depths[0]`, does all the
+    asking. Arguments and errors are those of `MQMDecoder`. This project's control for the paper's several stages.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, depths: Sequence[int] = (1, 2, 3), heads: int = 8,
@@ -60,9 +60,10 @@ class ThinBottleneck(nn.Module):
 class ConvDecoder(nn.Module):
     """A decoder without tokens: maps at strides 8, 16, 32 -> low-resolution logits [B, classes, H/2, W/2].
 
-    MQM's road from stride 32 to 2, with convolutions in the place of its stages and a fixed 1×1 readout at its end. At width
-    16 and 256×256 pixels it takes as many multiply-adds as MQM, within 5 %. `depths`, `heads`, `mlp_width` and `position`
-    are accepted, so that all decoders are built alike, and ignored. This project's control for tokens and attention.
+    MQM's road from stride 32 to 2, with convolutions in the place of its stages and a fixed 1×1 readout at its end. At
+    width 16 and 256×256 pixels it takes as many multiply-adds as MQM, within 5 %. `depths`, `heads`, `mlp_width` and
+    `position` are accepted, so that all decoders are built alike, and ignored. This project's control for tokens and
+    attention.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, depths: Sequence[int] = (1, 2, 3), heads: int = 8,

@@ -21,7 +21,8 @@ __all__ = ['segmentation_models', 'check_encoder', 'ProjectedEncoder', 'build_en
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-package
 def segmentation_models() -> ModuleType:
-    """The package segmentation-models-pytorch, imported when it is first needed; ModuleNotFoundError with the remedy."""
+    """The package segmentation-models-pytorch, imported when it is first needed; ModuleNotFoundError with the
+    remedy."""
     try:
         import segmentation_models_pytorch
     except ModuleNotFoundError as error:
@@ -31,10 +32,11 @@ def segmentation_models() -> ModuleType:
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-names
 def check_encoder(name: str, in_channels: int) -> None:
-    """Raise ValueError unless segmentation-models-pytorch can build the encoder `name` for images of that many channels.
+    """Raise ValueError unless segmentation-models-pytorch can build the encoder `name` for images of that many
+    channels.
 
-    A name is taken that stands in the package's own list, or is "tu-" and a model that timm knows. Nothing else is tried,
-    so a name out of a stranger's file can start no download.
+    A name is taken that stands in the package's own list, or is "tu-" and a model that timm knows. Nothing else is
+    tried, so a name out of a stranger's file can start no download.
     """
     known = segmentation_models().encoders.get_encoder_names()
     if isinstance(name, str) and name.startswith("tu-"):
@@ -42,8 +44,10 @@ def check_encoder(name: str, in_channels: int) -> None:
 
         known = [name] if timm.is_model(name[3:]) else known
     if name not in known:
-        raise ValueError(f"unknown encoder {name!r}: choose a name of segmentation-models-pytorch, such as resnet34 or mit_b0, "
-                         "or tu- and the name of a timm model")
+        raise ValueError(
+            f"unknown encoder {name!r}: choose a name of segmentation-models-pytorch, such as resnet34 or mit_b0, "
+            "or tu- and the name of a timm model"
+        )
     if not 1 <= in_channels <= 1024:
         raise ValueError(f"the encoder {name} takes images of 1 to 1024 channels, not {in_channels}")
 
@@ -67,7 +71,8 @@ class ProjectedEncoder(nn.Module):
         except Exception as error:  # whatever a model stumbles over that was never meant to give maps
             raise ValueError(f"the encoder {name} gives no maps of {in_channels}-channel images ({error})") from None
         given = self.body.out_channels[-3:]
-        self.project8, self.project16, self.project32 = (ConvBNAct(c, n, kernel=1) for c, n in zip(given, self.channels))
+        self.project8, self.project16, self.project32 = (
+            ConvBNAct(c, n, kernel=1) for c, n in zip(given, self.channels))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c8, c16, c32 = self.body(images)[-3:]  # finer maps, where there are any, stay unused
@@ -84,7 +89,8 @@ def build_encoder(name: str = "fpn", in_channels: int = 3, width: int = 16) -> E
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-pairs
 def _pairs(network: nn.Module, probe: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], list[Tensor]]:
-    """Convolutions and the batch normalizations that take their very output, each called once, and the network's outputs."""
+    """Convolutions and the batch normalizations that take their very output, each called once, and the network's
+    outputs."""
     made, pairs, calls = {}, [], Counter()
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -94,11 +100,16 @@ def _pairs(network: nn.Module, probe: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.
         elif id(inputs[0]) in made:
             pairs.append((made[id(inputs[0])][0], module))
 
-    hooks = [module.register_forward_hook(watch) for module in network.modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)]
+    hooks = [
+        module.register_forward_hook(watch)
+        for module in network.modules()
+        if type(module) in (nn.Conv2d, nn.BatchNorm2d)
+    ]
     outputs = _outputs(network, probe)
     for hook in hooks:
         hook.remove()
-    computed = "_forward_pre_hooks", "parametrizations"  # a weight that is computed anew in every call cannot be exchanged
+    # a weight that is computed anew in every call cannot be exchanged
+    computed = "_forward_pre_hooks", "parametrizations"
     plain = [(conv, norm) for conv, norm in pairs if not any(getattr(conv, name, None) for name in computed)]
     return [(conv, norm) for conv, norm in plain if calls[conv] == calls[norm] == 1], outputs
 
@@ -112,8 +123,11 @@ def _outputs(network: nn.Module, probe: Tensor) -> list[Tensor]:
 
 def _alike(network: nn.Module, probe: Tensor, before: list[Tensor]) -> bool:
     """Does the network still give what it gave before, up to rounding?"""
-    return all(torch.allclose(now, then, rtol=0, atol=1e-3 * then.abs().max().item() + 1e-12, equal_nan=True)
-               for now, then in zip(_outputs(network, probe), before, strict=True) if then.numel())  # some give an empty map
+    return all(
+        torch.allclose(now, then, rtol=0, atol=1e-3 * then.abs().max().item() + 1e-12, equal_nan=True)
+        for now, then in zip(_outputs(network, probe), before, strict=True)
+        if then.numel()
+    )  # some give an empty map
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-fold
 def _fold(network: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Callable[[], None]:
@@ -131,13 +145,15 @@ def _fold(network: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Callable
 
 
 def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
-    """Fold batch normalizations into the convolutions before them, in place, in somebody else's network; returns how many.
+    """Fold batch normalizations into the convolutions before them, in place, in somebody else's network; returns how
+    many.
 
-    A run over one image of noise finds the pairs: an nn.BatchNorm2d whose input is an nn.Conv2d's very output, both used
-    once. Other kinds stay as they are. A second run must give the same; otherwise each pair is tried on its own, and put
-    back if it changes the result. The network is in evaluation mode: AssertionError otherwise.
+    A run over one image of noise finds the pairs: an nn.BatchNorm2d whose input is an nn.Conv2d's very output, both
+    used once. Other kinds stay as they are. A second run must give the same; otherwise each pair is tried on its own,
+    and put back if it changes the result. The network is in evaluation mode: AssertionError otherwise.
     """
-    probe = torch.randn(1, in_channels, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(network.parameters()))
+    probe = torch.randn(1, in_channels, 64, 64, generator=torch.Generator().manual_seed(0)).to(
+        next(network.parameters()))
     pairs, before = _pairs(network, probe)
     undo = [_fold(network, *pair) for pair in pairs]
     if _alike(network, probe, before):
@@ -155,7 +171,8 @@ def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-imagenet
 def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
-    """Load ImageNet weights into `body`, the encoder `name` of segmentation-models-pytorch, from the internet or its cache.
+    """Load ImageNet weights into `body`, the encoder `name` of segmentation-models-pytorch, from the internet or its
+    cache.
 
     ValueError where the encoder has none; ConnectionError where they cannot be fetched.
     """

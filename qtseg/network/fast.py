@@ -22,9 +22,14 @@ __all__ = ['HAS_ONE_DNN', 'ROLES', 'FAST', 'FewQueriesAttention', 'FewKeysAttent
            'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'forget_kept', 'accelerate']
 
 # %% ../../nbs/reference/network_fast.ipynb #c010
-HAS_ONE_DNN = torch.backends.mkldnn.is_available() and all(  #: are the undocumented operators there that a later section calls?
-    hasattr(torch.ops.mkldnn, name) for name in
-    ("_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"))
+HAS_ONE_DNN = (
+    torch.backends.mkldnn.is_available()
+    and all(  #: are the undocumented operators there that a later section calls?
+        hasattr(torch.ops.mkldnn, name)
+        for name in (
+            "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
+    )
+)
 
 # %% ../../nbs/reference/network_fast.ipynb #c025
 def _through_heads(few: Tensor, matrices: Tensor) -> Tensor:
@@ -42,9 +47,11 @@ def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/network_fast.ipynb #c0265
 def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
-    """Is absorbing worth it? With at most `head_width` tokens, and enough pixels that the saving outweighs more, smaller steps.
+    """Is absorbing worth it? With at most `head_width` tokens, and enough pixels that the saving outweighs more,
+    smaller steps.
 
-    The limit of 2¹⁵ numbers was measured on two CPU cores. Nothing was measured on other devices, so there the plain form stays.
+    The limit of 2¹⁵ numbers was measured on two CPU cores. Nothing was measured on other devices, so there the plain
+    form stays.
     """
     enough = torch.compiler.is_compiling() or many.numel() >= 1 << 15  # compiled, small steps cost nothing
     return few.shape[1] <= head_width and many.device.type == "cpu" and enough
@@ -60,9 +67,11 @@ class FewQueriesAttention(Attention):
         head_width = self.query.out_features // self.heads
         if not _pays(queries, keys, head_width):
             return super().fast_forward(queries, keys, values)
-        key, bias, value = (x.unflatten(0, (self.heads, -1)) for x in (self.key.weight, self.key.bias[:, None], self.value.weight))
+        key, bias, value = (
+            x.unflatten(0, (self.heads, -1)) for x in (self.key.weight, self.key.bias[:, None], self.value.weight))
         q = self.query(queries) * head_width**-0.5  # [B, Nq, I]
-        sought = _through_heads(q, key)  # [B, heads * Nq, width]: what each head looks for, in terms of the pixels themselves
+        # [B, heads * Nq, width]: what each head looks for, in terms of the pixels themselves
+        sought = _through_heads(q, key)
         scores = torch.bmm(sought, keys.transpose(1, 2))  # [B, heads * Nq, Nk]
         if torch.is_grad_enabled():  # softmax ignores the constant, but it gives the keys' bias a gradient (zero)
             scores = scores + _through_heads(q, bias)
@@ -81,9 +90,12 @@ class FewKeysAttention(Attention):
         head_width = self.query.out_features // self.heads
         if not _pays(keys, queries, head_width):
             return super().fast_forward(queries, keys, values)
-        query, bias, out = (x.unflatten(0, (self.heads, -1)) for x in (self.query.weight, self.query.bias[:, None], self.out.weight.t()))
+        query, bias, out = (
+            x.unflatten(0, (self.heads, -1)) for x in (self.query.weight, self.query.bias[:, None], self.out.weight.t())
+        )
         k = self.key(keys) * head_width**-0.5  # [B, Nk, I]
-        scores = torch.baddbmm(_through_heads(k, bias), _through_heads(k, query), queries.transpose(1, 2))  # [B, heads * Nk, Nq]
+        # [B, heads * Nk, Nq]
+        scores = torch.baddbmm(_through_heads(k, bias), _through_heads(k, query), queries.transpose(1, 2))
         weights = scores.unflatten(1, (self.heads, -1)).softmax(dim=2).flatten(1, 2)  # over the tokens of each head
         # every pixel takes weights that sum to one from each head, so a share of the bias with each makes one bias
         offered = _through_heads(self.value(values), out) + self.out.bias / self.heads  # [B, heads * Nk, width]
@@ -91,7 +103,8 @@ class FewKeysAttention(Attention):
 
 # %% ../../nbs/reference/network_fast.ipynb #c034
 def _as_it_stands(x: Tensor) -> bool:
-    """Is this ordinary computing on a CPU: float, nobody records or compiles, no autocast? Else the readable way is taken."""
+    """Is this ordinary computing on a CPU: float, nobody records or compiles, no autocast? Else the readable way is
+    taken."""
     return (x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing() and not torch.is_autocast_enabled("cpu"))
 
@@ -102,16 +115,19 @@ def _one_dnn_takes(x: Tensor) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear without gradients, computed by oneDNN where PyTorch has it: [..., in], [out, in], [out] -> [..., out]."""
+    """F.linear without gradients, computed by oneDNN where PyTorch has it: [..., in], [out, in], [out] -> [...,
+    out]."""
     if _one_dnn_takes(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 # %% ../../nbs/reference/network_fast.ipynb #c0341
 def _centered(upscale: Upscale) -> tuple[Tensor, Tensor]:
-    """Enlarging as a matrix [4 * out, in] and a bias [4 * out] whose results have mean zero over each child's channels."""
+    """Enlarging as a matrix [4 * out, in] and a bias [4 * out] whose results have mean zero over each child's
+    channels."""
     children = [one.unflatten(0, (4, -1)) for one in upscale.up.matrix()]  # [4, out, in], [4, out]
-    return tuple((one - one.mean(dim=1, keepdim=True)).flatten(0, 1) for one in children)  # layer norm would subtract it anyway
+    # layer norm would subtract it anyway
+    return tuple((one - one.mean(dim=1, keepdim=True)).flatten(0, 1) for one in children)
 
 
 def _enlarged(x: Tensor, matrix: Tensor, bias: Tensor, channels: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -126,7 +142,8 @@ def _normalized(children: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor,
     return torch.addcmul(shift, torch.mul(children, inverse, out=into), scale, out=into)
 
 # %% ../../nbs/reference/network_fast.ipynb #c0342
-def _recomputed(x: Tensor, matrix: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
+def _recomputed(
+    x: Tensor, matrix: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
     """One step forward for the way back: children, one over their standard deviation, normalized, activated."""
     children, inverse = _enlarged(x, matrix, bias, len(scale), eps)
     normal = _normalized(children, inverse, scale, shift, into=torch.empty_like(children))
@@ -137,7 +154,8 @@ def _step_back(gradient: Tensor, x: Tensor, known: tuple[Tensor, ...], matrix: T
                sums: Sequence[Tensor]) -> Tensor:
     """The way back through GELU, layer norm and enlarging: gradient [B, 4n, out], which is overwritten -> [B, n, in].
 
-    `known` begins as what `_recomputed` returns. Adds to `sums` the gradients of matrix (transposed), bias, scale and shift.
+    `known` begins as what `_recomputed` returns. Adds to `sums` the gradients of matrix (transposed), bias, scale and
+    shift.
     """
     children, inverse, normal, *_ = known
     gradient = torch.ops.aten.gelu_backward.grad_input(gradient, normal, grad_input=gradient)
@@ -151,9 +169,11 @@ def _step_back(gradient: Tensor, x: Tensor, known: tuple[Tensor, ...], matrix: T
 
 # %% ../../nbs/reference/network_fast.ipynb #c0343
 class _ChunkedLogits(torch.autograd.Function):
-    """Tokens [B, C, F], pixels [B, N, F] -> logits of the pixels' children [B, C, 16 * N]; keeps its inputs and nothing else.
+    """Tokens [B, C, F], pixels [B, N, F] -> logits of the pixels' children [B, C, 16 * N]; keeps its inputs and nothing
+    else.
 
-    `steps` are twice matrix, bias, scale and shift, of `_centered` and layer norm. Forward and backward go chunk by chunk.
+    `steps` are twice matrix, bias, scale and shift, of `_centered` and layer norm. Forward and backward go chunk by
+    chunk.
     """
 
     @staticmethod
@@ -174,7 +194,8 @@ class _ChunkedLogits(torch.autograd.Function):
         tokens, pixels, *steps = ctx.saved_tensors
         of_tokens, of_pixels = torch.zeros_like(tokens), torch.empty_like(pixels)
         sums = [torch.zeros_like(one.t() if one.ndim == 2 else one) for one in steps]
-        for x, g, result in zip(pixels.split(ctx.chunk, 1), gradient.split(16 * ctx.chunk, 2), of_pixels.split(ctx.chunk, 1)):
+        for x, g, result in zip(
+            pixels.split(ctx.chunk, 1), gradient.split(16 * ctx.chunk, 2), of_pixels.split(ctx.chunk, 1)):
             four = _recomputed(x, *steps[:4], ctx.eps)  # since nothing was kept: 4 children of each pixel, then 16
             sixteen = _recomputed(four[-1], *steps[4:], ctx.eps)
             g = g.contiguous()
@@ -188,8 +209,8 @@ class _ChunkedLogits(torch.autograd.Function):
 class FastMaskHead(MaskHead):
     """The mask head on a CPU, in training and inference: a chunk at a time, and nothing inside a chunk is kept.
 
-    The gradients of a chunk compute it again, so the widest maps never exist as a whole. Same parameters and function as
-    `MaskHead`, which is used everywhere else.
+    The gradients of a chunk compute it again, so the widest maps never exist as a whole. Same parameters and function
+    as `MaskHead`, which is used everywhere else.
     """
 
     def logits_of(self, tokens: Tensor, pixels: Tensor) -> Tensor:
@@ -216,7 +237,8 @@ class _NormSiLU(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, bias, mean, inverse = ctx.saved_tensors
         slope = weight * inverse
-        y = torch.addcmul((bias - mean * slope)[:, None, None], x, slope[:, None, None])  # [B, C, H, W], what SiLU was given
+        # [B, C, H, W], what SiLU was given
+        y = torch.addcmul((bias - mean * slope)[:, None, None], x, slope[:, None, None])
         gradient = torch.ops.aten.silu_backward.grad_input(gradient, y, grad_input=y)
         needed = list(ctx.needs_input_grad[:3])
         return *torch.ops.aten.native_batch_norm_backward(gradient, x, weight, None, None, mean, inverse, True, ctx.eps,
@@ -253,7 +275,8 @@ class _KeepsPacked(nn.Module):
     def packed(self, name: str, weight: Tensor, reorder: Callable, *settings) -> Tensor:
         kept = self._packed and self._packed.get(name)
         if not kept or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[2] != weight._version:
-            kept = weight, weight.detach(), weight._version, reorder(weight, *settings)  # detached: its memory stays taken
+            # detached: its memory stays taken
+            kept = weight, weight.detach(), weight._version, reorder(weight, *settings)
             self._packed = {**(self._packed or {}), name: kept}
         return kept[3]
 
@@ -274,14 +297,16 @@ class _KeepsPacked(nn.Module):
 def _infers_plainly(x: Tensor, weight: Tensor) -> bool:
     """Is this inference in float32 that oneDNN can do, with weights that nobody trains?
 
-    PyTorch's fused optimizers write to weights without counting versions, and an inference tensor has no version at all.
+    PyTorch's fused optimizers write to weights without counting versions, and an inference tensor has no version at
+    all.
     """
     return (not torch.is_grad_enabled() and _one_dnn_takes(x) and weight.dtype == x.dtype and _as_it_stands(x)
             and not weight.requires_grad and not weight.is_inference())
 
 # %% ../../nbs/reference/network_fast.ipynb #c0432
 class FastConvBNAct(_KeepsPacked, ConvBNAct):
-    """ConvBNAct on a CPU: training keeps two maps instead of three; folded, convolution and SiLU are one call of oneDNN."""
+    """ConvBNAct on a CPU: training keeps two maps instead of three; folded, convolution and SiLU are one call of
+    oneDNN."""
 
     use_naive = False
 
@@ -299,7 +324,8 @@ class FastConvBNAct(_KeepsPacked, ConvBNAct):
 
 
 class FastFeedForward(_KeepsPacked, FeedForward):
-    """The tokens' MLP; in inference on a CPU two calls of oneDNN, which reads its large weights faster. Same function."""
+    """The tokens' MLP; in inference on a CPU two calls of oneDNN, which reads its large weights faster. Same
+    function."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _infers_plainly(x, self.expand.weight) or watched(self.expand, self.contract):
@@ -328,14 +354,16 @@ FAST = {ConvBNAct: FastConvBNAct, UpConvBNAct: FastUpConvBNAct, UpConv: FastUpCo
 
 
 def forget_kept(network: nn.Module) -> None:
-    """Drop the sorted weights and position encodings that a network keeps, after writes to `.data`, which PyTorch does not count."""
+    """Drop the sorted weights and position encodings that a network keeps, after writes to `.data`, which PyTorch does
+    not count."""
     for module in network.modules():
         if isinstance(module, (_KeepsPacked, PositionalEncoding)):
             module.forget()
 
 
 def accelerate(network: nn.Module) -> None:
-    """Change, in place, the class of every module that has a faster one; parameters, their names and the function stay."""
+    """Change, in place, the class of every module that has a faster one; parameters, their names and the function
+    stay."""
     for name, module in network.named_modules():
         if type(module) is Attention:
             module.__class__ = ROLES.get(name.rpartition(".")[2], Attention)

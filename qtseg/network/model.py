@@ -81,7 +81,8 @@ class Decoding(NamedTuple):
 
 # %% ../../nbs/06_model.ipynb #mdl-segmenter
 class Segmenter(nn.Module):
-    """What all networks of this repository share: a `config` with the constructor's arguments, and how images come in."""
+    """What all networks of this repository share: a `config` with the constructor's arguments, and how images come
+    in."""
 
     model_type: str  #: what stands in config.json
     config: dict[str, Any]
@@ -95,8 +96,14 @@ class Segmenter(nn.Module):
 
 # %% ../../nbs/06_model.ipynb #mdl-whole
 def checked_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """A whole number of the constructor, NumPy's included, as int; ValueError for everything else and outside its bounds."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least or (most is not None and value > most):
+    """A whole number of the constructor, NumPy's included, as int; ValueError for everything else and outside its
+    bounds."""
+    if (
+        isinstance(value, bool)
+        or not hasattr(value, "__index__")
+        or value < least
+        or (most is not None and value > most)
+    ):
         bounds = f"from {least} to {most}" if most else f"from {least}"
         raise ValueError(f"{name} must be a whole number {bounds}, not {value!r}")
     return int(value)
@@ -107,9 +114,10 @@ class Network(Segmenter):
 
     model_type = "qtseg"
 
-    def __init__(self, classes: int = 2, in_channels: int = 3, width: int = 16, bridge: str = "mlff", decoder: str = "mqm",
-                 depths: Sequence[int] = (1, 2, 3), heads: int = 8, mlp_width: int = 2048, position: str = "fourier",
-                 encoder: str = "fpn"):
+    def __init__(
+        self, classes: int = 2, in_channels: int = 3, width: int = 16, bridge: str = "mlff", decoder: str = "mqm",
+        depths: Sequence[int] = (1, 2, 3), heads: int = 8, mlp_width: int = 2048, position: str = "fourier",
+        encoder: str = "fpn"):
         super().__init__()
         classes = checked_whole("classes", classes, most=256)  # a mask has one byte per pixel
         in_channels, width = checked_whole("in_channels", in_channels), checked_whole("width", width)
@@ -130,7 +138,8 @@ class Network(Segmenter):
         return Encoding(levels, self.bridge(levels))
 
     def decode(self, levels: Encoding | Sequence[Tensor]) -> Decoding:
-        """The bridge's three levels, or all that `encode` returned -> every step of the decoder, attention weights too."""
+        """The bridge's three levels, or all that `encode` returned -> every step of the decoder, attention weights
+        too."""
         stages: list[StageOutput] = []
         low_res_logits = self.decoder(levels.bridge if isinstance(levels, Encoding) else levels, stages)
         return Decoding(stages, low_res_logits)
@@ -143,7 +152,8 @@ class Network(Segmenter):
 
 # %% ../../nbs/06_model.ipynb #769c7fc9
 class Forms:
-    """The same function in other forms, and frozen parts. Mixed into every network; each form is a copy, the original stays."""
+    """The same function in other forms, and frozen parts. Mixed into every network; each form is a copy, the original
+    stays."""
 
     def naive(self):
         """A copy that computes the graph as the paper writes it: the yardstick of every speed claim."""
@@ -157,8 +167,9 @@ class Forms:
         """A copy for inference on fixed weights: BatchNorm folded into the convolutions, no gradients for parameters.
 
         Attention, mask head and blocks take the faster forms of lesson 16.
-        In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`). The copy keeps
-        weights sorted; after a write to a weight's `.data`, which PyTorch does not count, call `qtseg.speed.forget_kept`.
+        In parts of segmentation-models-pytorch some BatchNorms can stay (see `qtseg.encoder.fold_batchnorms`). The copy
+        keeps weights sorted; after a write to a weight's `.data`, which PyTorch does not count, call
+        `qtseg.speed.forget_kept`.
         """
         twin = copy.deepcopy(self).eval().requires_grad_(False)
         for module in twin.modules():
@@ -169,7 +180,8 @@ class Forms:
         return twin.to(memory_format=torch.channels_last)
 
     def freeze_encoder(self):
-        """Stop training the encoder's weights; its BatchNorm statistics still follow the data, as in the official code."""
+        """Stop training the encoder's weights; its BatchNorm statistics still follow the data, as in the official
+        code."""
         self.encoder.requires_grad_(False)
         return self
 
@@ -186,7 +198,8 @@ def _build(network: type[Segmenter], folder: Path) -> Segmenter:
         raise ValueError(f"{path} describes a {kind}, not a {network.model_type}: qtseg.model.load_network reads both")
     unknown = config.keys() - inspect.signature(network).parameters.keys()
     if unknown:
-        raise ValueError(printable(f"{path} has entries that this version of QTSeg does not know: {first_names(unknown)}"))
+        raise ValueError(
+            printable(f"{path} has entries that this version of QTSeg does not know: {first_names(unknown)}"))
     try:
         return network(**config)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # a word for a number, 0 heads, …
@@ -204,13 +217,15 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         config = json.dumps({"model_type": self.model_type, **self.config}, indent=2) + "\n"
-        write_then_rename(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_then_rename(
+            folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         write_then_rename(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
         return folder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path):
-        """The model of a checkpoint or a run (see `find_checkpoint`), in evaluation mode. FileNotFoundError, ValueError."""
+        """The model of a checkpoint or a run (see `find_checkpoint`), in evaluation mode. FileNotFoundError,
+        ValueError."""
         folder = find_checkpoint(folder)
         path = folder / "model.safetensors"
         with shapes_only():  # a config that asks for a gigantic network is refused before it gets one
@@ -223,15 +238,18 @@ class Checkpoints:
 
 # %% ../../nbs/06_model.ipynb #mdl-encoder-weights
 class EncoderWeights:
-    """Weights for the encoder alone. Mixed into every network; `encoder_prefix` begins its entries in the state dict."""
+    """Weights for the encoder alone. Mixed into every network; `encoder_prefix` begins its entries in the state
+    dict."""
 
     def load_encoder(self, path: str | Path, strict: bool = True):
-        """Load weights that were trained elsewhere into `self.encoder`; returns the model. ValueError where they don't fit.
+        """Load weights that were trained elsewhere into `self.encoder`; returns the model. ValueError where they don't
+        fit.
 
-        `path` is a checkpoint or a run (see `find_checkpoint`) of a network of the same type and encoder; or "imagenet", for an
-        encoder of segmentation-models-pytorch (from the internet: ConnectionError without); or, for QTSeg's own encoder, an
-        official encoder-only file (`fpn-nano.pth`). That file holds YOLOv8n's COCO weights, which are under AGPL-3.0; with
-        `strict=False`, entries in it that are not the encoder's are passed over. Missing ones are always refused.
+        `path` is a checkpoint or a run (see `find_checkpoint`) of a network of the same type and encoder; or
+        "imagenet", for an encoder of segmentation-models-pytorch (from the internet: ConnectionError without); or, for
+        QTSeg's own encoder, an official encoder-only file (`fpn-nano.pth`). That file holds YOLOv8n's COCO weights,
+        which are under AGPL-3.0; with `strict=False`, entries in it that are not the encoder's are passed over. Missing
+        ones are always refused.
         """
         if getattr(self, "fused", False):
             raise ValueError("a fused copy takes no weights: load them into the model that it was fused from")
@@ -262,9 +280,14 @@ class EncoderWeights:
     def _load_official_encoder(self, path: Path, strict: bool) -> None:
         state, prefix = read_official(path), "image_encoder."
         if self.config["encoder"] != "fpn":
-            raise ValueError(f"{path} holds an encoder of the official code, and this network has {self.config['encoder']}")
+            raise ValueError(
+                f"{path} holds an encoder of the official code, and this network has {self.config['encoder']}")
         state = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in state.items()}
-        wanted = {official_names(name, 1)[0]: tensor for name, tensor in self.state_dict().items() if name.startswith("encoder.")}
+        wanted = {
+            official_names(name, 1)[0]: tensor
+            for name, tensor in self.state_dict().items()
+            if name.startswith("encoder.")
+        }
         copy_into(wanted, state if strict else {name: state[name] for name in state.keys() & wanted.keys()}, path)
 
 # %% ../../nbs/06_model.ipynb #5d986bfd
@@ -274,7 +297,8 @@ class QTSeg(Network, Forms, Checkpoints, EncoderWeights):
     Any H, W >= 32 (padded inside to multiples of 32, logits cropped back); any number of classes >= 1, background
     included, 1 meaning a single sigmoid mask. `bridge`, `decoder` and `position` are names in BRIDGES, DECODERS and
     POSITIONS, `encoder` is "fpn" or a name of segmentation-models-pytorch; `depths` counts the decoder's blocks at
-    strides 8, 16, 32. Defaults: the paper's network. Source: arXiv 2412.17241, version 1; release v0.1.0 of the official code.
+    strides 8, 16, 32. Defaults: the paper's network. Source: arXiv 2412.17241, version 1; release v0.1.0 of the
+    official code.
     """
 
     encoder_prefix = "encoder."

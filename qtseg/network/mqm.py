@@ -43,7 +43,8 @@ class LayerNorm2d(TwoForms):
 
 # %% ../../nbs/05_decoder.ipynb #decoder-024
 class Upscale(nn.Module):
-    """Twice the height and width: transposed convolution 2×2, LayerNorm2d, exact GELU: [B, in, H, W] -> [B, out, 2H, 2W].
+    """Twice the height and width: transposed convolution 2×2, LayerNorm2d, exact GELU: [B, in, H, W] -> [B, out, 2H,
+    2W].
 
     Source: the paper's mask decoder (officially `output_upscaling`), as in Segment Anything.
     """
@@ -156,7 +157,10 @@ class MaskHead(TwoForms):
 
     def logits_of(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """Pixels at stride 8 [B, N, F] -> logits of their children at stride 2, not yet in place: [B, C, 16 * N]."""
-        parts = [tokens @ self.upscale2.subpixels(self.upscale4.subpixels(part)).transpose(1, 2) for part in self._chunks(pixels)]
+        parts = [
+            tokens @ self.upscale2.subpixels(self.upscale4.subpixels(part)).transpose(1, 2)
+            for part in self._chunks(pixels)
+        ]
         return torch.cat(parts, dim=2)
 
     @staticmethod

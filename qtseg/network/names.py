@@ -35,14 +35,18 @@ def _official_decoder_names(part: str, rest: list[str], tokens: int) -> list[str
     if part == "mask_tokens":
         return ["mask_decoder.mask_tokens.weight"]
     if part.startswith("upscale") or part == "mask_head":
-        stage, first = ("0", {"upscale4": 0, "upscale2": 3}[rest.pop(0)]) if part == "mask_head" else (_LEVELS[part[7:]], 0)
+        stage, first = (
+            ("0", {"upscale4": 0, "upscale2": 3}[rest.pop(0)]) if part == "mask_head" else (_LEVELS[part[7:]], 0))
         return [f"mask_decoder.output_upscaling_s{stage}.{first + (rest[0] == 'norm')}.{rest[-1]}"]
     stage = _LEVELS[part.removeprefix("stage")]
     if rest[0] == "position":
         return [f"mask_decoder.pe_layer_s{stage}.positional_encoding_gaussian_matrix"]
     if rest[0] == "token_mlps":
         kind = {"weights": "weight", "biases": "bias"}[rest[1]]
-        return [f"mask_decoder.output_hypernetworks_mlps_s{stage}.{token}.layers.{rest[2]}.{kind}" for token in range(tokens)]
+        return [
+            f"mask_decoder.output_hypernetworks_mlps_s{stage}.{token}.layers.{rest[2]}.{kind}"
+            for token in range(tokens)
+        ]
     return [f"mask_decoder.transformer_s{stage}." + ".".join(_TRANSFORMER_NAMES.get(word, word) for word in rest)]
 
 # %% ../../nbs/reference/network_names.ipynb #a598f67e

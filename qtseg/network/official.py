@@ -26,7 +26,8 @@ def to_official(model: QTSeg) -> dict[str, Tensor]:
     given = {part: model.config[part] for part in ("bridge", "decoder", "position", "encoder")}
     published = {"bridge": ("mlff", "identity"), "decoder": ("mqm",), "position": ("fourier",), "encoder": ("fpn",)}
     if any(given[part] not in names for part, names in published.items()):
-        raise ValueError(f"the official code has no names for a network with {', '.join(f'{p} {n}' for p, n in given.items())}")
+        raise ValueError(
+            f"the official code has no names for a network with {', '.join(f'{p} {n}' for p, n in given.items())}")
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         names = official_names(name, model.config["classes"])
@@ -38,25 +39,32 @@ def to_official(model: QTSeg) -> dict[str, Tensor]:
 def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
     """Constructor arguments read off the shapes of an official state dict (8 heads: no shape tells them)."""
     if any("DMAB_s" in name for name in state):
-        raise ValueError(f"{path} is a checkpoint of release v0.3.1 (DMA decoder); this version reads v0.1.0 (MQM) only")
+        raise ValueError(
+            f"{path} is a checkpoint of release v0.3.1 (DMA decoder); this version reads v0.1.0 (MQM) only")
     try:
         classes = state["mask_decoder.mask_tokens.weight"].shape[0]
         width, in_channels = state["image_encoder.conv_0.conv.weight"].shape[:2]
         mlp_width = state["mask_decoder.transformer_s0.layers.0.mlp.lin1.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing among {first_names(state, 3)} "
-                         "(an encoder-only file goes into QTSeg.load_encoder)") from None
+        raise ValueError(
+            f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing among {first_names(state, 3)} "
+            "(an encoder-only file goes into QTSeg.load_encoder)"
+        ) from None
     except (IndexError, ValueError):
-        raise ValueError(f"{path} does not fit any QTSeg: a weight that tells the network's size has too few axes") from None
-    depths = [len({name.split(".")[3] for name in state if name.startswith(f"mask_decoder.transformer_s{stage}.layers.")})
-              for stage in range(3)]
+        raise ValueError(
+            f"{path} does not fit any QTSeg: a weight that tells the network's size has too few axes") from None
+    depths = [
+        len({name.split(".")[3] for name in state if name.startswith(f"mask_decoder.transformer_s{stage}.layers.")})
+        for stage in range(3)
+    ]
     return dict(classes=classes, in_channels=in_channels, width=width, depths=depths, mlp_width=mlp_width)
 
 # %% ../../nbs/reference/network_official.ipynb #e6186eb5
 def load_official(path: str | Path) -> QTSeg:
     """A checkpoint or bare state dict of the official repository, release v0.1.0 -> the model, in evaluation mode.
 
-    Read with `weights_only=True`. Raises FileNotFoundError, or ValueError naming what is missing, unexpected, mis-shaped.
+    Read with `weights_only=True`. Raises FileNotFoundError, or ValueError naming what is missing, unexpected,
+    mis-shaped.
     """
     state = read_official(path)
     config = _official_config(state, path)

@@ -57,7 +57,8 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
         raise ValueError(printable(f"{source} does not fit this network: {'; '.join(found)}"))
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-wrappers
-_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel, DistributedDataParallel and torch.compile put before every name
+# what DataParallel, DistributedDataParallel and torch.compile put before every name
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
@@ -66,8 +67,12 @@ def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Ten
     for prefix in 2 * _WRAPPERS:  # one inside the other, in either order
         having = [name for name in state if name.startswith(prefix)]
         if having and len(having) < len(state):
-            raise ValueError(printable(f"{source} is half wrapped: {len(having)} of {len(state)} names begin with {prefix} "
-                                       f"({first_names(having)}); save the state dict of the network inside the wrapper"))
+            raise ValueError(
+                printable(
+                    f"{source} is half wrapped: {len(having)} of {len(state)} names begin with {prefix} "
+                    f"({first_names(having)}); save the state dict of the network inside the wrapper"
+                )
+            )
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
@@ -75,13 +80,18 @@ def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Ten
 def _check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError for weights that no network can compute with: NaN, infinite, a variance below zero."""
     for name, tensor in state.items():
-        least, most = tensor.aminmax() if tensor.numel() else (torch.tensor(0.0), torch.tensor(0.0))  # NaN if there is one
+        # NaN if there is one
+        least, most = tensor.aminmax() if tensor.numel() else (torch.tensor(0.0), torch.tensor(0.0))
         wrong = "" if least.isfinite() and most.isfinite() else "are not finite (NaN or infinite)"
         if name.endswith("running_var") and least < 0:
             wrong = wrong or "are variances below zero"
         if wrong:
-            raise ValueError(printable(f"{source} holds numbers in {name} that {wrong}: its training diverged or the file is "
-                                       "damaged; take another checkpoint or copy it again"))
+            raise ValueError(
+                printable(
+                    f"{source} holds numbers in {name} that {wrong}: its training diverged or the file is "
+                    "damaged; take another checkpoint or copy it again"
+                )
+            )
 
 # %% ../../nbs/reference/network_state.ipynb #9a86644e
 def read_config(folder: Path) -> tuple[str, dict]:
@@ -92,12 +102,14 @@ def read_config(folder: Path) -> tuple[str, dict]:
     config = read_json(path)
     kind = config.pop("model_type", None)
     if kind not in ("qtseg", "baseline"):
-        raise ValueError(f"{path} does not describe a network of this repository (model_type is neither qtseg nor baseline)")
+        raise ValueError(
+            f"{path} does not describe a network of this repository (model_type is neither qtseg nor baseline)")
     return kind, config
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-find
 def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The checkpoint folder that a path names: the folder itself, or in a run's folder the checkpoint that the run selected.
+    """The checkpoint folder that a path names: the folder itself, or in a run's folder the checkpoint that the run
+    selected.
 
     Args:
         path: a folder that `save_pretrained` wrote, or the folder of a training run.
@@ -111,8 +123,10 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: name a checkpoint that save_pretrained wrote (RUN/best_dice, RUN/last), "
-                                "or the folder of a run")
+        raise FileNotFoundError(
+            f"{path} is no folder: name a checkpoint that save_pretrained wrote (RUN/best_dice, RUN/last), "
+            "or the folder of a run"
+        )
     if (path / "model.safetensors").exists():
         return path
     inside = [name for name in ("best_dice", "last") if (path / name / "model.safetensors").is_file()]
@@ -126,8 +140,12 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     if selected.isidentifier() and (path / selected / "model.safetensors").is_file():
         return path / selected
     if not inside:
-        raise FileNotFoundError(printable(f"{path} is a run without a checkpoint (neither {selected} nor best_dice nor last): "
-                                          "name another run, or train it first"))
+        raise FileNotFoundError(
+            printable(
+                f"{path} is a run without a checkpoint (neither {selected} nor best_dice nor last): "
+                "name another run, or train it first"
+            )
+        )
     return path / inside[0]
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-shapes
@@ -135,7 +153,8 @@ RANDOM_FILLS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Ten
 
 
 class _WithoutNumbers(TorchFunctionMode):
-    """Gives random and stacked tensors their shapes alone, where the meta device would import PyTorch's compiler: two seconds of work.
+    """Gives random and stacked tensors their shapes alone, where the meta device would import PyTorch's compiler: two
+    seconds of work.
 
     torch.linspace keeps its memory: some encoders read their drop rates off a few evenly spaced numbers.
     """
@@ -177,7 +196,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return _unwrapped(load_file(path), path)
     except (SafetensorError, KeyError) as error:  # KeyError: a type of number that this version of PyTorch lacks
-        raise ValueError(printable(f"{path} is truncated or not a safetensors file ({error}): copy or download it again")) from None
+        raise ValueError(
+            printable(f"{path} is truncated or not a safetensors file ({error}): copy or download it again")) from None
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-copy
 def copy_into(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str | Path) -> None:
@@ -191,8 +211,10 @@ def copy_into(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], source:
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-plain
 _STEPS = 200_000  # of a pickle; those of an official checkpoint are 20,000, and four times as many with an optimizer
-_PLAIN = re.compile(r"collections (OrderedDict|Counter)|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.nn\.parameter Parameter"
-                    r"|torch (\w+Storage|Size|device|bfloat16|u?int\d+|float\d+|bool|complex\d+)")  # what plain tensors need
+_PLAIN = re.compile(
+    r"collections (OrderedDict|Counter)|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.nn\.parameter Parameter"
+    r"|torch (\w+Storage|Size|device|bfloat16|u?int\d+|float\d+|bool|complex\d+)"
+)  # what plain tensors need
 
 
 def _pickles(path: Path) -> list[BinaryIO]:
@@ -211,7 +233,8 @@ def _pickles(path: Path) -> list[BinaryIO]:
 
 
 def _check_pickles(path: Path) -> None:
-    """Raise UnpicklingError if a file names anything but what plain tensors need, ValueError if it has too many steps."""
+    """Raise UnpicklingError if a file names anything but what plain tensors need, ValueError if it has too many
+    steps."""
     steps = 0
     for content in _pickles(path):
         for step, argument, _ in pickletools.genops(content):
@@ -227,8 +250,10 @@ def _check_storage(state: Mapping[str, Tensor], path: Path) -> None:
     stored = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in state.values()}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if needed > sum(stored.values()):
-        raise ValueError(f"{path} describes {needed} bytes of weights and holds {sum(stored.values())}: its tensors repeat numbers "
-                         "that are stored once; ask its author for a plain state dict")
+        raise ValueError(
+            f"{path} describes {needed} bytes of weights and holds {sum(stored.values())}: its tensors repeat numbers "
+            "that are stored once; ask its author for a plain state dict"
+        )
 
 # %% ../../nbs/reference/network_state.ipynb #b358d2d5
 def read_official(path: str | Path) -> dict[str, Tensor]:
@@ -242,8 +267,10 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
         _check_pickles(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} was not loaded: it holds Python objects other than tensors, which could run code, or is "
-                         "damaged; ask its author for a plain state dict, or download it again") from None
+        raise ValueError(
+            f"{path} was not loaded: it holds Python objects other than tensors, which could run code, or is "
+            "damaged; ask its author for a plain state dict, or download it again"
+        ) from None
     except Exception:  # a damaged file makes the reader stumble in many ways: struct.error, IndexError, AssertionError, …
         raise ValueError(f"{path} is truncated or not a PyTorch file: download it again") from None
     state = content.get("state_dict_model", content) if isinstance(content, Mapping) else content

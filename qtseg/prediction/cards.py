@@ -39,7 +39,8 @@ def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
     stored, metrics = _read_json(run / "config.json"), _read_json(run / "metrics.json")
     known = {entry.name: entry.default for entry in fields(TrainConfig)}
     if stored.keys() - known.keys() or any(known[name] is not None for name in known.keys() - stored.keys()):
-        return None, {}  # another program's config.json; defaults for what it lacks would be invented (None: not asked for)
+        # another program's config.json; defaults for what it lacks would be invented (None: not asked for)
+        return None, {}
     scored = run / f"best_{metrics.get('selected_by')}"
     same = (scored / "model.safetensors").is_file() and weights_sha256(scored) == weights_sha256(checkpoint)
     return TrainConfig.from_dict(stored), metrics if same else {}
@@ -62,8 +63,10 @@ SCORES = {"dice": "Dice (percent)", "iou": "IoU (percent)", "acc": "Accuracy (pe
 
 
 def _front_matter(name: str, recipe: TrainConfig | None, metrics: dict) -> str:
-    """The YAML block that the Hugging Face hub reads: licence, library, tags, data, scores. A JSON text is a YAML text."""
-    drawn = recipe and recipe.data.startswith("phantoms") and not recipe.encoder_weights  # nobody else's data or weights in it
+    """The YAML block that the Hugging Face hub reads: licence, library, tags, data, scores. A JSON text is a YAML
+    text."""
+    # nobody else's data or weights in it
+    drawn = recipe and recipe.data.startswith("phantoms") and not recipe.encoder_weights
     lines = ["license: apache-2.0"] if drawn else ["license: other", "license_name: follows-the-training-data"]
     lines += ["library_name: qtseg", "pipeline_tag: image-segmentation", "tags: [qtseg, image-segmentation, medical]"]
     if recipe and metrics:
@@ -113,7 +116,8 @@ def _scores(recipe: TrainConfig | None, metrics: dict) -> str:
         return UNKNOWN
     part, split = _scored_part(metrics)
     values = " | ".join(f"{metrics['test'][measure]:.2f}" for measure in SCORES)
-    chosen = f"The weights are those of the epoch with the best {escape(metrics['selected_by'])} on the validation split"
+    chosen = (
+        f"The weights are those of the epoch with the best {escape(metrics['selected_by'])} on the validation split")
     return "\n".join([
         f"Mean over the {escape(metrics['images'][part])} images of the {split} split, "
         f"at {recipe.size}×{recipe.size} pixels:", "",
@@ -135,8 +139,10 @@ def _evaluation(checkpoint: Path) -> str:
         scores = ", ".join(f"{name} {_interval(mean[measure])}" for measure, name in (("dice", "Dice"), ("iou", "IoU")))
         counts = ", ".join(escape(f"{name.replace('_', ' ')} {count}") for name, count in missed.items())
         split, images = escape(found["split"].capitalize()), escape(found["images"])
-        paragraphs.append(f"{split} split, {images} images, each at its own size, in percent (95 % bootstrap interval): "
-                          f"{scores}; {counts}.")
+        paragraphs.append(
+            f"{split} split, {images} images, each at its own size, in percent (95 % bootstrap interval): "
+            f"{scores}; {counts}."
+        )
     return "\n\n".join(paragraphs) or "None was found beside this checkpoint; `qtseg-evaluate` writes one."
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export086
@@ -148,7 +154,8 @@ def _recipe(recipe: TrainConfig | None, metrics: dict) -> str:
     losses = " + ".join(f"{weight:g} · {escape(name)}" for name, weight in r.losses.items())
     encoder = escape(data_name(r.encoder_weights)) if r.encoder_weights else "random"
     time_ = f"{metrics['train']['seconds'] / 60:.1f} minutes" if metrics else "unknown"
-    versions = ", ".join(escape(f"{name} {version}") for name, version in metrics.get("versions", {}).items()) or "unknown"
+    versions = (
+        ", ".join(escape(f"{name} {version}") for name, version in metrics.get("versions", {}).items()) or "unknown")
     return f"""* {r.epochs} epochs, batch {r.batch}
 * optimizer {r.optimizer}, learning rate {r.lr:g}, schedule "{r.scheduler}", weight decay {r.weight_decay:g}
 * loss {losses}; the encoder's first weights: {encoder}; mixed precision: {r.amp}; seed {r.seed}
@@ -166,13 +173,16 @@ say "this is no picture of my kind": it answers every image with a mask. A mean 
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export092
 CARD_FILE = "README.md"
-CARD_MARK = "<!-- Written by qtseg-export, which writes it anew each time. Delete this line to keep your own changes. -->"
+CARD_MARK = (
+    "<!-- Written by qtseg-export, which writes it anew each time. Delete this line to keep your own changes. -->")
 
 
 def model_card(checkpoint: str | Path) -> str:
-    """The README.md of a checkpoint: what its folder and its run's tell of it, "unknown" for the rest; no paths, no image names.
+    """The README.md of a checkpoint: what its folder and its run's tell of it, "unknown" for the rest; no paths, no
+    image names.
 
-    Markdown with the YAML block of the Hugging Face hub. Raises FileNotFoundError, ValueError: checkpoint or JSON files damaged.
+    Markdown with the YAML block of the Hugging Face hub. Raises FileNotFoundError, ValueError: checkpoint or JSON files
+    damaged.
     """
     checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
@@ -186,7 +196,9 @@ def model_card(checkpoint: str | Path) -> str:
         raise ValueError(f"the metrics.json or evaluation.json of {checkpoint} is not what QTSeg writes "
                          f"({printable(repr(error))}): take it away") from None
     sections = [f"## {title}\n\n{text}" for title, text in parts.items()]
-    return "\n\n".join([front, CARD_MARK, f"# {escape(name)}", _about(checkpoint, model, preprocessing), *sections]) + "\n"
+    return (
+        "\n\n".join([front, CARD_MARK, f"# {escape(name)}", _about(checkpoint, model, preprocessing), *sections]) + "\n"
+    )
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export093
 def _own_card(checkpoint: Path) -> bool:
@@ -210,9 +222,11 @@ SHARED = ("config.json", "model.safetensors", PREPROCESSING_FILE)  # what a Pred
 
 
 def pack(checkpoint: str | Path, folder: str | Path) -> Path:
-    """A new folder with what others need of a checkpoint, and nothing else: SHARED, README.md, and model.onnx if there is one.
+    """A new folder with what others need of a checkpoint, and nothing else: SHARED, README.md, and model.onnx if there
+    is one.
 
-    Raises FileExistsError (folder), FileNotFoundError or ValueError (no sound checkpoint, a model.onnx of other weights).
+    Raises FileExistsError (folder), FileNotFoundError or ValueError (no sound checkpoint, a model.onnx of other
+    weights).
     """
     checkpoint, folder = find_checkpoint(checkpoint), Path(folder)
     if folder.exists():
@@ -234,22 +248,27 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _hub_problem(what: str, error: Exception) -> OSError:
-    """One sentence about a request that failed: the kind of failure only, since a library's own text may quote headers."""
+    """One sentence about a request that failed: the kind of failure only, since a library's own text may quote
+    headers."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return PermissionError(f"{what} was refused (status {status}): check the name, log in with `hf auth login` or HF_TOKEN")
+        return PermissionError(
+            f"{what} was refused (status {status}): check the name, log in with `hf auth login` or HF_TOKEN")
     if status == 404:
-        return FileNotFoundError(f"{what} failed: the hub has no such repository or revision, or does not show it to you")
+        return FileNotFoundError(
+            f"{what} failed: the hub has no such repository or revision, or does not show it to you")
     detail = f"status {status}" if status else type(error).__name__
     return ConnectionError(f"{what} failed ({detail}): check the connection to the hub and try again")
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export101
 def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload what `pack` packs to the Hugging Face hub, into a repository of models that is made if need be; returns its address.
+    """Upload what `pack` packs to the Hugging Face hub, into a repository of models that is made if need be; returns
+    its address.
 
     private: for a repository that is made now; one that exists stays as public or private as it is.
-    token: None means the one that `hf auth login` or HF_TOKEN left. Raises ValueError (name, checkpoint), PermissionError (no or
-    a refused token), ConnectionError, ModuleNotFoundError (huggingface_hub). No message holds the token.
+    token: None means the one that `hf auth login` or HF_TOKEN left. Raises ValueError (name, checkpoint),
+    PermissionError (no or a refused token), ConnectionError, ModuleNotFoundError (huggingface_hub). No message holds
+    the token.
     """
     if not HUB_NAME.fullmatch(repo_id):
         raise ValueError(f"{repo_id!r} is no name of a repository: it is USER/NAME")
@@ -268,11 +287,12 @@ def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, t
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export105
 def download_checkpoint(name: str | Path, *, revision: str | None = None, cache: str | Path | None = None) -> Path:
-    """A checkpoint's folder on this machine: `name` itself if there is such a folder, else USER/NAME from the Hugging Face hub.
+    """A checkpoint's folder on this machine: `name` itself if there is such a folder, else USER/NAME from the Hugging
+    Face hub.
 
-    Fetches SHARED and nothing else, once; later calls find it in the hub's cache (or `cache`), offline too. revision: a branch,
-    tag or commit. Raises FileNotFoundError (neither folder nor name, no such repository), PermissionError, ConnectionError,
-    ModuleNotFoundError (huggingface_hub).
+    Fetches SHARED and nothing else, once; later calls find it in the hub's cache (or `cache`), offline too. revision: a
+    branch, tag or commit. Raises FileNotFoundError (neither folder nor name, no such repository), PermissionError,
+    ConnectionError, ModuleNotFoundError (huggingface_hub).
     """
     if Path(name).is_dir():
         return Path(name)

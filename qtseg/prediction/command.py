@@ -23,47 +23,61 @@ __all__ = ['main']
 
 # %% ../../nbs/reference/prediction_command.ipynb #inference115
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("qtseg-predict", description="Segment images with a trained network, at their own size.")
+    parser = argparse.ArgumentParser(
+        "qtseg-predict", description="Segment images with a trained network, at their own size.")
     add = parser.add_argument
     add("checkpoint", help="a folder that training wrote: RUN, or a checkpoint in it such as RUN/best_dice")
     add("input", nargs="+", help="image files, folders (searched to the bottom) or patterns in quotes")
     add("--output", required=True, metavar="DIR", help="folder for masks, predictions.csv and errors.csv")
     add("--overlay", action="store_true", help="also write NAME_overlay.jpg")
-    add("--probability", choices=("png", "npz"), help="also write NAME_probability: 16-bit PNG, or NumPy with all classes")
-    add("--palette", action="store_true", help="masks with a table of colors, for eyes: some programs read those as colors")
+    add(
+        "--probability", choices=("png", "npz"),
+        help="also write NAME_probability: 16-bit PNG, or NumPy with all classes")
+    add(
+        "--palette", action="store_true",
+        help="masks with a table of colors, for eyes: some programs read those as colors")
     add("--batch", type=int, default=8, metavar="N", help="images (or windows) at a time (%(default)s)")
     add("--tta", action="store_true", help="average over mirror images: four times the work")
     add("--threshold", type=float, metavar="T", help="foreground begins above this probability, between 0 and 1")
     add("--keep-largest", action="store_true", help="keep one connected piece per class")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     add("--amp", choices=tuple(AMP), default="none", help="mixed precision (%(default)s)")
-    add("--engine", choices=ENGINES, default="torch", help="onnx: model.onnx in the checkpoint, by qtseg-export (%(default)s)")
+    add(
+        "--engine", choices=ENGINES, default="torch",
+        help="onnx: model.onnx in the checkpoint, by qtseg-export (%(default)s)")
     add("--window", type=int, metavar="N", help="slide a window of N pixels over the image instead of resizing it")
-    add("--overlap", type=float, default=0.25, metavar="F", help="share of a window that neighbors have in common (%(default)s)")
+    add(
+        "--overlap", type=float, default=0.25, metavar="F",
+        help="share of a window that neighbors have in common (%(default)s)")
     add("--overwrite", action="store_true", help="predict anew what is done, and replace results of other settings")
     add("--no-progress", action="store_true", help="no progress bar")
     return parser
 
 # %% ../../nbs/reference/prediction_command.ipynb #inference116
 def main(arguments: list[str] | None = None) -> int:
-    """The command qtseg-predict. Returns 0; 1 if anything could not be used; 130 after Ctrl-C. Wrong usage exits with 2."""
+    """The command qtseg-predict. Returns 0; 1 if anything could not be used; 130 after Ctrl-C. Wrong usage exits with
+    2."""
     chosen = _parser().parse_args(arguments)
     try:
         checkpoint = find_checkpoint(chosen.checkpoint)
         if checkpoint != Path(chosen.checkpoint):
             print(printable(f"checkpoint: {checkpoint}"))
-        predictor = Predictor.from_checkpoint(checkpoint, engine=chosen.engine, device=chosen.device, amp=chosen.amp,
-                                              threshold=chosen.threshold, tta=chosen.tta, keep_largest=chosen.keep_largest)
+        predictor = Predictor.from_checkpoint(
+            checkpoint, engine=chosen.engine, device=chosen.device, amp=chosen.amp, threshold=chosen.threshold,
+            tta=chosen.tta, keep_largest=chosen.keep_largest)
         if predictor.device.type == "cpu":
             keep_freed_memory()
-        summary = predict_files(predictor, chosen.input, chosen.output, overlay=chosen.overlay, probability=chosen.probability,
-                                batch=chosen.batch, window=chosen.window, overlap=chosen.overlap, palette=chosen.palette,
-                                overwrite=chosen.overwrite, progress=not chosen.no_progress)
+        summary = predict_files(
+            predictor, chosen.input, chosen.output, overlay=chosen.overlay, probability=chosen.probability,
+            batch=chosen.batch, window=chosen.window, overlap=chosen.overlap, palette=chosen.palette,
+            overwrite=chosen.overwrite, progress=not chosen.no_progress)
     except KeyboardInterrupt:
         print("qtseg-predict: stopped at once: run again to go on", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
-        print(f"qtseg-predict: the device has too little memory for --batch {chosen.batch}: choose fewer", file=sys.stderr)
+        print(
+            f"qtseg-predict: the device has too little memory for --batch {chosen.batch}: choose fewer", file=sys.stderr
+        )
         return 1
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(printable(f"qtseg-predict: {error}"), file=sys.stderr)

@@ -36,10 +36,11 @@ __all__ = ['SMALLEST_RECORDED', 'PARITY', 'PARITY_SHAPES', 'ONNX_FILE', 'TORCH_F
 
 # %% ../../nbs/reference/prediction_export.ipynb #export022
 class AnySize(nn.Module):
-    """A network that is padded and cropped around by recorded operations: images [B, C, H, W] -> logits [B, classes, H, W].
+    """A network that is padded and cropped around by recorded operations: images [B, C, H, W] -> logits [B, classes, H,
+    W].
 
-    The network pads behind an `if`, and a graph holds only the branch that its example took. Here the padding is always done,
-    by a computed number of pixels, which may be 0. Same values as the network alone.
+    The network pads behind an `if`, and a graph holds only the branch that its example took. Here the padding is always
+    done, by a computed number of pixels, which may be 0. Same values as the network alone.
     """
 
     def __init__(self, network: nn.Module, multiple: int = 32):
@@ -50,9 +51,11 @@ class AnySize(nn.Module):
         height, width = images.shape[-2:]
         # rounded up without negative numbers: // rounds those down in Python, and towards zero in ONNX
         below, right = ((side + self.multiple - 1) // self.multiple * self.multiple - side for side in (height, width))
-        logits = self.network(F.pad(images, (0, right, 0, below), mode="replicate"))  # [B, classes, H + below, W + right]
+        # [B, classes, H + below, W + right]
+        logits = self.network(F.pad(images, (0, right, 0, below), mode="replicate"))
         rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
-        return logits.index_select(2, rows).index_select(3, columns)  # a slice's strides would become assumptions of the graph
+        # a slice's strides would become assumptions of the graph
+        return logits.index_select(2, rows).index_select(3, columns)
 
 # %% ../../nbs/reference/prediction_export.ipynb #export025
 SMALLEST_RECORDED = 33  # a side of 32 gives maps of one pixel, which torch.export would record as a case of its own
@@ -65,7 +68,8 @@ def record_graph(network: nn.Module, in_channels: int = 3) -> torch.export.Expor
     """
     sizes = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=SMALLEST_RECORDED),
              3: torch.export.Dim("width", min=SMALLEST_RECORDED)}
-    example = torch.zeros(2, in_channels, 100, 77)  # sizes that nothing else in the network has, so none is taken for a constant
+    # sizes that nothing else in the network has, so none is taken for a constant
+    example = torch.zeros(2, in_channels, 100, 77)
     any_size = AnySize(copy.deepcopy(network).to(memory_format=torch.contiguous_format)).eval()
     try:
         program = torch.export.export(any_size, (example,), dynamic_shapes={"images": sizes}, strict=False,
@@ -82,24 +86,29 @@ PARITY_SHAPES = ((1, 64, 64), (2, 100, 77), (3, 33, 128))  # batch, height, widt
 
 
 def parity_images(in_channels: int = 3) -> list[Tensor]:
-    """What engines are compared on, noise and phantoms in each of PARITY_SHAPES: float32 [B, in_channels, H, W] in [-1, 1]."""
+    """What engines are compared on, noise and phantoms in each of PARITY_SHAPES: float32 [B, in_channels, H, W] in [-1,
+    1]."""
     generator, batches = torch.Generator().manual_seed(18), []
     for batch, height, width in PARITY_SHAPES:
         batches.append(2 * torch.rand(batch, in_channels, height, width, generator=generator) - 1)
-        pictures = [phantom(FAMILIES[i % len(FAMILIES)], i, max(height, width))[0][:height, :width] for i in range(batch)]
-        planes = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2)  # uint8 [B, 3, H, W]
+        pictures = [
+            phantom(FAMILIES[i % len(FAMILIES)], i, max(height, width))[0][:height, :width] for i in range(batch)]
+        # uint8 [B, 3, H, W]
+        planes = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2)
         batches.append(normalize(planes[:, torch.arange(in_channels) % 3]))
     return batches
 
 
 @torch.inference_mode()
-def largest_difference(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
+def largest_difference(
+    one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
     """The largest absolute difference between two networks' logits on any of the batches; NaN where either has one."""
     return torch.stack([(one(images) - other(images)).abs().max() for images in batches]).max().item()
 
 # %% ../../nbs/reference/prediction_export.ipynb #export032
 def _check_parity(network: nn.Module, engine: Callable[[Tensor], Tensor], in_channels: int, name: str) -> float:
-    """The largest difference of an engine's logits from the network's; ValueError above PARITY, for NaN, for a crash."""
+    """The largest difference of an engine's logits from the network's; ValueError above PARITY, for NaN, for a
+    crash."""
     try:
         difference = largest_difference(network, engine, parity_images(in_channels))
     except Exception as error:  # every engine has errors of its own
@@ -108,8 +117,10 @@ def _check_parity(network: nn.Module, engine: Callable[[Tensor], Tensor], in_cha
         if difference <= PARITY:  # never true for NaN
             return difference
         problem = f"computes logits that differ from PyTorch's by {difference:.2g}, more than {PARITY:g}"
-    raise ValueError(f"{name} {problem}: nothing was written; please report this with your versions of torch, onnx, onnxscript "
-                     "and onnxruntime")
+    raise ValueError(
+        f"{name} {problem}: nothing was written; please report this with your versions of torch, onnx, onnxscript "
+        "and onnxruntime"
+    )
 
 # %% ../../nbs/reference/prediction_export.ipynb #export037
 def require_packages(purpose: str, *names: str) -> list[ModuleType]:
@@ -124,16 +135,19 @@ ONNX_FILE, TORCH_FILE, OPSET = "model.onnx", "model.pt2", 20  # opset 20 is the 
 
 
 def _metadata(checkpoint: Path, preprocessing: Preprocessing) -> dict[str, str]:
-    """What an ONNX file says about itself: whose weights it holds, how images are prepared, what the classes are called."""
+    """What an ONNX file says about itself: whose weights it holds, how images are prepared, what the classes are
+    called."""
     return {"weights_sha256": weights_sha256(checkpoint), "preprocessing": json.dumps(asdict(preprocessing)),
             "class_names": json.dumps(preprocessing.class_names, ensure_ascii=False), "qtseg": __version__}
 
 # %% ../../nbs/reference/prediction_export.ipynb #export043
 def _translate(program: torch.export.ExportedProgram, opset: int, metadata: dict[str, str]) -> torch.onnx.ONNXProgram:
-    """A recorded graph -> an ONNX program with named sizes, the given metadata, and no traces of the machine that wrote it."""
+    """A recorded graph -> an ONNX program with named sizes, the given metadata, and no traces of the machine that wrote
+    it."""
     names = {"images": {0: "batch", 2: "height", 3: "width"}}
-    translated = torch.onnx.export(program, input_names=["images"], output_names=["logits"], dynamic_shapes=names, dynamo=True,
-                                   opset_version=opset, verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
+    translated = torch.onnx.export(
+        program, input_names=["images"], output_names=["logits"], dynamic_shapes=names, dynamo=True,
+        opset_version=opset, verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
     translated.model.graph.metadata_props.clear()
     for node in translated.model.graph:
         node.metadata_props.clear()
@@ -142,13 +156,14 @@ def _translate(program: torch.export.ExportedProgram, opset: int, metadata: dict
 
 # %% ../../nbs/reference/prediction_export.ipynb #export045
 def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset: int = OPSET) -> float:
-    """Write a checkpoint as one ONNX file, by default <checkpoint>/model.onnx; returns how far its logits are off PyTorch's.
+    """Write a checkpoint as one ONNX file, by default <checkpoint>/model.onnx; returns how far its logits are off
+    PyTorch's.
 
     checkpoint: its folder, or the folder of a run (see `find_checkpoint`).
 
-    Input "images" float32 [B, C, H, W] in [-1, 1], output "logits" [B, classes, H, W]; any B >= 1, any H, W >= 32. The file is
-    compared with PyTorch through ONNX Runtime before it gets its name. Raises FileNotFoundError, ValueError (checkpoint, more
-    than PARITY apart), ModuleNotFoundError (onnx, onnxscript, onnxruntime).
+    Input "images" float32 [B, C, H, W] in [-1, 1], output "logits" [B, classes, H, W]; any B >= 1, any H, W >= 32. The
+    file is compared with PyTorch through ONNX Runtime before it gets its name. Raises FileNotFoundError, ValueError
+    (checkpoint, more than PARITY apart), ModuleNotFoundError (onnx, onnxscript, onnxruntime).
     """
     onnx, *_ = require_packages("exporting to ONNX", "onnx", "onnxscript", "onnxruntime")
     newest = onnx.defs.onnx_opset_version()
@@ -169,10 +184,12 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
 
 # %% ../../nbs/reference/prediction_export.ipynb #export052
 def export_torch(checkpoint: str | Path, path: str | Path | None = None) -> float:
-    """Write a checkpoint as a torch.export program, by default <checkpoint>/model.pt2; returns how far its logits are off.
+    """Write a checkpoint as a torch.export program, by default <checkpoint>/model.pt2; returns how far its logits are
+    off.
 
-    Takes float32 [B, C, H, W] in [-1, 1], any B >= 1, any H, W >= 33. `torch.export.load` unpickles: load only files that you
-    wrote yourself. Raises FileNotFoundError, ValueError (checkpoint, more than PARITY apart), RuntimeError (PyTorch too old).
+    Takes float32 [B, C, H, W] in [-1, 1], any B >= 1, any H, W >= 33. `torch.export.load` unpickles: load only files
+    that you wrote yourself. Raises FileNotFoundError, ValueError (checkpoint, more than PARITY apart), RuntimeError
+    (PyTorch too old).
     """
     checkpoint, difference = find_checkpoint(checkpoint), 0.0
     model, _ = read_checkpoint(checkpoint)
@@ -191,7 +208,8 @@ def export_torch(checkpoint: str | Path, path: str | Path | None = None) -> floa
 
 # %% ../../nbs/reference/prediction_export.ipynb #export055
 def checkpoint_engines(checkpoint: str | Path, compiled: bool = True) -> dict[str, Callable[[Tensor], Tensor]]:
-    """One network in every form that runs here, by name: PyTorch as loaded, fused, compiled; its model.onnx if there is one.
+    """One network in every form that runs here, by name: PyTorch as loaded, fused, compiled; its model.onnx if there is
+    one.
 
     compiled: also through torch.compile, which needs a C++ compiler and about a minute for each size.
     """
@@ -208,7 +226,8 @@ def checkpoint_engines(checkpoint: str | Path, compiled: bool = True) -> dict[st
 # %% ../../nbs/reference/prediction_export.ipynb #export057
 @torch.inference_mode()
 def _round_times(engines: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each engine on the images, round by round, so that a busy moment of the machine hits all of them alike."""
+    """Seconds of each engine on the images, round by round, so that a busy moment of the machine hits all of them
+    alike."""
     times: dict[str, list[float]] = {name: [] for name in engines}
     for round_ in range(rounds + 2):  # two rounds to warm up: memory, caches, compilation
         for name, engine in engines.items():
@@ -221,7 +240,8 @@ def _round_times(engines: dict[str, Callable[[Tensor], Tensor]], images: Tensor,
 
 def benchmark_engines(engines: dict[str, Callable[[Tensor], Tensor]], sizes: Sequence[int] = (256, 512),
                       batches: Sequence[int] = (1, 4), rounds: int = 15, in_channels: int = 3) -> list[dict]:
-    """Time networks on the CPU, in turns: rows of size, batch, engine, and the medians "milliseconds" and "images_per_second"."""
+    """Time networks on the CPU, in turns: rows of size, batch, engine, and the medians "milliseconds" and
+    "images_per_second"."""
     rows = []
     for size in sizes:
         for batch in batches:
@@ -234,11 +254,15 @@ def benchmark_engines(engines: dict[str, Callable[[Tensor], Tensor]], sizes: Seq
 
 # %% ../../nbs/reference/prediction_export.ipynb #export058
 def engine_table(rows: Sequence[dict]) -> str:
-    """Rows of `benchmark_engines` in Markdown: a line per engine, a column per size and batch; processor and threads below."""
+    """Rows of `benchmark_engines` in Markdown: a line per engine, a column per size and batch; processor and threads
+    below."""
     cases = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
     value = {(row["engine"], row["size"], row["batch"]): f"{row['milliseconds']:.1f}" for row in rows}
     table = [["milliseconds", *(f"{size}², batch {batch}" for size, batch in cases)], ["---", *["---:"] * len(cases)]]
-    table += [[engine, *(value[(engine, *case)] for case in cases)] for engine in dict.fromkeys(row["engine"] for row in rows)]
+    table += [
+        [engine, *(value[(engine, *case)] for case in cases)] for engine in dict.fromkeys(row["engine"] for row in rows)
+    ]
     machine = hardware(torch.device("cpu"))
     lines = [f"| {' | '.join(line)} |" for line in table]
-    return "\n".join([*lines, "", f"{machine['processor']}, {machine['threads']} thread(s), PyTorch {torch.__version__}"])
+    return "\n".join(
+        [*lines, "", f"{machine['processor']}, {machine['threads']} thread(s), PyTorch {torch.__version__}"])

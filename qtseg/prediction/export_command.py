@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--torch", action="store_true", help=f"write {TORCH_FILE}, checked against PyTorch")
     parser.add_argument("--card", action="store_true", help=f"write {CARD_FILE}, the model card")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="copy what others need into a new folder")
-    parser.add_argument("--push", metavar="USER/NAME", help="upload that to the Hugging Face hub, into a private repository")
+    parser.add_argument(
+        "--push", metavar="USER/NAME", help="upload that to the Hugging Face hub, into a private repository")
     parser.add_argument("--public", action="store_true", help="with --push: into a public one")
     return parser
 

@@ -41,14 +41,16 @@ __all__ = ['TROUBLE', 'Job', 'Ready', 'Done', 'Summary', 'predict_files']
 
 # %% ../../nbs/reference/prediction_folders.ipynb #3922dc72
 def _is_loss(path: Path, reason: str) -> bool:
-    """Could what was passed over have been an image? Not a result, what was listed before, or a pipe by another name."""
+    """Could what was passed over have been an image? Not a result, what was listed before, or a pipe by another
+    name."""
     if reason in ("results of an earlier prediction", "a folder that was listed already"):
         return False
     return path.suffix.lower() in ENDINGS or not reason.startswith("not a file")
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference090
 def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """The complete rows of an earlier table, by their first cell; none if there is no such table. ValueError: damaged."""
+    """The complete rows of an earlier table, by their first cell; none if there is no such table. ValueError:
+    damaged."""
     if not path.is_file():
         return {}
     try:
@@ -60,7 +62,8 @@ def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference093
 class Job(NamedTuple):
-    """One image of a run: its file, what tables call it (relative to the folder shared by all), and its outputs' name."""
+    """One image of a run: its file, what tables call it (relative to the folder shared by all), and its outputs'
+    name."""
 
     path: Path
     file: str
@@ -68,7 +71,8 @@ class Job(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """An image that was read: the network's input, the image's own height and width, and what the table says about it."""
+    """An image that was read: the network's input, the image's own height and width, and what the table says about
+    it."""
 
     image: np.ndarray
     size: tuple[int, int]
@@ -86,7 +90,10 @@ def _cells(paths: Sequence[str]) -> list[str]:
     """`_cell` for each path; where two would read alike, those that had to be changed get a checksum."""
     cells = [_cell(path) for path in paths]
     count = Counter(cells)
-    return [cell if count[cell] == 1 or cell == path else f"{cell} ~{short_digest(path)}" for cell, path in zip(cells, paths)]
+    return [
+        cell if count[cell] == 1 or cell == path else f"{cell} ~{short_digest(path)}"
+        for cell, path in zip(cells, paths)
+    ]
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -194,8 +201,8 @@ def _slide_job(predictor: Predictor, options: FileOptions, output: Path, ready: 
 class Summary:
     """How a run over files went: images predicted, skipped (done before) and failed; seconds, and those of the network.
 
-    failed: images of which something could not be read or written; ignored: files that are no pictures; stopped: somebody
-    pressed Ctrl-C, and the rest is left for the next run; output: the folder.
+    failed: images of which something could not be read or written; ignored: files that are no pictures; stopped:
+    somebody pressed Ctrl-C, and the rest is left for the next run; output: the folder.
     """
 
     output: Path
@@ -233,11 +240,17 @@ class _Opened:
         """Find out what is left to do, and begin the tables; nobody else may be writing to the folder."""
         output, options = self.output, self.options
         columns = ["file", "mask", "width", "height", *class_columns(self.predictor.class_names), "note"]
-        rows = _rows(output / "predictions.csv", columns) if check_settings(output, self.settings, options.overwrite) else {}
-        self.todo = [job for job in self.jobs if options.overwrite or not _is_done(job, rows.get(job.file), output, options)]
+        rows = (
+            _rows(output / "predictions.csv", columns)
+            if check_settings(output, self.settings, options.overwrite)
+            else {}
+        )
+        self.todo = [
+            job for job in self.jobs if options.overwrite or not _is_done(job, rows.get(job.file), output, options)]
         self.summary.skipped = len(self.jobs) - len(self.todo)
         again = {job.file for job in self.todo}
-        self.table = GrowingTable(output / "predictions.csv", columns, [row for file, row in rows.items() if file not in again])
+        self.table = GrowingTable(
+            output / "predictions.csv", columns, [row for file, row in rows.items() if file not in again])
         self.errors = GrowingTable(output / "errors.csv", ["file", "reason"])
         # the settings come last, so that rows never stand beside settings that are not theirs
         if problem := write_output(output, SETTINGS_FILE, (json.dumps(self.settings, indent=2) + "\n").encode()):
@@ -303,7 +316,8 @@ class _Run(_Stream):
             return
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
             read_ahead = self.readable(in_order(readers, read, self.feed(stop), 2 * batch))
-            answers = p.through_network(((ready.image, (job, ready.size, ready.note)) for ready, job in read_ahead), batch)
+            answers = p.through_network(
+                ((ready.image, (job, ready.size, ready.note)) for ready, job in read_ahead), batch)
             yield from in_order(writers, partial(_finish_job, p, o, self.output), answers, 2 * batch)
 
     def run(self) -> Summary:
@@ -319,15 +333,17 @@ class _Run(_Stream):
         return self.summary
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference109
-def predict_files(predictor: Predictor, inputs: str | os.PathLike | Iterable[str | os.PathLike], output: str | os.PathLike,
-                  **options) -> Summary:
+def predict_files(
+    predictor: Predictor, inputs: str | os.PathLike | Iterable[str | os.PathLike], output: str | os.PathLike, **options
+) -> Summary:
     """Segment files, folders and patterns (see `find_images`) into a folder, each image at its own size.
 
-    For a/b.jpg below the folder that all inputs share: a/b.png, the mask (class index, gray); if asked for (see `FileOptions`)
-    a/b_overlay.jpg and a/b_probability.png (16 bits) or .npz; `name_outputs` says what becomes of equal names. predictions.csv
-    has a row per image (`describe_mask`; note: what else is to be known), errors.csv one per file that could not be read or
-    written, predictions.json the settings. What is done already is skipped, unless `overwrite`; other settings or a foreign
-    folder are refused, and so is a folder to which another run is writing. Ctrl-C finishes what is begun, and returns.
+    For a/b.jpg below the folder that all inputs share: a/b.png, the mask (class index, gray); if asked for (see
+    `FileOptions`) a/b_overlay.jpg and a/b_probability.png (16 bits) or .npz; `name_outputs` says what becomes of equal
+    names. predictions.csv has a row per image (`describe_mask`; note: what else is to be known), errors.csv one per
+    file that could not be read or written, predictions.json the settings. What is done already is skipped, unless
+    `overwrite`; other settings or a foreign folder are refused, and so is a folder to which another run is writing.
+    Ctrl-C finishes what is begun, and returns.
 
     Raises:
         FileNotFoundError, ValueError: inputs, options or output folder cannot be used.

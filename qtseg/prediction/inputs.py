@@ -73,13 +73,15 @@ def _expand(pattern: Path) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
 def _select(files: list[Path], passed: list[tuple[Path, str]]) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Of files that were found those that are to be segmented; the others are passed over, too."""
     kept = {file for file in files if _is_input(file)}
-    return [file for file in files if file in kept], [*passed, *((file, NO_PICTURE) for file in files if file not in kept)]
+    return [file for file in files if file in kept], [
+        *passed, *((file, NO_PICTURE) for file in files if file not in kept)]
 
 # %% ../../nbs/reference/prediction_inputs.ipynb #inference073x1
 def _look_up(text: str) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
     """One thing that somebody named -> (the folder that outputs are relative to, files, passed). FileNotFoundError."""
     if not text:
-        raise FileNotFoundError("an empty text names no file or folder: is a variable not set? The folder one is in is .")
+        raise FileNotFoundError(
+            "an empty text names no file or folder: is a variable not set? The folder one is in is .")
     path = Path(text).expanduser().absolute()
     if os.path.isdir(path):
         return path, *_select(*walk(path))
@@ -92,10 +94,12 @@ def _look_up(text: str) -> tuple[Path, list[Path], list[tuple[Path, str]]]:
 
 
 def find_images(inputs: Iterable[str | os.PathLike], output: str | os.PathLike) -> Found:
-    """Files, folders (searched to the bottom) and patterns like "scans/*.png" -> what is to be segmented, each file once.
+    """Files, folders (searched to the bottom) and patterns like "scans/*.png" -> what is to be segmented, each file
+    once.
 
-    Folders and patterns yield files that are pictures by content or by ending; hidden files and folders that hold earlier
-    results (predictions.json) are left out, links to folders are followed once. A file that is named is taken as it is.
+    Folders and patterns yield files that are pictures by content or by ending; hidden files and folders that hold
+    earlier results (predictions.json) are left out, links to folders are followed once. A file that is named is taken
+    as it is.
 
     Raises:
         FileNotFoundError: what is not there, or if there is no image at all.
@@ -123,8 +127,9 @@ def short_digest(text: str) -> str:
 def name_outputs(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """The name of each file's outputs, without ending, relative to the output folder: root/a/b.jpg -> "a/b".
 
-    Where outputs would share a name (b.jpg and b.png lie in one folder), they keep the whole one: "a/b.jpg" and "a/b.png".
-    Where those are equal for some file systems (A.png and a.png, one letter in two Unicode forms), a checksum is added.
+    Where outputs would share a name (b.jpg and b.png lie in one folder), they keep the whole one: "a/b.jpg" and
+    "a/b.png". Where those are equal for some file systems (A.png and a.png, one letter in two Unicode forms), a
+    checksum is added.
     """
     whole = {file: file.relative_to(root).as_posix() for file in files}
     names = {file: name.removesuffix(file.suffix) for file, name in whole.items()}

@@ -38,7 +38,8 @@ def flip_average(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference029
 def keep_largest_components(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest connected piece of each foreground class, the rest becomes background: uint8 [H, W] -> uint8 [H, W].
+    """Keep the largest connected piece of each foreground class, the rest becomes background: uint8 [H, W] -> uint8 [H,
+    W].
 
     Pixels that touch at a corner are connected. Of pieces of one size the first one stays, counted from the top.
     """
@@ -75,11 +76,14 @@ def check_finite(maps: np.ndarray) -> None:
 class NetworkRunner:
     """The part of a `Predictor` between a batch of bytes and its probabilities."""
 
-    def __init__(self, network: Callable[[Tensor], Tensor], preprocessing: Preprocessing, classes: int, *, device: str = "auto",
-                 amp: str = "none", threshold: float | None = None, tta: bool = False, keep_largest: bool = False):
+    def __init__(
+        self, network: Callable[[Tensor], Tensor], preprocessing: Preprocessing, classes: int, *, device: str = "auto",
+        amp: str = "none", threshold: float | None = None, tta: bool = False, keep_largest: bool = False):
         if max(classes, 2) != len(preprocessing.class_names):
-            raise ValueError(f"a network of {classes} class(es) needs {max(classes, 2)} class names, but its preprocessing names "
-                             f"{len(preprocessing.class_names)} ({', '.join(preprocessing.class_names)})")
+            raise ValueError(
+                f"a network of {classes} class(es) needs {max(classes, 2)} class names, but its preprocessing names "
+                f"{len(preprocessing.class_names)} ({', '.join(preprocessing.class_names)})"
+            )
         if amp not in AMP:
             raise ValueError(f"amp is one of {', '.join(AMP)}, not {amp!r}")
         check_channels(network, preprocessing.channels)
@@ -103,7 +107,8 @@ class NetworkRunner:
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Prepared images, uint8 [B, 3, h, w] in the stored color space -> probabilities float32 [B, K, h, w] on the CPU.
+        """Prepared images, uint8 [B, 3, h, w] in the stored color space -> probabilities float32 [B, K, h, w] on the
+        CPU.
 
         All are NaN for an image whose logits were not finite.
         """
@@ -118,8 +123,10 @@ class NetworkRunner:
         with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "none"):
             probabilities = flip_average(network, images) if self.tta else class_probabilities(network(images))
         if probabilities.shape != (len(images), max(self.classes, 2), *images.shape[2:]):
-            raise ValueError(f"the network answered {list(images.shape)} with probabilities {list(probabilities.shape)}, "
-                             f"which is not {self.classes} class(es) for every pixel")
+            raise ValueError(
+                f"the network answered {list(images.shape)} with probabilities {list(probabilities.shape)}, "
+                f"which is not {self.classes} class(es) for every pixel"
+            )
         probabilities = probabilities.cpu()  # waits for a GPU, so that the clock below tells the truth
         probabilities[~torch.stack(sums).isfinite().all(dim=0).cpu()] = torch.nan
         self.network_seconds += time.perf_counter() - start
@@ -127,7 +134,8 @@ class NetworkRunner:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference040
 def with_background(maps: np.ndarray) -> np.ndarray:
-    """Result of `undo` -> all K probabilities, float32 [height, width, K]: the background, one minus the rest, is put back."""
+    """Result of `undo` -> all K probabilities, float32 [height, width, K]: the background, one minus the rest, is put
+    back."""
     return np.concatenate([1 - maps, maps], axis=2) if maps.shape[2] == 1 else maps
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference050
@@ -135,10 +143,12 @@ LARGEST_ONNX = 2**31 - 1  # bytes; the format's own limit
 
 
 class OnnxNetwork:
-    """A network in ONNX Runtime on the CPU: float32 [B, 3, H, W] in [-1, 1] -> logits [B, classes, H, W], torch tensors both.
+    """A network in ONNX Runtime on the CPU: float32 [B, 3, H, W] in [-1, 1] -> logits [B, classes, H, W], torch tensors
+    both.
 
-    path: a file that `qtseg-export` wrote (input "images", output "logits"); threads: None means one per core. `.metadata`: its
-    texts by name. Raises FileNotFoundError, ValueError (no such model), ModuleNotFoundError (no ONNX Runtime).
+    path: a file that `qtseg-export` wrote (input "images", output "logits"); threads: None means one per core.
+    `.metadata`: its texts by name. Raises FileNotFoundError, ValueError (no such model), ModuleNotFoundError (no ONNX
+    Runtime).
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None):
@@ -154,7 +164,8 @@ class OnnxNetwork:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         try:  # the bytes, not the path: weights in other files, anywhere on the disk, are not found
-            self.session = onnxruntime.InferenceSession(Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # damaged files raise almost anything
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is no ONNX model that can be run ({reason}): run qtseg-export again") from None

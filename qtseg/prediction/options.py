@@ -55,11 +55,11 @@ LOCK_FILE = ".predictions.lock"
 
 def prediction_settings(predictor: Predictor, options: FileOptions, root: Path) -> dict:
     """All that a mask depends on, as predictions.json says it."""
-    return {"images": str(root), "network": predictor.identity, "classes": predictor.classes, "amp": predictor.amp,
-            "threshold": predictor.threshold, "tta": predictor.tta, "keep_largest": predictor.keep_largest,
-            "window": options.window, "overlap": options.overlap if options.window else None,
-            "palette": options.palette,
-            "preprocessing": json.loads(json.dumps(asdict(predictor.preprocessing)))}  # tuples become lists, as in the file
+    return {
+        "images": str(root), "network": predictor.identity, "classes": predictor.classes, "amp": predictor.amp,
+        "threshold": predictor.threshold, "tta": predictor.tta, "keep_largest": predictor.keep_largest,
+        "window": options.window, "overlap": options.overlap if options.window else None, "palette": options.palette,
+        "preprocessing": json.loads(json.dumps(asdict(predictor.preprocessing)))}  # tuples become lists, as in the file
 
 
 def _short(value: object) -> str:
@@ -68,19 +68,24 @@ def _short(value: object) -> str:
 
 
 def check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
-    """May earlier results in this folder stay? ValueError, in one sentence, if they are other work and not to be overwritten."""
+    """May earlier results in this folder stay? ValueError, in one sentence, if they are other work and not to be
+    overwritten."""
     if not output.exists() or (output.is_dir() and all(path.name == LOCK_FILE for path in output.iterdir())):
         return False
     try:
         earlier = read_json(output / SETTINGS_FILE)
-        different = [f"{name}: {_short(earlier.get(name))} there, {_short(value)} now" for name, value in settings.items()
-                     if earlier.get(name) != value]
+        different = [
+            f"{name}: {_short(earlier.get(name))} there, {_short(value)} now"
+            for name, value in settings.items()
+            if earlier.get(name) != value
+        ]
     except OSError:
         different = [f"it holds files, but no {SETTINGS_FILE} that says where they come from"]
     except ValueError as error:
         different = [str(error)]
     if different and not overwrite:
-        raise ValueError(f"{output} holds other work ({'; '.join(different)}): choose a new folder, or overwrite (--overwrite)")
+        raise ValueError(
+            f"{output} holds other work ({'; '.join(different)}): choose a new folder, or overwrite (--overwrite)")
     return not different
 
 # %% ../../nbs/reference/prediction_options.ipynb #inference098x1

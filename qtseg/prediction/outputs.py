@@ -31,19 +31,22 @@ MOST_BOXES = 1000  # keeps a cell below the 32,767 characters that spreadsheets 
 
 def class_columns(class_names: Sequence[str]) -> list[str]:
     """The columns of `describe_mask`: four per foreground class."""
-    return [csv_cell(f"{name}_{what}") for name in class_names[1:] for what in ("pixels", "percent", "components", "boxes")]
+    return [
+        csv_cell(f"{name}_{what}") for name in class_names[1:] for what in ("pixels", "percent", "components", "boxes")]
 
 
 def describe_mask(mask: np.ndarray, classes: int) -> list:
-    """Measure a mask, uint8 [H, W] -> four values per foreground class: area, share of the image, pieces, bounding boxes.
+    """Measure a mask, uint8 [H, W] -> four values per foreground class: area, share of the image, pieces, bounding
+    boxes.
 
-    Area in pixels, share in percent; pieces are 8-connected; boxes are "x y width height" in pixels, joined by "; ", the largest
-    piece's first, MOST_BOXES at most.
+    Area in pixels, share in percent; pieces are 8-connected; boxes are "x y width height" in pixels, joined by "; ",
+    the largest piece's first, MOST_BOXES at most.
     """
     values = []
     for label in range(1, max(classes, 2)):
         _, _, statistics, _ = cv2.connectedComponentsWithStats((mask == label).astype(np.uint8), connectivity=8)
-        pieces = sorted(statistics[1:].tolist(), key=lambda piece: -piece[cv2.CC_STAT_AREA])  # [x, y, width, height, area]
+        # [x, y, width, height, area]
+        pieces = sorted(statistics[1:].tolist(), key=lambda piece: -piece[cv2.CC_STAT_AREA])
         area = sum(piece[cv2.CC_STAT_AREA] for piece in pieces)
         boxes = "; ".join(" ".join(map(str, piece[:4])) for piece in pieces[:MOST_BOXES])
         values += [area, f"{100 * area / mask.size:.4f}", len(pieces), boxes]
@@ -51,7 +54,8 @@ def describe_mask(mask: np.ndarray, classes: int) -> list:
 
 # %% ../../nbs/reference/prediction_outputs.ipynb #inference083
 def mask_png(mask: np.ndarray, palette: bool = False) -> bytes:
-    """A mask, uint8 [H, W], as a gray PNG whose values are class indices; palette: with the colors of `class_colors`."""
+    """A mask, uint8 [H, W], as a gray PNG whose values are class indices; palette: with the colors of
+    `class_colors`."""
     if not palette and hasattr(cv2, "IMWRITE_PNG_FILTER"):  # not in every OpenCV; filters take longer than all the rest
         options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
         return cv2.imencode(".png", mask, options)[1].tobytes()
@@ -66,7 +70,8 @@ LARGEST_OVERLAY = 8192  # pixels per side; a JPEG's limit is 65535, and eyes see
 
 
 def overlay_jpg(pixels: np.ndarray, mask: np.ndarray, opacity: float = 0.3) -> bytes:
-    """An image, uint8 RGB [H, W, 3], with its mask's classes tinted and outlined, as a JPEG of at most LARGEST_OVERLAY a side."""
+    """An image, uint8 RGB [H, W, 3], with its mask's classes tinted and outlined, as a JPEG of at most LARGEST_OVERLAY
+    a side."""
     if (scale := LARGEST_OVERLAY / max(mask.shape)) < 1:
         size = [max(1, round(side * scale)) for side in mask.shape[::-1]]
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
@@ -80,7 +85,8 @@ def overlay_jpg(pixels: np.ndarray, mask: np.ndarray, opacity: float = 0.3) -> b
 
 # %% ../../nbs/reference/prediction_outputs.ipynb #inference085
 def probability_png(maps: np.ndarray) -> bytes:
-    """The probability of the foreground (all classes but the background), maps [H, W, K] as `undo` has them, as a 16-bit PNG.
+    """The probability of the foreground (all classes but the background), maps [H, W, K] as `undo` has them, as a
+    16-bit PNG.
 
     0 is 0, 65535 is 1.
     """

@@ -24,10 +24,11 @@ ENGINES = ("torch", "onnx")
 class Predictor(LargeImages):
     """Masks for images of any size, from a trained network.
 
-    network: float [B, 3, size, size] in [-1, 1] -> logits [B, classes, size, size], any callable; a torch module is moved to the
-    device and put in evaluation mode. preprocessing: how its training images were prepared; classes: as the network's, 1 meaning
-    a single sigmoid mask. device: see `choose_device`; amp: "none", "bf16" or "fp16"; threshold: see `decide`; tta: average over
-    mirror images; keep_largest: one piece per class. Raises ValueError for what does not fit together.
+    network: float [B, 3, size, size] in [-1, 1] -> logits [B, classes, size, size], any callable; a torch module is
+    moved to the device and put in evaluation mode. preprocessing: how its training images were prepared; classes: as
+    the network's, 1 meaning a single sigmoid mask. device: see `choose_device`; amp: "none", "bf16" or "fp16";
+    threshold: see `decide`; tta: average over mirror images; keep_largest: one piece per class. Raises ValueError for
+    what does not fit together.
     """
 
     @classmethod
@@ -40,15 +41,18 @@ class Predictor(LargeImages):
             **options: as above.
 
         Raises:
-            FileNotFoundError, ValueError: one sentence, for a folder that is incomplete, damaged or at odds with itself.
+            FileNotFoundError, ValueError: one sentence, for a folder that is incomplete, damaged or at odds with
+            itself.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
         folder = find_checkpoint(folder)
         model, preprocessing = load_network(folder), read_preprocessing(folder)
         check_channels(model, preprocessing.channels)
-        if engine == "onnx" and (options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu")):
-            raise ValueError("ONNX Runtime computes on the CPU, in the precision of its file: leave device and amp as they are")
+        if engine == "onnx" and (
+            options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu")):
+            raise ValueError(
+                "ONNX Runtime computes on the CPU, in the precision of its file: leave device and amp as they are")
         network = model.fuse() if engine == "torch" else open_onnx(folder)
         options |= {"device": "cpu"} if engine == "onnx" else {}
         predictor = cls(network, preprocessing, model.config["classes"], **options)

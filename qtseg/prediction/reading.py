@@ -32,7 +32,8 @@ def _rgb(values: np.ndarray, white: int = 65535) -> np.ndarray:
         values = table.astype(np.uint8)[values]
     if values.dtype != np.uint8:
         raise ValueError(f"pixels are uint8 from 0 to 255, or uint16, not {values.dtype}: convert them first")
-    return np.repeat(values[:, :, None], 3, axis=2) if gray else np.ascontiguousarray(values[:, :, :3])  # alpha is dropped
+    # alpha is dropped
+    return np.repeat(values[:, :, None], 3, axis=2) if gray else np.ascontiguousarray(values[:, :, :3])
 
 # %% ../../nbs/reference/prediction_reading.ipynb #inference021
 FREE_PIXELS = 30_000_000  # with its maps at the image's own size, a prediction takes some 16 bytes for each
@@ -52,7 +53,8 @@ def as_rgb(image: str | os.PathLike | np.ndarray | Image.Image, white: int = 655
     """A path, an array or a PIL image -> uint8 RGB [H, W, 3], upright (an EXIF rotation is carried out).
 
     Args:
-        image: a file (see `read_picture`), a PIL image, or an array [H, W], [H, W, 3] (RGB) or [H, W, 4] (alpha is dropped),
+        image: a file (see `read_picture`), a PIL image, or an array [H, W], [H, W, 3] (RGB) or [H, W, 4] (alpha is
+        dropped),
             uint8 or uint16.
         white: the value of more than 8 bits that becomes 255; larger ones do, too.
 

@@ -33,8 +33,10 @@ class _Steps(NetworkRunner):
         pixels = as_rgb(image, self.preprocessing.white)
         return self.preprocessing.prepare(pixels), pixels.shape[:2]
 
-    def through_network(self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple[np.ndarray, tuple]]:
-        """Results of `prepare`, in batches through the network -> (float32 [size, size, K], whatever came second), in order."""
+    def through_network(
+        self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple[np.ndarray, tuple]]:
+        """Results of `prepare`, in batches through the network -> (float32 [size, size, K], whatever came second), in
+        order."""
         if not isinstance(batch, Integral) or batch < 1:
             raise ValueError(f"batch is a whole number of at least 1, not {batch!r}")
         prepared = iter(prepared)
@@ -44,7 +46,8 @@ class _Steps(NetworkRunner):
             yield from zip(probabilities, (size for _, size in part))
 
     def undo(self, maps: np.ndarray, height: int, width: int) -> np.ndarray:
-        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map remains.
+        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map
+        remains.
 
         ValueError if they are not finite.
         """
@@ -65,7 +68,8 @@ class _Images(_Steps):
         return self.undo(maps, height, width)
 
     def predict(self, image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
-        """A path, an RGB or gray array, a PIL image (see `as_rgb`) -> its mask at its own size, class index uint8 [H, W]."""
+        """A path, an RGB or gray array, a PIL image (see `as_rgb`) -> its mask at its own size, class index uint8 [H,
+        W]."""
         return self.decide(self._maps(image))
 
     def probabilities(self, image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
@@ -73,17 +77,20 @@ class _Images(_Steps):
         return with_background(self._maps(image))
 
     def predict_many(self, images: Iterable, batch: int = 8) -> Iterator[np.ndarray]:
-        """`predict` for each image, in order. Threads read ahead and finish behind; some five batches are in memory at a time.
+        """`predict` for each image, in order. Threads read ahead and finish behind; some five batches are in memory at
+        a time.
 
         Raises what `as_rgb` raises when it is that image's turn; `predict_files` goes on instead.
         """
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as finishers:
             answers = self.through_network(in_order(readers, self.prepare, images, 2 * batch), batch)
-            yield from in_order(finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
+            yield from in_order(
+                finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
 
 # %% ../../nbs/reference/prediction_tiles.ipynb #inference058
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along one side: steps of window * (1 - overlap), the last one moved back to end with the image."""
+    """Where windows begin along one side: steps of window * (1 - overlap), the last one moved back to end with the
+    image."""
     step = max(1, int(window * (1 - overlap)))
     return [min(start, length - window) for start in range(0, length - window + step, step)]
 
@@ -94,7 +101,8 @@ LARGEST_WINDOW = 8192  # pixels per side: a network of width 16 needs some 5 GB 
 def check_window(window: int | None, overlap: float) -> None:
     """Raise ValueError for windows that cannot be slid; None stands for the size of training."""
     if (window is not None and window < 32) or not 0 <= overlap < 1:
-        raise ValueError(f"a window has 32 pixels or more, and an overlap from 0 to below 1, not {window} and {overlap}")
+        raise ValueError(
+            f"a window has 32 pixels or more, and an overlap from 0 to below 1, not {window} and {overlap}")
 
 
 def fit_window(window: int, height: int, width: int, size: int) -> int:
@@ -121,20 +129,29 @@ class _Windows(_Images):
     """Predictions at native resolution, one row of windows at a time."""
 
     def _strip(self, pixels: np.ndarray, weight: Tensor, overlap: float, batch: int) -> np.ndarray:
-        """One row of windows: uint8 RGB [window, W, 3] -> maps [K, window, W], blended from left to right by weight [window]."""
+        """One row of windows: uint8 RGB [window, W, 3] -> maps [K, window, W], blended from left to right by weight
+        [window]."""
         window = len(weight)
         images = torch.from_numpy(self.preprocessing.stored(pixels)).permute(2, 0, 1)[None]  # [1, C, window, W]
         blended = _monai().sliding_window_inference(  # MONAI computes in its input's type, so the bytes travel as floats
-            images.float(), (window, window), batch, lambda part: self.forward(part.byte())[:, self.first_map:], overlap,
-            roi_weight_map=weight.expand(window, window))
+            images.float(),
+            (window, window),
+            batch,
+            lambda part: self.forward(part.byte())[:, self.first_map :],
+            overlap,
+            roi_weight_map=weight.expand(window, window),
+        )
         check_finite(blended.numpy())
         return blended[0].numpy()
 
-    def rows(self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
-             batch: int = 4) -> Iterator[np.ndarray]:
-        """Slide a window over an image: maps float32 [rows, W, K] as `undo` has them, again and again, from top to bottom.
+    def rows(
+        self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
+        batch: int = 4) -> Iterator[np.ndarray]:
+        """Slide a window over an image: maps float32 [rows, W, K] as `undo` has them, again and again, from top to
+        bottom.
 
-        Gaussian weights blend windows, MONAI's within a row, then rows with rows. In memory are the image and a few rows.
+        Gaussian weights blend windows, MONAI's within a row, then rows with rows. In memory are the image and a few
+        rows.
 
         Args:
             image: see `as_rgb`.
@@ -151,12 +168,14 @@ class _Windows(_Images):
         height, width = pixels.shape[:2]
         window = fit_window(window or self.preprocessing.size, height, width, self.preprocessing.size)
         batch = max(1, min(batch, 2**25 // window**2))
-        weight = _monai().compute_importance_map((window,), mode="gaussian")  # [window]; a bell, 1 in the middle, 0.001 outside
+        # [window]; a bell, 1 in the middle, 0.001 outside
+        weight = _monai().compute_importance_map((window,), mode="gaussian")
         starts = window_starts(max(height, window), window, overlap)
         sums, weights = np.zeros((1, window, 1), np.float32), np.zeros((window, 1), np.float32)
         for start, following in zip(starts, [*starts[1:], max(height, window)]):
             strip = pixels[start:start + window]
-            strip = np.pad(strip, ((0, window - len(strip)), (0, max(0, window - width)), (0, 0)))  # black, as in training
+            # black, as in training
+            strip = np.pad(strip, ((0, window - len(strip)), (0, max(0, window - width)), (0, 0)))
             sums = sums + weight[:, None].numpy() * self._strip(strip, weight, overlap, batch)
             weights = weights + weight[:, None].numpy()
             final = following - start  # so many rows are covered by no later window
@@ -168,13 +187,16 @@ class _Windows(_Images):
 class LargeImages(_Windows):
     """Rows of windows put together."""
 
-    def predict_large(self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
-                      batch: int = 4) -> np.ndarray:
-        """`predict` through a sliding window, without resizing: uint8 [H, W]; arguments and errors as those of `rows`."""
+    def predict_large(
+        self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
+        batch: int = 4) -> np.ndarray:
+        """`predict` through a sliding window, without resizing: uint8 [H, W]; arguments and errors as those of
+        `rows`."""
         return self.join(self.rows(image, window, overlap, batch))[0]
 
     def join(self, rows: Iterable[np.ndarray], keep_maps: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """Results of `rows` -> the whole mask, uint8 [H, W], and, if they are to be kept, the whole maps, float32 [H, W, K]."""
+        """Results of `rows` -> the whole mask, uint8 [H, W], and, if they are to be kept, the whole maps, float32 [H,
+        W, K]."""
         masks, kept = [], []
         for maps in rows:
             masks.append(decide(maps, self.threshold))

@@ -106,7 +106,8 @@ def slurm_client(values: Mapping, workers: int, folder: Path) -> Iterator:
 
     TLS with a temporary key. It lies meanwhile in files in `folder` that only this user may read; the jobs see them.
     """
-    dask, jobqueue, distributed = require_package("dask"), require_package("dask_jobqueue"), require_package("distributed")
+    dask, jobqueue, distributed = (
+        require_package("dask"), require_package("dask_jobqueue"), require_package("distributed"))
     settings = _NO_PAGES | {"distributed.scheduler.allowed-failures": 20}  # reaching a time limit is no failure
     options = {"dashboard": False, "dashboard_address": "127.0.0.1:0"} | dict(values.get("scheduler_options") or {})
     prologue = [*(values.get("job_script_prologue") or []), "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'"]

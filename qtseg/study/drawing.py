@@ -61,7 +61,8 @@ def format_probability(p: float) -> str:
 def _panels(studies: Mapping[str, int], width: float = 7.5) -> tuple[Figure, dict[str, Axes]]:
     """A figure with a panel for each study, as high as its number of rows asks for -> figure, axes by study."""
     figure = _figure(width, sum(0.9 + 0.42 * rows for rows in studies.values()))
-    panels = figure.subplots(len(studies), 1, squeeze=False, height_ratios=[0.9 + 0.42 * rows for rows in studies.values()])[:, 0]
+    panels = figure.subplots(
+        len(studies), 1, squeeze=False, height_ratios=[0.9 + 0.42 * rows for rows in studies.values()])[:, 0]
     for axes, (study, rows) in zip(panels, studies.items()):
         axes.set_title(study, fontsize=10, loc="left")
         axes.set_ylim(rows - 0.4, -0.6)  # the first arm on top
@@ -79,7 +80,8 @@ def _ink(place: int) -> tuple[float, ...]:
 
 @_drawn
 def draw_runs(frame: DataFrame, measure: str = "dice") -> Figure:
-    """Every finished run as a dot, lines between those of one seed and fold, mean ± sd in black -> a figure, a panel a study.
+    """Every finished run as a dot, lines between those of one seed and fold, mean ± sd in black -> a figure, a panel a
+    study.
 
     Dots have the color of their fold, where there are several. Percent. ValueError if no run is finished.
     """
@@ -97,15 +99,18 @@ def _strip(axes: Axes, rows: DataFrame, measure: str) -> None:
     named = dict.fromkeys(folds) if len(folds) > 1 else {}  # folds whose name the legend still lacks
     for place, (fold, seed) in enumerate(pairs):
         same = rows[(rows["fold"] == fold) & (rows["seed"] == seed)]
-        heights = [arms.index(arm) + 0.3 * (place + 0.5) / len(pairs) for arm in same["arm"]]  # a little lower for every pair
+        # a little lower for every pair
+        heights = [arms.index(arm) + 0.3 * (place + 0.5) / len(pairs) for arm in same["arm"]]
         color = _ink(folds.index(fold))
         axes.plot(same[measure], heights, color=color, linewidth=0.6, alpha=0.5)
-        axes.scatter(same[measure], heights, s=16, color=color, zorder=3, label=f"fold {fold}" if fold in named else None)
+        axes.scatter(
+            same[measure], heights, s=16, color=color, zorder=3, label=f"fold {fold}" if fold in named else None)
         named.pop(fold, None)
     for place, arm in enumerate(arms):
         values = rows.loc[rows["arm"] == arm, measure]
-        axes.errorbar(values.mean(), place - 0.18, xerr=values.std() if len(values) > 1 else None, fmt="D", color="black",
-                      markersize=4, capsize=3, label="mean ± sd" if place == 0 else None)
+        axes.errorbar(
+            values.mean(), place - 0.18, xerr=values.std() if len(values) > 1 else None, fmt="D", color="black",
+            markersize=4, capsize=3, label="mean ± sd" if place == 0 else None)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_xlabel(f"{NAMES[measure]}, percent")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -135,27 +140,35 @@ def _whisker(axes: Axes, place: int, row: tuple, limit: float) -> None:
     """One difference: dot, interval, numbers."""
     known = not math.isnan(row.low)
     if known:
-        axes.plot(np.clip([row.low, row.high], -limit, limit), [place, place], color=_ink(0), linewidth=2, solid_capstyle="butt")
+        axes.plot(
+            np.clip([row.low, row.high], -limit, limit), [place, place], color=_ink(0), linewidth=2,
+            solid_capstyle="butt")
         for end, marker in ((row.low, "<"), (row.high, ">")):
             if abs(end) > limit:
                 axes.plot(math.copysign(0.985 * limit, end), place, marker, color=_ink(0), markersize=6)
-    axes.plot(row.difference, place, "o", color=_ink(3), markerfacecolor=_ink(3) if known else "white", markersize=6, zorder=3)
-    numbers = (format_number(row.difference, sign=True), format_interval(row.low, row.high), str(row.n), format_probability(row.p_holm))
+    axes.plot(
+        row.difference, place, "o", color=_ink(3), markerfacecolor=_ink(3) if known else "white", markersize=6, zorder=3
+    )
+    numbers = (
+        format_number(row.difference, sign=True), format_interval(row.low, row.high), str(row.n),
+        format_probability(row.p_holm))
     _beside(axes, place, numbers)
 
 
 def _beside(axes: Axes, place: float, texts: Sequence[str]) -> None:
     """Four texts in columns to the right of the panel."""
     for points, text in zip((8, 46, 122, 142), texts):
-        axes.annotate(text, (1, place), (points, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8,
-                      va="center", annotation_clip=False)
+        axes.annotate(
+            text, (1, place), (points, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8,
+            va="center", annotation_clip=False)
 
 # %% ../../nbs/reference/study_drawing.ipynb #report067
 @_drawn
 def draw_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> Figure:
     """Mean score against multiply-adds, the bubble's area its latency: tables of `summarize` and `costs` -> a figure.
 
-    A panel a study; bars are ± sd over runs; the legend gives each bubble's numbers. Without latencies all bubbles are alike.
+    A panel a study; bars are ± sd over runs; the legend gives each bubble's numbers. Without latencies all bubbles are
+    alike.
     """
     arms = summary.merge(table, on=["study", "arm"], validate="one_to_one")
     slowest = arms["latency_ms"].max()
@@ -194,14 +207,21 @@ def _bubble(axes: Axes, place: int, cost: float, row: Mapping, measure: str, slo
     axes.errorbar(cost, mean, yerr=None if math.isnan(sd) else sd, color="#777777", linewidth=0.8)
     axes.scatter(cost, mean, s=1200 * row["latency_ms"] / slowest if known else 200, color=_ink(place), alpha=0.4,
                  zorder=2 - 0.01 * place)
-    axes.plot(cost, mean, ".", color=_ink(place), zorder=3,
-              label=f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {format_operations(row['multiply_adds'])}{latency}")
+    axes.plot(
+        cost,
+        mean,
+        ".",
+        color=_ink(place),
+        zorder=3,
+        label=f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {format_operations(row['multiply_adds'])}{latency}",
+    )
     corner = ((4, 3), (-9, 3), (4, -10), (-9, -10))[place % 4]  # arms of equal cost and score keep their numbers apart
     axes.annotate(str(place + 1), (cost, mean), corner, textcoords="offset points", fontsize=8, zorder=4)
 
 # %% ../../nbs/reference/study_drawing.ipynb #report071
 def learning_curves(frame: DataFrame, measure: str = "dice") -> dict[tuple[str, str], np.ndarray]:
-    """Validation scores over the epochs -> by (study, arm): [epochs, 4], epoch, mean, least and greatest over finished runs.
+    """Validation scores over the epochs -> by (study, arm): [epochs, 4], epoch, mean, least and greatest over finished
+    runs.
 
     ValueError, FileNotFoundError: a damaged or missing history.csv.
     """
@@ -239,7 +259,8 @@ def describe_curves(curves: Mapping[tuple[str, str], np.ndarray]) -> list[str]:
 # %% ../../nbs/reference/study_drawing.ipynb #report072
 @_drawn
 def draw_learning(curves: Mapping[tuple[str, str], np.ndarray], measure: str = "dice") -> Figure:
-    """Curves of `learning_curves`: an arm's mean as a line, least to greatest as a band -> a figure, a panel a study."""
+    """Curves of `learning_curves`: an arm's mean as a line, least to greatest as a band -> a figure, a panel a
+    study."""
     studies = list(dict.fromkeys(study for study, _ in curves))
     figure = _figure(7.5, 3.2 * len(studies))
     for axes, study in zip(figure.subplots(len(studies), 1, squeeze=False)[:, 0], studies):

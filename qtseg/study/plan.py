@@ -39,10 +39,12 @@ class Run:
 # %% ../../nbs/reference/study_plan.ipynb #experiments015
 @dataclass(frozen=True)
 class Study:
-    """A question, and the runs that answer it: every arm with every seed on every fold. `read_study` makes and checks one.
+    """A question, and the runs that answer it: every arm with every seed on every fold. `read_study` makes and checks
+    one.
 
-    `common`: the `TrainConfig` values that all arms share; `arms`: what each of them changes; `reference`: the arm that the
-    others are compared with; `folds`: None where the data has no folds; `folds_of`: how many folds are made where it brings none.
+    `common`: the `TrainConfig` values that all arms share; `arms`: what each of them changes; `reference`: the arm that
+    the others are compared with; `folds`: None where the data has no folds; `folds_of`: how many folds are made where
+    it brings none.
     """
 
     name: str
@@ -55,8 +57,10 @@ class Study:
     question: str = ""
 
     def runs(self) -> list[Run]:
-        """All runs, the first seed of every arm before the second of any: a half-finished study is then a small whole one."""
-        return [Run(arm, seed, fold) for seed, fold, arm in itertools.product(self.seeds, self.folds or [None], self.arms)]
+        """All runs, the first seed of every arm before the second of any: a half-finished study is then a small whole
+        one."""
+        return [
+            Run(arm, seed, fold) for seed, fold, arm in itertools.product(self.seeds, self.folds or [None], self.arms)]
 
     def config(self, run: Run, runs: str | os.PathLike = "runs") -> TrainConfig:
         """The configuration of a run whose folder is RUNS/STUDY/RUN. ValueError if its values make none."""
@@ -207,8 +211,8 @@ def _frozen(value):
 def read_study(source: str | os.PathLike | Mapping) -> Study:
     """A study from a YAML file, a study.json or a mapping with the same keys, checked.
 
-    ValueError names the file and everything that is wrong: unknown keys, arms whose values make no `TrainConfig`, two arms
-    alike, seeds that are no whole numbers, no reference. FileNotFoundError if there is no such file.
+    ValueError names the file and everything that is wrong: unknown keys, arms whose values make no `TrainConfig`, two
+    arms alike, seeds that are no whole numbers, no reference. FileNotFoundError if there is no such file.
     """
     if isinstance(source, Mapping):
         values, where = dict(source), "this mapping"

@@ -47,7 +47,8 @@ STOPPED: set[str] = set()  # sessions that were interrupted; on a worker
 # %% ../../nbs/reference/study_process.ipynb #9d60563b
 @contextlib.contextmanager
 def _environment(job: Job, worker: object) -> Iterator[None]:
-    """What the kernel inherits: its share of the cores, its own GPU where there are several, no modules of its folder."""
+    """What the kernel inherits: its share of the cores, its own GPU where there are several, no modules of its
+    folder."""
     names = {"OMP_NUM_THREADS": job.threads and str(job.threads), "MKL_NUM_THREADS": job.threads and str(job.threads),
              "PYTHONSAFEPATH": "1"}
     if job.devices:
@@ -64,12 +65,15 @@ def _environment(job: Job, worker: object) -> Iterator[None]:
 def _papermill(job: Job, private: Path) -> None:
     """Execute the job's notebook into private/notebook.ipynb; raises what went wrong in it, or with it."""
     papermill, traitlets = require_package("papermill"), require_package("traitlets.config")
-    config = traitlets.Config()  # sockets with a name of their own: port numbers chosen by many kernels at once can collide
+    # sockets with a name of their own: port numbers chosen by many kernels at once can collide
+    config = traitlets.Config()
     config.KernelManager.transport, config.KernelManager.ip = "ipc", str(private / "kernel")
     parameters = {"study": job.study, "arm": job.run.arm, "seed": job.run.seed, "fold": job.run.fold, "runs": job.runs}
-    notebook = papermill.execute_notebook(job.notebook, str(private / "notebook.ipynb"), parameters, kernel_name="python3",
-                                          progress_bar=False, start_timeout=120, cwd=job.directory, config=config)
-    left = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.metadata.papermill.status != "completed"]
+    notebook = papermill.execute_notebook(
+        job.notebook, str(private / "notebook.ipynb"), parameters, kernel_name="python3", progress_bar=False,
+        start_timeout=120, cwd=job.directory, config=config)
+    left = [
+        cell for cell in notebook.cells if cell.cell_type == "code" and cell.metadata.papermill.status != "completed"]
     if left:  # sys.exit() in a cell ends the kernel, and papermill finds nothing wrong with that
         raise RuntimeError(f"the notebook ended before {len(left)} of its cells had run")
     if not all((job.folder / name).is_file() for name in ("metrics.json", "run.json")):

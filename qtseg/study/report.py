@@ -46,22 +46,39 @@ def _runs(count: int) -> str:
 
 # %% ../../nbs/reference/study_report.ipynb #report075
 def summary_rows(summary: DataFrame) -> list[list[str]]:
-    """The table of `summarize` as texts, head first: runs, then mean ± sd of every measure in percent, then Dice's range."""
+    """The table of `summarize` as texts, head first: runs, then mean ± sd of every measure in percent, then Dice's
+    range."""
     head = ["study", "arm", "runs", *(NAMES[name] for name in MEASURES), "Dice, least to greatest", "training, s"]
-    return [head, *([row.study, row.arm, str(row.n) if row.n == row.planned else f"{row.n} of {row.planned}",
-                     *(format_spread(getattr(row, f"{name}_mean"), getattr(row, f"{name}_sd")) for name in MEASURES),
-                     f"{row.dice_min:.2f} to {row.dice_max:.2f}", f"{row.seconds:.0f}"] for row in summary.itertuples())]
+    return [
+        head,
+        *(
+            [
+                row.study, row.arm, str(row.n) if row.n == row.planned else f"{row.n} of {row.planned}",
+                *(format_spread(getattr(row, f"{name}_mean"), getattr(row, f"{name}_sd")) for name in MEASURES),
+                f"{row.dice_min:.2f} to {row.dice_max:.2f}", f"{row.seconds:.0f}"]
+            for row in summary.itertuples()
+        ),
+    ]
 
 
 def comparison_rows(comparison: DataFrame) -> list[list[str]]:
-    """The table of `compare` as texts, head first; the p-values of the sign-flip test stand beside the least that n allows."""
-    head = ["study", "arm − reference", "n", "difference", "95 % interval", "p", "p (Holm)", "p (sign flip; least)", "remark"]
-    return [head, *([row.study, f"{row.arm} − {row.reference}", f"{row.n} {row.unit}{'s' * (row.n != 1)}",
-                     format_number(row.difference, sign=True), format_interval(row.low, row.high), format_probability(row.p),
-                     format_probability(row.p_holm),
-                     "–" if row.n == 0 else f"{format_probability(row.p_flip)}; {format_probability(row.p_flip_least)}",
-                     "; ".join(filter(None, [row.note, row.unpaired and f"without partner: {row.unpaired}"]))]
-                    for row in comparison.itertuples())]
+    """The table of `compare` as texts, head first; the p-values of the sign-flip test stand beside the least that n
+    allows."""
+    head = [
+        "study", "arm − reference", "n", "difference", "95 % interval", "p", "p (Holm)", "p (sign flip; least)",
+        "remark"]
+    return [
+        head,
+        *(
+            [
+                row.study, f"{row.arm} − {row.reference}", f"{row.n} {row.unit}{'s' * (row.n != 1)}",
+                format_number(row.difference, sign=True), format_interval(row.low, row.high), format_probability(row.p),
+                format_probability(row.p_holm),
+                "–" if row.n == 0 else f"{format_probability(row.p_flip)}; {format_probability(row.p_flip_least)}",
+                "; ".join(filter(None, [row.note, row.unpaired and f"without partner: {row.unpaired}"]))]
+            for row in comparison.itertuples()
+        ),
+    ]
 
 
 def arm_cost_rows(table: DataFrame) -> list[list[str]]:
@@ -73,10 +90,30 @@ def arm_cost_rows(table: DataFrame) -> list[list[str]]:
                     for row in table.itertuples())]
 
 # %% ../../nbs/reference/study_report.ipynb #report076
-LATEX = str.maketrans({"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#",
-                       "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$",
-                       "|": r"\textbar{}", "±": r"$\pm$", "−": r"$-$", "–": "--", "²": r"$^2$", '"': r"{\char34}",
-                       "'": "{'}", "`": r"\textasciigrave{}"})
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"$<$",
+        ">": r"$>$",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "−": r"$-$",
+        "–": "--",
+        "²": r"$^2$",
+        '"': r"{\char34}",
+        "'": "{'}",
+        "`": r"\textasciigrave{}",
+    }
+)
 
 
 def latex_text(text: str) -> str:
@@ -86,19 +123,25 @@ def latex_text(text: str) -> str:
 
 
 def latex(rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
-    """A table of texts, head first, as a LaTeX table (package booktabs): special characters escaped, numbers to the right."""
+    """A table of texts, head first, as a LaTeX table (package booktabs): special characters escaped, numbers to the
+    right."""
     # after the \\ of the row above, [ and * would be that command's arguments
     escaped = ["{}" * (row[0][:1] in ("[", "*")) + " & ".join(map(latex_text, row)) + r" \\" for row in rows]
     sides = "l" + "".join("r" if all(text[:1] in "+−–<[0123456789" for text in column[1:]) else "l"
                           for column in list(zip(*rows))[1:])
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}", rf"\label{{{label}}}",
-                      rf"\begin{{tabular}}{{{sides}}}", r"\toprule", escaped[0], r"\midrule", *escaped[1:], r"\bottomrule",
-                      r"\end{tabular}", r"\end{table}", ""])
+    return "\n".join(
+        [
+            r"\begin{table}", r"\centering", rf"\caption{{{latex_text(caption)}}}", rf"\label{{{label}}}",
+            rf"\begin{{tabular}}{{{sides}}}", r"\toprule", escaped[0], r"\midrule", *escaped[1:], r"\bottomrule",
+            r"\end{tabular}", r"\end{table}", ""]
+    )
 
 # %% ../../nbs/reference/study_report.ipynb #report079
-DATA_SETS = {"isic": "ISIC 2016", "busi": "BUSI", "bkai": "BKAI", "dsb": "DSB 2018"}  # word in the data's name -> published as
+# word in the data's name -> published as
+DATA_SETS = {"isic": "ISIC 2016", "busi": "BUSI", "bkai": "BKAI", "dsb": "DSB 2018"}
 
-# arXiv 2412.17241: MAE, Dice, IoU in percent from table I of its second version, parameters (millions) and multiply-adds
+# arXiv 2412.17241: MAE, Dice, IoU in percent from table I of its second version, parameters (millions) and
+# multiply-adds
 # (thousand millions, 512x512) from table VI of its first; QTSeg v1 itself as in the first version
 PUBLISHED = {
     "U-Net": {"parameters": 23.63, "multiply_adds": 33.39, "isic": (4.98, 89.56, 83.61), "busi": (4.09, 77.17, 68.47),
@@ -109,7 +152,8 @@ PUBLISHED = {
     "QTSeg v1": {"parameters": 9.41, "multiply_adds": 2.19, "isic": (math.nan, 92.4, 86.74)},
     "QTSeg v2": {"parameters": 9.21, "multiply_adds": 2.60, "isic": (3.00, 92.45, 86.92), "busi": (3.08, 81.82, 73.46),
                  "bkai": (0.50, 92.71, 88.41), "dsb": (1.94, 91.56, 85.07)}}
-COUNTERPARTS = {"qtseg": "QTSeg v1", "unet": "U-Net", "unetplusplus": "UNet++", "deeplabv3plus": "DeepLabv3+"}  # by model
+# by model
+COUNTERPARTS = {"qtseg": "QTSeg v1", "unet": "U-Net", "unetplusplus": "UNet++", "deeplabv3plus": "DeepLabv3+"}
 
 # %% ../../nbs/reference/study_report.ipynb #report080
 NETWORK_KEYS = ("bridge", "decoder", "position", "encoder", "width", "depths", "heads", "mlp_width")
@@ -117,9 +161,11 @@ RECIPE_KEYS = ("size", "resize", "epochs", "batch", "losses", "optimizer", "lr",
 
 
 def what_differs(config: Mapping, images: Mapping) -> list[str]:
-    """How a run departs from the published experiment: its configuration against TrainConfig's defaults, the paper's recipe.
+    """How a run departs from the published experiment: its configuration against TrainConfig's defaults, the paper's
+    recipe.
 
-    config, images: as in metrics.json. Of a baseline only the encoder is named: the paper does not say how it was built.
+    config, images: as in metrics.json. Of a baseline only the encoder is named: the paper does not say how it was
+    built.
     """
     paper = TrainConfig().to_dict()
     ours = config.get("model", "qtseg") == "qtseg"
@@ -132,22 +178,27 @@ def what_differs(config: Mapping, images: Mapping) -> list[str]:
     if not config.get("encoder_weights"):
         found.append("encoder not pretrained")
     if "isic" in str(config.get("data")).lower() and (images["train"], images["test"]) != (900, 379):
-        found.append(f"{images['train']} training and {images['test'] or images['valid']} scored images instead of 900 and 379")
+        found.append(
+            f"{images['train']} training and {images['test'] or images['valid']} scored images instead of 900 and 379")
     return found
 
 # %% ../../nbs/reference/study_report.ipynb #report081
 def _published(data: str) -> list[dict]:
     """The paper's rows for one data set."""
-    return [{"method": method, "source": f"published, {DATA_SETS[data]}", "size": 512, "parameters": numbers["parameters"],
-             "multiply_adds": numbers["multiply_adds"], **dict(zip(("mae", "dice", "iou"), numbers.get(data, (math.nan,) * 3))),
-             "differs": ""} for method, numbers in PUBLISHED.items()]
+    return [
+        {
+            "method": method, "source": f"published, {DATA_SETS[data]}", "size": 512,
+            "parameters": numbers["parameters"], "multiply_adds": numbers["multiply_adds"],
+            **dict(zip(("mae", "dice", "iou"), numbers.get(data, (math.nan,) * 3))), "differs": ""}
+        for method, numbers in PUBLISHED.items()
+    ]
 
 
 def beside_published(frame: DataFrame, table: DataFrame) -> DataFrame:
     """The paper's results on the data sets of these runs, and under them each arm that has a counterpart there.
 
-    table: of `costs`. -> method, source, size, parameters (M), multiply_adds (G), mae, dice, iou (percent, mean over runs),
-    differs. No rows for data that the paper does not have. Source: see PUBLISHED.
+    table: of `costs`. -> method, source, size, parameters (M), multiply_adds (G), mae, dice, iou (percent, mean over
+    runs), differs. No rows for data that the paper does not have. Source: see PUBLISHED.
     """
     ours: dict[str, list[dict]] = {}
     for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
@@ -170,9 +221,16 @@ def beside_published(frame: DataFrame, table: DataFrame) -> DataFrame:
 def published_rows(table: DataFrame) -> list[list[str]]:
     """The table of `beside_published` as texts, head first."""
     head = ["method", "source", "size", "parameters", "multiply-adds", "MAE", "Dice", "IoU", "what differs"]
-    return [head, *([row.method, row.source, f"{row.size}²", f"{row.parameters:.2f} M", format_operations(1e9 * row.multiply_adds),
-                     *(format_number(getattr(row, name)) for name in ("mae", "dice", "iou")), row.differs]
-                    for row in table.itertuples())]
+    return [
+        head,
+        *(
+            [
+                row.method, row.source, f"{row.size}²", f"{row.parameters:.2f} M",
+                format_operations(1e9 * row.multiply_adds),
+                *(format_number(getattr(row, name)) for name in ("mae", "dice", "iou")), row.differs]
+            for row in table.itertuples()
+        ),
+    ]
 
 # %% ../../nbs/reference/study_report.ipynb #report084
 def unfinished(frame: DataFrame) -> list[str]:
@@ -187,22 +245,31 @@ def caveats(frame: DataFrame) -> list[str]:
     found = []
     for study, rows in by_study(frame):
         if missing := unfinished(rows):
-            found.append(f"{study}: {len(missing)} of {len(rows)} runs {'are' if len(missing) > 1 else 'is'} not finished and "
-                         f"left out: {', '.join(missing)}.")
+            found.append(
+                f"{study}: {len(missing)} of {len(rows)} runs {'are' if len(missing) > 1 else 'is'} not finished and "
+                f"left out: {', '.join(missing)}."
+            )
         done = rows[rows["state"] == "done"]
         if (done["scored_on"] == "validation").any():
-            found.append(f"{study}: scores are of the validation split, which also chose each run's checkpoint: a little too "
-                         "high for every arm, and not to be set beside test scores.")
+            found.append(
+                f"{study}: scores are of the validation split, which also chose each run's checkpoint: a little too "
+                "high for every arm, and not to be set beside test scores."
+            )
         elif done["fold"].nunique() > 1:
-            found.append(f"{study}: every fold is scored on the same test images: the intervals say how far training moves the "
-                         "score, not how other images would.")
+            found.append(
+                f"{study}: every fold is scored on the same test images: the intervals say how far training moves the "
+                "score, not how other images would."
+            )
         if len(done) and done["seed"].nunique() == 1:
             found.append(f"{study}: one seed: how far luck alone moves an arm cannot be seen.")
         for column, what in (("epochs", "epochs"), ("size", "pixels a side"), ("train_images", "training images")):
-            if (done.groupby("fold", dropna=False)[column].nunique() > 1).any():  # folds may differ, arms in a fold should not
+            # folds may differ, arms in a fold should not
+            if (done.groupby("fold", dropna=False)[column].nunique() > 1).any():
                 found.append(f"{study}: arms differ in {what} ({distinct_values(done[column])}).")
         if done["hardware"].nunique() > 1:
-            found.append(f"{study}: trained on different hardware ({distinct_values(done['hardware'])}): seconds cannot be compared.")
+            found.append(
+                f"{study}: trained on different hardware ({distinct_values(done['hardware'])}): seconds cannot be compared."
+            )
     return found
 
 # %% ../../nbs/reference/study_report.ipynb #report087
@@ -221,12 +288,15 @@ def describe_scores(summary: DataFrame, measure: str = "dice") -> list[str]:
         text = f"{study}: the best mean {name} is {best.arm}'s ({spread}, {_runs(best.n)})"
         if len(ranked) > 1:
             text += f", the worst {ranked[-1].arm}'s ({means[-1]:.2f})"
-        ranges = {row.arm: getattr(row, f"{measure}_max") - getattr(row, f"{measure}_min") for row in ranked if row.n > 1}
+        ranges = {
+            row.arm: getattr(row, f"{measure}_max") - getattr(row, f"{measure}_min") for row in ranked if row.n > 1}
         if ranges and len(ranked) > 1:
             widest, lead = max(ranges, key=ranges.get), abs(means[0] - means[1])
             relation = "more" if ranges[widest] > lead else "no more"
-            text += (f". Runs of one and the same arm lie up to {ranges[widest]:.2f} points apart ({widest}): {relation} than "
-                     f"the {lead:.2f} points between the best arm and the second, {ranked[1].arm}")
+            text += (
+                f". Runs of one and the same arm lie up to {ranges[widest]:.2f} points apart ({widest}): {relation} than "
+                f"the {lead:.2f} points between the best arm and the second, {ranked[1].arm}"
+            )
         sentences.append(text + ("." if ranges else ". No arm was run twice: how far luck moves a score is unknown."))
     return sentences
 
@@ -238,14 +308,16 @@ def describe_differences(comparison: DataFrame, alpha: float = 0.05) -> list[str
         tested = arms[arms["p_holm"].notna()]
         reference, unit, name = arms["reference"].iloc[0], arms["unit"].iloc[0], NAMES[arms["measure"].iloc[0]]
         if tested.empty:
-            sentences.append(f"{study}: no arm can be tested against {reference}: that takes two {unit}s or more, and spread.")
+            sentences.append(
+                f"{study}: no arm can be tested against {reference}: that takes two {unit}s or more, and spread.")
             continue
         clear, open_ = tested[tested["p_holm"] < alpha], tested[tested["p_holm"] >= alpha]
         shown = ", ".join(f"{row.arm} ({format_number(row.difference, sign=True)} {format_interval(row.low, row.high)})"
                           for row in clear.itertuples())
         count = (f"{len(clear) or 'none'} of {len(tested)} differences in {name} {'has' if len(clear) < 2 else 'have'}"
                  if len(tested) > 1 else f"the difference in {name} {'has' if shown else 'does not have'}")
-        text = f"{study}: against {reference}, {count} p < {alpha:g} after Holm's correction{': ' * bool(shown)}{shown}."
+        text = (
+            f"{study}: against {reference}, {count} p < {alpha:g} after Holm's correction{': ' * bool(shown)}{shown}.")
         if len(open_):
             reach = float(np.abs(open_[["low", "high"]].to_numpy(dtype=float)).max())
             text += (f" The {'other ' * bool(len(clear))}intervals reach {reach:.2f} points from 0: "
@@ -258,17 +330,22 @@ def describe_differences(comparison: DataFrame, alpha: float = 0.05) -> list[str
 
 # %% ../../nbs/reference/study_report.ipynb #report089
 def describe_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> list[str]:
-    """For each study: the cheapest and the dearest arm, which arms no other beats at both ends, and whether time follows sums."""
+    """For each study: the cheapest and the dearest arm, which arms no other beats at both ends, and whether time
+    follows sums."""
     sentences = []
     for study, arms in by_study(summary.merge(table, on=["study", "arm"], validate="one_to_one")):
         arms = _ranking(arms, measure)
         cheap, dear = (arms.loc[getattr(arms["multiply_adds"], which)()] for which in ("idxmin", "idxmax"))
         low, high = cheap["multiply_adds"], dear["multiply_adds"]
         if high == low:
-            sentences.append(f"{study}: all arms take {format_operations(low)} multiply-adds: what they differ in costs nothing here.")
+            sentences.append(
+                f"{study}: all arms take {format_operations(low)} multiply-adds: what they differ in costs nothing here."
+            )
             continue
-        text = (f"{study}: multiply-adds run from {format_operations(low)} ({cheap['arm']}) to {format_operations(high)} ({dear['arm']}), "
-                + (f"{high / low:.1f} times as many." if high >= 2 * low else f"{100 * (high / low - 1):.0f} % more."))
+        text = (
+            f"{study}: multiply-adds run from {format_operations(low)} ({cheap['arm']}) to {format_operations(high)} ({dear['arm']}), "
+            + (f"{high / low:.1f} times as many." if high >= 2 * low else f"{100 * (high / low - 1):.0f} % more.")
+        )
         front, least = [], math.inf
         for row in arms.itertuples():  # best first: an arm stays if all better ones cost more
             if row.multiply_adds < least:
@@ -283,7 +360,8 @@ def describe_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") 
 # %% ../../nbs/reference/study_report.ipynb #report092
 @dataclass
 class Report:
-    """A finished report: tables of `read_runs`, `summarize`, `compare`, `costs`, `beside_published`; sentences and figures."""
+    """A finished report: tables of `read_runs`, `summarize`, `compare`, `costs`, `beside_published`; sentences and
+    figures."""
 
     measure: str
     runs: DataFrame
@@ -298,23 +376,35 @@ class Report:
     def tables(self) -> dict[str, tuple[list[list[str]], str]]:
         """Rows and caption of each table for print."""
         name = NAMES[self.measure]
-        return {"summary": (summary_rows(self.summary), "Scores in percent, mean ± standard deviation over seeds and folds."),
-                "comparison": (comparison_rows(self.comparison), f"Paired differences in {name}, points; t intervals, variance "
-                               "corrected for overlapping folds (Nadeau and Bengio 2003); p-values also corrected by Holm."),
-                "costs": (arm_cost_rows(self.costs), "Cost of one image: multiply-adds of convolutions and matrix products; "
-                          "latency in float32 at batch 1, all networks interleaved in one process."),
-                "published": (published_rows(self.published), "Published results (arXiv 2412.17241) and these runs, percent.")}
+        return {
+            "summary": (
+                summary_rows(self.summary), "Scores in percent, mean ± standard deviation over seeds and folds."),
+            "comparison": (
+                comparison_rows(self.comparison),
+                f"Paired differences in {name}, points; t intervals, variance "
+                "corrected for overlapping folds (Nadeau and Bengio 2003); p-values also corrected by Holm.",
+            ),
+            "costs": (
+                arm_cost_rows(self.costs),
+                "Cost of one image: multiply-adds of convolutions and matrix products; "
+                "latency in float32 at batch 1, all networks interleaved in one process.",
+            ),
+            "published": (
+                published_rows(self.published), "Published results (arXiv 2412.17241) and these runs, percent."),
+        }
 
 # %% ../../nbs/reference/study_report.ipynb #report093
-def build_report(studies: str | os.PathLike | Sequence[str | os.PathLike], measure: str = "dice", *, reference: str | None = None,
-                 size: int | None = None, rounds: int = 20, device: str = "cpu") -> Report:
+def build_report(
+    studies: str | os.PathLike | Sequence[str | os.PathLike], measure: str = "dice", *, reference: str | None = None,
+    size: int | None = None, rounds: int = 20, device: str = "cpu") -> Report:
     """Read finished studies and compute everything that is reported about them; nothing is written.
 
     measure: what is compared and drawn; reference: the arm that all others are compared with (None: each study's own);
     size, rounds, device: of `costs`. Errors as `read_runs`, `compare` and `costs`.
     """
     runs, pandas = read_runs(studies), report_library("pandas")
-    summary, table, curves = summarize(runs), costs(runs, size, rounds=rounds, device=device), learning_curves(runs, measure)
+    summary, table, curves = (
+        summarize(runs), costs(runs, size, rounds=rounds, device=device), learning_curves(runs, measure))
     parts = [compare(rows, reference, measure) for study, rows in by_study(runs) if study in set(summary["study"])]
     comparison = pandas.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     sentences = {"scores": describe_scores(summary, measure), "differences": describe_differences(comparison),
@@ -323,7 +413,8 @@ def build_report(studies: str | os.PathLike | Sequence[str | os.PathLike], measu
                "curves": draw_learning(curves, measure)}
     if len(comparison):
         figures["differences"] = draw_differences(comparison)
-    return Report(measure, runs, summary, comparison, table, beside_published(runs, table), caveats(runs), sentences, figures)
+    return Report(
+        measure, runs, summary, comparison, table, beside_published(runs, table), caveats(runs), sentences, figures)
 
 # %% ../../nbs/reference/study_report.ipynb #report094
 def report_markdown(report: Report) -> str:

@@ -96,8 +96,14 @@ def read_metrics(path: str | os.PathLike) -> dict:
 
 # %% ../../nbs/reference/study_results.ipynb #report040
 def _run_folders(folder: Path, study: Mapping) -> dict[Run, Path]:
-    """Where each run lies: all that the study plans, in its order, then any other that calls itself a run in its run.json."""
-    runs = [Run(arm, seed, fold) for arm in study["arms"] for seed in study["seeds"] for fold in study.get("folds") or [None]]
+    """Where each run lies: all that the study plans, in its order, then any other that calls itself a run in its
+    run.json."""
+    runs = [
+        Run(arm, seed, fold)
+        for arm in study["arms"]
+        for seed in study["seeds"]
+        for fold in study.get("folds") or [None]
+    ]
     found: dict[Run, Path] = {}
     for path in sorted(folder.glob("*/run.json")):
         remedy = "delete its folder and start the study again, which repeats this run alone"
@@ -128,22 +134,25 @@ def _row(run: Run, folder: Path) -> dict:
     if (config["seed"], config.get("fold")) != (run.seed, run.fold):
         raise ValueError(f"{folder} is called {run.name}, its metrics.json speaks of seed {config['seed']}, "
                          f"fold {config.get('fold')}: delete the folder and start the study again")
-    return row | {"state": "done", **{name: metrics["test"][name] for name in MEASURES}, "note": "",
-                  "scored_on": "test" if images["test"] else "validation", "scored_images": images["test"] or images["valid"],
-                  "train_images": images["train"], "held_out": images["valid"], "seconds": metrics["train"]["seconds"],
-                  "epochs": metrics["train"]["epochs"], "size": config["size"],
-                  "hardware": machine.get("processor", "cpu") if machine["device"] == "cpu" else machine["device"]}
+    return row | {
+        "state": "done", **{name: metrics["test"][name] for name in MEASURES}, "note": "",
+        "scored_on": "test" if images["test"] else "validation", "scored_images": images["test"] or images["valid"],
+        "train_images": images["train"], "held_out": images["valid"], "seconds": metrics["train"]["seconds"],
+        "epochs": metrics["train"]["epochs"], "size": config["size"],
+        "hardware": machine.get("processor", "cpu") if machine["device"] == "cpu" else machine["device"]}
 
 # %% ../../nbs/reference/study_results.ipynb #report042
-COLUMNS = ("study", "reference", "arm", "seed", "fold", "state", *MEASURES, "scored_on", "scored_images", "train_images",
-           "held_out", "seconds", "epochs", "size", "hardware", "note", "folder")
+COLUMNS = (
+    "study", "reference", "arm", "seed", "fold", "state", *MEASURES, "scored_on", "scored_images", "train_images",
+    "held_out", "seconds", "epochs", "size", "hardware", "note", "folder")
 
 
 def read_runs(folders: str | os.PathLike | Sequence[str | os.PathLike]) -> DataFrame:
     """Every run of one or several studies (folders RUNS/STUDY) -> a pandas table, one row per run, columns COLUMNS.
 
-    state: done, failed (`note` holds its last error), unfinished (begun), waiting; only done rows have scores (percent),
-    taken from the selected checkpoint on `scored_on`, the test split or, where the data has none, the validation split.
+    state: done, failed (`note` holds its last error), unfinished (begun), waiting; only done rows have scores
+    (percent), taken from the selected checkpoint on `scored_on`, the test split or, where the data has none, the
+    validation split.
     seconds: training. ValueError names every damaged file at once; FileNotFoundError: no study there.
     """
     rows, problems = [], []
@@ -170,12 +179,15 @@ def finished(frame: DataFrame) -> DataFrame:
     """The rows of `read_runs` that have scores. ValueError if there are none."""
     done = frame[frame["state"] == "done"]
     if done.empty:
-        raise ValueError(f"none of the {len(frame)} runs of {distinct_values(frame['study'])} is finished: there is nothing to report")
+        raise ValueError(
+            f"none of the {len(frame)} runs of {distinct_values(frame['study'])} is finished: there is nothing to report"
+        )
     return done
 
 # %% ../../nbs/reference/study_results.ipynb #report046
 def summarize(frame: DataFrame) -> DataFrame:
-    """Mean, standard deviation (n - 1; NaN for one run), least and greatest of every measure over an arm's finished runs.
+    """Mean, standard deviation (n - 1; NaN for one run), least and greatest of every measure over an arm's finished
+    runs.
 
     -> a row per study and arm: study, arm, n, planned, seeds, folds (how many different ones), seconds (mean), then
     MEASURE_mean, _sd, _min, _max in percent. ValueError if no run is finished.
@@ -201,7 +213,8 @@ def paired_differences(frame: DataFrame, arm: str, reference: str,
                        measure: str = "dice") -> tuple[dict[tuple, float], list[str]]:
     """Arm minus reference for each (fold, seed) that both finished, in points, and the names of runs without a partner.
 
-    The same seed orders and augments the same images, the same fold asks about the same images: what both share cancels.
+    The same seed orders and augments the same images, the same fold asks about the same images: what both share
+    cancels.
     """
     scores: dict[str, dict[tuple, float]] = {arm: {}, reference: {}}
     for _, run in finished(frame).iterrows():
@@ -233,30 +246,37 @@ def _caution(result: Paired, unit: str) -> str:
 
 # %% ../../nbs/reference/study_results.ipynb #report051
 def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice") -> DataFrame:
-    """Paired differences of every other arm of one study against `reference` (None: the study's own), in points of `measure`.
+    """Paired differences of every other arm of one study against `reference` (None: the study's own), in points of
+    `measure`.
 
-    The unit of replication is the fold, seeds averaged within, where the finished runs have several folds, and the variance is
-    corrected for their overlap (`paired_interval`); else the seed. -> a row per arm: study, reference, arm, measure, unit, n,
-    difference, sd, low, high (95 %), p, p_holm (over the arms), p_flip (`sign_flip_p`), p_flip_least, unpaired, note.
+    The unit of replication is the fold, seeds averaged within, where the finished runs have several folds, and the
+    variance is corrected for their overlap (`paired_interval`); else the seed. -> a row per arm: study, reference, arm,
+    measure, unit, n, difference, sd, low, high (95 %), p, p_holm (over the arms), p_flip (`sign_flip_p`), p_flip_least,
+    unpaired, note.
     ValueError: several studies, an unknown reference or measure, nothing finished.
     """
     done = finished(frame)
     reference = done["reference"].iloc[0] if reference is None else reference
     if frame["study"].nunique() > 1 or reference not in set(frame["arm"]) or measure not in MEASURES:
-        raise ValueError(f"compare one study (got {distinct_values(frame['study'])}) with one of its arms (reference {reference!r}) "
-                         f"by one of {', '.join(MEASURES)} (measure {measure!r})")
+        raise ValueError(
+            f"compare one study (got {distinct_values(frame['study'])}) with one of its arms (reference {reference!r}) "
+            f"by one of {', '.join(MEASURES)} (measure {measure!r})"
+        )
     by_fold = done["fold"].nunique() > 1
     unit, overlap = ("fold", float((done["held_out"] / done["train_images"]).mean())) if by_fold else ("seed", 0.0)
     rows = []
     for arm in dict.fromkeys(arm for arm in frame["arm"] if arm != reference):
         differences, alone = paired_differences(frame, arm, reference, measure)
-        row = {"study": done["study"].iloc[0], "reference": reference, "arm": arm, "measure": measure, "unit": unit, "n": 0}
+        row = {
+            "study": done["study"].iloc[0], "reference": reference, "arm": arm, "measure": measure, "unit": unit,
+            "n": 0}
         if values := _units(differences, by_fold):
             result = paired_interval(values, overlap)
             row |= {"n": result.n, "difference": result.mean, "sd": result.sd, "low": result.low, "high": result.high,
                     "p": result.p, "p_flip": sign_flip_p(values) if result.n <= MOST_FLIPS else math.nan,
                     "p_flip_least": 2.0 ** (1 - result.n)}
-        rows.append(row | {"unpaired": ", ".join(alone), "note": _caution(result, unit) if values else "no pair is finished"})
+        rows.append(
+            row | {"unpaired": ", ".join(alone), "note": _caution(result, unit) if values else "no pair is finished"})
     table = report_library("pandas").DataFrame(rows, columns=[
         "study", "reference", "arm", "measure", "unit", "n", "difference", "sd", "low", "high", "p", "p_holm", "p_flip",
         "p_flip_least", "unpaired", "note"])
@@ -279,10 +299,11 @@ def arm_networks(frame: DataFrame) -> dict[tuple[str, str], nn.Module]:
 @torch.inference_mode()
 def interleaved_seconds(networks: Sequence[nn.Module], size: int, device: str | torch.device = "cpu",
                         rounds: int = 20) -> np.ndarray:
-    """Seconds of one image of size x size pixels through each network, float64 [rounds, networks], after two warm-up rounds.
+    """Seconds of one image of size x size pixels through each network, float64 [rounds, networks], after two warm-up
+    rounds.
 
-    In every round each network has its turn, in an order that moves on by one: what slows the machine down for a while slows
-    all of them. Networks are timed as they are: `fuse` them before.
+    In every round each network has its turn, in an order that moves on by one: what slows the machine down for a while
+    slows all of them. Networks are timed as they are: `fuse` them before.
     """
     device, image = torch.device(device), torch.zeros(1, 3, size, size, device=device)
     seconds = np.zeros((rounds + 2, len(networks)))
@@ -304,21 +325,28 @@ def _fused(network: nn.Module, device: torch.device) -> nn.Module:
 def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device: str = "cpu") -> DataFrame:
     """What each arm's network costs for one image of size x size pixels (None: the size its runs were trained at).
 
-    -> a row per study and arm: study, arm, size, parameters, multiply_adds (`evaluation.multiply_adds`), latency_ms with its
-    quartiles latency_low and latency_high (float32, fused, batch 1, all networks of one size interleaved in this process;
-    NaN if rounds = 0), device. Errors as `arm_networks`; ValueError for a device that is not there.
+    -> a row per study and arm: study, arm, size, parameters, multiply_adds (`evaluation.multiply_adds`), latency_ms
+    with its quartiles latency_low and latency_high (float32, fused, batch 1, all networks of one size interleaved in
+    this process; NaN if rounds = 0), device. Errors as `arm_networks`; ValueError for a device that is not there.
     """
     place, machine = choose_device(device), hardware(torch.device("cpu"))
-    named = f"{machine['processor']}, threads: {machine['threads']}" if place.type == "cpu" else hardware(place)["device"]
-    sizes = {pair: size or int(done["size"].iloc[0]) for pair, done in finished(frame).groupby(["study", "arm"], sort=False)}
+    named = (
+        f"{machine['processor']}, threads: {machine['threads']}" if place.type == "cpu" else hardware(place)["device"])
+    sizes = {
+        pair: size or int(done["size"].iloc[0]) for pair, done in finished(frame).groupby(["study", "arm"], sort=False)}
     networks = arm_networks(frame)
     quartiles = dict.fromkeys(networks, (math.nan,) * 3)
     for pixels in dict.fromkeys(sizes.values()) if rounds else ():
         pairs = [pair for pair in networks if sizes[pair] == pixels]
         taken = 1000 * interleaved_seconds([_fused(networks[pair], place) for pair in pairs], pixels, place, rounds)
         quartiles |= dict(zip(pairs, np.percentile(taken, [25, 50, 75], axis=0).T.tolist()))
-    return report_library("pandas").DataFrame([
-        {"study": pair[0], "arm": pair[1], "size": sizes[pair], "parameters": sum(p.numel() for p in network.parameters()),
-         "multiply_adds": multiply_adds(network, sizes[pair]),
-         **dict(zip(("latency_low", "latency_ms", "latency_high"), quartiles[pair])), "device": named}
-        for pair, network in networks.items()])
+    return report_library("pandas").DataFrame(
+        [
+            {
+                "study": pair[0], "arm": pair[1], "size": sizes[pair],
+                "parameters": sum(p.numel() for p in network.parameters()),
+                "multiply_adds": multiply_adds(network, sizes[pair]),
+                **dict(zip(("latency_low", "latency_ms", "latency_high"), quartiles[pair])), "device": named}
+            for pair, network in networks.items()
+        ]
+    )

@@ -40,7 +40,8 @@ __all__ = ['config_differences', 'exclusive', 'locked', 'read_run_metrics', 'run
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments031
 def config_differences(now: TrainConfig, stored: dict, folder: Path) -> list[str]:
-    """What decides a run and differs from what it was made with, as "epochs: 3 -> 5"; ValueError if that is no configuration."""
+    """What decides a run and differs from what it was made with, as "epochs: 3 -> 5"; ValueError if that is no
+    configuration."""
     try:
         return recipe_changes(now, TrainConfig.from_dict(stored))
     except ValueError as error:
@@ -52,7 +53,8 @@ def _lock(file: TextIO, *, wait: bool, shared: bool = False) -> bool:
     try:
         import fcntl
     except ImportError:
-        raise ModuleNotFoundError("sweeps need Linux or macOS (on Windows: WSL): their runs are guarded by POSIX locks") from None
+        raise ModuleNotFoundError(
+            "sweeps need Linux or macOS (on Windows: WSL): their runs are guarded by POSIX locks") from None
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -72,8 +74,8 @@ def _open_here(path: Path) -> TextIO:
 def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path` alone: True; with `wait=False`, False if another process holds it.
 
-    The system releases the lock when its process ends, however it ends: no lock outlives a crash. The file names the process
-    and its host. ModuleNotFoundError on Windows, which has no such locks.
+    The system releases the lock when its process ends, however it ends: no lock outlives a crash. The file names the
+    process and its host. ModuleNotFoundError on Windows, which has no such locks.
     """
     with _open_here(path) as file:
         if not _lock(file, wait=False):
@@ -140,8 +142,9 @@ def _tidy(folder: Path, keep: str, run: Run) -> None:
 def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks: Sequence[object] = ()) -> Result:
     """Train one run of a study, or go on with it, or do nothing if it is complete; returns its result either way.
 
-    Its folder RUNS/STUDY/RUN is locked meanwhile: a second process waits, then looks again. At the end it holds config.json,
-    metrics.json, history.csv, run.json and one checkpoint. Errors as `fit`'s; ValueError if the folder holds another run.
+    Its folder RUNS/STUDY/RUN is locked meanwhile: a second process waits, then looks again. At the end it holds
+    config.json, metrics.json, history.csv, run.json and one checkpoint. Errors as `fit`'s; ValueError if the folder
+    holds another run.
     """
     config = study.config(run, runs)
     folder, checkpoint = config.folder, f"best_{config.select}"
@@ -166,7 +169,8 @@ def config_rows(study: Study, arm: str) -> list[list[str]]:
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments050
 def network_rows(study: Study, arm: str) -> list[list[str]]:
-    """What an arm's network costs beside the reference's: a table of texts, head first; multiply-adds at the arm's size."""
+    """What an arm's network costs beside the reference's: a table of texts, head first; multiply-adds at the arm's
+    size."""
     rows = [["network", "parameters", "multiply-adds"]]
     for name in dict.fromkeys((study.reference, arm)):
         config = study.config(Run(name, study.seeds[0]))
@@ -180,13 +184,21 @@ def network_rows(study: Study, arm: str) -> list[list[str]]:
 def score_rows(metrics: Mapping) -> list[list[str]]:
     """The scores of a run's metrics.json as a table of texts, head first: a row per split."""
     names = [name for name in metrics["valid"] if name != "loss"]
-    return [["split", "images", *names], *([part, str(metrics["images"][part] or metrics["images"]["valid"]),
-                                            *(f"{metrics[part][name]:.2f}" for name in names)] for part in ("valid", "test"))]
+    return [
+        ["split", "images", *names],
+        *(
+            [
+                part, str(metrics["images"][part] or metrics["images"]["valid"]),
+                *(f"{metrics[part][name]:.2f}" for name in names)]
+            for part in ("valid", "test")
+        ),
+    ]
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments054
 @torch.no_grad()
 def validation_masks(result: Result, data: SegmentationData, images: int = 6) -> np.ndarray:
-    """Validation images from all over the split, target in orange, the checkpoint's mask in blue: uint8 [size, n·size, 3]."""
+    """Validation images from all over the split, target in orange, the checkpoint's mask in blue: uint8 [size, n·size,
+    3]."""
     chosen = np.linspace(0, len(data.valid) - 1, min(images, len(data.valid))).astype(int)
     batch = data.valid.batch(chosen)
     return mask_pictures(batch, hard_masks(load_network(result.checkpoint_dir)(normalize(batch.images))), data.color)
@@ -214,8 +226,9 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
     """A run's row of `study_table`."""
     config = study.config(run, runs)
     folder, history = config.folder, config.folder / "history.csv"
-    row = {"run": run.name, "arm": run.arm, "seed": run.seed, "fold": run.fold, "state": _state(folder), "epochs": config.epochs,
-           "epoch": 0, "dice": None, "seconds": None, "error": ""}
+    row = {
+        "run": run.name, "arm": run.arm, "seed": run.seed, "fold": run.fold, "state": _state(folder),
+        "epochs": config.epochs, "epoch": 0, "dice": None, "seconds": None, "error": ""}
     if history.is_file():
         with history.open("rb") as file:
             row["epoch"] = max(0, sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) - 1)
@@ -230,17 +243,23 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
 def study_table(study: Study, runs: str | os.PathLike = "runs") -> list[dict]:
     """The state of every run, from the run folders alone: a row each.
 
-    Keys: run, arm, seed, fold; state ("waiting", "running", "done", "failed"); epoch of epochs; dice (test, percent) and
-    seconds (of training) of finished runs, else None; error: the last error of a failed one, else "".
+    Keys: run, arm, seed, fold; state ("waiting", "running", "done", "failed"); epoch of epochs; dice (test, percent)
+    and seconds (of training) of finished runs, else None; error: the last error of a failed one, else "".
     """
     return [run_row(study, run, runs) for run in study.runs()]
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments059
 def state_rows(rows: Sequence[dict]) -> list[list[str]]:
     """Rows of `study_table` as a table of texts with a row per run, head first."""
-    return [["run", "state", "epoch", "Dice", "last error"],
-            *([row["run"], row["state"], f"{row['epoch']}/{row['epochs']}", "-" if row["dice"] is None else f"{row['dice']:.2f}",
-               row["error"]] for row in rows)]
+    return [
+        ["run", "state", "epoch", "Dice", "last error"],
+        *(
+            [
+                row["run"], row["state"], f"{row['epoch']}/{row['epochs']}",
+                "-" if row["dice"] is None else f"{row['dice']:.2f}", row["error"]]
+            for row in rows
+        ),
+    ]
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments063
 def format_duration(seconds: float) -> str:
@@ -252,10 +271,11 @@ def format_duration(seconds: float) -> str:
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments064
 def arm_rows(rows: Sequence[dict], workers: int = 1) -> list[list[str]]:
-    """Rows of `study_table` as a table of texts with a row per arm, head first: what is done, what it scored, what is left.
+    """Rows of `study_table` as a table of texts with a row per arm, head first: what is done, what it scored, what is
+    left.
 
-    The time left counts an arm's mean training time (the mean over all arms where it has none yet) for each of its runs that
-    is not done, less what running ones have behind them, divided by the workers.
+    The time left counts an arm's mean training time (the mean over all arms where it has none yet) for each of its runs
+    that is not done, less what running ones have behind them, divided by the workers.
     """
     arms = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
     known = [row["seconds"] for row in rows if row["seconds"] is not None]
@@ -268,7 +288,12 @@ def arm_rows(rows: Sequence[dict], workers: int = 1) -> list[list[str]]:
         total += left
         epochs = ", ".join(f"epoch {row['epoch']}/{row['epochs']}" for row in running)
         dice = f"{sum(row['dice'] for row in done) / len(done):.2f}" if done else "-"
-        table.append([arm, f"{len(done)}/{len(own)}", epochs or "-", str(sum(row["state"] == "failed" for row in own)), dice,
-                      format_duration(left) if known else "?"])
+        table.append(
+            [
+                arm, f"{len(done)}/{len(own)}", epochs or "-", str(sum(row["state"] == "failed" for row in own)), dice,
+                format_duration(left) if known else "?"]
+        )
     count = [sum(row["state"] == state for row in rows) for state in ("done", "running", "failed")]
-    return [*table, ["all", f"{count[0]}/{len(rows)}", str(count[1]), str(count[2]), "", format_duration(total) if known else "?"]]
+    return [
+        *table,
+        ["all", f"{count[0]}/{len(rows)}", str(count[1]), str(count[2]), "", format_duration(total) if known else "?"]]

@@ -40,7 +40,8 @@ __all__ = ['GONE', 'NOTEBOOKS', 'Screen', 'Sweep', 'find_notebooks', 'run_study'
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments067
 class Screen:
-    """Where a sweep tells of itself: a table redrawn in place in a terminal or a notebook, single lines in a log file."""
+    """Where a sweep tells of itself: a table redrawn in place in a terminal or a notebook, single lines in a log
+    file."""
 
     def __init__(self):
         ipython = sys.modules.get("IPython")
@@ -82,7 +83,8 @@ _ASKED: set[int] = set()  # kernels that were asked to stop; on a worker
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments082
 def _interrupt(session: str, folders: Sequence[str]) -> None:
-    """On a worker: begin nothing more for this session, and ask the kernels of these runs, once each, to save and stop."""
+    """On a worker: begin nothing more for this session, and ask the kernels of these runs, once each, to save and
+    stop."""
     STOPPED.add(session)
     children = {child.pid for child in require_package("psutil").Process().children()}
     for folder in folders:
@@ -96,7 +98,11 @@ def _interrupt(session: str, folders: Sequence[str]) -> None:
 def _devices() -> list[str]:
     """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name for name in named.split(",") if name] if named is not None else list(map(str, range(torch.cuda.device_count())))
+    return (
+        [name for name in named.split(",") if name]
+        if named is not None
+        else list(map(str, range(torch.cuda.device_count())))
+    )
 
 
 def _cores() -> int:
@@ -129,8 +135,9 @@ class Sweep:
 
     def job(self, run: Run) -> Job:
         """What a worker is told about a run."""
-        return Job(str(self.notebooks[run.arm]), str(self.root / "study.json"), run, self.runs, os.getcwd(), self.session,
-                   self.threads, self.devices)
+        return Job(
+            str(self.notebooks[run.arm]), str(self.root / "study.json"), run, self.runs, os.getcwd(), self.session,
+            self.threads, self.devices)
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments094
 GONE = "the scheduler is gone; what is finished is safe: start the same command again to go on"
@@ -337,8 +344,11 @@ def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLik
 # %% ../../nbs/reference/study_sweep.ipynb #experiments117
 def _parser() -> argparse.ArgumentParser:
     """The command line of qtseg-study."""
-    parser = argparse.ArgumentParser(prog="qtseg-study", description="Run every arm, seed and fold of a study that is not "
-                                     "finished yet; stopped or crashed, the same command goes on.")
+    parser = argparse.ArgumentParser(
+        prog="qtseg-study",
+        description="Run every arm, seed and fold of a study that is not "
+        "finished yet; stopped or crashed, the same command goes on.",
+    )
     parser.add_argument("study", help="a study file (nbs/experiments/studies/*.yaml)")
     parser.add_argument("--runs", default="runs", help="folder for RUNS/STUDY/RUN (runs)")
     parser.add_argument("--workers", type=int, help="runs at a time (one per GPU, or per core where there is none)")
@@ -346,7 +356,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tls://host:port, not this machine")
     parser.add_argument("--insecure", action="store_true",
                         help="allow a scheduler without TLS: whoever reaches it can run code under your name")
-    parser.add_argument("--slurm", metavar="FILE", help="YAML for dask_jobqueue.SLURMCluster (queue, cores, memory, walltime, …)")
+    parser.add_argument(
+        "--slurm", metavar="FILE", help="YAML for dask_jobqueue.SLURMCluster (queue, cores, memory, walltime, …)")
     parser.add_argument("--notebooks", metavar="FOLDER",
                         help="where ablation.ipynb and baselines.ipynb are (the repository)")
     parser.add_argument("--list", action="store_true", help="only show the state of every run")
@@ -367,7 +378,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments119
 def main(arguments: list[str] | None = None) -> int:
-    """The command qtseg-study; returns its exit status: 0, 1 (unfinished runs, or a sentence on stderr), 2 (usage), 130 (Ctrl-C).
+    """The command qtseg-study; returns its exit status: 0, 1 (unfinished runs, or a sentence on stderr), 2 (usage), 130
+    (Ctrl-C).
     """
     chosen = _parser().parse_args(arguments)
     try:

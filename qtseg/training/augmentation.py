@@ -31,13 +31,15 @@ def _check_settings(operations: tuple[str, ...], most: int, strength: float, fil
         raise ValueError(f"most must be an integer >= 0, got {most!r}")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 2:
         raise ValueError(f"strength must be a number from 0 (no change) to 2, got {strength!r}")
-    bytes_only = isinstance(fill, (tuple, list)) and all(isinstance(one, (int, np.integer)) and 0 <= one <= 255 for one in fill)
+    bytes_only = isinstance(fill, (tuple, list)) and all(
+        isinstance(one, (int, np.integer)) and 0 <= one <= 255 for one in fill)
     if not bytes_only or not fill:
         raise ValueError(f"fill must be one integer of 0..255 per channel, got {fill!r}")
 
 
 def _fill_for(fill: tuple[int, ...], channels: int) -> Tensor:
-    """The fill as uint8 [C]; equal values fit any number of channels. Raises ValueError where the numbers do not fit."""
+    """The fill as uint8 [C]; equal values fit any number of channels. Raises ValueError where the numbers do not
+    fit."""
     fill = fill[:1] * channels if len(set(fill)) == 1 else fill
     if len(fill) != channels:
         raise ValueError(f"fill has {len(fill)} values, the images have {channels} channels")
@@ -45,26 +47,33 @@ def _fill_for(fill: tuple[int, ...], channels: int) -> Tensor:
 
 # %% ../../nbs/reference/training_augmentation.ipynb #augmentation070
 def _check_batch(images: Tensor, masks: Tensor) -> None:
-    """Raise ValueError unless images are uint8 [B, C, H, W], masks uint8 or int64 [B, H, W], of one size on one device."""
+    """Raise ValueError unless images are uint8 [B, C, H, W], masks uint8 or int64 [B, H, W], of one size on one
+    device."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"images must be uint8 [B, C, H, W], got {_described(images)}")
     if not isinstance(masks, Tensor) or masks.dtype not in (torch.uint8, torch.int64) or masks.ndim != 3:
         raise ValueError(f"masks must be uint8 or int64 [B, H, W], got {_described(masks)}")
     if masks.shape != images.shape[:1] + images.shape[2:] or masks.device != images.device:
-        raise ValueError(f"images and masks must have one size on one device, got {_described(images)} and {_described(masks)}")
+        raise ValueError(
+            f"images and masks must have one size on one device, got {_described(images)} and {_described(masks)}")
 
 
 def _described(value: Any) -> str:
     """What came instead, for an error."""
-    return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return (
+        f"{value.dtype} {tuple(value.shape)} on {value.device}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+    )
 
 # %% ../../nbs/reference/training_augmentation.ipynb #augmentation073
 @dataclass(frozen=True)
 class Augmentation:
     """The recipe: for each image between 0 and `most` of `operations`, drawn without replacement, in random order.
 
-    `strength` scales every range: 0 changes nothing, 1 is the recipe, 2 the limit. `fill`: the color outside the image, uint8
-    per channel, in the stored color space. Raises ValueError for settings without sense. Source: the official training recipe.
+    `strength` scales every range: 0 changes nothing, 1 is the recipe, 2 the limit. `fill`: the color outside the image,
+    uint8 per channel, in the stored color space. Raises ValueError for settings without sense. Source: the official
+    training recipe.
     """
 
     operations: tuple[str, ...] = tuple(OPERATIONS)
@@ -78,7 +87,8 @@ class Augmentation:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def draw(self, count: int, shape: Shape, seed: int) -> list[Steps]:
-        """Decide what happens to each of `count` images of `shape` (channels, height, width); the same seed decides the same."""
+        """Decide what happens to each of `count` images of `shape` (channels, height, width); the same seed decides the
+        same."""
         random = seeded(seed)
         return [self._draw_one(shape, random) for _ in range(count)]
 
@@ -97,7 +107,8 @@ class Augmentation:
             images: uint8 [B, C, H, W].
             masks: uint8 or int64 [B, H, W], on the same device. A label that means "ignore" stays what it is.
             seed: decides everything, for the whole batch.
-            first: the row of `images[0]` in the whole batch, where these are a share of it: each image gets what it would
+            first: the row of `images[0]` in the whole batch, where these are a share of it: each image gets what it
+            would
                 have got there.
 
         Returns:
@@ -112,7 +123,12 @@ class Augmentation:
         fill = _fill_for(self.fill, images.shape[1])
         steps = self.draw(first + len(images), tuple(images.shape[1:]), seed)[first:]
         noises = [noise_of(seed, first + row, images.device) for row in range(len(steps))]
-        if images.device.type == "cpu" and OPENCV_IS_EXACT and images.shape[1] in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1:
+        if (
+            images.device.type == "cpu"
+            and OPENCV_IS_EXACT
+            and images.shape[1] in (1, 3, 4)
+            and max(images.shape[2:]) < 2**15 - 1
+        ):
             return augment_on_cpu(images, masks, steps, fill, noises)
         moved = warp_each(images, masks, [compose(one) for one in steps], fill)
         colored = ((recolored(image, *rest).clamp_(-1, 1), mask) for (image, mask), *rest in zip(moved, steps, noises))

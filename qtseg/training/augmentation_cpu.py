@@ -22,7 +22,8 @@ __all__ = ['OPENCV_IS_EXACT', 'augment_on_cpu']
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067b
 def _reads_exactly() -> bool:
-    """Whether this OpenCV reads at exact positions: version 5 does (1, 3 or 4 channels), version 4 rounds them to 1/32 of a pixel."""
+    """Whether this OpenCV reads at exact positions: version 5 does (1, 3 or 4 channels), version 4 rounds them to 1/32
+    of a pixel."""
     x, y = np.meshgrid(*2 * [np.arange(64, dtype=np.float32)])
     shift = np.array([[1, 0, 0.01], [0, 1, 0]])
     for ramp in (x, np.dstack([x] * 4)):
@@ -38,19 +39,28 @@ _NORMALISED = normalize(torch.arange(256, dtype=torch.uint8)).numpy()  # what `n
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067b00
 def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray, int, list[float]], np.ndarray]:
-    """How OpenCV reads where a map says: a function of the source [H, W] or [H, W, C], the interpolation and what is outside."""
+    """How OpenCV reads where a map says: a function of the source [H, W] or [H, W, C], the interpolation and what is
+    outside."""
     if geometry.field is None:
-        corner = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])  # OpenCV counts from the first pixel
+        # OpenCV counts from the first pixel
+        corner = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
         matrix = (corner @ geometry.matrix @ np.linalg.inv(corner))[:2]
-        return lambda source, how, outside: cv2.warpAffine(source, matrix, (width, height), flags=how | cv2.WARP_INVERSE_MAP, borderValue=outside)
+        return lambda source, how, outside: cv2.warpAffine(
+            source, matrix, (width, height), flags=how | cv2.WARP_INVERSE_MAP, borderValue=outside)
     few, (down, right), window = bent_positions(geometry, height, width)
-    x, y = (cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[window]  # in pixels
-            for places, size in zip(few.numpy(), (width, height)))
+    x, y = (
+        cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[
+            window]  # in pixels
+        for places, size in zip(few.numpy(), (width, height))
+    )
     return lambda source, how, outside: cv2.remap(source, x, y, how, borderValue=outside)
 
 
-def _move_on_cpu(image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray, new_mask: np.ndarray) -> None:
-    """`warp_each` for one image: uint8 [H, W, C], C 1, 3 or 4, mask [H, W], fill uint8 [C] -> float32 new_image, int64 new_mask."""
+def _move_on_cpu(
+    image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray,
+    new_mask: np.ndarray) -> None:
+    """`warp_each` for one image: uint8 [H, W, C], C 1, 3 or 4, mask [H, W], fill uint8 [C] -> float32 new_image, int64
+    new_mask."""
     axes = geometry.flipped_axes
     if axes is not None:
         code = {(1,): 0, (2,): 1, (1, 2): -1}.get(axes)  # OpenCV's names for these flips
@@ -89,19 +99,22 @@ _ON_CPU = {add_gaussian_noise: _noise_on_cpu, gaussian_blur: _blur_on_cpu, chang
 
 
 def _recolor_on_cpu(image: np.ndarray, steps: Steps, noise: Generator) -> None:
-    """`recolored` for float32 [H, W, C], in place and kept within [-1, 1]; operations that OpenCV lacks come from OPERATIONS."""
+    """`recolored` for float32 [H, W, C], in place and kept within [-1, 1]; operations that OpenCV lacks come from
+    OPERATIONS."""
     changed = image
     for name, numbers in steps:
         apply = OPERATIONS[name].apply
         if apply in _ON_CPU:
-            changed = _ON_CPU[apply](changed, numbers, noise).reshape(image.shape)  # OpenCV drops the last axis of [H, W, 1]
+            # OpenCV drops the last axis of [H, W, 1]
+            changed = _ON_CPU[apply](changed, numbers, noise).reshape(image.shape)
         elif apply is not None:
             changed = apply(torch.from_numpy(changed).permute(2, 0, 1), numbers, noise).float().permute(1, 2, 0).numpy()
     if any(OPERATIONS[name].apply for name, _ in steps):
         np.clip(changed, -1, 1, out=image)
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067f
-def augment_on_cpu(images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor, noises: list[Generator]) -> tuple[Tensor, Tensor]:
+def augment_on_cpu(
+    images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor, noises: list[Generator]) -> tuple[Tensor, Tensor]:
     """What `Augmentation` promises, on a CPU: one image per thread, from its bytes to the batch."""
     new_images, new_masks = empty_batch(images)
 

@@ -97,8 +97,8 @@ def require_callbacks(callbacks: Sequence[object]) -> None:
     """Raise ValueError for an object without any of the four methods, and for two whose states would have one name."""
     for callback in callbacks:
         if not any(callable(getattr(callback, moment, None)) for moment in MOMENTS):
-            raise ValueError(f"a callback is an object with one of {', '.join(MOMENTS)}, and {shown_value(callback)} has "
-                             "none")
+            raise ValueError(
+                f"a callback is an object with one of {', '.join(MOMENTS)}, and {shown_value(callback)} has none")
     stateful = [type(callback).__name__ for callback in callbacks if hasattr(callback, "state_dict")]
     if len(set(stateful)) < len(stateful):
         raise ValueError(f"two callbacks of one class keep a state ({', '.join(stateful)}): give one of each")

@@ -36,8 +36,8 @@ __all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST',
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": lambda weights, c: torch.optim.AdamW(weights, c.lr, c.betas, weight_decay=c.weight_decay, fused=True),
     "adam": lambda weights, c: torch.optim.Adam(weights, c.lr, c.betas, weight_decay=c.weight_decay, fused=True),
-    "sgd": lambda weights, c: torch.optim.SGD(weights, c.lr, c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov,
-                                              fused=True),
+    "sgd": lambda weights, c: torch.optim.SGD(
+        weights, c.lr, c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov, fused=True),
 }
 
 # %% ../../nbs/reference/training_config.ipynb #c016
@@ -50,16 +50,17 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
     "exponential": lambda optimizer, c: _schedulers.ExponentialLR(optimizer, c.gamma),
     "cosine": lambda optimizer, c: _schedulers.CosineAnnealingLR(optimizer, c.epochs, c.min_lr),
     "plateau": lambda optimizer, c: _schedulers.ReduceLROnPlateau(optimizer, factor=c.gamma, patience=c.step_epochs),
-    "restarts": lambda optimizer, c: _schedulers.CosineAnnealingWarmRestarts(optimizer, c.step_epochs, eta_min=c.min_lr),
+    "restarts": lambda optimizer, c: _schedulers.CosineAnnealingWarmRestarts(
+        optimizer, c.step_epochs, eta_min=c.min_lr),
     "polynomial": lambda optimizer, c: _schedulers.PolynomialLR(optimizer, c.epochs, c.power),
 }
 
 # %% ../../nbs/reference/training_config.ipynb #c024
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
-CHOICES = {"resize": RESIZES, "color": COLOR_SPACES, "masks": MASKS,
-           "model": NETWORKS, "bridge": BRIDGES, "decoder": DECODERS, "position": POSITIONS,
-           "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast"), "amp": ("none", "bf16", "fp16"),
-           "select": BEST}
+CHOICES = {
+    "resize": RESIZES, "color": COLOR_SPACES, "masks": MASKS, "model": NETWORKS, "bridge": BRIDGES, "decoder": DECODERS,
+    "position": POSITIONS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast"),
+    "amp": ("none", "bf16", "fp16"), "select": BEST}
 SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
             "validate_every": 1, "valid_batch": 1, "channels": 1, "workers": 0,
             "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
@@ -70,8 +71,14 @@ LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_wid
 
 def _is_folder_name(text: str) -> bool:
     """One folder, on every system: no separator, nothing that leads out of its parent, no control characters."""
-    return (text == text.strip() and text not in ("", ".", "..") and not set("/\\") & set(text) and Path(text).name == text
-            and _is_path(text) and len(text.encode()) <= 200)
+    return (
+        text == text.strip()
+        and text not in ("", ".", "..")
+        and not set("/\\") & set(text)
+        and Path(text).name == text
+        and _is_path(text)
+        and len(text.encode()) <= 200
+    )
 
 
 def _is_path(text: str) -> bool:
@@ -80,31 +87,42 @@ def _is_path(text: str) -> bool:
 
 
 RULES: dict[str, tuple[str, Callable]] = {  # what a value is, said and tested
-    "data": ("a folder, a .zip or phantoms[:family[:number]]", _is_path), "runs": ("the name of a folder", _is_path),
+    "data": ("a folder, a .zip or phantoms[:family[:number]]", _is_path),
+    "runs": ("the name of a folder", _is_path),
     "name": ("the name of one folder: no / or \\, not . or .., at most 200 bytes", _is_folder_name),
-    "cache": ("the name of a folder", _is_path), "encoder_weights": ("a file, a folder or imagenet", _is_path),
-    "valid_share": ("above 0 and below 1", lambda value: 0 < value < 1), "lr": ("above 0", lambda value: value > 0),
-    "gamma": ("above 0 and at most 1", lambda value: 0 < value <= 1), "power": ("above 0", lambda value: value > 0),
+    "cache": ("the name of a folder", _is_path),
+    "encoder_weights": ("a file, a folder or imagenet", _is_path),
+    "valid_share": ("above 0 and below 1", lambda value: 0 < value < 1),
+    "lr": ("above 0", lambda value: value > 0),
+    "gamma": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "power": ("above 0", lambda value: value > 0),
     "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "betas": ("two numbers, each at least 0 and below 1", lambda value: len(value) == 2 and all(0 <= b < 1 for b in value)),
-    "depths": ("three whole numbers, for strides 8, 16 and 32, each from 0 to 100",
-               lambda value: len(value) == 3 and all(0 <= depth <= 100 for depth in value)),
-    "milestones": ("a list of epochs from 1 on, in rising order",
-                   lambda value: all(early < late for early, late in zip([0, *value], value))),
-    "losses": ("one or more losses with weights, none below 0 and one above",
-               lambda value: all(weight >= 0 for weight in value.values()) and any(value.values())),
+    "betas": (
+        "two numbers, each at least 0 and below 1", lambda value: len(value) == 2 and all(0 <= b < 1 for b in value)),
+    "depths": (
+        "three whole numbers, for strides 8, 16 and 32, each from 0 to 100",
+        lambda value: len(value) == 3 and all(0 <= depth <= 100 for depth in value)),
+    "milestones": (
+        "a list of epochs from 1 on, in rising order",
+        lambda value: all(early < late for early, late in zip([0, *value], value))),
+    "losses": (
+        "one or more losses with weights, none below 0 and one above",
+        lambda value: all(weight >= 0 for weight in value.values()) and any(value.values())),
     "operations": ("a list of different names", lambda value: len(set(value)) == len(value)),
 }
 
 # %% ../../nbs/reference/training_config.ipynb #c027
 def _type_name(hint) -> str:
-    """A type as a person says it: `int | None` -> "a whole number or null", `list[int]` -> "a list of whole numbers"."""
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping",
-             types.NoneType: "null"}
+    """A type as a person says it: `int | None` -> "a whole number or null", `list[int]` -> "a list of whole
+    numbers"."""
+    names = {
+        str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
+        dict: "a mapping", types.NoneType: "null"}
     many = {str: "texts", int: "whole numbers", float: "numbers"}
     if _is_union(hint):
         return " or ".join(map(_type_name, typing.get_args(hint)))
-    items = [many.get(item) or " or ".join(many[part] for part in typing.get_args(item)) for item in typing.get_args(hint)]
+    items = [
+        many.get(item) or " or ".join(many[part] for part in typing.get_args(item)) for item in typing.get_args(hint)]
     return names[typing.get_origin(hint) or hint] + (" of " + " to ".join(items) if items else "")
 
 
@@ -113,17 +131,23 @@ def _is_union(hint) -> bool:
 
 
 def fits_type(value, hint) -> bool:
-    """Is the value of this type? An int counts as a float, a bool never as a number; lists and mappings item by item."""
+    """Is the value of this type? An int counts as a float, a bool never as a number; lists and mappings item by
+    item."""
     if _is_union(hint):
         return any(fits_type(value, part) for part in typing.get_args(hint))
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is list:
         return isinstance(value, (list, tuple)) and all(fits_type(item, parts[0]) for item in value)
     if kind is dict:
-        return isinstance(value, dict) and all(fits_type(k, parts[0]) and fits_type(v, parts[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            fits_type(k, parts[0]) and fits_type(v, parts[1]) for k, v in value.items())
     if kind in (int, float):
         most = sys.float_info.max  # neither infinity nor NaN is within, nor a whole number that no float can hold
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and -most <= value <= most
+        return (
+            isinstance(value, int if kind is int else (int, float))
+            and not isinstance(value, bool)
+            and -most <= value <= most
+        )
     return isinstance(value, kind)
 
 # %% ../../nbs/reference/training_config.ipynb #c027x1
@@ -137,7 +161,8 @@ def shown_value(value) -> str:
 
 
 def _meant(name: str, value) -> str:
-    """What to write instead of a text that stands for another value, as papermill and YAML hand them over; else nothing."""
+    """What to write instead of a text that stands for another value, as papermill and YAML hand them over; else
+    nothing."""
     text = value.strip() if isinstance(value, str) else ""
     word = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(text.lower())
     if word:
@@ -176,7 +201,8 @@ class ConfigProblems:
                  for name, choices in CHOICES.items() if given[name] not in choices]
         found += [f"{name} is at least {least}, not {given[name]}"
                   for name, least in SMALLEST.items() if name in given and given[name] < least]
-        found += [f"{name} is at most {most}, not {given[name]}" for name, most in LARGEST.items() if given[name] > most]
+        found += [
+            f"{name} is at most {most}, not {given[name]}" for name, most in LARGEST.items() if given[name] > most]
         found += [f"{name} has the unknown entry {shown_value(entry)}: choose from {', '.join(known)}"
                   for name, known in (("losses", LOSSES), ("operations", OPERATIONS))
                   for entry in given[name] if entry not in known]
@@ -203,11 +229,15 @@ class ConfigProblems:
     def _wrong_encoder(self) -> list[str]:
         found = []
         if self.encoder == "fpn" and self.model != "qtseg":
-            found.append(f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, such as "
-                         "encoder: resnet34")
+            found.append(
+                f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, such as "
+                "encoder: resnet34"
+            )
         if self.encoder == "fpn" and self.encoder_weights == "imagenet":
-            found.append("encoder_weights imagenet are for an encoder of segmentation-models-pytorch: fpn takes a file or a "
-                         "checkpoint folder")
+            found.append(
+                "encoder_weights imagenet are for an encoder of segmentation-models-pytorch: fpn takes a file or a "
+                "checkpoint folder"
+            )
         return found
 
     def __post_init__(self):
@@ -244,7 +274,8 @@ class _NetworkFields(_DataFields):
     """What it adds about the network."""
 
     # network; encoder: fpn, or a name that segmentation-models-pytorch knows. encoder_weights: an official encoder file
-    # (fpn-nano.pth), a checkpoint folder, or imagenet; frozen for the first freeze_epochs. freeze_norm: BatchNorm normalizes
+    # (fpn-nano.pth), a checkpoint folder, or imagenet; frozen for the first freeze_epochs. freeze_norm: BatchNorm
+    # normalizes
     # with its running statistics, and leaves them as they are
     model: str = "qtseg"
     encoder: str = "fpn"
@@ -290,7 +321,8 @@ class _RecipeFields(_NetworkFields):
 # %% ../../nbs/reference/training_config.ipynb #c040
 @dataclass
 class TrainConfig(_RecipeFields, ConfigProblems):
-    """Everything that decides a run; the defaults are the paper's recipe (section "Implementation details", release v0.1.0).
+    """Everything that decides a run; the defaults are the paper's recipe (section "Implementation details", release
+    v0.1.0).
 
     Unknown names, wrong types and impossible values raise ValueError, which names them all.
     """
@@ -315,7 +347,8 @@ class TrainConfig(_RecipeFields, ConfigProblems):
     def from_dict(cls, values: dict) -> TrainConfig:
         """A configuration from plain values (a YAML file, papermill parameters); ValueError names unknown keys."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"a configuration maps names to values, and this is {shown_value(values)}: an empty or other file?")
+            raise ValueError(
+                f"a configuration maps names to values, and this is {shown_value(values)}: an empty or other file?")
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(printable(key)[:80] for key in values if key not in known)
         if unknown:
@@ -352,13 +385,19 @@ def located(config: TrainConfig) -> dict:
 
 
 def recipe_changes(config: TrainConfig, stored: TrainConfig) -> list[str]:
-    """What decides a run and differs from the stored configuration, as "lr: 0.001 -> 0.01"; one file by two paths is one."""
+    """What decides a run and differs from the stored configuration, as "lr: 0.001 -> 0.01"; one file by two paths is
+    one."""
     now, before = located(config), located(stored)
-    return [f"{key}: {shown_value(before[key])} -> {shown_value(now[key])}" for key in now if key not in RESUMABLE and before[key] != now[key]]
+    return [
+        f"{key}: {shown_value(before[key])} -> {shown_value(now[key])}"
+        for key in now
+        if key not in RESUMABLE and before[key] != now[key]
+    ]
 
 
 def read_stored_config(path: Path) -> TrainConfig:
-    """The configuration of a run's config.json; a field that is younger than the run has its default. ValueError names the file."""
+    """The configuration of a run's config.json; a field that is younger than the run has its default. ValueError names
+    the file."""
     values = read_json(path)
     try:
         return TrainConfig.from_dict(values)
@@ -369,7 +408,8 @@ def read_stored_config(path: Path) -> TrainConfig:
 def same_recipe(config: TrainConfig, before: TrainConfig) -> None:
     """Raise ValueError when a run would go on with another recipe than it began with.
 
-    Another number of epochs is allowed, and another path to the data: `load_state` sees whether the images are the same.
+    Another number of epochs is allowed, and another path to the data: `load_state` sees whether the images are the
+    same.
     """
     allowed = {"epochs": config.epochs}
     if is_path(before.data) and is_path(config.data):

@@ -33,7 +33,8 @@ class TeamError(RuntimeError):
 
 # %% ../../nbs/reference/training_distributed.ipynb #c019
 def _leaves_weights_unused(model: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Are there weights that no logit depends on? One pass over an empty image, in evaluation mode, tells; nothing changes."""
+    """Are there weights that no logit depends on? One pass over an empty image, in evaluation mode, tells; nothing
+    changes."""
     weights, was_training = [weight for weight in model.parameters() if weight.requires_grad], model.training
     image = torch.zeros(1, *shape, device=weights[0].device)
     gradients = torch.autograd.grad(model.eval()(image).sum(), weights, allow_unused=True)
@@ -43,7 +44,8 @@ def _leaves_weights_unused(model: nn.Module, shape: tuple[int, int, int]) -> boo
 # %% ../../nbs/reference/training_distributed.ipynb #c022
 def _synchronized(model: nn.Module) -> nn.Module:
     """BatchNorm takes its mean and variance over the whole team's batch from now on; same parameters. CUDA only."""
-    timm = sys.modules.get("timm.layers")  # timm's BatchNorm may hold an activation, which PyTorch's conversion would lose
+    # timm's BatchNorm may hold an activation, which PyTorch's conversion would lose
+    timm = sys.modules.get("timm.layers")
     return (timm or nn.SyncBatchNorm).convert_sync_batchnorm(model)
 
 # %% ../../nbs/reference/training_distributed.ipynb #c025
@@ -94,11 +96,13 @@ class TorchTeam:
 
 # %% ../../nbs/reference/training_distributed.ipynb #c027
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-USAGE = "torchrun --standalone --nproc-per-node 2 --module qtseg.distributed params.yaml --set data=FOLDER --set name=NAME"
+USAGE = (
+    "torchrun --standalone --nproc-per-node 2 --module qtseg.distributed params.yaml --set data=FOLDER --set name=NAME")
 
 
 def _own_device(name: str) -> torch.device:
-    """The kind of device that a team computes on; with CUDA, this process's own GPU becomes the current one. ValueError."""
+    """The kind of device that a team computes on; with CUDA, this process's own GPU becomes the current one.
+    ValueError."""
     device = choose_device(name)
     if device.type not in ("cpu", "cuda") or device.index is not None:
         raise ValueError(f"a team computes on device cpu or cuda, one GPU for each process, not on {device}")
@@ -115,8 +119,9 @@ def _own_device(name: str) -> torch.device:
 def joined_team(device: str = "auto", patience: timedelta = timedelta(hours=2)) -> Iterator[TorchTeam]:
     """Join the processes that torchrun started with this one, and part from them at the end.
 
-    Gradients travel over NCCL between GPUs and over gloo between CPUs, everything else over gloo. `patience`: how long a process
-    waits for another (the leader validates alone). TeamError, ValueError: one sentence. Source: torch.distributed.
+    Gradients travel over NCCL between GPUs and over gloo between CPUs, everything else over gloo. `patience`: how long
+    a process waits for another (the leader validates alone). TeamError, ValueError: one sentence. Source:
+    torch.distributed.
     """
     missing = [name for name in STARTED_BY_TORCHRUN if name not in os.environ]
     if missing:
@@ -164,7 +169,8 @@ def _train_in_a_team(path: str | None, changes: Sequence[str]) -> str:
 # %% ../../nbs/reference/training_distributed.ipynb #c036
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program that torchrun starts in every process; returns its exit code: 0 done, 1 failed, 130 asked to stop."""
-    parser = argparse.ArgumentParser("qtseg.distributed", USAGE, "Train one network with all processes that torchrun starts.")
+    parser = argparse.ArgumentParser(
+        "qtseg.distributed", USAGE, "Train one network with all processes that torchrun starts.")
     parser.add_argument("parameters", nargs="?", help="a YAML file of TrainConfig's fields; without it, the defaults")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
                         help="one field, over the file; the value is YAML: 1.0e-3, null, [1, 2, 3]")

@@ -22,7 +22,8 @@ FREQUENCY_IMAGES = 1000  # the most masks that are read to find the most frequen
 
 
 def class_frequencies(splits: Sequence[Split], classes: int, ignore_index: int | None = None) -> np.ndarray:
-    """How often each class lies at each pixel of the splits' masks at training size: float32 [size, size, classes], 0 to 1.
+    """How often each class lies at each pixel of the splits' masks at training size: float32 [size, size, classes], 0
+    to 1.
 
     Of more than FREQUENCY_IMAGES images, that many are taken, evenly spread. Ignored pixels are left out.
     """
@@ -41,10 +42,11 @@ def best_constant_mask(data: SegmentationData, split: Split, *, batch: int = 16)
     Tried are one class everywhere, and for each pixel the class that is most frequent there in the training masks.
 
     Returns:
-        {"mask": which of them has the highest Dice, and the scores of `SegmentationMetrics`}. A network that is not above them
-        has learned nothing.
+        {"mask": which of them has the highest Dice, and the scores of `SegmentationMetrics`}. A network that is not
+        above them has learned nothing.
     """
-    frequent = torch.from_numpy(class_frequencies([data.train], len(data.class_names), data.ignore_index).argmax(axis=2))
+    frequent = torch.from_numpy(
+        class_frequencies([data.train], len(data.class_names), data.ignore_index).argmax(axis=2))
     masks = {f"all {name}": torch.full_like(frequent, index) for index, name in enumerate(data.class_names)}
     masks["each pixel's most frequent class in the training split"] = frequent
     every = {name: SegmentationMetrics(data.classes, ignore_index=data.ignore_index) for name in masks}

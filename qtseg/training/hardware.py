@@ -23,7 +23,8 @@ __all__ = ['choose_device', 'keep_freed_memory', 'hardware', 'versions']
 
 # %% ../../nbs/reference/training_hardware.ipynb #c046
 def choose_device(name: str) -> torch.device:
-    """"auto" -> CUDA, Apple's MPS or the CPU, whichever is there first; else the device named. ValueError if it cannot compute."""
+    """"auto" -> CUDA, Apple's MPS or the CPU, whichever is there first; else the device named. ValueError if it cannot
+    compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -63,5 +64,6 @@ def hardware(device: torch.device) -> dict[str, str | int]:
 # %% ../../nbs/reference/training_hardware.ipynb #c053
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    return {"python": platform.python_version(), "qtseg": __version__, "torch": torch.__version__, "numpy": np.__version__,
-            "opencv": cv2.__version__}
+    return {
+        "python": platform.python_version(), "qtseg": __version__, "torch": torch.__version__, "numpy": np.__version__,
+        "opencv": cv2.__version__}

@@ -97,7 +97,8 @@ def _read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
 
 # %% ../../nbs/13_training.ipynb #c109
 def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
-    """Keep a checkpoint for each measure that an epoch, counted from 1, improved; what is no number (NaN) is no improvement."""
+    """Keep a checkpoint for each measure that an epoch, counted from 1, improved; what is no number (NaN) is no
+    improvement."""
     p = trainer.progress
     for name, better in BEST.items():
         if math.isnan(scores[name]):
@@ -108,14 +109,16 @@ def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
 
 # %% ../../nbs/13_training.ipynb #c112
 def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[str]:
-    """Read a step's loss and Dice, the team's means, into the epoch's sums: a step late, so that a GPU never waits for it.
+    """Read a step's loss and Dice, the team's means, into the epoch's sums: a step late, so that a GPU never waits for
+    it.
 
     Returns the batch's ids. FloatingPointError, with them, when the loss is not finite.
     """
     if pending is None:
         return []
     loss, counts, ids = pending
-    dice = scores_in_percent(counts)[..., MEASURES.index("dice")].nanmean().nan_to_num()  # wholly ignored images have none
+    # wholly ignored images have none
+    dice = scores_in_percent(counts)[..., MEASURES.index("dice")].nanmean().nan_to_num()
     values = torch.stack([loss.cpu().double(), dice])
     value, dice = (trainer.team.mean(values) if trainer.team else values).tolist()
     p = trainer.progress
@@ -124,7 +127,8 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
         raise FloatingPointError(
             f"the loss became {value} in epoch {p.epoch + 1} on the images {printable(', '.join(ids))}: caused by them{cause}. Look at "
             f"these images, or start again, under another name, with a lower lr (now {trainer.config.lr}). Earlier epochs are "
-            f"safe in {trainer.config.folder}.")
+            f"safe in {trainer.config.folder}."
+        )
     p.sums["loss"] = p.sums.get("loss", 0.0) + value
     p.sums["dice"] = p.sums.get("dice", 0.0) + dice
     return ids
@@ -159,9 +163,11 @@ def _show(bar: tqdm, trainer: Trainer) -> None:
     """Advance the progress bar by a step."""
     p, c = trainer.progress, trainer.config
     if p.step > 1:  # sums lag a step behind
-        bar.set_postfix_str(f"epoch {p.epoch + 1}/{c.epochs}, loss {p.sums['loss'] / (p.step - 1):.4f}, "
-                            f"Dice {p.sums['dice'] / (p.step - 1):.1f}, {p.step * c.batch / p.sums['seconds']:.1f} images/s",
-                            refresh=False)
+        bar.set_postfix_str(
+            f"epoch {p.epoch + 1}/{c.epochs}, loss {p.sums['loss'] / (p.step - 1):.4f}, "
+            f"Dice {p.sums['dice'] / (p.step - 1):.1f}, {p.step * c.batch / p.sums['seconds']:.1f} images/s",
+            refresh=False,
+        )
     bar.update()
 
 # %% ../../nbs/13_training.ipynb #c118
@@ -178,10 +184,11 @@ def _validate(trainer: Trainer, epoch: int) -> dict:
 def _finish_epoch(trainer: Trainer) -> dict:
     """Validate if it is time, keep the best, step the schedule -> the epoch's row of the history."""
     p, c, sums = trainer.progress, trainer.config, trainer.progress.sums
-    row = {"epoch": p.epoch + 1, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": sums["loss"] / trainer.steps,
-           "train_dice": sums["dice"] / trainer.steps, "seconds": sums["seconds"],
-           "images_per_second": min(trainer.steps * c.batch, len(trainer.data.train)) / sums["seconds"],
-           "waited_percent": 100 * sums["waited"] / sums["seconds"]}
+    row = {
+        "epoch": p.epoch + 1, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": sums["loss"] / trainer.steps,
+        "train_dice": sums["dice"] / trainer.steps, "seconds": sums["seconds"],
+        "images_per_second": min(trainer.steps * c.batch, len(trainer.data.train)) / sums["seconds"],
+        "waited_percent": 100 * sums["waited"] / sums["seconds"]}
     if (p.epoch + 1) % c.validate_every == 0 or p.epoch + 1 == c.epochs:
         row |= _validate(trainer, p.epoch + 1)
     step_rate(trainer.scheduler, c, row.get("valid_loss"))
@@ -195,13 +202,15 @@ def _line(row: dict) -> str:
     text = (f"epoch {row['epoch']:>3}  lr {row['lr']:.2e}  loss {row['train_loss']:.4f}  Dice {row['train_dice']:.2f}  "
             f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s, waited {row['waited_percent']:.1f} %")
     if "valid_dice" in row:
-        text += f"  |  validation: loss {row['valid_loss']:.4f}  Dice {row['valid_dice']:.2f}  IoU {row['valid_iou']:.2f}"
+        text += (
+            f"  |  validation: loss {row['valid_loss']:.4f}  Dice {row['valid_dice']:.2f}  IoU {row['valid_iou']:.2f}")
     return text
 
 # %% ../../nbs/13_training.ipynb #c125
 @dataclass
 class Result:
-    """What `fit` returns: the scores as in metrics.json, the selected checkpoint's folder, a row per epoch, the run's folder."""
+    """What `fit` returns: the scores as in metrics.json, the selected checkpoint's folder, a row per epoch, the run's
+    folder."""
 
     metrics: dict
     checkpoint_dir: Path
@@ -210,27 +219,44 @@ class Result:
 
 # %% ../../nbs/13_training.ipynb #c127
 def _final_metrics(trainer: Trainer) -> dict:
-    """Scores of the selected checkpoint in float32 on validation and test split, and everything needed to reproduce them."""
+    """Scores of the selected checkpoint in float32 on validation and test split, and everything needed to reproduce
+    them."""
     c, p, data = trainer.config, trainer.progress, trainer.data
     if c.select not in p.best:
-        raise FloatingPointError(f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, under another "
-                                 f"name, with a lower lr (now {c.lr})")
+        raise FloatingPointError(
+            f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, under another "
+            f"name, with a lower lr (now {c.lr})"
+        )
     score = partial(evaluate, _read_checkpoint(trainer, f"best_{c.select}"), classes=c.classes, batch=c.valid_batch,
                     device=trainer.device, ignore_index=data.ignore_index, loss=trainer.loss)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
-    constant = {name: best_constant_mask(data, split, batch=c.valid_batch) for name, split in (("valid", data.valid), ("test", data.test)) if split}
+    constant = {
+        name: best_constant_mask(data, split, batch=c.valid_batch)
+        for name, split in (("valid", data.valid), ("test", data.test))
+        if split
+    }
     seconds = sum(row["seconds"] for row in p.history)
     speed = sum(row["seconds"] * row["images_per_second"] for row in p.history) / seconds
     waited = sum(row["seconds"] * row["waited_percent"] for row in p.history) / seconds
-    return {"test": test, "test_is": "the test split" if data.test else "the validation split: this data has no test split",
-            "valid": valid, "best_constant_mask": constant, "selected_by": c.select, "best": p.best,
-            "train": {"seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
-                      "processes": trainer.team.size if trainer.team else 1},
-            "given": trainer.given | {"callbacks": [full_name(one) for one in trainer.callbacks]},
-            "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
-            "notes": [*data.notes, *p.notes], "census": data.census.to_dict(), "hardware": hardware(trainer.device),
-            "versions": versions(), "config": c.to_dict()}
+    return {
+        "test": test,
+        "test_is": "the test split" if data.test else "the validation split: this data has no test split",
+        "valid": valid,
+        "best_constant_mask": constant,
+        "selected_by": c.select,
+        "best": p.best,
+        "train": {
+            "seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
+            "processes": trainer.team.size if trainer.team else 1},
+        "given": trainer.given | {"callbacks": [full_name(one) for one in trainer.callbacks]},
+        "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
+        "notes": [*data.notes, *p.notes],
+        "census": data.census.to_dict(),
+        "hardware": hardware(trainer.device),
+        "versions": versions(),
+        "config": c.to_dict(),
+    }
 
 # %% ../../nbs/13_training.ipynb #c128
 def open_data(config: TrainConfig) -> SegmentationData:
@@ -248,7 +274,8 @@ def _refuse_unequal_shares(config: TrainConfig, team: Team) -> None:
         raise ValueError(f"a batch of {config.batch} cannot be shared equally by {team.size} processes: "
                          f"choose a multiple of {team.size}")
     if team.size > 1 and not config.drop_last:
-        raise ValueError("drop_last=False leaves a last batch that a team may not be able to share equally: set drop_last=True")
+        raise ValueError(
+            "drop_last=False leaves a last batch that a team may not be able to share equally: set drop_last=True")
 
 
 def _opened(config: TrainConfig, team: Team | None) -> SegmentationData:
@@ -356,8 +383,8 @@ def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationD
         team: Team | None = None) -> Result:
     """Train, keep the best, evaluate the selected checkpoint; everything goes into config.folder.
 
-    Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it stopped, to the
-    same result, or to another number of epochs. What is alarming in the data is a warning.
+    Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it
+    stopped, to the same result, or to another number of epochs. What is alarming in the data is a warning.
 
     Args:
         config: what is not given below, and how to train.

@@ -37,8 +37,10 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None = None, 
         found = target[wrong].unique().tolist()
         values = ", ".join(map(str, found[:5])) + (", …" if found[5:] else "")
         ignore = f"pass ignore_index={found[-1]} if these pixels count nowhere, or " if name == "target" else ""
-        raise ValueError(f"the {name} holds {values} in {int(wrong.sum())} pixels, but the classes are 0 to {last}: {ignore}"
-                         f"use ({name} > 0).long() for a black-and-white mask")
+        raise ValueError(
+            f"the {name} holds {values} in {int(wrong.sum())} pixels, but the classes are 0 to {last}: {ignore}"
+            f"use ({name} > 0).long() for a black-and-white mask"
+        )
 
 # %% ../../nbs/11_losses.ipynb #c019x1
 def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None = None,
@@ -65,8 +67,9 @@ def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None =
 def cross_entropy_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
     """Cross-entropy, mean over all pixels that count: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar.
 
-    `ignore_index`: the label of pixels that count nowhere; 0 if no pixel counts. Raises ValueError for wrong types, shapes or
-    labels, and for one channel, whose softmax is always 1. Source: the training recipe of the official repository (release v0.1.0).
+    `ignore_index`: the label of pixels that count nowhere; 0 if no pixel counts. Raises ValueError for wrong types,
+    shapes or labels, and for one channel, whose softmax is always 1. Source: the training recipe of the official
+    repository (release v0.1.0).
     """
     logits = _checked(logits, target, fewest=2, ignore_index=ignore_index)
     if ignore_index is None:
@@ -78,7 +81,8 @@ def cross_entropy_loss(logits: Tensor, target: Tensor, *, ignore_index: int | No
 def _lesion_logit(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
     """The logit whose sigmoid is the probability of class 1: [B, 1 or 2, H, W] -> [B, H, W], float32 or wider."""
     logits = _checked(logits, target, fewest=1, most=2, ignore_index=ignore_index)
-    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]  # softmax of two = sigmoid of the difference
+    # softmax of two = sigmoid of the difference
+    return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 # %% ../../nbs/11_losses.ipynb #c032
 def _pixel_mean(losses: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
@@ -90,10 +94,11 @@ def _pixel_mean(losses: Tensor, target: Tensor, ignore_index: int | None) -> Ten
 
 
 def bce_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
-    """Binary cross-entropy, mean over the pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
+    """Binary cross-entropy, mean over the pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 ->
+    scalar.
 
-    Two channels count by their difference, which equals cross-entropy. `ignore_index`: the label of pixels that count nowhere.
-    Raises ValueError for wrong types, shapes or labels.
+    Two channels count by their difference, which equals cross-entropy. `ignore_index`: the label of pixels that count
+    nowhere. Raises ValueError for wrong types, shapes or labels.
     Source: official repository (release v0.1.0) at one channel; two channels are an addition of this project.
     """
     logit = _lesion_logit(logits, target, ignore_index)
@@ -115,16 +120,20 @@ def _soft_dice_loss(probability: Tensor, truth: Tensor, smooth: float) -> Tensor
 
 # %% ../../nbs/11_losses.ipynb #c040
 def _dice_mean(probability: Tensor, truth: Tensor, smooth: float, target: Tensor, ignore_index: int | None) -> Tensor:
-    """Dice losses summed over classes, mean over the images that have a pixel that counts: maps [B, C, H, W] -> scalar."""
+    """Dice losses summed over classes, mean over the images that have a pixel that counts: maps [B, C, H, W] ->
+    scalar."""
     if ignore_index is None:
         return _soft_dice_loss(probability, truth, smooth).sum(dim=1).mean()  # [B, C] -> [B] -> scalar
     counted = target != ignore_index  # [B, H, W]
-    losses = _soft_dice_loss(probability * counted[:, None], truth & counted[:, None], smooth)  # 0 for an image without pixels
+    # 0 for an image without pixels
+    losses = _soft_dice_loss(probability * counted[:, None], truth & counted[:, None], smooth)
     return losses.sum() / counted.flatten(1).any(dim=1).sum().clamp(min=1)
 
 
-def binary_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
-    """Soft Dice loss of class 1, mean over images: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
+def binary_dice_loss(
+    logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
+    """Soft Dice loss of class 1, mean over images: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 ->
+    scalar.
 
     Probability: sigmoid at one channel, softmax at two. `ignore_index`: the label of pixels that count nowhere.
     Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
@@ -134,8 +143,10 @@ def binary_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ig
     return _dice_mean(probability[:, None], (target == 1)[:, None], smooth, target, ignore_index)
 
 # %% ../../nbs/11_losses.ipynb #c045
-def categorical_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
-    """Soft Dice loss summed over classes, mean over images: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar, 0 to C.
+def categorical_dice_loss(
+    logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
+    """Soft Dice loss summed over classes, mean over images: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar,
+    0 to C.
 
     Background, class 0, is one of the classes. `ignore_index`: the label of pixels that count nowhere.
     Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
@@ -168,8 +179,9 @@ def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
 def ce_dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
     """The recipe of QTSeg, cross-entropy plus Dice: logits [B, C, H, W], target [B, H, W] int64 -> scalar.
 
-    C = 2: binary Dice; C > 2: categorical Dice, summed over classes; C = 1: BCE and binary Dice, an addition of this project.
-    `ignore_index`: the label of pixels that count nowhere. Raises ValueError for wrong types, shapes or labels.
+    C = 2: binary Dice; C > 2: categorical Dice, summed over classes; C = 1: BCE and binary Dice, an addition of this
+    project. `ignore_index`: the label of pixels that count nowhere. Raises ValueError for wrong types, shapes or
+    labels.
     Source: official repository (release v0.1.0).
     """
     logits = _checked(logits, target, ignore_index=ignore_index)

@@ -33,8 +33,10 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError, safetensors its own
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
-        raise OSError(getattr(error, "errno", None) or errno.EIO, f"could not write ({reason}); earlier epochs are safe: "
-                      "make room there, then run again with resume=True", str(folder)) from None
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"could not write ({reason}); earlier epochs are safe: make room there, then run again with resume=True",
+            str(folder)) from None
 
 # %% ../../nbs/reference/training_run_folder.ipynb #c084
 def write_text(path: Path, text: str) -> None:
@@ -59,7 +61,8 @@ SPLITS_FILE = "splits.json"
 
 
 def split_table(data: SegmentationData) -> dict[str, list[list]]:
-    """The images of each split, as a run keeps them: {"train": [[id, digest, height, width], …], "valid": …, "test": …}."""
+    """The images of each split, as a run keeps them: {"train": [[id, digest, height, width], …], "valid": …, "test":
+    …}."""
     return {name: [[*one, *size] for *one, size in zip(split.ids, split.digests, split.original_sizes)] if split else []
             for name in SPLITS for split in [getattr(data, name)]}
 
@@ -74,9 +77,15 @@ def read_splits(run: str | os.PathLike) -> dict | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    sound = isinstance(found.get("folder"), str) and isinstance(found.get("ignored"), bool) and all(
-        isinstance(rows := found.get(name), list) and all(
-            isinstance(row, list) and [type(value) for value in row] == [str, str, int, int] for row in rows) for name in SPLITS)
+    sound = (
+        isinstance(found.get("folder"), str)
+        and isinstance(found.get("ignored"), bool)
+        and all(
+            isinstance(rows := found.get(name), list)
+            and all(isinstance(row, list) and [type(value) for value in row] == [str, str, int, int] for row in rows)
+            for name in SPLITS
+        )
+    )
     if not sound:
         raise ValueError(f"{path} is damaged: it does not list the images of {', '.join(SPLITS)}")
     return found

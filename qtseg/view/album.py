@@ -40,7 +40,8 @@ def one_hot(mask: np.ndarray, classes: int) -> np.ndarray:
 
 
 class SavedPredictions:
-    """What `qtseg-predict` wrote into a folder (lesson 14): masks, and probabilities where `--probability npz` asked for them.
+    """What `qtseg-predict` wrote into a folder (lesson 14): masks, and probabilities where `--probability npz` asked
+    for them.
 
     Raises ValueError, naming the remedy, for any other folder.
     """
@@ -49,11 +50,13 @@ class SavedPredictions:
         self.folder = Path(folder)
         try:
             settings = read_json(self.folder / SETTINGS_FILE)
-            _, rows = read_table(self.folder / "predictions.csv", wide=1100)  # four columns for each of up to 255 classes
+            # four columns for each of up to 255 classes
+            _, rows = read_table(self.folder / "predictions.csv", wide=1100)
             self.masks = {Path(settings["images"]) / row["file"]: self.folder / row["mask"] for row in rows}
             self.class_names = tuple(settings["preprocessing"]["class_names"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is no folder that qtseg-predict wrote ({error!r}): name such a folder") from None
+            raise ValueError(
+                f"{folder} is no folder that qtseg-predict wrote ({error!r}): name such a folder") from None
 
     def read(self, image: Path | None) -> np.ndarray:
         """The answer for an image file: float32 [H, W, K]. ValueError for an image that was not among them."""
@@ -70,12 +73,14 @@ class SavedPredictions:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{saved} holds no probabilities ({error!r}): run qtseg-predict again") from None
         if large or probabilities.shape != (*mask.shape, classes):
-            raise ValueError(f"{saved} holds probabilities of another size than its mask {mask.shape}: run qtseg-predict again")
+            raise ValueError(
+                f"{saved} holds probabilities of another size than its mask {mask.shape}: run qtseg-predict again")
         return probabilities
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-case
 class Case(NamedTuple):
-    """One image to look at: its name, functions that read it (uint8 [H, W, 3]) and its target (uint8 [H, W]), and its file."""
+    """One image to look at: its name, functions that read it (uint8 [H, W, 3]) and its target (uint8 [H, W]), and its
+    file."""
 
     name: str
     image: Callable[[], np.ndarray]
@@ -89,7 +94,8 @@ def _target(mask: Any) -> np.ndarray:
         return read_mask(mask, classes=256)
     array = np.asarray(mask)
     if array.ndim != 2 or array.dtype.kind not in "bui":
-        raise ValueError(f"a mask must be whole numbers [H, W], a PIL image of them or a path, got {array.dtype} {array.shape}")
+        raise ValueError(
+            f"a mask must be whole numbers [H, W], a PIL image of them or a path, got {array.dtype} {array.shape}")
     return array.astype(np.uint8)
 
 
@@ -97,19 +103,24 @@ def _case(number: int, item: Any) -> Case:
     """An image, or a pair of image and mask (or None): arrays, PIL images or paths."""
     image, mask = item if isinstance(item, (tuple, list)) and len(item) == 2 else (item, None)
     if not isinstance(image, (str, os.PathLike, np.ndarray, Image.Image)):
-        raise ValueError(f"image {number} is a {type(image).__name__}: give an array uint8 [H, W, 3] or [H, W], a PIL image, "
-                         "a path, or a pair of image and mask")
+        raise ValueError(
+            f"image {number} is a {type(image).__name__}: give an array uint8 [H, W, 3] or [H, W], a PIL image, "
+            "a path, or a pair of image and mask"
+        )
     path = Path(image) if isinstance(image, (str, os.PathLike)) else None
-    return Case(path.name if path else f"image {number}", partial(as_rgb, image), None if mask is None else partial(_target, mask), path)
+    return Case(
+        path.name if path else f"image {number}", partial(as_rgb, image),
+        None if mask is None else partial(_target, mask), path)
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-case-2
 def as_cases(items: Any) -> list[Case]:
     """What to look at; nothing is read yet.
 
     Args:
-        items: a `Split`; a `SegmentationData`, of which the test split is taken, or the validation split where there is none;
-            a folder of images, or one that qtseg-predict wrote; an image, or a list of images or of pairs (image, mask), where
-            images and masks are paths, arrays or PIL images, and a mask may be None.
+        items: a `Split`; a `SegmentationData`, of which the test split is taken, or the validation split where there is
+        none;
+            a folder of images, or one that qtseg-predict wrote; an image, or a list of images or of pairs (image,
+            mask), where images and masks are paths, arrays or PIL images, and a mask may be None.
 
     Raises:
         ValueError, FileNotFoundError: there is nothing, or something else.
@@ -130,8 +141,10 @@ def as_cases(items: Any) -> list[Case]:
     else:
         one = isinstance(items, Image.Image) or (isinstance(items, np.ndarray) and items.ndim < 4)
         if not (one or hasattr(items, "__iter__")) or isinstance(items, (bytes, Mapping)):
-            raise ValueError(f"a {type(items).__name__} is nothing to look at: name a split, a SegmentationData, a folder, "
-                             "or images as paths, arrays or PIL images")
+            raise ValueError(
+                f"a {type(items).__name__} is nothing to look at: name a split, a SegmentationData, a folder, "
+                "or images as paths, arrays or PIL images"
+            )
         cases = [_case(number, item) for number, item in enumerate([items] if one else items)]
     if not cases:
         raise ValueError(f"there is nothing to look at in {items!r}: name a split, arrays or a folder of images")
@@ -139,7 +152,8 @@ def as_cases(items: Any) -> list[Case]:
 
 
 def as_source(given: Any) -> Any:
-    """A network, a `Predictor` or another object as it is; the path of a checkpoint or of a run as the `Predictor` that it gives."""
+    """A network, a `Predictor` or another object as it is; the path of a checkpoint or of a run as the `Predictor` that
+    it gives."""
     return Predictor.from_checkpoint(given) if isinstance(given, (str, os.PathLike)) else given
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-answers
@@ -151,8 +165,8 @@ def _answering(folder: str | os.PathLike) -> Any:
 def as_answers(predictor: Any, cases: list[Case], classes: int) -> Callable[[int, np.ndarray], np.ndarray]:
     """A model's answers as a function: (number, image uint8 [H, W, 3]) -> probabilities float32 [H, W, K].
 
-    predictor: whatever has a method `probabilities(image)`; `SavedPredictions`; or one array per image, probabilities [H, W, K]
-    or a mask [H, W]. ValueError for another number of arrays than images.
+    predictor: whatever has a method `probabilities(image)`; `SavedPredictions`; or one array per image, probabilities
+    [H, W, K] or a mask [H, W]. ValueError for another number of arrays than images.
     """
     if hasattr(predictor, "probabilities"):
         return lambda number, image: predictor.probabilities(image)
@@ -169,10 +183,11 @@ def as_answers(predictor: Any, cases: list[Case], classes: int) -> Callable[[int
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-album
 class Album:
-    """Images with their targets and what one or more models answer; the last few are kept, so that each is computed once.
+    """Images with their targets and what one or more models answer; the last few are kept, so that each is computed
+    once.
 
-    items: see `as_cases`; predictors: one (see `as_answers`), or the folder of predictions, of a checkpoint or of a run, or a dict of
-    several by name. ValueError for what does not fit.
+    items: see `as_cases`; predictors: one (see `as_answers`), or the folder of predictions, of a checkpoint or of a
+    run, or a dict of several by name. ValueError for what does not fit.
     """
 
     def __init__(self, items: Any, predictors: Any = None, class_names: Sequence[str] | None = None):
@@ -197,7 +212,8 @@ class Album:
                 raise ValueError(f"{case.name}: the image has {image.shape[:2]} pixels, its {name} {array.shape[:2]}")
         most = 0 if target is None else target.max(where=target != IGNORE, initial=0)
         if most >= len(self.class_names):
-            raise ValueError(f"{case.name}: its target holds class {most}, the classes are {', '.join(self.class_names)}")
+            raise ValueError(
+                f"{case.name}: its target holds class {most}, the classes are {', '.join(self.class_names)}")
         return image, target, maps
 
     def _judge(self, index: int, threshold: float | None) -> tuple[list[np.ndarray], np.ndarray | None]:
@@ -206,17 +222,20 @@ class Album:
         masks = [decide(one, threshold) for one in maps]
         if target is None or not masks:
             return masks, None
-        scores = [mask_scores(mask, target, len(self.class_names), surface=False, ignore_index=IGNORE)[1] for mask in masks]
+        scores = [
+            mask_scores(mask, target, len(self.class_names), surface=False, ignore_index=IGNORE)[1] for mask in masks]
         return masks, np.stack(scores)[..., :len(MEASURES)]
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-entropy
 def entropy(probabilities: np.ndarray) -> float:
-    """How undecided probabilities [H, W, K] are: their entropy in bits, mean over the pixels; 0: certain, 1: a fair coin."""
+    """How undecided probabilities [H, W, K] are: their entropy in bits, mean over the pixels; 0: certain, 1: a fair
+    coin."""
     return float((probabilities * np.log2(1 / np.maximum(probabilities, 1e-12))).sum(axis=2).mean())
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-ranking
 class Ranking:
-    """How well the first model of an album does on every image. Looks at all of them when first asked, and keeps only counts."""
+    """How well the first model of an album does on every image. Looks at all of them when first asked, and keeps only
+    counts."""
 
     def __init__(self, album: Album, tell: Callable[[str], None]):
         if not album.models:
@@ -236,14 +255,16 @@ class Ranking:
         return np.concatenate([threshold_counts(maps[counted], target[counted]), most_probable[None]])
 
     def dice(self, threshold: float | None) -> np.ndarray:
-        """Dice of every image in percent, mean over classes, at the nearest of THRESHOLDS: [images]; NaN without a target."""
+        """Dice of every image in percent, mean over classes, at the nearest of THRESHOLDS: [images]; NaN without a
+        target."""
         row = -1 if threshold is None else int(np.abs(THRESHOLDS - threshold).argmin())
         return np.array([math.nan if counts is None else
                          scores_in_percent(torch.from_numpy(counts[row]))[:, MEASURES.index("dice")].mean().item()
                          for counts in self.counts])
 
     def find(self, what: str, threshold: float | None) -> int:
-        """The number of the "best", "worst" (by Dice) or most "uncertain" (by entropy) image. ValueError without targets."""
+        """The number of the "best", "worst" (by Dice) or most "uncertain" (by entropy) image. ValueError without
+        targets."""
         values = np.array(self.entropies) if what == "uncertain" else self.dice(threshold)
         if np.isnan(values).all():
             raise ValueError(f"without targets no image is the {what}; go(\"uncertain\") needs none")

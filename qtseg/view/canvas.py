@@ -28,7 +28,8 @@ __all__ = ['LINE_HEIGHT', 'encoded', 'captioned', 'crosshair', 'require_widgets'
 def encoded(picture: np.ndarray) -> bytes:
     """A picture as the bytes of a JPEG file: uint8 RGB [H, W, 3] -> bytes; 512 x 512 pixels take about 2 ms."""
     options = [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1].tobytes()  # 4:4:4: outlines are all color
+    # 4:4:4: outlines are all color
+    return cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-caption
 LINE_HEIGHT = 18  # pixels
@@ -36,12 +37,15 @@ LINE_HEIGHT = 18  # pixels
 
 @lru_cache(maxsize=256)
 def _strip(text: str, width: int) -> np.ndarray:
-    """Lines of light text on a dark ground, wrapped: uint8 [lines * LINE_HEIGHT, width, 3]; these fonts know ASCII only."""
+    """Lines of light text on a dark ground, wrapped: uint8 [lines * LINE_HEIGHT, width, 3]; these fonts know ASCII
+    only."""
     plain = text.replace("→", "->").replace("×", "x").replace("■ ", "").encode("ascii", "replace").decode()
     font = cv2.FONT_HERSHEY_SIMPLEX, 0.4
     flat = plain.replace("\n", " ")
-    letter = max(cv2.getTextSize(flat, *font, 1)[0][0] / max(len(flat), 1), 1)  # a letter's mean width, other in OpenCV 4 and 5
-    lines = [line for part in plain.split("\n") for line in textwrap.wrap(part, max(int((width - 8) / letter), 8))] or [""]
+    # a letter's mean width, other in OpenCV 4 and 5
+    letter = max(cv2.getTextSize(flat, *font, 1)[0][0] / max(len(flat), 1), 1)
+    lines = [line for part in plain.split("\n") for line in textwrap.wrap(part, max(int((width - 8) / letter), 8))] or [
+        ""]
     strip = np.full((LINE_HEIGHT * len(lines), width, 3), 34, np.uint8)
     for row, line in enumerate(lines):
         place = (4, LINE_HEIGHT * row + 13)
@@ -51,7 +55,8 @@ def _strip(text: str, width: int) -> np.ndarray:
 
 
 def captioned(picture: np.ndarray, text: str, below: bool = False) -> np.ndarray:
-    """Put a line above a picture, or lines below it: uint8 [H, W, 3] -> [H + lines * LINE_HEIGHT, W, 3], width kept; ASCII.
+    """Put a line above a picture, or lines below it: uint8 [H, W, 3] -> [H + lines * LINE_HEIGHT, W, 3], width kept;
+    ASCII.
 
     What does not fit is cut off above, and goes on in the next line below.
     """
@@ -60,7 +65,8 @@ def captioned(picture: np.ndarray, text: str, below: bool = False) -> np.ndarray
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-crosshair
 def crosshair(picture: np.ndarray, x: float, y: float) -> np.ndarray:
-    """Mark column x, row y of a picture, uint8 [H, W, 3], in place: white on black, which shows on light and on dark."""
+    """Mark column x, row y of a picture, uint8 [H, W, 3], in place: white on black, which shows on light and on
+    dark."""
     for width, color in ((3, (0, 0, 0)), (1, (255, 255, 255))):
         cv2.drawMarker(picture, (round(x), round(y)), color, cv2.MARKER_CROSS, 13, width)
     return picture
@@ -76,7 +82,8 @@ def require_widgets():
     return ipywidgets
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-js-queue
-# Browser to kernel: one event at a time. Moves and wheel turns that wait are merged, so that a slow kernel never lags behind.
+# Browser to kernel: one event at a time. Moves and wheel turns that wait are merged, so that a slow kernel never lags
+# behind.
 _QUEUE = """
 function sender(model) {
   const waiting = [];
@@ -103,7 +110,8 @@ function sender(model) {
 """
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-js-canvas
-# The picture in the browser; it reports pointer (in pixels of the picture), wheel and keys. The wheel counts once it has focus.
+# The picture in the browser; it reports pointer (in pixels of the picture), wheel and keys. The wheel counts once it
+# has focus.
 _CANVAS = _QUEUE + """
 function render({ model, el }) {
   const image = document.createElement("img"), { send, stop } = sender(model);
@@ -146,7 +154,8 @@ export default { render };
 # %% ../../nbs/reference/view_canvas.ipynb #base-canvas
 @cache
 def _canvas_class() -> type | None:
-    """The widget of `_CANVAS`, made when first asked for; None where anywidget is missing, and the controls do everything."""
+    """The widget of `_CANVAS`, made when first asked for; None where anywidget is missing, and the controls do
+    everything."""
     try:
         import anywidget
         import traitlets
@@ -168,7 +177,8 @@ _EVENTS = ("ready", "key", "wheel", "down", "move", "up", "click")
 
 
 def _event(message: Any) -> dict | None:
-    """A message of the canvas with what `Panel` needs; None for anything that no canvas of ours sends, which is ignored."""
+    """A message of the canvas with what `Panel` needs; None for anything that no canvas of ours sends, which is
+    ignored."""
     if not isinstance(message, dict) or message.get("kind") not in _EVENTS:
         return None
     numbers = {name: message.get(name, 0) for name in ("x", "y", "steps")}
@@ -180,7 +190,8 @@ def _event(message: Any) -> dict | None:
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-screen-2
 class Screen:
-    """Picture and text in the browser: a plain image widget, until the canvas (if there is one) reports that it runs there."""
+    """Picture and text in the browser: a plain image widget, until the canvas (if there is one) reports that it runs
+    there."""
 
     def __init__(self, title: str, keys: tuple[str, ...], react: Callable[..., None]):
         widgets, canvas = require_widgets(), _canvas_class()
@@ -217,7 +228,8 @@ class Screen:
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-drawn
 class Drawn(Stateful):
-    """A `Stateful` with a picture: what a widget here has to say, before any browser. A subclass fills in these methods."""
+    """A `Stateful` with a picture: what a widget here has to say, before any browser. A subclass fills in these
+    methods."""
 
     KEYS: tuple[str, ...] = ()  # the keys that `key` hears, by their names in the browser: "ArrowLeft", "+", …
 
@@ -234,7 +246,8 @@ class Drawn(Stateful):
         return []
 
     def pointer(self, kind: str, x: float, y: float) -> None:
-        """The pointer did "down", "move" (pressed), "up" or "click" at column x, row y of the picture, in its pixels."""
+        """The pointer did "down", "move" (pressed), "up" or "click" at column x, row y of the picture, in its
+        pixels."""
 
     def wheel(self, x: float, y: float, steps: float) -> None:
         """The wheel turned by some steps, up being positive, over column x, row y of the picture."""
@@ -246,7 +259,8 @@ class Drawn(Stateful):
         """Picture and text as one palette image, for paper and for pages without a kernel."""
         words = html.unescape(re.sub(r"<[^>]+>", "", self.text().replace("<br>", "\n")))
         picture = captioned(self.picture(), words, below=True) if words else self.picture()
-        chosen = Image.Quantize.MAXCOVERAGE  # the default would give up the colors of few pixels, and outlines are few pixels
+        # the default would give up the colors of few pixels, and outlines are few pixels
+        chosen = Image.Quantize.MAXCOVERAGE
         return Image.fromarray(picture).quantize(colors, method=chosen, dither=Image.Dither.NONE)
 
     def _repr_png_(self) -> bytes:

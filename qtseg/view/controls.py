@@ -18,7 +18,8 @@ __all__ = ['Setting', 'between', 'one_of', 'yes_or_no', 'some_of', 'Stateful']
 class Setting:
     """One piece of a panel's state, an attribute: a change of it moves its controls and redraws the picture once.
 
-    check: (panel, value) -> the value to keep; it raises ValueError, with words that continue "NAME must be ", for bad ones.
+    check: (panel, value) -> the value to keep; it raises ValueError, with words that continue "NAME must be ", for bad
+    ones.
     """
 
     def __init__(self, default: Any, check: Callable[[Any, Any], Any] = lambda panel, value: value):
@@ -103,7 +104,8 @@ class Stateful:
         return {name: value for name, value in members.items() if isinstance(value, Setting)}
 
     def set(self, **changes: Any) -> None:
-        """Change several settings, then redraw once. AttributeError or ValueError, naming the setting; then nothing changes."""
+        """Change several settings, then redraw once. AttributeError or ValueError, naming the setting; then nothing
+        changes."""
         settings = self.settings()
         for name in changes:
             if name not in settings:

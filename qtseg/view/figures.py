@@ -48,11 +48,13 @@ def _array(values: np.ndarray | Tensor) -> np.ndarray:
 @returns_figure
 def show_overlay(image: np.ndarray, mask: np.ndarray | Tensor, class_names: Sequence[str] | None = None,
                  opacity: float = 0.5) -> Figure:
-    """The image alone, under its colored mask, and outlined, with the classes named: uint8 [H, W, 3] and [H, W] -> a figure."""
+    """The image alone, under its colored mask, and outlined, with the classes named: uint8 [H, W, 3] and [H, W] -> a
+    figure."""
     mask = _array(mask)
     painted = overlay(image, mask, opacity)
     figure = new_figure(7.5, 2.4 * image.shape[0] / image.shape[1] + 0.6)
-    pictures = {"image": image, f"overlay, opacity {opacity:g}": painted, "outline": contours(image, mask, width=_line(image))}
+    pictures = {
+        "image": image, f"overlay, opacity {opacity:g}": painted, "outline": contours(image, mask, width=_line(image))}
     for axes, (title, picture) in zip(figure.subplots(1, 3), pictures.items()):
         _panel(axes, picture, title)
     add_legend(figure, named_colors(class_names, np.unique(mask).tolist()) or {"no foreground": (255, 255, 255)})
@@ -65,8 +67,10 @@ def _line(image: np.ndarray) -> int:
 
 # %% ../../nbs/reference/view_figures.ipynb #visualisation061
 @returns_figure
-def show_errors(image: np.ndarray, target: np.ndarray | Tensor, prediction: np.ndarray | Tensor, opacity: float = 0.7) -> Figure:
-    """Image, both outlines, and the error map with every kind of pixel counted: [H, W, 3] and two masks [H, W] -> a figure."""
+def show_errors(
+    image: np.ndarray, target: np.ndarray | Tensor, prediction: np.ndarray | Tensor, opacity: float = 0.7) -> Figure:
+    """Image, both outlines, and the error map with every kind of pixel counted: [H, W, 3] and two masks [H, W] -> a
+    figure."""
     target, prediction = _array(target), _array(prediction)
     counts = np.bincount(error_kinds(target, prediction).ravel(), minlength=5)
     outlined = contours(image, target, TARGET, _line(image))
@@ -82,7 +86,8 @@ def show_errors(image: np.ndarray, target: np.ndarray | Tensor, prediction: np.n
 
 # %% ../../nbs/reference/view_figures.ipynb #visualisation066
 def _grid(rows: int, columns: int, aspect: float) -> np.ndarray:
-    """Axes [rows, columns] of a new figure, hidden until something is drawn: room for panels of this aspect (height / width)."""
+    """Axes [rows, columns] of a new figure, hidden until something is drawn: room for panels of this aspect (height /
+    width)."""
     figure = new_figure(7.5, rows * (min(7.2 / columns, 2.5) * aspect + 0.1) + 0.3)
     figure.set_layout_engine("compressed")  # few panels stand side by side, not far apart
     return figure.subplots(rows, columns, squeeze=False, subplot_kw={"visible": False})
@@ -109,15 +114,16 @@ def gallery(images: Sequence[np.ndarray], targets: Sequence[np.ndarray],
             columns: int = 6, errors: bool = True) -> Figure:
     """One column per image: the image, its target, and for each model an error map (an overlay where errors=False).
 
-    images: uint8 [H, W, 3] of any sizes; targets, predictions: masks [H, W], arrays or tensors; scores: Dice in percent.
-    predictions and scores are lists, or lists by the model's name. More images than `columns` go on below. ValueError for
-    lists of different lengths and for scores of an unknown model.
+    images: uint8 [H, W, 3] of any sizes; targets, predictions: masks [H, W], arrays or tensors; scores: Dice in
+    percent. predictions and scores are lists, or lists by the model's name. More images than `columns` go on below.
+    ValueError for lists of different lengths and for scores of an unknown model.
     """
     models = dict(predictions) if isinstance(predictions, Mapping) else {"prediction": predictions}
     marks = dict(scores) if isinstance(scores, Mapping) else {} if scores is None else {"prediction": scores}
     titles = [""] * len(images) if titles is None else titles
     if marks.keys() - models.keys():
-        raise ValueError(f"scores of {', '.join(marks.keys() - models.keys())}, but no such model among {', '.join(models)}")
+        raise ValueError(
+            f"scores of {', '.join(marks.keys() - models.keys())}, but no such model among {', '.join(models)}")
     _check_lengths({"images": images, "targets": targets, "titles": titles, **models,
                     **{f"scores of {name}": values for name, values in marks.items()}})
     names, columns = ["image", "target", *models], min(columns, len(images))
@@ -138,7 +144,8 @@ def gallery(images: Sequence[np.ndarray], targets: Sequence[np.ndarray],
 # %% ../../nbs/reference/view_figures.ipynb #visualisation074
 @returns_figure
 def show_features(maps: np.ndarray | Tensor, columns: int = 8, most: int = 32, title: str = "feature maps") -> Figure:
-    """The first `most` feature maps side by side, each stretched over its own range: [C, h, w], array or tensor -> a figure.
+    """The first `most` feature maps side by side, each stretched over its own range: [C, h, w], array or tensor -> a
+    figure.
 
     The number at the left is the first channel of the row. ValueError unless there are three axes.
     """
@@ -151,9 +158,12 @@ def show_features(maps: np.ndarray | Tensor, columns: int = 8, most: int = 32, t
     sheet, height = tile(pictures, columns), pictures[0].shape[0] + 4
     figure = new_figure(7.5, min(7.3, 2.5 * min(columns, len(shown))) * sheet.shape[0] / sheet.shape[1] + 0.3)
     axes = figure.subplots()
-    _panel(axes, sheet, f"{title}: {len(shown)} of {len(maps)}, each from its least (violet) to its greatest value (yellow)")
+    _panel(
+        axes, sheet,
+        f"{title}: {len(shown)} of {len(maps)}, each from its least (violet) to its greatest value (yellow)")
     starts = range(0, len(shown), columns)
-    axes.set_yticks([height * row + height / 2 for row in range(len(starts))], [str(start) for start in starts], fontsize=8)
+    axes.set_yticks(
+        [height * row + height / 2 for row in range(len(starts))], [str(start) for start in starts], fontsize=8)
     axes.tick_params(length=0)
     return figure
 
@@ -163,8 +173,9 @@ def show_attention(weights: np.ndarray | Tensor, image: np.ndarray | None = None
                    title: str = "attention") -> Figure:
     """Where each head looks: weights [heads, h, w], array or tensor, laid over the image [H, W, 3] -> a figure.
 
-    Each head is painted from 0 (violet) to its own greatest weight, which stands above it: an even head is yellow all over. Cells
-    are drawn as squares: nothing is known between them. ValueError unless there are three axes of weights from 0.
+    Each head is painted from 0 (violet) to its own greatest weight, which stands above it: an even head is yellow all
+    over. Cells are drawn as squares: nothing is known between them. ValueError unless there are three axes of weights
+    from 0.
     """
     weights = _array(weights)
     if weights.ndim != 3 or not weights.size or not weights.min() >= 0:
@@ -204,7 +215,8 @@ def _ink(label: int) -> tuple[float, ...]:
 # %% ../../nbs/reference/view_figures.ipynb #visualisation084
 @returns_figure
 def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Loss and Dice over the epochs of several runs: histories by the run's name -> a figure; validation solid, training dotted.
+    """Loss and Dice over the epochs of several runs: histories by the run's name -> a figure; validation solid,
+    training dotted.
 
     A history is what `fit` returns or `read_history` reads. One run alone is drawn by `training.draw_curves`.
     """
@@ -218,7 +230,8 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
             for part, dashes in (("valid", "-"), ("train", ":")):
                 points = [(row["epoch"], row[f"{part}_{measure}"]) for row in history if f"{part}_{measure}" in row]
                 epochs, values = np.array(points).reshape(-1, 2).T  # without points, both are empty
-                axes.plot(epochs, values, dashes, color=_ink(label), label=plain_label(name) if part == "valid" else None)
+                axes.plot(
+                    epochs, values, dashes, color=_ink(label), label=plain_label(name) if part == "valid" else None)
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8, title="solid: validation, dotted: training", title_fontsize=8)
@@ -226,7 +239,8 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure
 
 # %% ../../nbs/reference/view_figures.ipynb #visualisation087
 def _values_by(rows: Sequence[Mapping], measure: str, by: str) -> dict[str, list[float]]:
-    """The finite values for each entry of the column `by`; ValueError where a row lacks a column or no value is left."""
+    """The finite values for each entry of the column `by`; ValueError where a row lacks a column or no value is
+    left."""
     values: dict[str, list[float]] = {}
     for row in rows:
         if measure not in row or by not in row:
@@ -243,8 +257,8 @@ def _values_by(rows: Sequence[Mapping], measure: str, by: str) -> dict[str, list
 def stratum_boxes(rows: Sequence[Mapping], measure: str = "dice", by: str = "stratum") -> Figure:
     """A box with all its points for each stratum: rows that name `by` and `measure` (as in images.csv) -> a figure.
 
-    Strata stand in the order of their medians. Box: quartiles and median; whiskers: the last point within 1.5 box heights. Rows
-    whose value is empty or not a number are left out and counted.
+    Strata stand in the order of their medians. Box: quartiles and median; whiskers: the last point within 1.5 box
+    heights. Rows whose value is empty or not a number are left out and counted.
 
     Args:
         rows: one mapping per image.
@@ -264,7 +278,8 @@ def stratum_boxes(rows: Sequence[Mapping], measure: str = "dice", by: str = "str
         across = place + rng.uniform(-0.18, 0.18, len(values[name]))
         axes.scatter(across, values[name], s=9, alpha=0.6, color=_ink(1), linewidths=0, zorder=3)
     left_out = len(rows) - sum(map(len, values.values()))
-    axes.set_xticks(range(len(order)), [f"{plain_label(name) or f'no {by}'}\nn = {len(values[name])}" for name in order])
+    axes.set_xticks(
+        range(len(order)), [f"{plain_label(name) or f'no {by}'}\nn = {len(values[name])}" for name in order])
     axes.set(ylabel=measure, title=f"left out, without a value: {left_out}" if left_out else "")
     axes.grid(axis="y", alpha=0.3)
     return figure

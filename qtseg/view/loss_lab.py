@@ -24,7 +24,8 @@ __all__ = ['LAB_LOSSES', 'SIGNED', 'disc_logits', 'Push', 'push', 'signed', 'los
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-disc
 def disc_logits(size: int, x: Any, y: Any, radius: Any, confidence: float = 4.0, softness: float = 6.0) -> Tensor:
-    """A disc as the logits of one class: float32 [1, 1, size, size], confidence inside, -confidence far outside, 0 on the rim.
+    """A disc as the logits of one class: float32 [1, 1, size, size], confidence inside, -confidence far outside, 0 on
+    the rim.
 
     x, y, radius, softness (how wide the rim is): in pixels, numbers or tensors, through which gradients flow.
     """
@@ -45,8 +46,11 @@ class Push(NamedTuple):
     pull: tuple[float, float, float]  #: -d loss / d (x, y, radius) of the disc, per pixel: where descent would take it
 
 
-def push(name: str, target: Tensor, x: float, y: float, radius: float, confidence: float = 4.0, softness: float = 6.0) -> Push:
-    """Loss, gradients and pull of a disc against a target [1, size, size] int64, by one of LAB_LOSSES; see `disc_logits`."""
+def push(
+    name: str, target: Tensor, x: float, y: float, radius: float, confidence: float = 4.0, softness: float = 6.0
+) -> Push:
+    """Loss, gradients and pull of a disc against a target [1, size, size] int64, by one of LAB_LOSSES; see
+    `disc_logits`."""
     place = torch.tensor([x, y, radius], dtype=torch.float32, requires_grad=True)
     logits = disc_logits(target.shape[-1], *place, confidence, softness)
     loss = LAB_LOSSES[name](logits, target)
@@ -112,11 +116,15 @@ def loss_along(size: int, target: Tensor, y: float, radius: float, confidence: f
     """Every loss of LAB_LOSSES as the disc moves from the left edge to the right one: float32 [points] each."""
     with torch.no_grad():
         discs = [disc_logits(size, x, y, radius, confidence, softness) for x in np.linspace(0, size, points)]
-        return {name: np.array([float(loss(disc, target)) for disc in discs], np.float32) for name, loss in LAB_LOSSES.items()}
+        return {
+            name: np.array([float(loss(disc, target)) for disc in discs], np.float32)
+            for name, loss in LAB_LOSSES.items()
+        }
 
 
 def draw_lines(lines: Mapping[str, np.ndarray], side: int, mark: float) -> np.ndarray:
-    """Curves on white, each from 0 to its own largest value, with a key and an upright mark at 0..1: uint8 [side, side, 3]."""
+    """Curves on white, each from 0 to its own largest value, with a key and an upright mark at 0..1: uint8 [side, side,
+    3]."""
     sheet = np.full((side, side, 3), 255, np.uint8)
     column = round(mark * (side - 1))
     cv2.line(sheet, (column, 0), (column, side - 1), (150, 150, 150), 1)
@@ -155,16 +163,19 @@ class _LossPictures(_LossState):
     def _outlined(self, picture: np.ndarray, color: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
         """An enlarged picture [size, size, 3] with the outline of the target."""
         side = self.TIMES * self.size
-        return contours(enlarge_picture(picture, side), enlarge_picture(self.target[0].numpy().astype(np.uint8), side), color)
+        return contours(
+            enlarge_picture(picture, side), enlarge_picture(self.target[0].numpy().astype(np.uint8), side), color)
 
     def _arrow(self, picture: np.ndarray, pull: tuple[float, float, float]) -> np.ndarray:
-        """Draw where a pull takes the disc's center; shorter, the more of the pull goes into the radius. No arrow: no pull."""
+        """Draw where a pull takes the disc's center; shorter, the more of the pull goes into the radius. No arrow: no
+        pull."""
         length = float(np.linalg.norm(pull))
         if length > 1e-9:
             start = np.array([self.x, self.y]) * self.TIMES
             end = start + 16 * self.TIMES * np.array(pull[:2]) / length
-            cv2.arrowedLine(picture, np.rint(start).astype(int).tolist(), np.rint(end).astype(int).tolist(), (0, 0, 0), 2,
-                            cv2.LINE_AA, tipLength=0.3)
+            cv2.arrowedLine(
+                picture, np.rint(start).astype(int).tolist(), np.rint(end).astype(int).tolist(), (0, 0, 0), 2,
+                cv2.LINE_AA, tipLength=0.3)
         return picture
 
     def _along(self) -> dict[str, np.ndarray]:
@@ -174,7 +185,8 @@ class _LossPictures(_LossState):
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-lab
 class LossLab(_LossPictures):
-    """Drag a predicted disc over a target disc and see cross-entropy, Dice, focal loss, and what each does to every logit.
+    """Drag a predicted disc over a target disc and see cross-entropy, Dice, focal loss, and what each does to every
+    logit.
 
     Orange: the loss wants this logit higher; blue: lower. size: side of the square, in pixels. Settings: x, y, radius,
     target_radius, confidence, softness, same_scale (of the colors), loss (the one that `descend` follows).
@@ -183,7 +195,8 @@ class LossLab(_LossPictures):
     def __init__(self, size: int = 96):
         super().__init__()
         if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or not 16 <= size <= 512:
-            raise ValueError(f"LossLab draws its own discs: size is the side of its square, 16 to 512 pixels, not {size!r:.80}")
+            raise ValueError(
+                f"LossLab draws its own discs: size is the side of its square, 16 to 512 pixels, not {size!r:.80}")
         self.size = int(size)
         self.set(x=size * 0.3, y=size * 0.4, radius=size * 0.15, target_radius=size * 0.17, softness=size * 0.06)
 
@@ -201,10 +214,14 @@ class LossLab(_LossPictures):
             return self.control(name, "FloatSlider", min=least, max=most, step=step)
 
         half = self.size / 2
-        return [[slider("x", 0, self.size), slider("y", 0, self.size), slider("radius", 1, half)],
-                [slider("target_radius", 0, half), slider("confidence", 0.1, 20, 0.1), slider("softness", 0.5, 40)],
-                [self.control("same_scale", "Checkbox", "same scale for all"),
-                 self.control("loss", "Dropdown", options=list(LAB_LOSSES)), self.button("descend 10 steps", self.descend)]]
+        return [
+            [slider("x", 0, self.size), slider("y", 0, self.size), slider("radius", 1, half)],
+            [slider("target_radius", 0, half), slider("confidence", 0.1, 20, 0.1), slider("softness", 0.5, 40)],
+            [
+                self.control("same_scale", "Checkbox", "same scale for all"),
+                self.control("loss", "Dropdown", options=list(LAB_LOSSES)),
+                self.button("descend 10 steps", self.descend)],
+        ]
 
     def pointer(self, kind: str, x: float, y: float) -> None:
         for share in (area.share(x, y) for area in self._areas):

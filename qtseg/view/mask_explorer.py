@@ -39,7 +39,8 @@ class _ExplorerState(Viewport):
     threshold = Setting(0.5, between(0.01, 0.99))
     most_probable = Setting(False, yes_or_no)  # the class of the largest probability, no threshold
     classes = Setting((1,), some_of(lambda panel: tuple(range(1, len(panel.album.class_names))), least=0))
-    row = Setting(-1, between(-1, lambda panel: panel.image.shape[0] - 1, whole=True))  # the pixel that is read; -1: none
+    # the pixel that is read; -1: none
+    row = Setting(-1, between(-1, lambda panel: panel.image.shape[0] - 1, whole=True))
     column = Setting(-1, between(-1, lambda panel: panel.image.shape[1] - 1, whole=True))
 
     def __init__(self, album: Album, size: int):
@@ -50,8 +51,10 @@ class _ExplorerState(Viewport):
     image = property(lambda self: self.album.read(self.index)[0], doc="The shown image, uint8 [H, W, 3].")
     target = property(lambda self: self.album.read(self.index)[1], doc="Its target, uint8 [H, W], or None.")
     probabilities = property(lambda self: self.album.read(self.index)[2], doc="Each model's answer, float32 [H, W, K].")
-    decision = property(lambda self: None if self.most_probable else self.threshold, doc="The threshold as `decide` takes it.")
-    masks = property(lambda self: self.album.judge(self.index, self.decision)[0], doc="Each model's mask, uint8 [H, W].")
+    decision = property(
+        lambda self: None if self.most_probable else self.threshold, doc="The threshold as `decide` takes it.")
+    masks = property(
+        lambda self: self.album.judge(self.index, self.decision)[0], doc="Each model's mask, uint8 [H, W].")
     scores = property(lambda self: self.album.judge(self.index, self.decision)[1],
                       doc="[models, foreground classes, 4], percent, in the order of MEASURES; None without a target.")
 
@@ -66,7 +69,8 @@ class _ExplorerPicture(_ExplorerState):
     def panel_size(self) -> tuple[int, int]:
         """Height and width of a panel in pixels; the longer one is `size`."""
         height, width = self.image.shape[:2]
-        return max(1, round(self.size * height / max(height, width))), max(1, round(self.size * width / max(height, width)))
+        return max(1, round(self.size * height / max(height, width))), max(
+            1, round(self.size * width / max(height, width)))
 
     def paint(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """A mask on its image, in the chosen style."""
@@ -85,10 +89,15 @@ class _ExplorerPicture(_ExplorerState):
         if view == "probability":
             chance = self.probabilities[model][..., list(self.classes)].sum(axis=2)  # [H, W]
             return heat(window.cut(chance, *size).clip(0, 1), image, self.opacity)
-        masks = [window.cut(mask, *size) for mask in (self.target, self.masks[model] if self.masks else None) if mask is not None]
+        masks = [
+            window.cut(mask, *size)
+            for mask in (self.target, self.masks[model] if self.masks else None)
+            if mask is not None
+        ]
         if view == "error":
             masks = [np.where(masks[0] == IGNORE, np.uint8(0), mask) for mask in masks]
-            return error_map(*(np.where(np.isin(mask, self.classes), mask, np.uint8(0)) for mask in masks), image, self.opacity)
+            return error_map(
+                *(np.where(np.isin(mask, self.classes), mask, np.uint8(0)) for mask in masks), image, self.opacity)
         return self.paint(image, masks[0 if view == "target" else -1])
 
 # %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-places
@@ -137,7 +146,8 @@ class _ExplorerWords(_ExplorerPlaces):
 
     def legend(self) -> list[str]:
         """What the colors of the error panels mean."""
-        names = list(zip(("blue", "red", "yellow", "purple"), ERROR_COLORS.items()))[:3 + (len(self.album.class_names) > 2)]
+        names = list(zip(("blue", "red", "yellow", "purple"), ERROR_COLORS.items()))[
+            : 3 + (len(self.album.class_names) > 2)]
         marks = [f"<span style='color:rgb{color}'>■</span> {name}: {kind}" for name, (kind, color) in names]
         return [", ".join(marks)] if "error" in self.views and self.scores is not None else []
 
@@ -157,7 +167,11 @@ class _ExplorerWords(_ExplorerPlaces):
             return []
         place, names = (self.row, self.column), self.album.class_names
         words = [f"pixel in row {self.row}, column {self.column}: RGB {tuple(self.image[place].tolist())}"]
-        words += [] if self.target is None else [f"target {'ignored' if self.target[place] == IGNORE else names[self.target[place]]}"]
+        words += (
+            []
+            if self.target is None
+            else [f"target {'ignored' if self.target[place] == IGNORE else names[self.target[place]]}"]
+        )
         words += [f"{model} {names[mask[place]]} ({', '.join(f'{chance:.2f}' for chance in maps[place])})"
                   for model, mask, maps in zip(self.album.models, self.masks, self.probabilities)]
         return [escape("; ".join(words))]
@@ -181,9 +195,11 @@ class _ExplorerActions(_ExplorerWords):
         return Ranking(self.album, self.tell)
 
     def go(self, where: int | str) -> None:
-        """Show another image: its number, "next", "previous", "random", "best", "worst" (Dice) or "uncertain" (entropy).
+        """Show another image: its number, "next", "previous", "random", "best", "worst" (Dice) or "uncertain"
+        (entropy).
 
-        The last three rank all images by the first model, once; the threshold is the shown one. ValueError for anything else.
+        The last three rank all images by the first model, once; the threshold is the shown one. ValueError for anything
+        else.
         """
         count = len(self.album.cases)
         if where in ("best", "worst", "uncertain"):
@@ -222,15 +238,19 @@ class _ExplorerControls(_ExplorerActions):
         several = [self.control("most_probable", "Checkbox", indent=False), *self.toggles("classes", classes)]
         jumps = ("previous", "next", "best", "worst", "uncertain", "random")
         return [
-            [*(self.button(where, partial(self.go, where)) for where in jumps),
-             number("index", description="image", min=0, max=len(self.album.cases) - 1, layout={"width": "160px"})],
-            [*self.toggles("views", [(view, view) for view in VIEWS]),
-             self.control("style", "Dropdown", options=["fill", "contour", "both"], layout={"width": "180px"})],
+            [
+                *(self.button(where, partial(self.go, where)) for where in jumps),
+                number("index", description="image", min=0, max=len(self.album.cases) - 1, layout={"width": "160px"})],
+            [
+                *self.toggles("views", [(view, view) for view in VIEWS]),
+                self.control("style", "Dropdown", options=["fill", "contour", "both"], layout={"width": "180px"})],
             [slider("opacity", min=0, max=1, step=0.05), slider("threshold", min=0.01, max=0.99, step=0.01)],
             *([several] if len(classes) > 1 else []),
-            [self.control("zoom", "FloatLogSlider", base=2, min=0, max=5, step=0.25), slider("x", min=0, max=1, step=0.01),
-             slider("y", min=0, max=1, step=0.01)],
-            [number("row", min=-1, max=height - 1), number("column", min=-1, max=width - 1)]]
+            [
+                self.control("zoom", "FloatLogSlider", base=2, min=0, max=5, step=0.25),
+                slider("x", min=0, max=1, step=0.01), slider("y", min=0, max=1, step=0.01)],
+            [number("row", min=-1, max=height - 1), number("column", min=-1, max=width - 1)],
+        ]
 
     def changed(self, names: set[str]) -> None:
         super().changed(names)
@@ -242,8 +262,8 @@ class _ExplorerControls(_ExplorerActions):
 class MaskExplorer(_ExplorerControls):
     """Browse images, targets and what one or two models made of them; items, predictors and class_names: see `Album`.
 
-    Keys, once the picture was clicked: left, right: previous, next image; up, down: threshold; + - 0: zoom; c: fill or contour;
-    b w u r: best, worst, most uncertain, random image. `size`: the longer side of a panel in pixels.
+    Keys, once the picture was clicked: left, right: previous, next image; up, down: threshold; + - 0: zoom; c: fill or
+    contour; b w u r: best, worst, most uncertain, random image. `size`: the longer side of a panel in pixels.
     """
 
     _JUMPS = {"ArrowLeft": "previous", "ArrowRight": "next", "b": "best", "w": "worst", "u": "uncertain", "r": "random"}

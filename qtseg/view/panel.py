@@ -29,11 +29,15 @@ class Controlled(Drawn):
 
     def __init__(self) -> None:
         super().__init__()
-        self._controls, self._following, self._screen = [], False, None  # _controls: (setting's name, control, what it shows)
+        # _controls: (setting's name, control, what it shows)
+        self._controls, self._following, self._screen = [], False, None
 
-    def bind(self, name: str, made: Any, shown: Callable = lambda value: value, stored: Callable = lambda value: value) -> Any:
+    def bind(
+        self, name: str, made: Any, shown: Callable = lambda value: value, stored: Callable = lambda value: value
+    ) -> Any:
         """Tie a control to a setting: `shown` makes its value of the setting's, `stored` the setting's of its value."""
-        made.observe(lambda change: self._following or self.guarded(self.set, **{name: stored(change["new"])}), names="value")
+        made.observe(
+            lambda change: self._following or self.guarded(self.set, **{name: stored(change["new"])}), names="value")
         self._controls.append((name, made, shown))
         return made
 
@@ -60,7 +64,8 @@ class Controlled(Drawn):
                 control.value = shown(self.state[name])
 
     def guarded(self, action: Callable, *arguments: Any, **named: Any) -> None:
-        """Act on the browser's behalf and show what goes wrong, because a kernel drops what its event handlers raise."""
+        """Act on the browser's behalf and show what goes wrong, because a kernel drops what its event handlers
+        raise."""
         try:
             action(*arguments, **named)
         except Exception as error:
@@ -77,12 +82,14 @@ class Operated(Controlled):
         return self.bind(name, getattr(require_widgets(), kind)(**options, value=self.state[name]))
 
     def toggles(self, name: str, choices: Sequence[tuple[str, Any]]) -> list:
-        """For a setting that holds a tuple: a toggle for each (label, value), which puts the value in or takes it out."""
+        """For a setting that holds a tuple: a toggle for each (label, value), which puts the value in or takes it
+        out."""
         def switched(value: Any, on: bool) -> tuple:
             return tuple(one for _, one in choices if (on if one == value else one in self.state[name]))
 
         def made(label: str, value: Any) -> Any:
-            button = require_widgets().ToggleButton(description=label, value=value in self.state[name], layout={"width": "auto"})
+            button = require_widgets().ToggleButton(
+                description=label, value=value in self.state[name], layout={"width": "auto"})
             return self.bind(name, button, lambda chosen: value in chosen, partial(switched, value))
 
         return [made(label, value) for label, value in choices]
@@ -138,7 +145,8 @@ class Panel(Operated):
         return {"application/vnd.jupyter.widget-view+json": model}
 
     def close(self) -> None:
-        """Take the widget off every page and let go of its controls; the panel stays, and `view` would make new ones."""
+        """Take the widget off every page and let go of its controls; the panel stays, and `view` would make new
+        ones."""
         parts, self._view, self._controls = [self._view] if self._view else [], None, []
         for part in parts:
             parts += getattr(part, "children", ())  # grows while it is walked
@@ -156,8 +164,8 @@ class Window(NamedTuple):
     def cut(self, array: np.ndarray, height: int, width: int) -> np.ndarray:
         """This part of an image, mask or map [H, W, …], drawn height x width pixels large.
 
-        A mask (integers [H, W]) takes the nearest pixel; others shrink by area averages and grow linearly until their pixels are
-        large enough to be seen one by one.
+        A mask (integers [H, W]) takes the nearest pixel; others shrink by area averages and grow linearly until their
+        pixels are large enough to be seen one by one.
         """
         part = array[self.top:self.top + self.height, self.left:self.left + self.width]
         if (array.ndim == 2 and array.dtype == np.uint8) or height >= 3 * self.height:
@@ -166,7 +174,8 @@ class Window(NamedTuple):
 
 # %% ../../nbs/reference/view_panel.ipynb #view-viewport
 class Viewport(Panel):
-    """A panel that shows a part of an image: `zoom` times enlarged about (x, y), shares of the image's width and height."""
+    """A panel that shows a part of an image: `zoom` times enlarged about (x, y), shares of the image's width and
+    height."""
 
     zoom = Setting(1.0, between(1, 32))
     x = Setting(0.5, between(0, 1))
@@ -188,11 +197,13 @@ class Viewport(Panel):
         before, zoom = self.window(height, width), min(max(self.zoom * factor, 1.0), 32.0)
         after = self.window(height, width, zoom)
         shares = (row - before.top) / before.height, (column - before.left) / before.width
-        self.center(row + (0.5 - shares[0]) * after.height, column + (0.5 - shares[1]) * after.width, height, width, zoom=zoom)
+        self.center(
+            row + (0.5 - shares[0]) * after.height, column + (0.5 - shares[1]) * after.width, height, width, zoom=zoom)
 
 # %% ../../nbs/reference/view_panel.ipynb #token-enlarge
 def enlarge_picture(picture: np.ndarray, side: int = 320) -> np.ndarray:
-    """Repeat the pixels of a small picture [H, W, 3] or mask [H, W] as often as it fits into `side`; a large one stays."""
+    """Repeat the pixels of a small picture [H, W, 3] or mask [H, W] as often as it fits into `side`; a large one
+    stays."""
     times = max(1, side // max(picture.shape[:2]))
     return picture.repeat(times, axis=0).repeat(times, axis=1) if times > 1 else picture
 
@@ -202,8 +213,11 @@ def _padded(picture: np.ndarray, below: int, right: int) -> np.ndarray:
     return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_CONSTANT, value=GROUND)
 
 
-def row_of_pictures(pictures: Sequence[np.ndarray], meanings: Sequence[Any], top: int = 0, gap: int = 4) -> tuple[np.ndarray, list[Area]]:
-    """Titled pictures of one height side by side, and the areas below their titles; the row begins at `top` of the whole."""
+def row_of_pictures(
+    pictures: Sequence[np.ndarray], meanings: Sequence[Any], top: int = 0, gap: int = 4
+) -> tuple[np.ndarray, list[Area]]:
+    """Titled pictures of one height side by side, and the areas below their titles; the row begins at `top` of the
+    whole."""
     areas, left = [], 0
     for picture, meaning in zip(pictures, meanings):
         height, width = picture.shape[:2]
@@ -213,7 +227,8 @@ def row_of_pictures(pictures: Sequence[np.ndarray], meanings: Sequence[Any], top
 
 
 def stack_pictures(pictures: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
-    """Pictures of any size below each other, at the left: `qtseg.visualization.tile` would give each the largest one's height."""
+    """Pictures of any size below each other, at the left: `qtseg.visualization.tile` would give each the largest one's
+    height."""
     width = max(picture.shape[1] for picture in pictures)
     return np.concatenate([_padded(picture, gap, width - picture.shape[1]) for picture in pictures])[:-gap]
 

@@ -34,23 +34,32 @@ def class_color(label: int, colors: Sequence[Color | None] | None = None) -> Col
     """The color of a class index, or None for one that is not painted; classes beyond the last begin again at class 1.
 
     colors: background first (default CLASS_COLORS); ValueError for fewer than two.
-    Source: M. Okabe and K. Ito, "Color Universal Design" (2008), eight colors told apart by color-blind eyes; black left out.
+    Source: M. Okabe and K. Ito, "Color Universal Design" (2008), eight colors told apart by color-blind eyes; black
+    left out.
     """
     colors = CLASS_COLORS if colors is None else colors
     if len(colors) < 2:
-        raise ValueError(f"colors must name the background's and at least one more (None = not painted), got {colors!r}")
+        raise ValueError(
+            f"colors must name the background's and at least one more (None = not painted), got {colors!r}")
     return colors[label] if label < len(colors) else colors[1 + (label - 1) % (len(colors) - 1)]
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation012
 def _check_picture(image: np.ndarray, name: str = "image") -> None:
     """Raise ValueError unless the image is uint8 [H, W, 3] with pixels in it."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+    if (
+        not isinstance(image, np.ndarray)
+        or image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[2] != 3
+        or not image.size
+    ):
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(f"{name} must be a uint8 array [H, W, 3] of red, green and blue, got {found}")
 
 
 def _labels(mask: np.ndarray, shape: Sequence[int] | None = None, name: str = "mask") -> np.ndarray:
-    """A mask of class indices (bool or any integer) [H, W] -> uint8; ValueError for another shape or an index outside 0..255."""
+    """A mask of class indices (bool or any integer) [H, W] -> uint8; ValueError for another shape or an index outside
+    0..255."""
     mask = np.asarray(mask)
     if mask.dtype.kind not in "bui" or mask.ndim != 2 or not mask.size:
         raise ValueError(f"{name} must hold whole numbers [H, W], got {mask.dtype} {mask.shape}")
@@ -95,8 +104,8 @@ def contours(image: np.ndarray, mask: np.ndarray, color: Color | None = None, wi
     """Outline each region of each class: uint8 [H, W, 3] and class indices [H, W] -> uint8 [H, W, 3].
 
     The line runs over the region's own border pixels, holes included; `width` is in pixels. color: one for all classes
-    (default: each its own of CLASS_COLORS); classes: those to show (default all but 0). ValueError for arrays that do not fit
-    and for a width below 1.
+    (default: each its own of CLASS_COLORS); classes: those to show (default all but 0). ValueError for arrays that do
+    not fit and for a width below 1.
     """
     _check_picture(image)
     if width < 1:
@@ -130,11 +139,12 @@ def _gray(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def error_map(target: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None, opacity: float = 0.7) -> np.ndarray:
+def error_map(
+    target: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None, opacity: float = 0.7) -> np.ndarray:
     """Paint every pixel by what is right or wrong about it, in ERROR_COLORS: two masks [H, W] -> uint8 [H, W, 3].
 
-    True negatives show the image [H, W, 3] in gray, or black without one; `opacity` counts only where there is an image.
-    ValueError for arrays that do not fit.
+    True negatives show the image [H, W, 3] in gray, or black without one; `opacity` counts only where there is an
+    image. ValueError for arrays that do not fit.
     """
     kinds = error_kinds(target, prediction)
     colors = (None, *ERROR_COLORS.values())
@@ -144,7 +154,8 @@ def error_map(target: np.ndarray, prediction: np.ndarray, image: np.ndarray | No
     return overlay(_gray(image), kinds, opacity, colors)
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation031
-HEAT = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()  # [256, 1, 3], RGB
+# [256, 1, 3], RGB
+HEAT = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()
 
 
 def heat(values: np.ndarray, image: np.ndarray | None = None, opacity: float = 0.6) -> np.ndarray:
@@ -154,7 +165,8 @@ def heat(values: np.ndarray, image: np.ndarray | None = None, opacity: float = 0
     ValueError for values outside 0..1 or not finite (see `rescale`) and for an image of another size.
     """
     values = np.asarray(values, dtype=np.float32)
-    if values.ndim != 2 or not values.size or not (values.min() >= 0 and values.max() <= 1 + 1e-5):  # a softmax sums to 1.000001
+    # a softmax sums to 1.000001
+    if values.ndim != 2 or not values.size or not (values.min() >= 0 and values.max() <= 1 + 1e-5):
         found = f"{values.shape} from {values.min():.3g} to {values.max():.3g}" if values.size else f"{values.shape}"
         raise ValueError(f"values must be finite numbers [H, W] from 0 to 1 (rescale() makes them so), got {found}")
     painted = cv2.applyColorMap(np.rint(255 * values).clip(0, 255).astype(np.uint8), HEAT)
@@ -163,12 +175,14 @@ def heat(values: np.ndarray, image: np.ndarray | None = None, opacity: float = 0
     _check_picture(image)
     _check_share("opacity", opacity)
     if image.shape[:2] != values.shape:
-        raise ValueError(f"values {values.shape} and image {image.shape[:2]} must have one height and width: resize one of them")
+        raise ValueError(
+            f"values {values.shape} and image {image.shape[:2]} must have one height and width: resize one of them")
     return cv2.addWeighted(_gray(image), 1 - opacity, painted, opacity, 0)
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation034
 def rescale(values: np.ndarray) -> np.ndarray:
-    """Stretch finite numbers so that the least becomes 0 and the greatest 1: any shape -> float32; all 0 where all are equal."""
+    """Stretch finite numbers so that the least becomes 0 and the greatest 1: any shape -> float32; all 0 where all are
+    equal."""
     values = np.asarray(values, dtype=np.float32)
     least, most = values.min(), values.max()
     return (values - least) / (most - least) if most > least else np.zeros_like(values)
@@ -178,10 +192,11 @@ GROUND: Color = (40, 40, 40)  # round and between pictures: seen as "no picture"
 
 
 def fit_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Make an image as large as fits into height x width pixels, centered on GROUND: uint8 [h, w, 3] -> [height, width, 3].
+    """Make an image as large as fits into height x width pixels, centered on GROUND: uint8 [h, w, 3] -> [height, width,
+    3].
 
-    Keeps the aspect; area average where it shrinks, linear where it grows. A mask [h, w] stays a mask: nearest pixel center,
-    background round it.
+    Keeps the aspect; area average where it shrinks, linear where it grows. A mask [h, w] stays a mask: nearest pixel
+    center, background round it.
     """
     scale = min(height / image.shape[0], width / image.shape[1])
     rows, columns = max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale))
@@ -198,7 +213,8 @@ def fit_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def tile(pictures: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
     """Lay pictures out in rows of `columns`, `gap` pixels apart: uint8 [h, w, 3] each -> one uint8 [H, W, 3] on GROUND.
 
-    Each gets a cell as large as the largest of them, and stands in its middle, unscaled. ValueError for no pictures at all.
+    Each gets a cell as large as the largest of them, and stands in its middle, unscaled. ValueError for no pictures at
+    all.
     """
     if not pictures or columns < 1 or gap < 0:
         raise ValueError(f"tile needs pictures, a column and no negative gap, got {len(pictures)}, {columns} and {gap}")
@@ -215,7 +231,8 @@ def tile(pictures: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarr
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation047
 def returns_figure(function: Callable) -> Callable:
-    """Wrap a function that returns a figure: it draws black on white whatever style is set, and notebooks show its figure.
+    """Wrap a function that returns a figure: it draws black on white whatever style is set, and notebooks show its
+    figure.
 
     Jupyter shows a figure that was made without pyplot only if it has a _repr_png_.
     """
@@ -235,7 +252,8 @@ def returns_figure(function: Callable) -> Callable:
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor="white", transparent=False)  # a user's savefig settings may say otherwise
+    # a user's savefig settings may say otherwise
+    figure.savefig(stream, format="png", facecolor="white", transparent=False)
     return stream.getvalue()
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation050
@@ -247,7 +265,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation051
 def plain_label(name: object) -> str:
-    """A name as a figure shows it, letter by letter: matplotlib takes $…$ for mathematics and hides labels that begin with _."""
+    """A name as a figure shows it, letter by letter: matplotlib takes $…$ for mathematics and hides labels that begin
+    with _."""
     text = printable(name).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text  # a space without width
 
@@ -259,18 +278,21 @@ def add_legend(figure: Figure, colors: Mapping[str, Color], where: str = "outsid
     rows = -(-sum(len(name) + 7 for name in colors) // 115)  # of this type, 115 letters are as wide as a figure
     patches = [Patch(facecolor=np.array(color) / 255, edgecolor="black", linewidth=0.5, label=plain_label(name))
                for name, color in colors.items()]
-    figure.legend(handles=patches, loc=where, ncols=-(-len(patches) // rows), fontsize=8, handlelength=1.5, frameon=False)
+    figure.legend(
+        handles=patches, loc=where, ncols=-(-len(patches) // rows), fontsize=8, handlelength=1.5, frameon=False)
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation055
 def named_colors(class_names: Sequence[str] | None, labels: Sequence[int]) -> dict[str, Color]:
     """The names and colors of these class indices, those that are not painted left out."""
-    names = {label: class_names[label] if class_names and label < len(class_names) else f"class {label}" for label in labels}
+    names = {
+        label: class_names[label] if class_names and label < len(class_names) else f"class {label}" for label in labels}
     return {name: class_color(label) for label, name in names.items() if class_color(label)}
 
 
 @returns_figure
 def color_key(class_names: Sequence[str]) -> Figure:
-    """Which color stands for which class: class names, background first -> a strip with a patch for each that is painted."""
+    """Which color stands for which class: class names, background first -> a strip with a patch for each that is
+    painted."""
     figure = new_figure(7.5, 0.3 * -(-sum(len(name) + 7 for name in class_names) // 115))
     figure.subplots().set_axis_off()  # Jupyter's own printer takes a figure without axes for an empty one
     add_legend(figure, named_colors(class_names, range(len(class_names))), "center")

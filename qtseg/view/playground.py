@@ -27,7 +27,8 @@ __all__ = ['KNOBS', 'Knob', 'AugmentationPlayground']
 
 # %% ../../nbs/reference/view_playground.ipynb #playground-knob
 class Knob(NamedTuple):
-    """One operation in the playground: its settings, and the way from them to the numbers of lesson 10's step and back."""
+    """One operation in the playground: its settings, and the way from them to the numbers of lesson 10's step and
+    back."""
 
     settings: tuple[str, ...]
     numbers: Callable[[Any], Any]  # panel -> the step's numbers
@@ -48,15 +49,21 @@ KNOBS: dict[str, Knob] = {
     "horizontal_flip": Knob(("horizontal_flip",), lambda p: np.diag([-1.0, 1.0, 1.0]), lambda m, size: (m[0, 0] < 0,)),
     "gaussian_noise": Knob(("gaussian_noise",), lambda p: p.gaussian_noise, lambda sigma, size: (sigma,)),
     "gaussian_blur": Knob(("gaussian_blur",), lambda p: p.gaussian_blur, lambda sigma, size: (sigma,)),
-    "contrast": Knob(("red", "green", "blue"), lambda p: [p.red, p.green, p.blue], lambda factors, size: tuple(factors)),
-    "scale": Knob(("scale_x", "scale_y"), lambda p: np.diag([p.scale_x, p.scale_y, 1.0]), lambda m, size: (m[0, 0], m[1, 1])),
-    "rotate": Knob(("rotate",), lambda p: _turn(p.rotate), lambda m, size: (math.degrees(math.atan2(m[1, 0], m[0, 0])),)),
-    "shear": Knob(("shear",), lambda p: np.array([[1.0, math.tan(math.radians(p.shear)), 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
-                  lambda m, size: (math.degrees(math.atan(m[0, 1])),)),
-    "piecewise_affine": Knob(("piecewise_affine",), lambda p: p.piecewise_affine * p.pattern, lambda field, size: (field.std(),)),
-    "translate": Knob(("translate_x", "translate_y"),
-                      lambda p: _shift(p.translate_x * p.mask.shape[1], p.translate_y * p.mask.shape[0]),
-                      lambda m, size: (m[0, 2] / size[1], m[1, 2] / size[0])),
+    "contrast": Knob(
+        ("red", "green", "blue"), lambda p: [p.red, p.green, p.blue], lambda factors, size: tuple(factors)),
+    "scale": Knob(
+        ("scale_x", "scale_y"), lambda p: np.diag([p.scale_x, p.scale_y, 1.0]), lambda m, size: (m[0, 0], m[1, 1])),
+    "rotate": Knob(
+        ("rotate",), lambda p: _turn(p.rotate), lambda m, size: (math.degrees(math.atan2(m[1, 0], m[0, 0])),)),
+    "shear": Knob(
+        ("shear",), lambda p: np.array([[1.0, math.tan(math.radians(p.shear)), 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+        lambda m, size: (math.degrees(math.atan(m[0, 1])),)),
+    "piecewise_affine": Knob(
+        ("piecewise_affine",), lambda p: p.piecewise_affine * p.pattern, lambda field, size: (field.std(),)),
+    "translate": Knob(
+        ("translate_x", "translate_y"),
+        lambda p: _shift(p.translate_x * p.mask.shape[1], p.translate_y * p.mask.shape[0]),
+        lambda m, size: (m[0, 2] / size[1], m[1, 2] / size[0])),
 }
 
 # %% ../../nbs/reference/view_playground.ipynb #playground-state
@@ -98,7 +105,8 @@ class _PlaygroundSteps(_PlaygroundState):
         if image.shape[:2] != mask.shape:
             raise ValueError(f"an image and its mask must be of one size, got {image.shape[:2]} and {mask.shape}")
         self.image, self.mask, self.size = image, mask, size
-        self.pattern = torch.randn((2, 4, 4), generator=seeded(0)).numpy()  # the displacements that piecewise_affine scales
+        # the displacements that piecewise_affine scales
+        self.pattern = torch.randn((2, 4, 4), generator=seeded(0)).numpy()
 
     def steps(self) -> Steps:
         """What happens to the image, in order: (operation, its numbers), as `Augmentation.draw` gives them."""
@@ -130,8 +138,10 @@ class _PlaygroundControls(_PlaygroundSteps):
 
     def rows(self) -> list[list]:
         settings, names = self.settings(), [name for knob in KNOBS.values() for name in knob.settings]
-        ranges = {"gaussian_noise": (0, 0.5), "gaussian_blur": (0, 8), "piecewise_affine": (0, 0.2), "rotate": (-180, 180),
-                  "shear": (-60, 60), "translate_x": (-1, 1), "translate_y": (-1, 1), "scale_x": (0.25, 4), "scale_y": (0.25, 4)}
+        ranges = {
+            "gaussian_noise": (0, 0.5), "gaussian_blur": (0, 8), "piecewise_affine": (0, 0.2), "rotate": (-180, 180),
+            "shear": (-60, 60), "translate_x": (-1, 1), "translate_y": (-1, 1), "scale_x": (0.25, 4),
+            "scale_y": (0.25, 4)}
         made = []
         for name in names:
             if settings[name].default is False:
@@ -140,11 +150,17 @@ class _PlaygroundControls(_PlaygroundSteps):
                 low, high = ranges.get(name, (0, 2))
                 made.append(self.control(name, "FloatSlider", min=low, max=high, step=(high - low) / 200,
                                          style={"description_width": "110px"}))
-        return [[*made[:2], self.control("lines", "Checkbox", indent=False, layout={"width": "auto"}),
-                 self.control("style", "Dropdown", options=["contour", "fill"], layout={"width": "180px"})], made[2:],
-                [self.button("draw from the recipe", self.draw), self.button("reset", self.reset),
-                 self.button("shuffle the order", self.shuffle), self.control("strength", "FloatSlider", min=0, max=2, step=0.05),
-                 self.control("seed", "BoundedIntText", min=0, max=2**31 - 1)]]
+        return [
+            [
+                *made[:2], self.control("lines", "Checkbox", indent=False, layout={"width": "auto"}),
+                self.control("style", "Dropdown", options=["contour", "fill"], layout={"width": "180px"})],
+            made[2:],
+            [
+                self.button("draw from the recipe", self.draw), self.button("reset", self.reset),
+                self.button("shuffle the order", self.shuffle),
+                self.control("strength", "FloatSlider", min=0, max=2, step=0.05),
+                self.control("seed", "BoundedIntText", min=0, max=2**31 - 1)],
+        ]
 
 # %% ../../nbs/reference/view_playground.ipynb #playground-draw
 class _PlaygroundActions(_PlaygroundControls):
@@ -189,9 +205,9 @@ class _PlaygroundActions(_PlaygroundControls):
 class AugmentationPlayground(_PlaygroundActions):
     """The ten operations of lesson 10 by hand, on one image and its mask.
 
-    Both may be arrays, uint8 [H, W, 3] and [H, W], PIL images or paths; a `Split` or a `SegmentationData` alone gives its first pair.
-    Drag to translate, turn the wheel to rotate; keys: d draws from the recipe, 0 resets, s shuffles the order. `size`: the longer
-    side of a panel in pixels. ValueError for an image and a mask that do not fit.
+    Both may be arrays, uint8 [H, W, 3] and [H, W], PIL images or paths; a `Split` or a `SegmentationData` alone gives
+    its first pair. Drag to translate, turn the wheel to rotate; keys: d draws from the recipe, 0 resets, s shuffles the
+    order. `size`: the longer side of a panel in pixels. ValueError for an image and a mask that do not fit.
     """
 
     KEYS = ("d", "0", "s")
@@ -199,7 +215,9 @@ class AugmentationPlayground(_PlaygroundActions):
     def __init__(self, image: Any, mask: Any = None, size: int = 320):
         case = as_cases(image if mask is None else [(image, mask)])[0]
         if case.target is None:
-            raise ValueError("AugmentationPlayground needs an image and its mask, as arrays, PIL images or paths, or a split of both")
+            raise ValueError(
+                "AugmentationPlayground needs an image and its mask, as arrays, PIL images or paths, or a split of both"
+            )
         super().__init__(case.image(), case.target(), size)
         self._pair = cache(self.result)  # picture and text need it both
 

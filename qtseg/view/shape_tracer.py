@@ -29,7 +29,8 @@ __all__ = ['Box', 'trace', 'ShapeTracer']
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-box
 class Box(NamedTuple):
-    """One module at work: what it is called, what came out, what it holds, what it cost, and what its output looks like."""
+    """One module at work: what it is called, what came out, what it holds, what it cost, and what its output looks
+    like."""
 
     name: str  #: "encoder.down2"; the network itself is ""
     depth: int  #: of the call: 0 the network, 1 what it calls, 2 what those call
@@ -37,7 +38,8 @@ class Box(NamedTuple):
     shapes: list[tuple[int, ...]]  #: of every tensor that came out
     parameters: int
     multiply_adds: int  #: for the whole batch; convolutions and matrix products, as in lesson 6
-    maps: np.ndarray | None  #: float32 [<= 16, h, w], the liveliest channels of the first image; None where no map came out
+    #: float32 [<= 16, h, w], the liveliest channels of the first image; None where no map came out
+    maps: np.ndarray | None
     channels: list[int]  #: which channels these are
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-tensors
@@ -59,7 +61,8 @@ def _liveliest(tensors: Sequence[Tensor], most: int = 16) -> tuple[np.ndarray | 
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace
 def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
-    """Send a batch [B, C, H, W] through any network once and note every module called down to a depth of calls, in their order.
+    """Send a batch [B, C, H, W] through any network once and note every module called down to a depth of calls, in
+    their order.
 
     Works on a copy, in evaluation mode and without gradients; a module called twice appears twice.
     """
@@ -90,14 +93,16 @@ def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-grid
 def _fitted(picture: np.ndarray, side: int) -> np.ndarray:
-    """Scale a map [h, w] or picture [h, w, 3] until its longer side has `side` pixels: area average, or repeated pixels."""
+    """Scale a map [h, w] or picture [h, w, 3] until its longer side has `side` pixels: area average, or repeated
+    pixels."""
     scale = side / max(picture.shape[:2])
     size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
 
 
 def _grid(maps: np.ndarray, side: int) -> np.ndarray:
-    """Up to 16 maps [n, h, w] in rows of four, each in the colors of its own range; at most `side` pixels high and wide."""
+    """Up to 16 maps [n, h, w] in rows of four, each in the colors of its own range; at most `side` pixels high and
+    wide."""
     cells = [heat(_fitted(rescale(values), side // 4 - 2)) for values in maps]
     rows = [row_of_pictures(cells[first:first + 4], range(4), gap=2)[0] for first in range(0, len(cells), 4)]
     return stack_pictures(rows, gap=2)
@@ -136,16 +141,18 @@ class _TracerState(CachedPanel):
         """One box in words, without its maps."""
         box = self.boxes[place]
         shapes = " + ".join(str(list(shape)) for shape in box.shapes)
-        return (f"{'. ' * box.depth}{box.name or 'the whole network'} ({box.kind}): {shapes}; {box.parameters:,} parameters, "
-                f"{box.multiply_adds / 1e6:,.1f} M multiply-adds")
+        return (
+            f"{'. ' * box.depth}{box.name or 'the whole network'} ({box.kind}): {shapes}; {box.parameters:,} parameters, "
+            f"{box.multiply_adds / 1e6:,.1f} M multiply-adds"
+        )
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-widget
 class ShapeTracer(_TracerState):
     """Walks a batch through a network: every box with its shapes, parameters, multiply-adds and feature maps.
 
-    source: any torch.nn.Module, which takes images at their own size, a Predictor that holds one, or the path of a checkpoint or of a
-    run; image: see `as_cases`, of which the first is taken; batch: how often it is repeated; depth: of the calls to show. Setting: step; see also `go`.
-    ValueError for a network that is no Module.
+    source: any torch.nn.Module, which takes images at their own size, a Predictor that holds one, or the path of a
+    checkpoint or of a run; image: see `as_cases`, of which the first is taken; batch: how often it is repeated; depth:
+    of the calls to show. Setting: step; see also `go`. ValueError for a network that is no Module.
     """
 
     def __init__(self, source: Any, image: Any, batch: int = 1, depth: int = 2):
@@ -156,24 +163,34 @@ class ShapeTracer(_TracerState):
             raise ValueError(f"ShapeTracer follows the calls of a torch.nn.Module, not of a {type(network).__name__}")
         self.image, pixels = network_input(source, as_cases(image)[0].image())
         self.boxes = trace(network, pixels.repeat(batch, 1, 1, 1), depth)
-        self._thumbs = [np.full((self.THUMB, self.THUMB, 3), GROUND, np.uint8) if box.maps is None
-                        else fit_to(heat(rescale(np.abs(box.maps).mean(axis=0))), self.THUMB, self.THUMB) for box in self.boxes]
+        self._thumbs = [
+            np.full((self.THUMB, self.THUMB, 3), GROUND, np.uint8)
+            if box.maps is None
+            else fit_to(heat(rescale(np.abs(box.maps).mean(axis=0))), self.THUMB, self.THUMB)
+            for box in self.boxes
+        ]
 
     def picture(self) -> np.ndarray:
         box, side = self.boxes[self.step], self.SIDE
         features = np.full((side, side, 3), GROUND, np.uint8) if box.maps is None else _grid(box.maps, side)
         views = [fit_to(view, side, side) for view in (_fitted(self.image, side), features)]
-        top, _ = row_of_pictures([captioned(view, title) for view, title in zip(views, ("input", box.name or "output"))], (None, None))
+        top, _ = row_of_pictures(
+            [captioned(view, title) for view, title in zip(views, ("input", box.name or "output"))], (None, None))
         columns = top.shape[1] // (self.THUMB + 2)
         self._areas = [Area(place % columns * (self.THUMB + 2), top.shape[0] + 4 + place // columns * (self.THUMB + 2),
                             self.THUMB, self.THUMB, place) for place in range(len(self.boxes))]
-        thumbs = [frame_picture(thumb.copy()) if place == self.step else thumb for place, thumb in enumerate(self._thumbs)]
+        thumbs = [
+            frame_picture(thumb.copy()) if place == self.step else thumb for place, thumb in enumerate(self._thumbs)]
         return stack_pictures([top, tile(thumbs, columns, gap=2)])
 
     def text(self) -> str:
         box, whole = self.boxes[self.step], self.boxes[0]
         share = [f"{100 * part / max(total, 1):.1f} %" for part, total in
                  ((box.parameters, whole.parameters), (box.multiply_adds, whole.multiply_adds))]
-        shown = f"channels {', '.join(map(str, box.channels))}, each in its own range" if box.channels else "no map came out"
+        shown = (
+            f"channels {', '.join(map(str, box.channels))}, each in its own range"
+            if box.channels
+            else "no map came out"
+        )
         return (f"<b>{self.step + 1}/{len(self.boxes)}</b> {html.escape(self.line(self.step).lstrip('. '))}.<br>"
                 f"{share[0]} of the parameters, {share[1]} of the multiply-adds. Shown: {shown}.")

@@ -60,8 +60,10 @@ class _TokenState(CachedPanel):
 
     def choices(self) -> dict[str, Sequence[Any]]:
         """What can be chosen, by setting, in the order in which keys go through it."""
-        return {"index": range(len(self.images)), "stage": STRIDES, "block": (*range(1, self._blocks() + 1), "final"),
-                "head": ("mean", *range(1, self.network.config["heads"] + 1)), "direction": DIRECTIONS, "token": self.tokens}
+        return {
+            "index": range(len(self.images)), "stage": STRIDES, "block": (*range(1, self._blocks() + 1), "final"),
+            "head": ("mean", *range(1, self.network.config["heads"] + 1)), "direction": DIRECTIONS,
+            "token": self.tokens}
 
     def _blocks(self) -> int:
         return len(self.network.decoder.get_submodule(f"stage{self.stage}").blocks)
@@ -77,7 +79,8 @@ class _TokenNumbers(_TokenState):
         return over_pixels(maps, self.stage, *self.decoded.image.shape[:2])
 
     def answer(self) -> dict[str, dict[str, float]]:
-        """What the pixel at x, y says to each token: its logits, and the shares of its feature-to-token attention in this block.
+        """What the pixel at x, y says to each token: its logits, and the shares of its feature-to-token attention in
+        this block.
 
         The "final" attention has no such direction: then it is the last block's.
         """
@@ -95,7 +98,8 @@ class _TokenNumbers(_TokenState):
         return self.names[self.decoded.mask[self.y, self.x]]
 
     def focus(self) -> tuple[float, float]:
-        """Mean attention, as shown, over the pixels that the token wins at last, divided by the mean over all; and their share.
+        """Mean attention, as shown, over the pixels that the token wins at last, divided by the mean over all; and
+        their share.
 
         The first is nan where the token wins nothing.
         """
@@ -157,23 +161,29 @@ class _TokenPictures(_TokenWords):
     def _seen(self) -> np.ndarray:
         """The attention on the image, stretched from its smallest to its largest weight, which the text names."""
         key = self.index, self.stage, self.block, self.head, self.direction, self.token, self.opacity
-        return self._once("seen", key, lambda: enlarge_picture(heat(rescale(self.attention()), self.decoded.image, self.opacity)))
+        return self._once(
+            "seen", key, lambda: enlarge_picture(heat(rescale(self.attention()), self.decoded.image, self.opacity)))
 
     def _cut_out(self) -> np.ndarray:
         """The image with the mask after the chosen stage, filled and outlined."""
-        mask, image = self.decoded.readings[self.reading].masks[STRIDES.index(self.stage) - len(STRIDES)], self.decoded.image
+        mask, image = (
+            self.decoded.readings[self.reading].masks[STRIDES.index(self.stage) - len(STRIDES)], self.decoded.image)
         return self._once("cut out", (self.index, self.stage, self.reading, self.opacity),
                           lambda: enlarge_picture(contours(overlay(image, mask, self.opacity / 2), mask)))
 
     def _steps(self, width: int) -> list[np.ndarray]:
-        """The token's probability after none, one, two and three stages; products, which begin with a stage, are stretched."""
+        """The token's probability after none, one, two and three stages; products, which begin with a stage, are
+        stretched."""
         maps = [values[self.names.index(self.token)] for values in self.decoded.readings[self.reading].probabilities]
         size = width, max(1, round(width * self._height / self._width))
         if self.reading == "product":
             maps = [np.zeros_like(maps[0]), *map(rescale, maps)]
         steps = [heat(cv2.resize(values, size, interpolation=cv2.INTER_AREA)) for values in maps]
         frame_picture(steps[1 + STRIDES.index(self.stage)])
-        return [captioned(step, title) for step, title in zip(steps, ("no stage", *(f"+ stride {stride}" for stride in STRIDES)))]
+        return [
+            captioned(step, title)
+            for step, title in zip(steps, ("no stage", *(f"+ stride {stride}" for stride in STRIDES)))
+        ]
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-controls
 class _TokenControls(_TokenPictures):
@@ -185,14 +195,20 @@ class _TokenControls(_TokenPictures):
         images = [self.control("index", "IntSlider", "image", max=len(self.images) - 1)] if len(self.images) > 1 else []
         looks = [("token → features", DIRECTIONS[0]), ("features → token", DIRECTIONS[1])]
         heads = self.network.config["heads"]
-        return [[*images, self.control("stage", "ToggleButtons", "stride", options=STRIDES),
-                 self.control("block", "Dropdown", options=[*range(1, self.deepest + 1), "final"]),
-                 self.control("head", "Dropdown", options=["mean", *range(1, heads + 1)])],
-                [self.control("token", "Dropdown", options=self.tokens), self.control("direction", "Dropdown", options=looks),
-                 self.control("reading", "Dropdown", "mask by", options=["early exit", "product"])],
-                [self.control("opacity", "FloatSlider", min=0, max=1, step=0.05),
-                 self.control("x", "BoundedIntText", max=self._width - 1),
-                 self.control("y", "BoundedIntText", max=self._height - 1)]]
+        return [
+            [
+                *images, self.control("stage", "ToggleButtons", "stride", options=STRIDES),
+                self.control("block", "Dropdown", options=[*range(1, self.deepest + 1), "final"]),
+                self.control("head", "Dropdown", options=["mean", *range(1, heads + 1)])],
+            [
+                self.control("token", "Dropdown", options=self.tokens),
+                self.control("direction", "Dropdown", options=looks),
+                self.control("reading", "Dropdown", "mask by", options=["early exit", "product"])],
+            [
+                self.control("opacity", "FloatSlider", min=0, max=1, step=0.05),
+                self.control("x", "BoundedIntText", max=self._width - 1),
+                self.control("y", "BoundedIntText", max=self._height - 1)],
+        ]
 
     def pointer(self, kind: str, x: float, y: float) -> None:
         for area in self._areas:
@@ -203,8 +219,9 @@ class _TokenControls(_TokenPictures):
                 self.stage = area.meaning
 
     def key(self, name: str) -> None:
-        moves = {"ArrowLeft": ("index", -1), "ArrowRight": ("index", 1), "ArrowUp": ("stage", -1), "ArrowDown": ("stage", 1),
-                 "b": ("block", 1), "h": ("head", 1), "t": ("token", 1), "d": ("direction", 1)}
+        moves = {
+            "ArrowLeft": ("index", -1), "ArrowRight": ("index", 1), "ArrowUp": ("stage", -1), "ArrowDown": ("stage", 1),
+            "b": ("block", 1), "h": ("head", 1), "t": ("token", 1), "d": ("direction", 1)}
         setting, step = moves[name]
         choices = self.choices()[setting]
         self.set(**{setting: choices[(choices.index(self.state[setting]) + step) % len(choices)]})
@@ -213,10 +230,10 @@ class _TokenControls(_TokenPictures):
 class TokenExplorer(_TokenControls):
     """What each query token looks at, and how the mask sharpens from stage to stage.
 
-    source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which then takes RGB images at their own size; images: see
-    `as_cases`; class_names: background first. ValueError for a network without query tokens, and for a
-    wrong number of names. Settings: index, stage (32, 16, 8), block (1, 2, … or "final"), head (1, 2, … or "mean"), direction,
-    token, reading, opacity, x, y (the pixel).
+    source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which then takes RGB images at their own
+    size; images: see `as_cases`; class_names: background first. ValueError for a network without query tokens, and for
+    a wrong number of names. Settings: index, stage (32, 16, 8), block (1, 2, … or "final"), head (1, 2, … or "mean"),
+    direction, token, reading, opacity, x, y (the pixel).
     """
 
     def __init__(self, source: Any, images: Any, class_names: Sequence[str] | None = None):

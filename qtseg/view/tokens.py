@@ -27,8 +27,9 @@ __all__ = ['STRIDES', 'DIRECTIONS', 'logits_after', 'token_products', 'Reading',
 def logits_after(looked: int, decoder: MQMDecoder, levels: Sequence[Tensor], stages: Sequence[StageOutput]) -> Tensor:
     """The logits if only the first `looked` of the decoder's three stages had looked: [B, classes, H/2, W/2].
 
-    levels: the bridge's, strides 8, 16, 32; stages: what `decode` recorded. The other stages attend to nothing: tokens pass their
-    norm and MLPs, features their upscaling. 3 gives the decoder's own logits. A reading of this project, not of the paper.
+    levels: the bridge's, strides 8, 16, 32; stages: what `decode` recorded. The other stages attend to nothing: tokens
+    pass their norm and MLPs, features their upscaling. 3 gives the decoder's own logits. A reading of this project, not
+    of the paper.
     """
     level8, level16, level32 = levels
     tokens, features = decoder.mask_tokens.weight.expand(len(level32), -1, -1), level32
@@ -74,9 +75,14 @@ class Decoded(NamedTuple):
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-read
 def _enlarged(maps: Tensor, height: int, width: int) -> Tensor:
-    """Bring maps over the padded image to the pixels of the image: [1, C, h, w] -> [C, height, width], as `QTSeg` does."""
+    """Bring maps over the padded image to the pixels of the image: [1, C, h, w] -> [C, height, width], as `QTSeg`
+    does."""
     padded = [-(-side // 32) * 32 for side in (height, width)]
-    return nn.functional.interpolate(maps, padded, mode="bilinear", align_corners=False)[0, :, :height, :width].float().cpu()
+    return (
+        nn.functional.interpolate(maps, padded, mode="bilinear", align_corners=False)[0, :, :height, :width]
+        .float()
+        .cpu()
+    )
 
 
 def _read(steps: Sequence[Tensor], last: Tensor) -> Reading:
@@ -90,9 +96,11 @@ def _read(steps: Sequence[Tensor], last: Tensor) -> Reading:
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-input
 def network_input(source: Any, image: Any) -> tuple[np.ndarray, Tensor]:
-    """What a network sees of an image: uint8 RGB [H, W, 3] to be looked at, and float32 [1, 3, H, W] to be computed with.
+    """What a network sees of an image: uint8 RGB [H, W, 3] to be looked at, and float32 [1, 3, H, W] to be computed
+    with.
 
-    source: a Predictor, whose preprocessing is applied, or a Module, which gets the image at its own size; image: see `as_rgb`.
+    source: a Predictor, whose preprocessing is applied, or a Module, which gets the image at its own size; image: see
+    `as_rgb`.
     """
     rgb, preprocessing = as_rgb(image), getattr(source, "preprocessing", None)
     if preprocessing is not None:
@@ -104,12 +112,14 @@ def network_input(source: Any, image: Any) -> tuple[np.ndarray, Tensor]:
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-decode
 def decode_image(source: Any, image: Any) -> Decoded:
-    """Run the QTSeg of a source once on an image of at least 32 x 32 pixels and keep every step; see `network_input`."""
+    """Run the QTSeg of a source once on an image of at least 32 x 32 pixels and keep every step; see
+    `network_input`."""
     network, (rgb, pixels) = getattr(source, "network", source), network_input(source, image)
     with torch.inference_mode():
         levels = network.encode(pixels).bridge
         stages, low_res_logits = network.decode(levels)
-        exits = [*(logits_after(looked, network.decoder, levels, stages) for looked in range(len(stages))), low_res_logits]
+        exits = [
+            *(logits_after(looked, network.decoder, levels, stages) for looked in range(len(stages))), low_res_logits]
         steps = {"early exit": exits, "product": [token_products(stage) for stage in stages]}
         steps = {name: [_enlarged(maps, *rgb.shape[:2]) for maps in several] for name, several in steps.items()}
         last = steps["early exit"][-1]
@@ -124,8 +134,9 @@ def token_attention(stage: StageOutput, token: int, block: int | str = 1, head: 
                     direction: str = "token_to_feature") -> np.ndarray:
     """Attention between one token and all pixels of a stage's first image: float32 [h, w].
 
-    "token_to_feature": how the token's attention divides among the pixels, summing to 1 over them; "feature_to_token": what share
-    each pixel gives the token, summing to 1 over tokens. block: 1, 2, … or "final", which knows the first direction only;
+    "token_to_feature": how the token's attention divides among the pixels, summing to 1 over them; "feature_to_token":
+    what share each pixel gives the token, summing to 1 over tokens. block: 1, 2, … or "final", which knows the first
+    direction only;
     head: 1, 2, … or "mean".
     """
     kept = stage.attention[-1 if block == "final" else block - 1]
@@ -136,7 +147,8 @@ def token_attention(stage: StageOutput, token: int, block: int | str = 1, head: 
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-spread
 def over_pixels(maps: np.ndarray, stride: int, height: int, width: int) -> np.ndarray:
-    """Repeat each value of a map [h, w] over the stride x stride pixels that it stands for: [height, width]. Hides nothing."""
+    """Repeat each value of a map [h, w] over the stride x stride pixels that it stands for: [height, width]. Hides
+    nothing."""
     return maps.repeat(stride, axis=0).repeat(stride, axis=1)[:height, :width]
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-areas
