@@ -102,6 +102,8 @@ def require_few_parts(name: str, source: BinaryIO, size: int) -> int:
                 return _require_few_blocks(source, at)
             here, (at, kind, held) = at, _next_part(name, source, at)
             parts += 1
+            if name == "PNG" and at - here > size + 12:  # OpenCV takes as much memory as a part states
+                raise Refusal(f"cannot be read to its end (it has {size} bytes, and states a part of {at - here - 12})")
             beside += 0 if kind is True else max(0, at - here)
             if parts > most:
                 raise Refusal(f"consists of more than {most} parts")

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 from .limits import MAX_ROW, require_within
 
 # %% auto #0
-__all__ = ['NO_UTF8', 'BIDI', 'open_regular', 'read_text', 'read_json', 'read_table', 'printable', 'escape', 'csv_cell']
+__all__ = ['NO_UTF8', 'BIDI', 'open_regular', 'read_text', 'read_json', 'read_table', 'printable', 'first_names', 'escape',
+           'csv_cell']
 
 # %% ../../nbs/reference/files_text.ipynb #files-011
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -158,6 +159,12 @@ def _visible(character: str) -> str:
 def printable(text: object) -> str:
     """A text for the terminal or a line of a log: control characters are shown, not obeyed, and it can be encoded."""
     return re.sub(f"[\0-\x1f\x7f-\x9f{BIDI}\ud800-\udfff]", lambda found: _visible(found[0]), str(text))
+
+# %% ../../nbs/reference/files_text.ipynb #73808b82
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """The first names, each of 100 characters at most, and how many more there are."""
+    shown = [name if len(name) <= 100 else f"{name[:99]}…" for name in map(printable, names[:most])]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 # %% ../../nbs/reference/files_text.ipynb #files-037
 def escape(text: object) -> str:

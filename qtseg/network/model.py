@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..files.text import printable
+from ..files.text import first_names, printable
 from ..files.writing import write_then_rename
 from .bridge import BRIDGES
 from .decoders import DECODERS
@@ -26,7 +26,7 @@ from .encoders import ProjectedEncoder, build_encoder, load_imagenet
 from .fast import accelerate
 from .mqm import StageOutput
 from .names import official_names
-from .state import (check_state, copy_into, find_checkpoint, first_names, read_config, read_official,
+from .state import (check_state, copy_into, find_checkpoint, read_config, read_official,
                                  read_safetensors, shapes_only)
 
 # %% auto #0
@@ -199,7 +199,7 @@ def _build(network: type[Segmenter], folder: Path) -> Segmenter:
     unknown = config.keys() - inspect.signature(network).parameters.keys()
     if unknown:
         raise ValueError(
-            printable(f"{path} has entries that this version of QTSeg does not know: {first_names(unknown)}"))
+            printable(f"{path} has entries that this version of QTSeg does not know: {first_names(sorted(unknown), 5)}"))
     try:
         return network(**config)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:  # a word for a number, 0 heads, …

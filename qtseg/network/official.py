@@ -10,9 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..files.text import first_names
 from .model import QTSeg
 from .names import official_names
-from .state import check_state, copy_into, first_names, read_official, shapes_only
+from .state import check_state, copy_into, read_official, shapes_only
 
 # %% auto #0
 __all__ = ['to_official', 'load_official']
@@ -47,7 +48,7 @@ def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
         mlp_width = state["mask_decoder.transformer_s0.layers.0.mlp.lin1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(
-            f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing among {first_names(state, 3)} "
+            f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing among {first_names(sorted(state))} "
             "(an encoder-only file goes into QTSeg.load_encoder)"
         ) from None
     except (IndexError, ValueError):

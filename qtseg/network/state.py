@@ -12,7 +12,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -24,16 +24,11 @@ from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..files.limits import limit
-from ..files.text import printable, read_json
+from ..files.text import first_names, printable, read_json
 
 # %% auto #0
-__all__ = ['RANDOM_FILLS', 'first_names', 'check_state', 'read_config', 'find_checkpoint', 'shapes_only', 'read_safetensors',
-           'copy_into', 'read_official']
-
-# %% ../../nbs/reference/network_state.ipynb #7e153c55
-def first_names(names: Iterable[str], shown: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+__all__ = ['RANDOM_FILLS', 'check_state', 'read_config', 'find_checkpoint', 'shapes_only', 'read_safetensors', 'copy_into',
+           'read_official']
 
 # %% ../../nbs/reference/network_state.ipynb #9f7195b5
 def _kind(tensor: Tensor) -> str:
@@ -52,7 +47,7 @@ def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
              if _kind(given[name]) != _kind(wanted[name])]
     problems = {"missing": wanted.keys() - given.keys(), "unexpected": given.keys() - wanted.keys(),
                 "mis-shaped": shapes, "of another type": kinds}
-    found = [f"{len(names)} {kind} ({first_names(names)})" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind} ({first_names(sorted(names), 5)})" for kind, names in problems.items() if names]
     if found:
         raise ValueError(printable(f"{source} does not fit this network: {'; '.join(found)}"))
 
@@ -70,7 +65,7 @@ def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Ten
             raise ValueError(
                 printable(
                     f"{source} is half wrapped: {len(having)} of {len(state)} names begin with {prefix} "
-                    f"({first_names(having)}); save the state dict of the network inside the wrapper"
+                    f"({first_names(sorted(having), 5)}); save the state dict of the network inside the wrapper"
                 )
             )
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
