@@ -34,8 +34,8 @@ from ..training.hardware import choose_device
 from ..training.run_folder import SPLITS_FILE, read_splits
 
 # %% auto #0
-__all__ = ['read_checkpoint', 'open_checkpoint_data', 'open_for', 'training_notes', 'check_sizes', 'evaluate_checkpoint',
-           'weights_sha256', 'find_checkpoints']
+__all__ = ['read_checkpoint', 'weights_sha256', 'find_checkpoints', 'open_checkpoint_data', 'open_for', 'training_notes',
+           'check_sizes', 'evaluate_checkpoint', 'evaluate_run']
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation109
 def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Preprocessing]:
@@ -49,6 +49,32 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Prepro
             "copy the checkpoint folder again"
         )
     return network, preprocessing
+
+# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation117b
+def weights_sha256(checkpoint: str | os.PathLike) -> str:
+    """The SHA-256 of a checkpoint's model.safetensors, in hexadecimal: names these very weights. FileNotFoundError."""
+    path = Path(checkpoint) / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
+    return hash_file(path).hexdigest()
+
+# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation118
+def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
+    """The checkpoints to evaluate in a checkpoint folder or a run -> folder: names of others with the same weights.
+
+    In a run best_dice comes first, the others by name. FileNotFoundError if there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: name a checkpoint (best_dice, last, …) or the folder of a run")
+    inside = sorted((folder for folder in path.iterdir() if (folder / "model.safetensors").is_file()),
+                    key=lambda folder: (folder.name != "best_dice", folder.name))
+    if (path / "model.safetensors").exists() or not inside:
+        return {path: []}
+    found: dict[str, list[Path]] = {}
+    for folder in inside:
+        found.setdefault(weights_sha256(folder), []).append(folder)
+    return {first: [twin.name for twin in twins] for first, *twins in found.values()}
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation110
 class _Run(NamedTuple):
@@ -343,28 +369,32 @@ def evaluate_checkpoint(
         write_evaluation(evaluation, private, figures)
     return evaluation
 
-# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation117b
-def weights_sha256(checkpoint: str | os.PathLike) -> str:
-    """The SHA-256 of a checkpoint's model.safetensors, in hexadecimal: names these very weights. FileNotFoundError."""
-    path = Path(checkpoint) / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name a folder that save_pretrained wrote")
-    return hash_file(path).hexdigest()
+# %% ../../nbs/reference/evaluation_runs.ipynb #7a3bc1cb
+def evaluate_run(path: str | os.PathLike, source: str | os.PathLike | None = None, output: str | os.PathLike | None = None, *,
+                 split: str | None = None, protocol: Protocol | None = None, progress: bool = False, sizes: Sequence[int] = (),
+                 batch: int = 16, device: str = "auto", pictures: bool | None = None, **options) -> dict[str, Evaluation]:
+    """Score a checkpoint, or each checkpoint of a run once, on the same data; write the results; return them by name.
 
-# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation118
-def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
-    """The checkpoints to evaluate in a checkpoint folder or a run -> folder: names of others with the same weights.
+    Args:
+        path: a checkpoint folder, or the folder of a run. Checkpoints with equal weights are scored once; a note names them.
+        source: of the data; None: that of the run.
+        output: a folder for the results; of several checkpoints each gets a folder in it. None: see `evaluate_checkpoint`.
+        split, protocol, progress, sizes, batch, device, pictures: see `evaluate_checkpoint`.
+        options: of `SegmentationData.open`, such as masks, mask_values, ignore_value, fold, folds; None means "as in the run".
 
-    In a run best_dice comes first, the others by name. FileNotFoundError if there is none.
+    Raises:
+        FileNotFoundError, ValueError, FileExistsError, ModuleNotFoundError: as `evaluate_checkpoint`.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: name a checkpoint (best_dice, last, …) or the folder of a run")
-    inside = sorted((folder for folder in path.iterdir() if (folder / "model.safetensors").is_file()),
-                    key=lambda folder: (folder.name != "best_dice", folder.name))
-    if (path / "model.safetensors").exists() or not inside:
-        return {path: []}
-    found: dict[str, list[Path]] = {}
-    for folder in inside:
-        found.setdefault(weights_sha256(folder), []).append(folder)
-    return {first: [twin.name for twin in twins] for first, *twins in found.values()}
+    check_sizes(sizes)
+    found = find_checkpoints(path)
+    for checkpoint in found:
+        read_checkpoint(checkpoint)  # refusals that cost nothing come before the data is opened
+    data, whole = open_checkpoint_data(next(iter(found)), source, progress, options)
+    evaluations = {}
+    for checkpoint, twins in found.items():
+        folder = Path(output, checkpoint.name) if output and len(found) > 1 else output
+        evaluation = evaluate_checkpoint(checkpoint, data, folder, split=split or whole, protocol=protocol, batch=batch,
+                                         device=device, sizes=sizes, pictures=pictures, progress=progress)
+        evaluation.notes += [f"{twin} has the same weights as {checkpoint.name}" for twin in twins]
+        evaluations[checkpoint.name] = evaluation
+    return evaluations
