@@ -275,6 +275,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "exif.jpg": write(lambda: (data := jpeg(8, 8))[:2] + b"".join(b"\xff\xe1\xff\xffExif\0\0" + bytes(65527) for _ in range(900)) + data[2:]),
     "chunk.png": chunk_of_a_hole,
     "pixels.png": pixels_of_a_hole,
+    "stated_part.png": write(lambda: (data := png(9, 9, 16, 6))[:33] + struct.pack(">I", 1_862_270_996) + data[37:]),
     "plain.ppm": write(lambda: b"P3 9000 1000 255\n" + b"0 " * 27_000_000),
     "maximum.ppm": write(lambda: b"P5 6000 6000 99\n" + bytes(36_000_000)),
     "runs.qoi": write(lambda: b"qoif" + struct.pack(">IIBB", 12000, 12000, 3, 0) + b"\xfd" * (12000 * 12000 // 62)),

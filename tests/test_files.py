@@ -272,7 +272,8 @@ def test_a_hostile_file_is_refused_in_one_sentence_cheaply(refused, name):
     "eps.png": "PostScript", "fifo.png": "pipe", "zero.png": "device", "folder.png": "folder", "empty.png": "empty", "sparse.png": "QTSEG_MAX_FILE_BYTES",
     "zeros.png": "QTSEG_MAX_PIXELS", "zeros_rgb.png": "QTSEG_MAX_SWELL", "tiles.tif": "QTSEG_MAX_PIECES", "rle.dcm": "QTSEG_MAX_PIXELS",
     "deflated_beside.dcm": "QTSEG_MAX_SWELL", "comments.jpg": "QTSEG_MAX_WHOLE_BYTES", "chunk.png": "QTSEG_MAX_WHOLE_BYTES",
-    "described.dcm": "4 MB", "fragments.dcm": "8 x 8", "channels.dcm": "channel", "precincts.dcm": "blocks", "runs.dcm": "runs", "lying_jpeg.dcm": "170300000 values", "cut.png": "to its end", "text.png": "no image"}.items())
+    "described.dcm": "4 MB", "fragments.dcm": "8 x 8", "channels.dcm": "channel", "precincts.dcm": "blocks", "runs.dcm": "runs", "lying_jpeg.dcm": "170300000 values", "cut.png": "to its end",
+    "stated_part.png": "states a part of 1862270996", "text.png": "no image"}.items())
 def test_the_refusal_says_why_and_names_the_limit(refused, name, words):
     assert words in refused[name][0]
 
