@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .cost import cost_rows
 from .evaluate import SIZES, Evaluation
 from .scores import SCORES
 from ..files.text import escape, printable
 
 # %% auto #0
-__all__ = ['LABELS', 'table_rows', 'aligned', 'markdown']
+__all__ = ['LABELS', 'table_rows', 'aligned', 'markdown', 'report']
 
 # %% ../../nbs/reference/evaluation_tables.ipynb #evaluation082
 LABELS = {"mae": "MAE, %", "acc": "accuracy, %", "dice": "Dice, %", "iou": "IoU, %", "precision": "precision, %",
@@ -74,3 +75,22 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of texts, head first, for a notebook; they stay texts, whatever HTML or Markdown they hold."""
     head, *rest = (["| " + " | ".join(map(escape, row)) + " |" for row in rows])
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *rest])
+
+# %% ../../nbs/reference/evaluation_tables.ipynb #8bfa8301
+def report(evaluations: dict[str, Evaluation]) -> str:
+    """What `qtseg evaluate` prints: notes, what was scored, the table, the cost, and where the files are."""
+    first = next(iter(evaluations.values()))
+    units = first.units
+    within = f" within {units.strata} strata" if units.strata > 1 else ""
+    scored = (f"{len(first.ids)} images ({first.split} split); mean over images"
+              f"{', then over classes' if len(first.class_names) > 2 else ''} "
+              f"[95 % interval, {len(units.stratum)} {units.name} resampled{within}]")
+    notes = dict.fromkeys(note for evaluation in evaluations.values() for note in evaluation.notes)
+    lines = [*map(printable, notes), scored, f"best constant mask: {printable(first.constant['mask'])}", "",
+             aligned(table_rows(evaluations)), ""]
+    if first.protocol.legacy:
+        lines.insert(0, "accuracy, Dice and IoU by the official code's rule (legacy): a missed lesion scores above 0")
+    if not first.protocol.surface:
+        lines += ["without HD95 and surface Dice: for these pip install monai, and leave out --no-surface", ""]
+    lines += [aligned(cost_rows(first.cost)), ""]
+    return "\n".join(lines + [printable(f"{name}: {evaluation.folder}") for name, evaluation in evaluations.items()])
