@@ -19,7 +19,8 @@ from qtseg.training import config as training_config, distributed as training_di
 from qtseg.training.augmentation import Augmentation
 from qtseg.training.operations import OPERATIONS
 from qtseg.files.yaml import read_yaml
-from qtseg.training.distributed import TeamError, joined_team, main, read_parameters
+from qtseg.cli import main, read_parameters
+from qtseg.training.distributed import TeamError, joined_team
 from qtseg.network.model import QTSeg
 from qtseg.training.callbacks import EMA
 from qtseg.training.config import TrainConfig
@@ -291,25 +292,25 @@ def test_synchronized_batchnorm_keeps_parameters_state_and_activations():
 
 def test_parameters_come_from_a_file_and_changes_win(tmp_path):
     (tmp_path / "p.yaml").write_text("lr: 0.01\nepochs: 3\ndepths: [1, 1, 1]\n")
-    config = read_parameters(tmp_path / "p.yaml", ["epochs=5", "fold=null", "lr=1.0e-4", "name=mine"])
+    config = read_parameters([str(tmp_path / "p.yaml"), "epochs=5", "fold=null", "lr=1e-4", "name=mine"])
     assert (config.lr, config.epochs, config.depths, config.fold, config.name) == (1e-4, 5, [1, 1, 1], None, "mine")
-    assert read_parameters(None) == TrainConfig()
+    assert read_parameters([]) == TrainConfig() and read_parameters(["data=a=b.zip"]).data == "a=b.zip"
 
 
 @pytest.mark.parametrize("text, changes, said", [
     ("lr: [1", [], "p.yaml is not YAML"), ("- 1\n- 2", [], "holds no mapping"), ("epoch: 3", [], "unknown configuration keys: epoch"),
-    ("lr: 0.1", ["epochs"], "--set epochs changes nothing: write --set key=value"), ("lr: 0.1", ["lr=[1"], "lr=[1 is not YAML"),
+    ("lr: 0.1", ["epochs"], "epochs changes nothing: write key=value"), ("lr: 0.1", ["lr=[1"], "lr=[1 is not YAML"),
     ("lr: 0.1", ["lr=fast"], "lr is a number, not 'fast'"), ("lr: 1\nlr: 2", [], "p.yaml says twice: lr"), ("lr: [" * 5000, [], "p.yaml is not YAML"),
     ("[" * 5000, [], "nested too deep"), ("a: &a [1]\n" + "".join(f"b{n}: &b{n} [{', '.join(['*' + ('a' if n == 0 else f'b{n - 1}')] * 9)}]\n" for n in range(30)), [],
                                           "its aliases stand for more than 100,000 values"),
     ("a: &a {b: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*{'a' if n == 0 else f'm{n - 1}'}, *{'a' if n == 0 else f'm{n - 1}'}]}}\n" for n in range(40)), [], "aliases stand for"),
     ("depths: &a [*a]", [], "an alias names something that it lies in"), ("lr: \x1b", [], "p.yaml is not YAML"), ("epochs: " + "9" * 5000, [], "p.yaml is not YAML"),
-    ("x" * 2**19, [], "is no file of at most 256 kB"), ("name: ..", [], "name is the name of one folder"),
+    ("x" * 2**19, [], "QTSEG_MAX_YAML_BYTES"), ("name: ..", [], "name is the name of one folder"),
 ], ids=range(16))
 def test_parameters_that_cannot_be_used_are_one_sentence(tmp_path, capsys, monkeypatch, text, changes, said):
-    monkeypatch.setattr(training_distributed, "joined_team", lambda *_: pytest.fail("a team met"))
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("it trained"))
     (tmp_path / "p.yaml").write_text(text)
-    assert main([str(tmp_path / "p.yaml"), *(word for change in changes for word in ("--set", change))]) == 1
+    assert main(["train", str(tmp_path / "p.yaml"), *changes]) == 1
     printed = capsys.readouterr()
     assert said in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
 
@@ -318,7 +319,7 @@ def test_parameters_that_cannot_be_used_are_one_sentence(tmp_path, capsys, monke
 def test_a_pipe_given_as_parameters_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "p.yaml")
     for path in (tmp_path / "p.yaml", "/dev/zero", tmp_path):
-        with pytest.raises(ValueError, match="is no file of at most"):
+        with pytest.raises(ValueError, match="is no text that can be read .is a (pipe|device|folder), not a file"):
             read_yaml(path)
 
 
@@ -351,7 +352,7 @@ def test_a_process_augments_its_share_alone_as_it_is_in_the_whole_batch(tmp_path
 def test_the_command_trains_and_is_stopped_by_one_signal(tmp_path):
     parameters = tmp_path / "p.yaml"
     parameters.write_text(yaml.safe_dump(tiny(tmp_path, name="command", epochs=2000, progress=True, resume=True).to_dict()))
-    command = [*TWO_PROCESSES, "--module", "qtseg.training.distributed", str(parameters)]
+    command = [*TWO_PROCESSES, "--module", "qtseg.cli", "train", str(parameters)]
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     before = []
     for line in process.stdout:

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from pydicom.pixels import compress
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from qtseg.files import dicom, headers, writing
+from qtseg.files import headers, writing
 from qtseg.files.folders import same_form, walk
 from qtseg.files.pictures import is_picture, read_picture
 from qtseg.files.text import csv_cell, escape, printable, read_json, read_table
@@ -320,7 +320,7 @@ assert read[0].values.shape == (9460, 9460) and seen | {Image.MAX_IMAGE_PIXELS} 
 def test_225_megapixels_are_honest_work():
     """By the header alone, which is what decides: a JPEG of 20 MB, a TIFF without compression, a PNG of 200 MB; gray even if it is flat."""
     for size, plain, peak in ((20e6, 3, 7), (675e6, 3, 7), (200e6, 3, 7), (230e3, 1, 2), (100e6, 2, 4)):
-        dicom.require_memory(15_000, 15_000, plain, peak, size)
+        headers.require_memory(15_000, 15_000, plain, peak, size)
 
 
 def test_an_image_is_judged_as_rgb_a_mask_as_it_is(tmp_path):

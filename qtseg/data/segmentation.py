@@ -23,7 +23,7 @@ from .mask_values import IGNORE, MASKS, value_code
 from .preprocessing import COLORS, LARGEST_SIZE, RESIZES, Preprocessing, is_whole_number
 from .sources import find_source
 from .splits import assign_splits
-from ..files.headers import plain
+from ..files.text import plain
 from ..files.writing import new_folder
 
 # %% auto #0

@@ -14,8 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .evaluate import Evaluation, stratum_rows, threshold_rows
-from ..files.headers import plain
-from ..files.text import csv_cell, read_json
+from ..files.text import csv_cell, plain, read_json
 from ..files.writing import new_folder, private_name
 from ..training.hardware import versions
 

@@ -14,31 +14,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .headers import format_of, jpeg_scans, require_few_parts, require_few_scans, require_plausible_size
+from .headers import (format_of, jpeg_scans, require_few_parts, require_few_scans, require_memory,
+                                 require_plausible_size, rgb_memory)
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
 # %% auto #0
-__all__ = ['DEFLATED', 'require_memory', 'rgb_memory', 'read_dicom']
-
-# %% ../../nbs/reference/files_dicom.ipynb #files-014
-def require_memory(width: int, height: int, plain: float, peak: float, size: int) -> None:
-    """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file of `size`
-    bytes.
-
-    plain: bytes of a pixel in the result; peak: bytes of a pixel while it is decoded.
-    """
-    pixels = width * height
-    require_within("MAX_PIXELS", pixels, f"has {width} x {height} = {pixels} pixels")
-    if pixels * peak > limit("MAX_FREE_BYTES"):
-        swell = int(pixels * plain / max(1, size))
-        require_within(
-            "MAX_SWELL", swell,
-            f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
-
-
-def rgb_memory(plain: float, peak: float, stored_values: bool) -> tuple[float, float]:
-    """The same numbers for what is read as an image: it becomes RGB, with three bytes a pixel."""
-    return (plain, peak) if stored_values or plain >= 3 else (3, peak + 3)
+__all__ = ['DEFLATED', 'read_dicom']
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-023
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -93,85 +74,6 @@ class _Inflating:
         end = self.at + count
         while self.at < end and self.read(min(end - self.at, 2**20)):
             pass
-
-# %% ../../nbs/reference/files_dicom.ipynb #files-024
-def _require_few_runs(frame: bytes, pixels: int) -> None:
-    """Raise ValueError for a frame in DICOM's run-length code that becomes far more than its pixels, or holds millions
-    of runs."""
-    offsets = struct.unpack_from("<16I", frame)
-    left = 128 * limit("MAX_PIECES")
-    for at, end in zip(offsets[1:], (*offsets[2:], 0)):
-        end, room = min(end or len(frame), len(frame)), 2 * pixels + 2**16
-        while 64 <= at < end:
-            code = frame[at]
-            if code > 128:  # one byte, repeated
-                at, room = at + 2, room - 257 + code
-            else:  # bytes as they are; 128 means nothing
-                at, room = at + 1 + (code + 1) % 129, room - code - 1
-            left -= 1
-            if room < 0 or left < 0:
-                raise Refusal(
-                    f"holds a frame of {pixels} pixels in far more or far longer runs: save it without compression")
-
-
-def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, rle: bool) -> int:
-    """Raise ValueError if a compressed frame of a DICOM states more than the header, or is cut into far too much.
-
-    Returns:
-        Bytes that its decoder needs for each value.
-    """
-    if rle:
-        _require_few_runs(frame, rows * columns)
-        return 0
-    name = format_of(frame[:132])
-    if name not in ("JPEG", "JPEG2000"):
-        raise Refusal("holds a compressed frame that is neither JPEG nor JPEG 2000")
-    source = io.BytesIO(frame)
-    values, scans = require_few_parts(name, source, len(frame)), jpeg_scans(source) if name == "JPEG" else 1
-    if not 0 < values <= rows * columns * samples:
-        raise Refusal(
-            f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its compressed frame"
-        )
-    require_few_scans(scans, values)
-    return 8 if name == "JPEG2000" else 2 * (scans > 1)
-
-# %% ../../nbs/reference/files_dicom.ipynb #files-025
-def _window(header, values: np.ndarray) -> tuple[float, float]:
-    """Which of a gray DICOM's values are black and white: its (first) window if it states one, else the extremes
-    present."""
-    center, width = header.get("WindowCenter"), header.get("WindowWidth")
-    if center is None or width is None:
-        return values.min(), values.max()
-    center, width = (float(np.atleast_1d(item)[0]) for item in (center, width))
-    if not np.isfinite([center, width]).all():
-        raise Refusal(f"states a window (center {center}, width {width}) that no screen can show")
-    return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2  # DICOM part 3, C.11.2.1.2
-
-
-def _on_screen(values: np.ndarray, header) -> np.ndarray:
-    """Gray values of a DICOM [H, W] -> uint8 [H, W]: rescaled, its window from black to white, MONOCHROME1 inverted."""
-    from pydicom.pixels import apply_modality_lut
-
-    low, table = 0, values
-    # each possible value once, which is faster and smaller
-    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
-        low = int(values.min())
-        table = np.arange(low, int(values.max()) + 1, dtype=values.dtype)
-    rescaled = apply_modality_lut(table, header).astype(np.float64)
-    present = rescaled
-    if table is not values:
-        seen = np.zeros(len(table), bool)
-        for row in values:
-            seen[row.astype(np.int32) - low] = True
-        present = rescaled[seen]
-    black, white = _window(header, present)
-    shown = np.clip((rescaled - black) / max(white - black, 1e-9), 0, 1) * 255
-    if not np.isfinite(shown).all():
-        raise Refusal("holds values that are not finite")
-    shown = np.rint(255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown).astype(np.uint8)
-    if table is values:
-        return shown
-    return np.stack([shown[row.astype(np.int32) - low] for row in values])
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-0255
 class _Elements:
@@ -283,6 +185,85 @@ def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
     if sum(map(len, parts)) < total:
         raise Refusal("cannot be read as DICOM (its pixel data are cut off)")
     return b"".join(parts)
+
+# %% ../../nbs/reference/files_dicom.ipynb #files-024
+def _require_few_runs(frame: bytes, pixels: int) -> None:
+    """Raise ValueError for a frame in DICOM's run-length code that becomes far more than its pixels, or holds millions
+    of runs."""
+    offsets = struct.unpack_from("<16I", frame)
+    left = 128 * limit("MAX_PIECES")
+    for at, end in zip(offsets[1:], (*offsets[2:], 0)):
+        end, room = min(end or len(frame), len(frame)), 2 * pixels + 2**16
+        while 64 <= at < end:
+            code = frame[at]
+            if code > 128:  # one byte, repeated
+                at, room = at + 2, room - 257 + code
+            else:  # bytes as they are; 128 means nothing
+                at, room = at + 1 + (code + 1) % 129, room - code - 1
+            left -= 1
+            if room < 0 or left < 0:
+                raise Refusal(
+                    f"holds a frame of {pixels} pixels in far more or far longer runs: save it without compression")
+
+
+def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, rle: bool) -> int:
+    """Raise ValueError if a compressed frame of a DICOM states more than the header, or is cut into far too much.
+
+    Returns:
+        Bytes that its decoder needs for each value.
+    """
+    if rle:
+        _require_few_runs(frame, rows * columns)
+        return 0
+    name = format_of(frame[:132])
+    if name not in ("JPEG", "JPEG2000"):
+        raise Refusal("holds a compressed frame that is neither JPEG nor JPEG 2000")
+    source = io.BytesIO(frame)
+    values, scans = require_few_parts(name, source, len(frame)), jpeg_scans(source) if name == "JPEG" else 1
+    if not 0 < values <= rows * columns * samples:
+        raise Refusal(
+            f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its compressed frame"
+        )
+    require_few_scans(scans, values)
+    return 8 if name == "JPEG2000" else 2 * (scans > 1)
+
+# %% ../../nbs/reference/files_dicom.ipynb #files-025
+def _window(header, values: np.ndarray) -> tuple[float, float]:
+    """Which of a gray DICOM's values are black and white: its (first) window if it states one, else the extremes
+    present."""
+    center, width = header.get("WindowCenter"), header.get("WindowWidth")
+    if center is None or width is None:
+        return values.min(), values.max()
+    center, width = (float(np.atleast_1d(item)[0]) for item in (center, width))
+    if not np.isfinite([center, width]).all():
+        raise Refusal(f"states a window (center {center}, width {width}) that no screen can show")
+    return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2  # DICOM part 3, C.11.2.1.2
+
+
+def _on_screen(values: np.ndarray, header) -> np.ndarray:
+    """Gray values of a DICOM [H, W] -> uint8 [H, W]: rescaled, its window from black to white, MONOCHROME1 inverted."""
+    from pydicom.pixels import apply_modality_lut
+
+    low, table = 0, values
+    # each possible value once, which is faster and smaller
+    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
+        low = int(values.min())
+        table = np.arange(low, int(values.max()) + 1, dtype=values.dtype)
+    rescaled = apply_modality_lut(table, header).astype(np.float64)
+    present = rescaled
+    if table is not values:
+        seen = np.zeros(len(table), bool)
+        for row in values:
+            seen[row.astype(np.int32) - low] = True
+        present = rescaled[seen]
+    black, white = _window(header, present)
+    shown = np.clip((rescaled - black) / max(white - black, 1e-9), 0, 1) * 255
+    if not np.isfinite(shown).all():
+        raise Refusal("holds values that are not finite")
+    shown = np.rint(255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown).astype(np.uint8)
+    if table is values:
+        return shown
+    return np.stack([shown[row.astype(np.int32) - low] for row in values])
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-026
 def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:

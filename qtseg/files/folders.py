@@ -85,6 +85,5 @@ def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]
 
 # %% ../../nbs/reference/files_folders.ipynb #files-031
 def same_form(text: str) -> str:
-    """A name in Unicode's composed form (NFC): a Mac writes ü as u and two dots, others as one character. Compare names
-    in this form."""
+    """A name in Unicode's composed form (NFC), in which names can be compared."""
     return unicodedata.normalize("NFC", text)

@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
 # %% auto #0
-__all__ = ['SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'format_of', 'require_plausible_size', 'require_few_parts',
-           'first_directory', 'jpeg_scans', 'require_few_scans', 'read_structure', 'plain']
+__all__ = ['SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'format_of', 'require_memory', 'rgb_memory', 'require_plausible_size',
+           'require_few_parts', 'first_directory', 'jpeg_scans', 'require_few_scans', 'read_structure']
 
 # %% ../../nbs/reference/files_headers.ipynb #files-010
 SIGNATURES = {  # format -> what the first bytes of its files match
@@ -47,6 +44,28 @@ def format_of(head: bytes) -> str | None:
     if head[128:132] == b"DICM":
         return "DICOM"
     return next((name for name, pattern in SIGNATURES.items() if re.match(pattern, head, re.S)), None)
+
+# %% ../../nbs/reference/files_headers.ipynb #9b5ca7a7
+def require_memory(width: int, height: int, plain: float, peak: float, size: int) -> None:
+    """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file.
+
+    Args:
+        plain: bytes of a pixel in the result.
+        peak: bytes of a pixel while it is decoded.
+        size: of the file, in bytes.
+    """
+    pixels = width * height
+    require_within("MAX_PIXELS", pixels, f"has {width} x {height} = {pixels} pixels")
+    if pixels * peak > limit("MAX_FREE_BYTES"):
+        swell = int(pixels * plain / max(1, size))
+        require_within(
+            "MAX_SWELL", swell,
+            f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
+
+
+def rgb_memory(plain: float, peak: float, stored_values: bool) -> tuple[float, float]:
+    """The same numbers for what is read as an image: it becomes RGB, with three bytes a pixel."""
+    return (plain, peak) if stored_values or plain >= 3 else (3, peak + 3)
 
 # %% ../../nbs/reference/files_headers.ipynb #e0d031fa
 def require_plausible_size(width: int, height: int, plain: float, frames: int, size: int) -> None:
@@ -308,18 +327,3 @@ def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tu
         if not re.match(rb"P.(?:(?:\s|#[^\n\r]*[\n\r])+-?[\d.]+){2,3}\s", source.read(2**16)):
             raise Refusal("has no size in its first 64 kB")
     return {}, _gif_frames(source, size) if name == "GIF" else 0
-
-# %% ../../nbs/reference/files_headers.ipynb #081cdba4
-def plain(value: object, nan_as_none: bool = False) -> object:
-    """A value as JSON knows it: paths become texts, numbers of NumPy and PyTorch become Python's, tuples and arrays
-    become lists."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(type(value), "tolist"):
-        listed = value.tolist()
-        return listed if isinstance(listed, np.generic) else plain(listed, nan_as_none)  # a long double stays one
-    if isinstance(value, (list, tuple)):
-        return [plain(item, nan_as_none) for item in value]
-    if isinstance(value, dict):
-        return {plain(key): plain(item, nan_as_none) for key, item in value.items()}
-    return None if nan_as_none and isinstance(value, float) and math.isnan(value) else value

@@ -9,8 +9,8 @@ import os
 import re
 
 # %% auto #0
-__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_TABLE_BYTES',
-           'MAX_ROW', 'MAX_DEPTH', 'MAX_WHOLE_BYTES', 'Refusal', 'limit', 'require_within']
+__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_YAML_BYTES',
+           'MAX_TABLE_BYTES', 'MAX_ROW', 'MAX_DEPTH', 'MAX_WHOLE_BYTES', 'Refusal', 'limit', 'require_within']
 
 # %% ../../nbs/reference/files_limits.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression
@@ -19,6 +19,7 @@ MAX_SWELL = 100  # bytes in memory for one byte of the file, where a picture tak
 MAX_FREE_BYTES = 480_000_000  # memory that every picture may take while it is decoded
 MAX_PIECES = 2**16  # strips or tiles of a TIFF, scans of a JPEG, elements of a DICOM header, counted frames
 MAX_TEXT_BYTES = 2**24  # a text that is read as a whole
+MAX_YAML_BYTES = 2**18  # a YAML file of parameters
 MAX_TABLE_BYTES = 2**26  # a CSV file
 MAX_ROW = 2**22  # characters of its rows
 MAX_DEPTH = 64  # folders inside folders
@@ -30,8 +31,11 @@ class Refusal(ValueError):
 
 
 def limit(name: str, default: int | None = None) -> int:
-    """What the environment variable QTSEG_<name> says, else `default`, else this module's limit `name`; ValueError if
-    it is no number."""
+    """What the environment variable QTSEG_<name> says, else `default`, else this module's limit `name`.
+
+    Raises:
+        ValueError: the variable is no whole number.
+    """
     text = os.environ.get(f"QTSEG_{name}", "")
     if text and not re.fullmatch(r"[0-9]{1,18}", text):
         raise ValueError(f"the environment variable QTSEG_{name} must be a whole number, got {text!r}")

@@ -18,14 +18,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .dicom import read_dicom, require_memory, rgb_memory
+from .dicom import read_dicom
 from .headers import (FORMATS, first_directory, format_of, jpeg_scans, read_structure, require_few_scans,
-                                 require_plausible_size)
+                                 require_memory, require_plausible_size, rgb_memory)
 from .limits import MAX_WHOLE_BYTES, Refusal, require_within
 from .text import open_regular, printable
 
 # %% auto #0
-__all__ = ['UPRIGHT', 'SLOW', 'OTHERS', 'Picture', 'is_picture', 'hash_file', 'read_picture']
+__all__ = ['SLOW', 'UPRIGHT', 'OTHERS', 'Picture', 'is_picture', 'hash_file', 'read_picture']
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-008
 class Picture(NamedTuple):
@@ -64,8 +64,7 @@ def _source(file: BinaryIO) -> tuple[BinaryIO, int]:
 
 
 def hash_file(file: str | os.PathLike | BinaryIO, digest: hashlib._Hash | None = None) -> hashlib._Hash:
-    """Feed all bytes of a regular file, or of an open one, to a digest of hashlib (None: a new SHA-256), in pieces of 1
-    MiB; returns it."""
+    """Feed all bytes of a regular file, or of an open one, to a digest of hashlib (None: a new SHA-256); returns it."""
     digest = digest or hashlib.sha256()
     with nullcontext(file) if hasattr(file, "read") else open_regular(file) as source:
         source.seek(0)
@@ -81,6 +80,22 @@ def _memory(picture: Image.Image, deep: bool, scans: int) -> tuple[int, int]:
     plain = min(bands, 3) * gray * (1 + deep)
     extra = {"WEBP": 16, "AVIF": 12, "JPEG2000": 8 * bands}.get(picture.format, 2 * bands * (scans > 1))
     return plain, plain + (8 + plain if deep else gray if bands == 1 else 4) + extra
+
+# %% ../../nbs/reference/files_pictures.ipynb #326a6ac0
+SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
+
+
+def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
+    """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
+    width, height = picture.size
+    scans = jpeg_scans(source) if picture.format in ("JPEG", "MPO") else 1
+    plain, peak = _memory(picture, deep, scans)
+    require_memory(width, height, *rgb_memory(plain, peak, stored_values), size)
+    require_plausible_size(width, height, plain, frames, size)
+    samples = width * height * len(picture.getbands())
+    if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
+        raise Refusal(f"has {width} x {height} pixels in {size} bytes of a form that is read slowly: save it as PNG")
+    require_few_scans(scans, samples)
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-015
 def _open_header(source: BinaryIO, name: str) -> Image.Image:
@@ -105,8 +120,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -
 
 
 def _array(picture: Image.Image) -> np.ndarray:
-    """A decoded picture -> uint8 or uint16, [H, W] or [H, W, 3]; ValueError for pixels of unknown range (float, 32
-    bits)."""
+    """A decoded picture -> uint8 or uint16, [H, W] or [H, W, 3]; ValueError for floats and for numbers over 65535."""
     if picture.mode == "F":
         raise Refusal("holds floating-point pixels, whose range nobody knows: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
@@ -161,8 +175,7 @@ def _depth(picture: Image.Image, source: BinaryIO) -> int:
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-0205
 def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
-    """The EXIF orientation of a picture, 1 to 8; read here, for Pillow would load all that an EXIF block claims to
-    hold."""
+    """The EXIF orientation of a picture, 1 to 8; Pillow would load all that an EXIF block claims to hold."""
     exif = picture.info.get("exif", b"")
     if not exif and "Raw profile type exif" in picture.info:  # of older PNG files, in hexadecimal
         exif = bytes.fromhex("".join(picture.info["Raw profile type exif"].split("\n")[3:]))
@@ -172,22 +185,6 @@ def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
     xmp = picture.info.get("xmp", picture.info.get("XML:com.adobe.xmp", b""))
     stated = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp.encode() if isinstance(xmp, str) else xmp)
     return tags[0x0112][1] if 0x0112 in tags else int(stated[1]) if stated else 1
-
-# %% ../../nbs/reference/files_pictures.ipynb #326a6ac0
-SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
-
-
-def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
-    """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
-    width, height = picture.size
-    scans = jpeg_scans(source) if picture.format in ("JPEG", "MPO") else 1
-    plain, peak = _memory(picture, deep, scans)
-    require_memory(width, height, *rgb_memory(plain, peak, stored_values), size)
-    require_plausible_size(width, height, plain, frames, size)
-    samples = width * height * len(picture.getbands())
-    if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
-        raise Refusal(f"has {width} x {height} pixels in {size} bytes of a form that is read slowly: save it as PNG")
-    require_few_scans(scans, samples)
 
 # %% ../../nbs/reference/files_pictures.ipynb #d1944928
 def _is_lossless_webp(source: BinaryIO) -> bool:

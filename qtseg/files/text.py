@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import stat
@@ -18,13 +19,17 @@ import numpy as np
 from .limits import MAX_ROW, require_within
 
 # %% auto #0
-__all__ = ['NO_UTF8', 'BIDI', 'open_regular', 'read_text', 'read_json', 'read_table', 'printable', 'first_names', 'escape',
-           'csv_cell']
+__all__ = ['NO_UTF8', 'BIDI', 'open_regular', 'read_text', 'read_json', 'read_table', 'plain', 'printable', 'first_names',
+           'escape', 'csv_cell']
 
 # %% ../../nbs/reference/files_text.ipynb #files-011
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a regular file, after links, without waiting for anyone; ValueError for folders, pipes and devices,
-    OSError."""
+    """Open a regular file, after links, without waiting.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device; the sentence continues "FILE ".
+        OSError: it cannot be opened.
+    """
     kinds = {
         stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
         stat.S_IFBLK: "a device"}
@@ -42,8 +47,11 @@ NO_UTF8 = 'is not encoded in UTF-8: open it in the program that wrote it and sav
 
 
 def read_text(path: str | os.PathLike, errors: str = "strict", most: str = "MAX_TEXT_BYTES") -> str:
-    """Read a text file (UTF-8, with or without a byte order mark) within the limit that `most` names; `errors` as in
-    bytes.decode.
+    """Read a text file (UTF-8, with or without a byte order mark).
+
+    Args:
+        errors: as in bytes.decode.
+        most: the limit on its size, a name in `files.limits`.
 
     Raises:
         ValueError: One sentence that names the file: no regular file, too large, not UTF-8.
@@ -142,6 +150,23 @@ def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, int
     rows = _table(path, most, wide, interrupted, options)
     return next(rows), rows
 
+# %% ../../nbs/reference/files_text.ipynb #e74cc394
+def plain(value: object, nan_as_none: bool = False) -> object:
+    """A value as JSON knows it.
+
+    Paths become texts, numbers of NumPy and PyTorch become Python's, tuples and arrays become lists.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(type(value), "tolist"):
+        listed = value.tolist()
+        return listed if isinstance(listed, np.generic) else plain(listed, nan_as_none)  # a long double stays one
+    if isinstance(value, (list, tuple)):
+        return [plain(item, nan_as_none) for item in value]
+    if isinstance(value, dict):
+        return {plain(key): plain(item, nan_as_none) for key, item in value.items()}
+    return None if nan_as_none and isinstance(value, float) and math.isnan(value) else value
+
 # %% ../../nbs/reference/files_text.ipynb #files-036
 # turn lines round, or break them
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
@@ -168,8 +193,10 @@ def first_names(names: Sequence[str], most: int = 3) -> str:
 
 # %% ../../nbs/reference/files_text.ipynb #files-037
 def escape(text: object) -> str:
-    """A text for a Markdown cell or table or for HTML, where it looks the same and does nothing. Not for use inside a
-    tag."""
+    """A text for a Markdown cell or table or for HTML, where it looks the same and does nothing.
+
+    Not for use inside a tag.
+    """
     def number(found: re.Match) -> str:
         return "".join(f"&#{ord(character)};" for character in found[0])
 
@@ -184,8 +211,10 @@ def escape(text: object) -> str:
 
 # %% ../../nbs/reference/files_text.ipynb #files-038
 def csv_cell(value: object) -> object:
-    """A cell of a CSV file: a text that a spreadsheet would take for a formula gets a ' in front; numbers and None
-    stay."""
+    """A cell of a CSV file: a text that a spreadsheet would take for a formula gets a ' in front.
+
+    Numbers and None stay as they are.
+    """
     if value is None or isinstance(value, (bool, int, float, np.generic)):
         return value
     text = str(value)

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
-from pathlib import Path
 
-from .text import printable
+from .text import printable, read_text
 
 # %% auto #0
-__all__ = ['MAX_YAML_BYTES', 'MAX_YAML_VALUES', 'parse_yaml', 'read_yaml']
+__all__ = ['MAX_YAML_VALUES', 'parse_yaml', 'read_yaml']
 
 # %% ../../nbs/reference/files_yaml.ipynb #c032a
-MAX_YAML_BYTES, MAX_YAML_VALUES = 2**18, 100_000  # parameter files have a few kB
+MAX_YAML_VALUES = 100_000
 
 
 def _count_values(node, counted: dict[int, int]) -> int:
-    """How many values a YAML document stands for, its aliases followed. ValueError for one that lies in what it
-    names."""
+    """How many values a YAML document stands for, its aliases followed; ValueError for an alias inside itself."""
     if id(node) not in counted:
         counted[id(node)] = -1  # until its parts are counted
         pairs = node.value if isinstance(node.value, list) else []
@@ -73,15 +70,16 @@ def parse_yaml(text: str) -> tuple[object, list[str]]:
 
 # %% ../../nbs/reference/files_yaml.ipynb #c032b
 def read_yaml(path: str | os.PathLike) -> dict:
-    """A YAML (or JSON) file that holds a mapping. ValueError names the file if it holds anything else, or a key twice.
+    """Read a YAML (or JSON) file that holds a mapping.
 
-    FileNotFoundError; ModuleNotFoundError without PyYAML.
+    Raises:
+        ValueError: one sentence that names the file: no mapping, a key twice, too large, not UTF-8, no regular file.
+        OSError: it cannot be opened.
+        ModuleNotFoundError: PyYAML is missing.
     """
-    kind = os.stat(path)
-    if not stat.S_ISREG(kind.st_mode) or kind.st_size > MAX_YAML_BYTES:
-        raise ValueError(f"{path} is no file of at most {MAX_YAML_BYTES // 1024} kB, as a YAML file of parameters is")
+    text = read_text(path, most="MAX_YAML_BYTES")
     try:
-        values, twice = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        values, twice = parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if twice:

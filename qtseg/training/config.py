@@ -19,8 +19,7 @@ import torch
 
 from ..data.mask_values import MASKS
 from ..data.preprocessing import RESIZES, COLORS as COLOR_SPACES
-from ..files.headers import plain
-from ..files.text import printable, read_json
+from ..files.text import plain, printable, read_json
 from ..network.attention import POSITIONS
 from ..network.baselines import NETWORKS
 from ..network.bridge import BRIDGES
@@ -30,7 +29,7 @@ from .operations import OPERATIONS
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'fits_type', 'shown_value',
-           'ConfigProblems', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'read_stored_config', 'same_recipe']
+           'CheckedConfig', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'read_stored_config', 'same_recipe']
 
 # %% ../../nbs/reference/training_config.ipynb #c010
 OPTIMIZERS: dict[str, Callable] = {
@@ -68,22 +67,16 @@ SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "e
 LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "channels": 1024,
            "strength": 2.0, "seed": 2**63 - 1}
 
-
-def _is_folder_name(text: str) -> bool:
-    """One folder, on every system: no separator, nothing that leads out of its parent, no control characters."""
-    return (
-        text == text.strip()
-        and text not in ("", ".", "..")
-        and not set("/\\") & set(text)
-        and Path(text).name == text
-        and _is_path(text)
-        and len(text.encode()) <= 200
-    )
-
-
+# %% ../../nbs/reference/training_config.ipynb #f15376c5
 def _is_path(text: str) -> bool:
     """A text that can name a file: not empty, no control characters, no halves of characters."""
     return bool(text.strip()) and not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def _is_folder_name(text: str) -> bool:
+    """One folder, on every system: no separator, nothing that leads out of its parent, no control characters."""
+    return (_is_path(text) and text == text.strip() and text not in (".", "..") and not set("/\\") & set(text)
+            and Path(text).name == text and len(text.encode()) <= 200)
 
 
 RULES: dict[str, tuple[str, Callable]] = {  # what a value is, said and tested
@@ -186,23 +179,45 @@ def _refused_by_loss(name: str, classes: int) -> str:
     return ""
 
 # %% ../../nbs/reference/training_config.ipynb #c030x1
-class ConfigProblems:
-    """The checks of `TrainConfig`, mixed into it: every problem is found, and all are named in one ValueError."""
+class CheckedConfig:
+    """The checks of `TrainConfig`, and its way from plain values and back: all problems are named in one ValueError."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, plain(getattr(self, f.name)))
+        problems = self._ill_typed() or self._out_of_range() + self._at_odds()
+        if problems:
+            raise ValueError("the training configuration cannot be used: " + "; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """A configuration from plain values (a YAML file, papermill parameters); ValueError names unknown keys."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration maps names to values, and this is {shown_value(values)}: "
+                             "an empty or other file?")
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(printable(key)[:80] for key in values if key not in known)
+        if unknown:
+            raise ValueError(f"unknown configuration keys: {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Plain values, fit for JSON."""
+        return dataclasses.asdict(self)
 
     def _ill_typed(self) -> list[str]:
-        hints = typing.get_type_hints(type(self))
-        values = ((name, hint, getattr(self, name)) for name, hint in hints.items())
+        values = ((name, hint, getattr(self, name)) for name, hint in typing.get_type_hints(type(self)).items())
         return [f"{name} is {_type_name(hint)}, not {shown_value(value)}{_meant(name, value)}"
                 for name, hint, value in values if not fits_type(value, hint)]
 
     def _out_of_range(self) -> list[str]:
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
         found = [f"{name} is one of {', '.join(choices)}, not {shown_value(given[name])}"
                  for name, choices in CHOICES.items() if given[name] not in choices]
         found += [f"{name} is at least {least}, not {given[name]}"
                   for name, least in SMALLEST.items() if name in given and given[name] < least]
-        found += [
-            f"{name} is at most {most}, not {given[name]}" for name, most in LARGEST.items() if given[name] > most]
+        found += [f"{name} is at most {most}, not {given[name]}"
+                  for name, most in LARGEST.items() if given[name] > most]
         found += [f"{name} has the unknown entry {shown_value(entry)}: choose from {', '.join(known)}"
                   for name, known in (("losses", LOSSES), ("operations", OPERATIONS))
                   for entry in given[name] if entry not in known]
@@ -224,33 +239,18 @@ class ConfigProblems:
             found.append("nesterov needs a momentum above 0")
         if self.scheduler == "plateau" and self.gamma == 1:
             found.append("scheduler plateau needs a gamma below 1")
-        return found + self._wrong_encoder()
-
-    def _wrong_encoder(self) -> list[str]:
-        found = []
         if self.encoder == "fpn" and self.model != "qtseg":
-            found.append(
-                f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, such as "
-                "encoder: resnet34"
-            )
+            found.append(f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, "
+                         "such as encoder: resnet34")
         if self.encoder == "fpn" and self.encoder_weights == "imagenet":
-            found.append(
-                "encoder_weights imagenet are for an encoder of segmentation-models-pytorch: fpn takes a file or a "
-                "checkpoint folder"
-            )
+            found.append("encoder_weights imagenet are for an encoder of segmentation-models-pytorch: fpn takes a file "
+                         "or a checkpoint folder")
         return found
 
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            setattr(self, f.name, plain(getattr(self, f.name)))
-        problems = self._ill_typed() or self._out_of_range() + self._at_odds()
-        if problems:
-            raise ValueError("the training configuration cannot be used: " + "; ".join(problems))
-
-# %% ../../nbs/reference/training_config.ipynb #c033
+# %% ../../nbs/reference/training_config.ipynb #c040
 @dataclass
-class _DataFields:
-    """What `TrainConfig` says about the data."""
+class TrainConfig(CheckedConfig):
+    """Everything that decides a run; the defaults are the paper's recipe (section "Implementation details", v0.1.0)."""
 
     # data, see SegmentationData.open; size in pixels; workers: processes that read a Dataset given to fit
     data: str = "phantoms:all:400"
@@ -267,16 +267,9 @@ class _DataFields:
     valid_share: float = 0.1
     cache: str | None = None
     workers: int = 0
-
-# %% ../../nbs/reference/training_config.ipynb #c035
-@dataclass
-class _NetworkFields(_DataFields):
-    """What it adds about the network."""
-
     # network; encoder: fpn, or a name that segmentation-models-pytorch knows. encoder_weights: an official encoder file
     # (fpn-nano.pth), a checkpoint folder, or imagenet; frozen for the first freeze_epochs. freeze_norm: BatchNorm
-    # normalizes
-    # with its running statistics, and leaves them as they are
+    # normalizes with its running statistics, and leaves them as they are
     model: str = "qtseg"
     encoder: str = "fpn"
     bridge: str = "mlff"
@@ -289,12 +282,7 @@ class _NetworkFields(_DataFields):
     encoder_weights: str | None = None
     freeze_epochs: int = 50
     freeze_norm: bool = False
-
-# %% ../../nbs/reference/training_config.ipynb #c037
-@dataclass
-class _RecipeFields(_NetworkFields):
-    """What it adds about the recipe and the augmentation."""
-
+    # recipe
     epochs: int = 350
     batch: int = 32
     drop_last: bool = True
@@ -317,16 +305,6 @@ class _RecipeFields(_NetworkFields):
     operations: list[str] = field(default_factory=lambda: list(OPERATIONS))
     most_operations: int = 4
     strength: float = 1.0
-
-# %% ../../nbs/reference/training_config.ipynb #c040
-@dataclass
-class TrainConfig(_RecipeFields, ConfigProblems):
-    """Everything that decides a run; the defaults are the paper's recipe (section "Implementation details", release
-    v0.1.0).
-
-    Unknown names, wrong types and impossible values raise ValueError, which names them all.
-    """
-
     # how it is computed; forms: plain, as the notebooks write them; or fast, lesson 16's on a CPU
     forms: str = "fast"
     amp: str = "none"
@@ -343,26 +321,10 @@ class TrainConfig(_RecipeFields, ConfigProblems):
     track: bool = False
     progress: bool = True
 
-    @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
-        """A configuration from plain values (a YAML file, papermill parameters); ValueError names unknown keys."""
-        if not isinstance(values, Mapping):
-            raise ValueError(
-                f"a configuration maps names to values, and this is {shown_value(values)}: an empty or other file?")
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(printable(key)[:80] for key in values if key not in known)
-        if unknown:
-            raise ValueError(f"unknown configuration keys: {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**values)
-
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.runs) / self.name
-
-    def to_dict(self) -> dict:
-        """Plain values, fit for JSON."""
-        return dataclasses.asdict(self)
 
 # %% ../../nbs/reference/training_config.ipynb #c043
 # what may differ between a run and its continuation
@@ -385,19 +347,14 @@ def located(config: TrainConfig) -> dict:
 
 
 def recipe_changes(config: TrainConfig, stored: TrainConfig) -> list[str]:
-    """What decides a run and differs from the stored configuration, as "lr: 0.001 -> 0.01"; one file by two paths is
-    one."""
+    """What decides a run and differs from the stored configuration, as "lr: 0.001 -> 0.01"."""
     now, before = located(config), located(stored)
-    return [
-        f"{key}: {shown_value(before[key])} -> {shown_value(now[key])}"
-        for key in now
-        if key not in RESUMABLE and before[key] != now[key]
-    ]
+    return [f"{key}: {shown_value(before[key])} -> {shown_value(now[key])}" for key in now
+            if key not in RESUMABLE and before[key] != now[key]]
 
 
 def read_stored_config(path: Path) -> TrainConfig:
-    """The configuration of a run's config.json; a field that is younger than the run has its default. ValueError names
-    the file."""
+    """The configuration of a run's config.json; a field that is younger than the run has its default."""
     values = read_json(path)
     try:
         return TrainConfig.from_dict(values)
@@ -408,8 +365,7 @@ def read_stored_config(path: Path) -> TrainConfig:
 def same_recipe(config: TrainConfig, before: TrainConfig) -> None:
     """Raise ValueError when a run would go on with another recipe than it began with.
 
-    Another number of epochs is allowed, and another path to the data: `load_state` sees whether the images are the
-    same.
+    Another number of epochs is allowed, and another path to the data: `load_state` compares the images.
     """
     allowed = {"epochs": config.epochs}
     if is_path(before.data) and is_path(config.data):
