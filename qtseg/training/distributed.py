@@ -5,27 +5,22 @@
 # %% ../../nbs/reference/training_distributed.ipynb #694422ac
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..files.yaml import parse_yaml, read_yaml
-from .config import TrainConfig
-from .hardware import choose_device, keep_freed_memory
-from .loop import fit
+from .hardware import choose_device
 from .trainer import T
 
 # %% auto #0
-__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team', 'read_parameters', 'main']
+__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team']
 
 # %% ../../nbs/reference/training_distributed.ipynb #c016
 class TeamError(RuntimeError):
@@ -96,8 +91,7 @@ class TorchTeam:
 
 # %% ../../nbs/reference/training_distributed.ipynb #c027
 STARTED_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-USAGE = (
-    "torchrun --standalone --nproc-per-node 2 --module qtseg.distributed params.yaml --set data=FOLDER --set name=NAME")
+USAGE = "torchrun --standalone --nproc-per-node 2 --module qtseg.cli train params.yaml name=NAME"
 
 
 def _own_device(name: str) -> torch.device:
@@ -138,53 +132,3 @@ def joined_team(device: str = "auto", patience: timedelta = timedelta(hours=2)) 
         yield TorchTeam()
     finally:
         torch.distributed.destroy_process_group()
-
-# %% ../../nbs/reference/training_distributed.ipynb #c033
-def read_parameters(path: str | Path | None, changes: Sequence[str] = ()) -> TrainConfig:
-    """A configuration from a YAML file (None: the defaults) and changes "key=value", whose values are YAML, too.
-
-    ValueError names the file or the change that cannot be read. FileNotFoundError; ModuleNotFoundError without PyYAML.
-    """
-    values = read_yaml(path) if path else {}
-    for change in changes:
-        key, given, value = change.partition("=")
-        if not given:
-            raise ValueError(f"--set {change} changes nothing: write --set key=value")
-        try:
-            values[key.strip()] = parse_yaml(value)[0]
-        except ValueError as error:
-            raise ValueError(f"--set {change} is not YAML: {error}") from None
-    return TrainConfig.from_dict(values)
-
-# %% ../../nbs/reference/training_distributed.ipynb #c035
-def _train_in_a_team(path: str | None, changes: Sequence[str]) -> str:
-    """One process's part of a run -> the sentence that tells of its result."""
-    config = read_parameters(path, changes)
-    keep_freed_memory()  # this process has nothing else to do
-    with joined_team(config.device) as team:
-        result = fit(config, team=team)
-    return (f"{team.size} processes, test Dice {result.metrics['test']['dice']:.2f} ({result.metrics['test_is']}); "
-            f"everything is in {result.folder}")
-
-# %% ../../nbs/reference/training_distributed.ipynb #c036
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program that torchrun starts in every process; returns its exit code: 0 done, 1 failed, 130 asked to stop."""
-    parser = argparse.ArgumentParser(
-        "qtseg.distributed", USAGE, "Train one network with all processes that torchrun starts.")
-    parser.add_argument("parameters", nargs="?", help="a YAML file of TrainConfig's fields; without it, the defaults")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-                        help="one field, over the file; the value is YAML: 1.0e-3, null, [1, 2, 3]")
-    options = parser.parse_args(arguments)
-    try:
-        code, said = 0, _train_in_a_team(options.parameters, options.changes)
-    except KeyboardInterrupt as stop:
-        code, said = 130, str(stop) or "interrupted at once: what the last epoch saved is safe"
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TeamError) as error:
-        code, said = 1, f"{type(error).__name__}: {error}"
-    if os.environ.get("RANK", "0") == "0":  # every process has come to the same end
-        print(said, file=sys.stderr if code else sys.stdout, flush=True)
-    return code
-
-
-if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    sys.exit(main())
