@@ -14,7 +14,7 @@ import torch
 from conftest import one_sentence
 from safetensors.torch import load_file, save_file
 
-from qtseg.network import encoders as network_encoders, model as network_model
+from qtseg.network import checkpoints as network_checkpoints, encoders as network_encoders
 from qtseg.network.baselines import Baseline, load_network
 from qtseg.network.model import QTSeg
 from qtseg.network.official import load_official, to_official
@@ -121,7 +121,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(model, folder, monkeypatc
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as patch:
         if broken == "save_file":
-            patch.setattr(network_model, "save_file", half_a_file)
+            patch.setattr(network_checkpoints, "save_file", half_a_file)
         else:
             patch.setattr(Path, "write_text", half_a_text)
         with pytest.raises((KeyboardInterrupt, OSError)):
@@ -135,7 +135,7 @@ def test_an_interrupted_first_save_leaves_nothing(model, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(network_model, "save_file", half_a_file)
+    monkeypatch.setattr(network_checkpoints, "save_file", half_a_file)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -243,6 +243,79 @@ def test_a_config_older_than_the_choice_of_encoder(model, folder):
     config = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in config.items() if name not in ("position", "encoder")}))
     assert same_weights(model, QTSeg.from_pretrained(folder)) and QTSeg.from_pretrained(folder).config == model.config
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Stands for huggingface_hub: notes what is asked of it, and answers a download with a folder."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder, self.asked = folder, []
+
+    def snapshot_download(self, name, *, revision, cache_dir, allow_patterns):
+        self.asked.append((name, revision, cache_dir, sorted(allow_patterns)))
+        return str(self.folder)
+
+    def get_token(self):
+        return None
+
+    def HfApi(self, token):
+        self.asked.append(token)
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.asked.append((repo_id, private, exist_ok))
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.asked.append(sorted(path.name for path in Path(folder_path).iterdir()))
+        self.uploaded = QTSeg.from_pretrained(folder_path)
+
+
+def test_a_network_from_the_hub(model, folder, monkeypatch, tmp_path):
+    """Only the three files of a checkpoint are asked for, and what comes is checked like any other folder."""
+    hub = Hub(folder)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for load in (QTSeg.from_pretrained, load_network):
+        assert same_weights(load("someone/skin"), model)
+    assert same_weights(QTSeg.from_pretrained("someone/skin", revision="v1", cache=tmp_path), model)
+    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert hub.asked == [("someone/skin", None, None, files)] * 2 + [("someone/skin", "v1", tmp_path, files)]
+    change_config(folder, width=10**6)
+    with pytest.raises(ValueError, match="does not fit this network"):
+        QTSeg.from_pretrained("someone/skin")
+
+
+def test_a_path_asks_nothing_of_the_hub(model, folder, monkeypatch, tmp_path):
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.chdir(tmp_path)
+    assert same_weights(QTSeg.from_pretrained("checkpoint"), model)
+    (tmp_path / "runs").mkdir()
+    wrong = [Path("someone/skin"), "runs/typo", "skin", "a/b/c", "../up", str(tmp_path / "nowhere"), "checkpoint/config.json"]
+    for name in wrong:
+        for load in (QTSeg.from_pretrained, load_network):
+            with pytest.raises(FileNotFoundError) as caught:
+                load(name)
+            one_sentence(caught, str(name), "no folder")
+    assert hub.asked == []
+
+
+def test_a_network_goes_to_the_hub(model, monkeypatch):
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(PermissionError, match="hf auth login"):
+        model.push_to_hub("me/skin")
+    with pytest.raises(ValueError, match="USER/NAME"):
+        model.push_to_hub("skin", token="t")
+    with pytest.raises(ValueError, match="fused copy"):
+        model.fuse().push_to_hub("me/skin", token="t")
+    assert hub.asked == []
+    assert model.push_to_hub("me/skin", token="t") == "https://huggingface.co/me/skin"
+    assert hub.asked == ["t", ("me/skin", True, True), ["config.json", "model.safetensors"]]
+    assert same_weights(hub.uploaded, model)
 
 
 # --- other networks --------------------------------------------------------------------------------------------------
@@ -389,6 +462,29 @@ def test_load_official(model, tmp_path, wrap, zipped):
     assert same_weights(model, loaded) and not loaded.training
     assert loaded.config == {**model.config, "heads": 8}
     assert same_weights(model, load_official(str(path)))
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict_model": state, "epoch": 3},
+                                  lambda state: {f"module.{name}": tensor for name, tensor in state.items()}],
+                         ids=["bare", "wrapped", "from DataParallel"])
+def test_load_official_takes_a_state_dict(model, wrap):
+    """Views of a model's own memory, too: the network gets a copy."""
+    loaded = load_official(wrap(to_official(model)))
+    assert same_weights(model, loaded) and not loaded.training and loaded.config == {**model.config, "heads": 8}
+    loaded.decoder.mask_tokens.weight.data.add_(1)
+    assert not torch.equal(loaded.decoder.mask_tokens.weight, model.decoder.mask_tokens.weight)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: {name: tensor for name, tensor in state.items() if "pe_layer" not in name}, "3 missing"),
+    (lambda state: {name: torch.full_like(tensor, torch.nan) if "cv1.conv" in name else tensor for name, tensor in state.items()}, "NaN"),
+    (lambda state: {name: torch.zeros(()).expand(tensor.shape) for name, tensor in state.items()}, "stored once"),
+    (lambda state: {**state, "epoch": 3}, "no state dict"), (lambda state: {}, "no state dict"),
+    (lambda state: {"state_dict_model": [1, 2]}, "no state dict")])
+def test_a_state_dict_is_checked_like_a_file(model, change, words):
+    with pytest.raises(ValueError) as caught:
+        load_official(change(official(model)))
+    one_sentence(caught, "the state dict", words)
 
 
 def test_load_official_default_size(tmp_path):

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import nn, Tensor
 
 from .encoders import check_encoder, fold_batchnorms, segmentation_models
-from .model import Checkpoints, EncoderWeights, Forms, QTSeg, Segmenter, checked_whole, choose_part
-from .state import find_checkpoint, read_config
+from .hub import download_checkpoint
+from .model import QTSeg, Segmenter
+from .state import checked_whole, choose_part, find_checkpoint, read_config
 
 # %% auto #0
 __all__ = ['BASELINES', 'NETWORKS', 'Baseline', 'load_network']
@@ -29,14 +30,21 @@ BASELINES = {  # name -> class of segmentation-models-pytorch
 NETWORKS = ("qtseg", *BASELINES)
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-baseline
-class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
-    """A network of segmentation-models-pytorch, kept to QTSeg's contract: images in [-1, 1] -> logits [B, classes, H,
-    W].
+class Baseline(Segmenter):
+    """A network of segmentation-models-pytorch that keeps QTSeg's contract.
 
-    `model` is a name in BASELINES, `encoder` one of the package's encoders; both with random weights. Any H, W >= 32.
-    `naive()` is a plain copy: there is no other form of these graphs here. ModuleNotFoundError without the package;
-    ValueError for unknown names and for encoders that the model cannot use. In training, DeepLabV3+ refuses a batch of
-    one.
+    Images [B, in_channels, H, W] in [-1, 1], any H, W >= 32 -> logits [B, classes, H, W]. Weights are random.
+    `naive()` is a plain copy: these graphs have one form only. In training, DeepLabV3+ refuses a batch of one.
+
+    Args:
+        model: a name in BASELINES.
+        encoder: one of the package's encoders.
+        classes: with the background, 1 to 256.
+        in_channels: of the images.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: an unknown name, or an encoder that the model cannot use.
     """
 
     model_type, encoder_prefix = "baseline", "net.encoder."
@@ -59,10 +67,8 @@ class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and len(images) == 1 and self.config["model"] == "deeplabv3plus":
-            raise ValueError(
-                "deeplabv3plus averages whole images, which leaves BatchNorm one value per channel and image: "
-                "train on two images or more"
-            )
+            raise ValueError("deeplabv3plus averages whole images, which leaves BatchNorm one value per channel and "
+                             "image: train on two images or more")
         return self.net(self.prepare(images))[..., : images.shape[-2], : images.shape[-1]]  # [B, classes, H, W]
 
     def fold(self) -> None:
@@ -70,9 +76,11 @@ class Baseline(Segmenter, Forms, Checkpoints, EncoderWeights):
         fold_batchnorms(self.net, self.config["in_channels"])
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-load
-def load_network(folder: str | Path) -> QTSeg | Baseline:
-    """Whatever network a checkpoint or a run holds (see `find_checkpoint`), in evaluation mode. FileNotFoundError,
-    ValueError."""
-    folder = find_checkpoint(folder)
+def load_network(name: str | Path) -> QTSeg | Baseline:
+    """The network of any kind that a checkpoint holds, in evaluation mode.
+
+    Arguments and errors are those of `Segmenter.from_pretrained`.
+    """
+    folder = find_checkpoint(download_checkpoint(name))
     kind, _ = read_config(folder)
     return {"qtseg": QTSeg, "baseline": Baseline}[kind].from_pretrained(folder)

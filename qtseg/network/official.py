@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files.text import first_names
 from .model import QTSeg
 from .names import official_names
-from .state import check_state, copy_into, read_official, shapes_only
+from .state import check_state, copy_into, plain_state, read_official, shapes_only
 
 # %% auto #0
 __all__ = ['to_official', 'load_official']
@@ -61,20 +61,26 @@ def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
     return dict(classes=classes, in_channels=in_channels, width=width, depths=depths, mlp_width=mlp_width)
 
 # %% ../../nbs/reference/network_official.ipynb #e6186eb5
-def load_official(path: str | Path) -> QTSeg:
-    """A checkpoint or bare state dict of the official repository, release v0.1.0 -> the model, in evaluation mode.
+def load_official(source: str | Path | Mapping[str, Tensor]) -> QTSeg:
+    """The network of an official checkpoint (release v0.1.0), in evaluation mode.
 
-    Read with `weights_only=True`. Raises FileNotFoundError, or ValueError naming what is missing, unexpected,
-    mis-shaped.
+    Args:
+        source: a file, which is read with `weights_only=True`; or a state dict under the official names, bare or under
+            the key "state_dict_model". The network gets a copy of its tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it names what is missing, unexpected or mis-shaped, or why the file was refused.
     """
-    state = read_official(path)
-    config = _official_config(state, path)
+    place = "the state dict" if isinstance(source, Mapping) else source
+    state = plain_state(source, place) if isinstance(source, Mapping) else read_official(source)
+    config = _official_config(state, place)
     try:
         with shapes_only():
             wanted = to_official(QTSeg(**config))
     except (ValueError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit any QTSeg ({error})") from None
-    check_state(state, wanted, path)
+        raise ValueError(f"{place} does not fit any QTSeg ({error})") from None
+    check_state(state, wanted, place)
     model = QTSeg(**config)
-    copy_into(to_official(model), state, path)
+    copy_into(to_official(model), state, place)
     return model.eval()

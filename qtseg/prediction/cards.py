@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from dataclasses import fields
@@ -14,18 +13,18 @@ from pathlib import Path, PureWindowsPath
 
 from torch import nn
 
-from ..data.preprocessing import PREPROCESSING_FILE, Preprocessing
+from ..data.preprocessing import Preprocessing
 from ..evaluation.runs import read_checkpoint, weights_sha256
 from ..files.text import escape, printable, read_json, read_text
 from ..files.writing import new_folder, write_then_rename
+from ..network.hub import SHARED, upload_checkpoint
 from ..network.state import find_checkpoint
-from .export import ONNX_FILE, require_packages
+from .export import ONNX_FILE
 from .networks import open_onnx
 from ..training.config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'SCORES', 'CARD_FILE', 'CARD_MARK', 'SHARED', 'HUB_NAME', 'data_name', 'model_card', 'write_card', 'pack',
-           'push_to_hub', 'download_checkpoint']
+__all__ = ['UNKNOWN', 'SCORES', 'CARD_FILE', 'CARD_MARK', 'data_name', 'model_card', 'write_card', 'pack', 'push_to_hub']
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export073
 def _read_json(path: Path) -> dict:
@@ -218,9 +217,6 @@ def write_card(checkpoint: str | Path) -> Path:
     return path
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export096
-SHARED = ("config.json", "model.safetensors", PREPROCESSING_FILE)  # what a Predictor needs, and all that is downloaded
-
-
 def pack(checkpoint: str | Path, folder: str | Path) -> Path:
     """A new folder with what others need of a checkpoint, and nothing else: SHARED, README.md, and model.onnx if there
     is one.
@@ -243,64 +239,11 @@ def pack(checkpoint: str | Path, folder: str | Path) -> Path:
             (private / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
-# %% ../../nbs/reference/prediction_cards.ipynb #export099
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def _hub_problem(what: str, error: Exception) -> OSError:
-    """One sentence about a request that failed: the kind of failure only, since a library's own text may quote
-    headers."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return PermissionError(
-            f"{what} was refused (status {status}): check the name, log in with `hf auth login` or HF_TOKEN")
-    if status == 404:
-        return FileNotFoundError(
-            f"{what} failed: the hub has no such repository or revision, or does not show it to you")
-    detail = f"status {status}" if status else type(error).__name__
-    return ConnectionError(f"{what} failed ({detail}): check the connection to the hub and try again")
-
 # %% ../../nbs/reference/prediction_cards.ipynb #export101
 def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-    """Upload what `pack` packs to the Hugging Face hub, into a repository of models that is made if need be; returns
-    its address.
+    """Upload what `pack` packs to the Hugging Face Hub; arguments, result and errors are those of `upload_checkpoint`.
 
-    private: for a repository that is made now; one that exists stays as public or private as it is.
-    token: None means the one that `hf auth login` or HF_TOKEN left. Raises ValueError (name, checkpoint),
-    PermissionError (no or a refused token), ConnectionError, ModuleNotFoundError (huggingface_hub). No message holds
-    the token.
+    `checkpoint` is a checkpoint's folder or a run; FileNotFoundError or ValueError if it cannot be packed.
     """
-    if not HUB_NAME.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is no name of a repository: it is USER/NAME")
-    [hub] = require_packages("sharing through the hub", "huggingface_hub")
-    if not (token or hub.get_token()):
-        raise PermissionError("the hub asks who you are: log in with `hf auth login`, or set HF_TOKEN")
     with tempfile.TemporaryDirectory() as folder:
-        packed = pack(checkpoint, Path(folder) / "packed")
-        try:
-            api = hub.HfApi(token=token)
-            address = str(api.create_repo(repo_id, private=private, exist_ok=True))
-            api.upload_folder(repo_id=repo_id, folder_path=packed, commit_message="QTSeg checkpoint")
-        except Exception as error:  # of the network, the hub, and the library, whose base classes change between versions
-            raise _hub_problem(f"uploading to {repo_id}", error) from None
-    return address
-
-# %% ../../nbs/reference/prediction_cards.ipynb #export105
-def download_checkpoint(name: str | Path, *, revision: str | None = None, cache: str | Path | None = None) -> Path:
-    """A checkpoint's folder on this machine: `name` itself if there is such a folder, else USER/NAME from the Hugging
-    Face hub.
-
-    Fetches SHARED and nothing else, once; later calls find it in the hub's cache (or `cache`), offline too. revision: a
-    branch, tag or commit. Raises FileNotFoundError (neither folder nor name, no such repository), PermissionError,
-    ConnectionError, ModuleNotFoundError (huggingface_hub).
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if not HUB_NAME.fullmatch(str(name)):
-        raise FileNotFoundError(f"{name} is neither a folder nor a repository's name (USER/NAME)")
-    [hub] = require_packages("downloading from the hub", "huggingface_hub")
-    try:
-        folder = hub.snapshot_download(str(name), revision=revision, cache_dir=cache, allow_patterns=list(SHARED))
-    except Exception as error:  # see push_to_hub
-        raise _hub_problem(f"downloading {name}", error) from None
-    return Path(folder)
+        return upload_checkpoint(pack(checkpoint, Path(folder) / "packed"), repo_id, private=private, token=token)
