@@ -996,6 +996,7 @@ def test_a_manifest_reaches_no_file_outside(opened, tmp_path):
     ("manifest.csv", b"id,image,mask\n" + b'"a\n",' * 10**6, "manifest.csv is no table.*a row of more than 4194304 characters"),
     ("manifest.csv", b"id,image,mask\n" + b"a,b,c\n" * 500_001, "manifest.csv is no table.*more than 500000 rows.*divide the set"),
     ("manifest.csv", b"id,image,mask\na,images/p00.png,masks/" + b"9" * 300 + b".png\n", "mask masks/9+ does not exist"),
+    ("manifest.csv", b"id,image,mask," + b"9" * 5000 + b"\n", "manifest.csv has the unknown column.*9+…"),
     ("manifest.csv", b"\xff\xfe\x00", "manifest.csv is not encoded in UTF-8.*save it as"),
     ("dataset.json", b"[" * 100_000, "dataset.json cannot be understood"),
     ("dataset.json", b'{"name": ' + b"9" * 5000 + b"}", "dataset.json cannot be understood"),
@@ -1348,7 +1349,7 @@ def test_full_disk(how, opened, tmp_path, monkeypatch):
 
 CHILD = """
 import sys, time
-import qtseg.data as module
+from qtseg.data import cache as data_cache
 from qtseg.data.segmentation import SegmentationData
 prepare, slow = data_cache._prepare, float(sys.argv[3])
 def slowly(*arguments):

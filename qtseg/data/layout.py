@@ -250,7 +250,7 @@ def _check_columns(survey: Survey, columns: list[str]) -> bool:
             f"manifest.csv lacks the column(s) {', '.join(missing)}; it may have {', '.join(COLUMNS)}")
     if unknown and len(columns) > 1:
         survey.problems.append(
-            f"manifest.csv has the unknown column(s) {', '.join(unknown)}; it may have {', '.join(COLUMNS)}")
+            f"manifest.csv has the unknown column(s) {first_names(unknown, 5)}; it may have {', '.join(COLUMNS)}")
     return not missing
 
 

@@ -19,8 +19,62 @@ import numpy as np
 from .limits import MAX_ROW, require_within
 
 # %% auto #0
-__all__ = ['NO_UTF8', 'BIDI', 'open_regular', 'read_text', 'read_json', 'read_table', 'plain', 'printable', 'first_names',
-           'escape', 'csv_cell']
+__all__ = ['BIDI', 'NO_UTF8', 'printable', 'first_names', 'escape', 'csv_cell', 'open_regular', 'read_text', 'read_json',
+           'read_table', 'plain']
+
+# %% ../../nbs/reference/files_text.ipynb #files-036
+# turn lines round, or break them
+BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+
+
+def _visible(character: str) -> str:
+    """A character that would be obeyed, as text."""
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"  # a byte of a name that is no UTF-8
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def printable(text: object) -> str:
+    """A text for the terminal or a line of a log: control characters are shown, not obeyed, and it can be encoded."""
+    return re.sub(f"[\0-\x1f\x7f-\x9f{BIDI}\ud800-\udfff]", lambda found: _visible(found[0]), str(text))
+
+# %% ../../nbs/reference/files_text.ipynb #73808b82
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """The first names, each of 100 characters at most, and how many more there are."""
+    shown = [name if len(name) <= 100 else f"{name[:99]}…" for name in map(printable, names[:most])]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+# %% ../../nbs/reference/files_text.ipynb #files-037
+def escape(text: object) -> str:
+    """A text for a Markdown cell or table or for HTML, where it looks the same and does nothing.
+
+    Not for use inside a tag.
+    """
+    def number(found: re.Match) -> str:
+        return "".join(f"&#{ord(character)};" for character in found[0])
+
+    text = printable(text)
+    text = re.sub(
+        r"[&<>\"'*`|~\[\]#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|^[-+=\s]+|(?<=^\d)[.)]|\s+$",
+        number,
+        text,
+    )
+    # in a tag of its own it begins no formula
+    return re.sub(r"[\\$]", lambda found: f"<span>&#{ord(found[0])};</span>", text)
+
+# %% ../../nbs/reference/files_text.ipynb #files-038
+def csv_cell(value: object) -> object:
+    """A cell of a CSV file: a text that a spreadsheet would take for a formula gets a ' in front.
+
+    Numbers and None stay as they are.
+    """
+    if value is None or isinstance(value, (bool, int, float, np.generic)):
+        return value
+    text = str(value)
+    formula = re.match(r"[=+@\t\r\-＝＋－＠]", text) and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
+    return "'" * bool(formula) + printable(text)
 
 # %% ../../nbs/reference/files_text.ipynb #files-011
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -150,7 +204,7 @@ def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, int
     rows = _table(path, most, wide, interrupted, options)
     return next(rows), rows
 
-# %% ../../nbs/reference/files_text.ipynb #e74cc394
+# %% ../../nbs/reference/files_text.ipynb #5f2690dd
 def plain(value: object, nan_as_none: bool = False) -> object:
     """A value as JSON knows it.
 
@@ -166,57 +220,3 @@ def plain(value: object, nan_as_none: bool = False) -> object:
     if isinstance(value, dict):
         return {plain(key): plain(item, nan_as_none) for key, item in value.items()}
     return None if nan_as_none and isinstance(value, float) and math.isnan(value) else value
-
-# %% ../../nbs/reference/files_text.ipynb #files-036
-# turn lines round, or break them
-BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
-
-
-def _visible(character: str) -> str:
-    """A character that would be obeyed, as text."""
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"  # a byte of a name that is no UTF-8
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
-        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
-
-
-def printable(text: object) -> str:
-    """A text for the terminal or a line of a log: control characters are shown, not obeyed, and it can be encoded."""
-    return re.sub(f"[\0-\x1f\x7f-\x9f{BIDI}\ud800-\udfff]", lambda found: _visible(found[0]), str(text))
-
-# %% ../../nbs/reference/files_text.ipynb #73808b82
-def first_names(names: Sequence[str], most: int = 3) -> str:
-    """The first names, each of 100 characters at most, and how many more there are."""
-    shown = [name if len(name) <= 100 else f"{name[:99]}…" for name in map(printable, names[:most])]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-# %% ../../nbs/reference/files_text.ipynb #files-037
-def escape(text: object) -> str:
-    """A text for a Markdown cell or table or for HTML, where it looks the same and does nothing.
-
-    Not for use inside a tag.
-    """
-    def number(found: re.Match) -> str:
-        return "".join(f"&#{ord(character)};" for character in found[0])
-
-    text = printable(text)
-    text = re.sub(
-        r"[&<>\"'*`|~\[\]#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|^[-+=\s]+|(?<=^\d)[.)]|\s+$",
-        number,
-        text,
-    )
-    # in a tag of its own it begins no formula
-    return re.sub(r"[\\$]", lambda found: f"<span>&#{ord(found[0])};</span>", text)
-
-# %% ../../nbs/reference/files_text.ipynb #files-038
-def csv_cell(value: object) -> object:
-    """A cell of a CSV file: a text that a spreadsheet would take for a formula gets a ' in front.
-
-    Numbers and None stay as they are.
-    """
-    if value is None or isinstance(value, (bool, int, float, np.generic)):
-        return value
-    text = str(value)
-    formula = re.match(r"[=+@\t\r\-＝＋－＠]", text) and not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text)
-    return "'" * bool(formula) + printable(text)
