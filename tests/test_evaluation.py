@@ -21,13 +21,14 @@ from torch import nn
 from qtseg.evaluation import cost as evaluation_cost, evaluate as evaluation_evaluate, results as evaluation_results, runs as evaluation_runs
 from qtseg.data.preprocessing import fitted_size
 from qtseg.data.segmentation import SegmentationData
-from qtseg.evaluation.command import main
+from qtseg.cli import main
 from qtseg.evaluation.cost import multiply_adds, network_cost
 from qtseg.evaluation.evaluate import (SIZES, Protocol, choose_splits, constant_counts, evaluate_network,
                                        predict_batch, score_image, stratum_rows, threshold_rows)
 from qtseg.evaluation.figures import draw_gallery
 from qtseg.evaluation.results import FILES, replaced_results, require_replaceable, to_dict
-from qtseg.evaluation.runs import evaluate_checkpoint, find_checkpoints, open_for, training_notes
+from qtseg.evaluation.run_data import open_for, training_notes
+from qtseg.evaluation.runs import evaluate_checkpoint, find_checkpoints
 from qtseg.evaluation.scores import (BINS, SCORES, THRESHOLDS, calibration_counts, calibration_error,
                                      class_probabilities, decide, lesion_counts, mask_scores, own_size_mask,
                                      surface_scores, threshold_counts, undo_resize)
@@ -683,7 +684,7 @@ def test_a_checkpoint_whose_logits_overflow_is_named(run, tmp_path, capsys):
         for parameter in network.parameters():
             parameter.mul_(1e30)  # finite, and still too much for float32
     network.save_pretrained(copy / "best_dice")
-    assert main([str(copy / "best_dice"), *FAST]) == 1
+    assert main(["evaluate", str(copy / "best_dice"), *FAST]) == 1
     error = capsys.readouterr().err
     assert "best_dice: the network returns logits that are not finite" in error and error.count("\n") == 1
     assert not (copy / "best_dice" / "evaluation_test").exists()
@@ -994,9 +995,8 @@ def test_mask_values_of_the_run_and_of_the_command(run, trained, tmp_path, no_st
     assert set(np.unique(open_for(folder, odd).train.original_mask(0))) == {0, 1}
     other = recolored(pictures(tmp_path / "other", 6, seed=2), {255: 7}, ignored=9)
     arguments = [str(folder), "--data", str(other), "--mask-values", "0,7", "--ignore-value", "9", "--output", str(tmp_path / "out")]
-    assert main([*arguments, *FAST]) == 0 and "6 images (all split)" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main([*arguments, "--mask-values", "0,x"])
+    assert main(["evaluate", *arguments, *FAST]) == 0 and "6 images (all split)" in capsys.readouterr().out
+    assert main(["evaluate", *arguments, "--mask-values", "0,x"]) == 2
 
 
 def test_other_data_gets_the_white_of_the_checkpoint(trained, tmp_path):
@@ -1041,10 +1041,10 @@ def test_a_set_without_splits_is_a_test_set_whole_and_known_images_are_counted(t
     assert result.split == "all" and len(result.ids) == 12 and not any("held out" in note for note in result.notes)
     warning = "WARNING: 4 of the 12 scored images trained this network (new0.png, new1.png, new2.png, new3.png)"
     assert any(note.startswith(warning) for note in json.loads((tmp_path / "out" / "evaluation.json").read_text())["notes"])
-    assert main([str(folder), "--data", str(other), "--output", str(tmp_path / "out"), *FAST]) == 0
+    assert main(["evaluate", str(folder), "--data", str(other), "--output", str(tmp_path / "out"), *FAST]) == 0
     output = capsys.readouterr().out
     assert warning in output and "12 images (all split)" in output
-    assert main([str(folder), "--data", str(other), "--folds", "3", "--output", str(tmp_path / "folds"), *FAST]) == 0
+    assert main(["evaluate", str(folder), "--data", str(other), "--folds", "3", "--output", str(tmp_path / "folds"), *FAST]) == 0
     assert "4 images (valid split)" in capsys.readouterr().out, "folds that are asked for make a split"
 
 
@@ -1077,7 +1077,7 @@ FAST = ["--no-surface", "--no-pictures", "--no-progress", "--device", "cpu"]
 
 
 def test_command_scores_every_checkpoint_in_one_table(run, tmp_path, capsys, no_stopwatch):
-    assert main([str(run), "--output", str(tmp_path / "out"), *FAST]) == 0
+    assert main(["evaluate", str(run), "--output", str(tmp_path / "out"), *FAST]) == 0
     output = capsys.readouterr().out
     found = find_checkpoints(run)
     head = next(line for line in output.splitlines() if " at own size" in line)
@@ -1159,17 +1159,15 @@ def test_command_answers_wrong_input_with_one_sentence(case, run, tmp_path, caps
         harm(copy)
     before = sorted(path.relative_to(copy) for path in copy.rglob("*"))
     device = [] if "--device" in arguments else FAST[-2:]
-    assert main([argument.format(run=copy, empty=tmp_path / "empty") for argument in arguments] + FAST[:-2] + device) == 1
+    assert main(["evaluate", *(argument.format(run=copy, empty=tmp_path / "empty") for argument in arguments), *FAST[:-2], *device]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("qtseg-evaluate: ") and complaint in captured.err and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("qtseg evaluate: ") and complaint in captured.err and len(captured.err.splitlines()) == 1
     assert "Traceback" not in captured.err and sorted(path.relative_to(copy) for path in copy.rglob("*")) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["run", "--split", "exam"], ["run", "--batch", "many"]])
 def test_command_answers_wrong_usage_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert raised.value.code == 2 and "usage: qtseg-evaluate" in capsys.readouterr().err
+    assert main(["evaluate", *arguments]) == 2 and "Usage: qtseg evaluate" in capsys.readouterr().err
 
 
 def test_table_says_how_many_scores_are_defined(endoscopy):

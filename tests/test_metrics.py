@@ -343,7 +343,7 @@ def test_stray_labels_are_refused(classes, stray):
 
 
 def test_stray_labels_that_could_not_be_read_are_refused_when_scored(monkeypatch):
-    monkeypatch.setattr("qtseg.metrics.check_labels", lambda *given, **named: None)  # as on a GPU, where nothing is read
+    monkeypatch.setattr("qtseg.evaluation.metrics.check_labels", lambda *given, **named: None)  # as on a GPU, where nothing is read
     metrics = SegmentationMetrics(2, ignore_index=255)
     metrics.update_masks(TARGET, TARGET + 255)  # ignored, hence no strays
     metrics.update_masks(TARGET, TARGET + 3)

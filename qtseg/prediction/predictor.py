@@ -6,13 +6,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from numbers import Integral
 
+import numpy as np
+import torch
+
+from ..data.cache import in_order
 from ..data.preprocessing import read_preprocessing
 from ..evaluation.runs import weights_sha256
+from ..evaluation.scores import decide, undo_resize
 from ..network.baselines import load_network
 from ..network.state import find_checkpoint
-from .networks import check_channels, open_onnx
-from .tiles import LargeImages
+from .networks import (WORKERS, NetworkRunner, check_channels, check_finite, keep_largest_components,
+                                       open_onnx, with_background)
+from .reading import AnyImage, as_rgb
+from .tiles import window_rows
 
 # %% auto #0
 __all__ = ['ENGINES', 'Predictor']
@@ -20,16 +31,9 @@ __all__ = ['ENGINES', 'Predictor']
 # %% ../../nbs/reference/prediction_predictor.ipynb #inference069
 ENGINES = ("torch", "onnx")
 
-
-class Predictor(LargeImages):
-    """Masks for images of any size, from a trained network.
-
-    network: float [B, 3, size, size] in [-1, 1] -> logits [B, classes, size, size], any callable; a torch module is
-    moved to the device and put in evaluation mode. preprocessing: how its training images were prepared; classes: as
-    the network's, 1 meaning a single sigmoid mask. device: see `choose_device`; amp: "none", "bf16" or "fp16";
-    threshold: see `decide`; tta: average over mirror images; keep_largest: one piece per class. Raises ValueError for
-    what does not fit together.
-    """
+# %% ../../nbs/reference/prediction_predictor.ipynb #477458d0
+class Predictor(NetworkRunner):
+    """Masks for images of any size, from a trained network; arguments as those of `NetworkRunner`."""
 
     @classmethod
     def from_checkpoint(cls, folder: str | os.PathLike, *, engine: str = "torch", **options) -> Predictor:
@@ -38,23 +42,88 @@ class Predictor(LargeImages):
         Args:
             folder: see `find_checkpoint`.
             engine: "torch", or "onnx" for the checkpoint's model.onnx on the CPU.
-            **options: as above.
+            **options: device, amp, threshold, tta, keep_largest.
 
         Raises:
-            FileNotFoundError, ValueError: one sentence, for a folder that is incomplete, damaged or at odds with
-            itself.
+            FileNotFoundError, ValueError: a folder that is incomplete, damaged or at odds with itself.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
         folder = find_checkpoint(folder)
         model, preprocessing = load_network(folder), read_preprocessing(folder)
         check_channels(model, preprocessing.channels)
-        if engine == "onnx" and (
-            options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu")):
-            raise ValueError(
-                "ONNX Runtime computes on the CPU, in the precision of its file: leave device and amp as they are")
+        if engine == "onnx":
+            if options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu"):
+                raise ValueError("ONNX Runtime computes on the CPU, in its file's precision: leave device and amp as they are")
+            options["device"] = "cpu"
         network = model.fuse() if engine == "torch" else open_onnx(folder)
-        options |= {"device": "cpu"} if engine == "onnx" else {}
         predictor = cls(network, preprocessing, model.config["classes"], **options)
         predictor.identity = f"{engine} {weights_sha256(folder)}"
         return predictor
+
+    def prepare(self, image: AnyImage) -> tuple[np.ndarray, tuple[int, int]]:
+        """Before the network: uint8 [size, size, C] and the image's own (height, width). Threads may run it."""
+        pixels = as_rgb(image, self.preprocessing.white)
+        return self.preprocessing.prepare(pixels), pixels.shape[:2]
+
+    def through_network(self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple]:
+        """Results of `prepare`, batch by batch -> (float32 [size, size, K], whatever came second), in order."""
+        if not isinstance(batch, Integral) or batch < 1:
+            raise ValueError(f"batch is a whole number of at least 1, not {batch!r}")
+        prepared = iter(prepared)
+        while part := list(islice(prepared, batch)):
+            stacked = torch.from_numpy(np.stack([image for image, _ in part])).permute(0, 3, 1, 2)  # [B, C, size, size]
+            probabilities = self.forward(stacked).permute(0, 2, 3, 1).numpy()  # [B, size, size, K]
+            yield from zip(probabilities, (size for _, size in part))
+
+    def undo(self, maps: np.ndarray, height: int, width: int) -> np.ndarray:
+        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map.
+
+        ValueError if they are not finite. Threads may run it.
+        """
+        check_finite(maps)
+        return undo_resize(maps[..., self.first_map:], height, width, self.preprocessing.resize)
+
+    def decide(self, maps: np.ndarray) -> np.ndarray:
+        """Result of `undo` -> mask, uint8 [height, width]."""
+        mask = decide(maps, self.threshold)
+        return keep_largest_components(mask) if self.keep_largest else mask
+
+    def _maps(self, image: AnyImage) -> np.ndarray:
+        [(maps, (height, width))] = self.through_network([self.prepare(image)], 1)
+        return self.undo(maps, height, width)
+
+    def predict(self, image: AnyImage) -> np.ndarray:
+        """An image -> its mask at its own size, class index uint8 [H, W]."""
+        return self.decide(self._maps(image))
+
+    def probabilities(self, image: AnyImage) -> np.ndarray:
+        """The same, before the decision: float32 [H, W, K], K = max(classes, 2), the background's first."""
+        return with_background(self._maps(image))
+
+    def predict_many(self, images: Iterable[AnyImage], batch: int = 8) -> Iterator[np.ndarray]:
+        """`predict` for each image, in order; threads read ahead and finish behind, about five batches are in memory.
+
+        An image that cannot be read ends it, when it is that image's turn; `predict_files` goes on instead.
+        """
+        with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as finishers:
+            answers = self.through_network(in_order(readers, self.prepare, images, 2 * batch), batch)
+            finish = lambda answer: self.decide(self.undo(answer[0], *answer[1]))
+            yield from in_order(finishers, finish, answers, 2 * batch)
+
+    def rows(self, image: AnyImage, **window) -> Iterator[np.ndarray]:
+        """A sliding window's maps, float32 [rows, W, K], from top to bottom; `window`: arguments of `window_rows`."""
+        return window_rows(self, as_rgb(image, self.preprocessing.white), **window)
+
+    def predict_large(self, image: AnyImage, **window) -> np.ndarray:
+        """`predict` by a sliding window, without resizing: uint8 [H, W]; `window`: arguments of `window_rows`."""
+        return self.join(self.rows(image, **window))[0]
+
+    def join(self, rows: Iterable[np.ndarray], keep_maps: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """Results of `rows` -> the whole mask, uint8 [H, W]; with `keep_maps` also the maps, float32 [H, W, K]."""
+        masks, kept = [], []
+        for maps in rows:
+            masks.append(decide(maps, self.threshold))
+            kept += [maps] if keep_maps else []
+        mask = np.concatenate(masks)
+        return keep_largest_components(mask) if self.keep_largest else mask, np.concatenate(kept) if keep_maps else None

@@ -15,7 +15,7 @@ from ..files.limits import limit
 from ..files.pictures import Picture, read_picture
 
 # %% auto #0
-__all__ = ['FREE_PIXELS', 'read_input', 'as_rgb']
+__all__ = ['AnyImage', 'FREE_PIXELS', 'read_input', 'as_rgb']
 
 # %% ../../nbs/reference/prediction_reading.ipynb #inference011
 def _rgb(values: np.ndarray, white: int = 65535) -> np.ndarray:
@@ -36,6 +36,7 @@ def _rgb(values: np.ndarray, white: int = 65535) -> np.ndarray:
     return np.repeat(values[:, :, None], 3, axis=2) if gray else np.ascontiguousarray(values[:, :, :3])
 
 # %% ../../nbs/reference/prediction_reading.ipynb #inference021
+AnyImage = str | os.PathLike | np.ndarray | Image.Image
 FREE_PIXELS = 30_000_000  # with its maps at the image's own size, a prediction takes some 16 bytes for each
 
 
@@ -49,13 +50,12 @@ def read_input(path: str | os.PathLike) -> Picture:
     return picture
 
 
-def as_rgb(image: str | os.PathLike | np.ndarray | Image.Image, white: int = 65535) -> np.ndarray:
+def as_rgb(image: AnyImage, white: int = 65535) -> np.ndarray:
     """A path, an array or a PIL image -> uint8 RGB [H, W, 3], upright (an EXIF rotation is carried out).
 
     Args:
         image: a file (see `read_picture`), a PIL image, or an array [H, W], [H, W, 3] (RGB) or [H, W, 4] (alpha is
-        dropped),
-            uint8 or uint16.
+            dropped), uint8 or uint16.
         white: the value of more than 8 bits that becomes 255; larger ones do, too.
 
     Raises:

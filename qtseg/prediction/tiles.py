@@ -5,87 +5,16 @@
 # %% ../../nbs/reference/prediction_tiles.ipynb #03d1f8c5
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from numbers import Integral
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..data.cache import in_order
-from ..evaluation.scores import decide, undo_resize
-from .networks import WORKERS, NetworkRunner, check_finite, keep_largest_components, with_background
-from .reading import as_rgb
+from .networks import NetworkRunner, check_finite
 
 # %% auto #0
-__all__ = ['LARGEST_WINDOW', 'window_starts', 'check_window', 'fit_window', 'LargeImages']
-
-# %% ../../nbs/reference/prediction_tiles.ipynb #inference039
-class _Steps(NetworkRunner):
-    """The three steps of a prediction, one image or batch at a time; threads may run the first and the last of them."""
-
-    def prepare(self, image: str | os.PathLike | np.ndarray | Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """Before the network: anything `as_rgb` takes -> uint8 [size, size, 3] and the image's own (height, width)."""
-        pixels = as_rgb(image, self.preprocessing.white)
-        return self.preprocessing.prepare(pixels), pixels.shape[:2]
-
-    def through_network(
-        self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple[np.ndarray, tuple]]:
-        """Results of `prepare`, in batches through the network -> (float32 [size, size, K], whatever came second), in
-        order."""
-        if not isinstance(batch, Integral) or batch < 1:
-            raise ValueError(f"batch is a whole number of at least 1, not {batch!r}")
-        prepared = iter(prepared)
-        while part := list(islice(prepared, batch)):
-            stacked = torch.from_numpy(np.stack([image for image, _ in part])).permute(0, 3, 1, 2)  # [B, 3, size, size]
-            probabilities = self.forward(stacked).permute(0, 2, 3, 1).numpy()  # [B, size, size, K]
-            yield from zip(probabilities, (size for _, size in part))
-
-    def undo(self, maps: np.ndarray, height: int, width: int) -> np.ndarray:
-        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map
-        remains.
-
-        ValueError if they are not finite.
-        """
-        check_finite(maps)
-        return undo_resize(maps[..., self.first_map:], height, width, self.preprocessing.resize)
-
-    def decide(self, maps: np.ndarray) -> np.ndarray:
-        """Result of `undo` -> mask, uint8 [height, width]."""
-        mask = decide(maps, self.threshold)
-        return keep_largest_components(mask) if self.keep_largest else mask
-
-# %% ../../nbs/reference/prediction_tiles.ipynb #inference043
-class _Images(_Steps):
-    """Predictions for whole images: one, or many of them with reading ahead and finishing behind the network."""
-
-    def _maps(self, image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
-        [(maps, (height, width))] = self.through_network([self.prepare(image)], 1)
-        return self.undo(maps, height, width)
-
-    def predict(self, image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
-        """A path, an RGB or gray array, a PIL image (see `as_rgb`) -> its mask at its own size, class index uint8 [H,
-        W]."""
-        return self.decide(self._maps(image))
-
-    def probabilities(self, image: str | os.PathLike | np.ndarray | Image.Image) -> np.ndarray:
-        """The same, before the decision: float32 [H, W, K], K = max(classes, 2), the background's first."""
-        return with_background(self._maps(image))
-
-    def predict_many(self, images: Iterable, batch: int = 8) -> Iterator[np.ndarray]:
-        """`predict` for each image, in order. Threads read ahead and finish behind; some five batches are in memory at
-        a time.
-
-        Raises what `as_rgb` raises when it is that image's turn; `predict_files` goes on instead.
-        """
-        with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as finishers:
-            answers = self.through_network(in_order(readers, self.prepare, images, 2 * batch), batch)
-            yield from in_order(
-                finishers, lambda answer: self.decide(self.undo(answer[0], *answer[1])), answers, 2 * batch)
+__all__ = ['LARGEST_WINDOW', 'window_starts', 'check_window', 'fit_window', 'window_rows']
 
 # %% ../../nbs/reference/prediction_tiles.ipynb #inference058
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
@@ -125,81 +54,45 @@ def _monai():
     return utils
 
 # %% ../../nbs/reference/prediction_tiles.ipynb #inference064
-class _Windows(_Images):
-    """Predictions at native resolution, one row of windows at a time."""
+def _strip(runner: NetworkRunner, pixels: np.ndarray, weight: Tensor, overlap: float, batch: int) -> np.ndarray:
+    """One row of windows: uint8 RGB [window, W, 3] -> maps [K, window, W], blended by weight [window]."""
+    window = len(weight)
+    images = torch.from_numpy(runner.preprocessing.stored(pixels)).permute(2, 0, 1)[None]  # [1, C, window, W]
+    network = lambda part: runner.forward(part.byte())[:, runner.first_map:]
+    blended = _monai().sliding_window_inference(  # MONAI computes in its input's type, so the bytes travel as floats
+        images.float(), (window, window), batch, network, overlap, roi_weight_map=weight.expand(window, window))
+    check_finite(blended.numpy())
+    return blended[0].numpy()
 
-    def _strip(self, pixels: np.ndarray, weight: Tensor, overlap: float, batch: int) -> np.ndarray:
-        """One row of windows: uint8 RGB [window, W, 3] -> maps [K, window, W], blended from left to right by weight
-        [window]."""
-        window = len(weight)
-        images = torch.from_numpy(self.preprocessing.stored(pixels)).permute(2, 0, 1)[None]  # [1, C, window, W]
-        blended = _monai().sliding_window_inference(  # MONAI computes in its input's type, so the bytes travel as floats
-            images.float(),
-            (window, window),
-            batch,
-            lambda part: self.forward(part.byte())[:, self.first_map :],
-            overlap,
-            roi_weight_map=weight.expand(window, window),
-        )
-        check_finite(blended.numpy())
-        return blended[0].numpy()
 
-    def rows(
-        self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
-        batch: int = 4) -> Iterator[np.ndarray]:
-        """Slide a window over an image: maps float32 [rows, W, K] as `undo` has them, again and again, from top to
-        bottom.
+def window_rows(runner: NetworkRunner, pixels: np.ndarray, window: int | None = None, overlap: float = 0.25,
+                batch: int = 4) -> Iterator[np.ndarray]:
+    """Slide a window over an image: yields maps float32 [rows, W, K] from top to bottom, as `Predictor.undo` has them.
 
-        Gaussian weights blend windows, MONAI's within a row, then rows with rows. In memory are the image and a few
-        rows.
+    Args:
+        runner: the network and its preprocessing.
+        pixels: uint8 RGB [H, W, 3].
+        window: its side in pixels (None: the size of training); see `fit_window`.
+        overlap: the share of a window that neighbors have in common, from 0 to below 1.
+        batch: windows at a time, fewer if together they have more than 2^25 pixels.
 
-        Args:
-            image: see `as_rgb`.
-            window: its side in pixels (None: the size of training); see `fit_window`.
-            overlap: the share of a window that neighbors have in common, from 0 to below 1.
-            batch: windows at a time, fewer if together they have more than 2^25 pixels.
-
-        Raises:
-            ValueError: as `as_rgb`, for impossible windows and for answers that are not finite.
-            ModuleNotFoundError: without MONAI.
-        """
-        check_window(window, overlap)
-        pixels = as_rgb(image, self.preprocessing.white)
-        height, width = pixels.shape[:2]
-        window = fit_window(window or self.preprocessing.size, height, width, self.preprocessing.size)
-        batch = max(1, min(batch, 2**25 // window**2))
-        # [window]; a bell, 1 in the middle, 0.001 outside
-        weight = _monai().compute_importance_map((window,), mode="gaussian")
-        starts = window_starts(max(height, window), window, overlap)
-        sums, weights = np.zeros((1, window, 1), np.float32), np.zeros((window, 1), np.float32)
-        for start, following in zip(starts, [*starts[1:], max(height, window)]):
-            strip = pixels[start:start + window]
-            # black, as in training
-            strip = np.pad(strip, ((0, window - len(strip)), (0, max(0, window - width)), (0, 0)))
-            sums = sums + weight[:, None].numpy() * self._strip(strip, weight, overlap, batch)
-            weights = weights + weight[:, None].numpy()
-            final = following - start  # so many rows are covered by no later window
-            yield (sums[:, :final] / weights[:final])[:, :height - start, :width].transpose(1, 2, 0)  # [rows, W, K]
-            sums = np.pad(sums[:, final:], ((0, 0), (0, final), (0, 0)))
-            weights = np.pad(weights[final:], ((0, final), (0, 0)))
-
-# %% ../../nbs/reference/prediction_tiles.ipynb #inference065
-class LargeImages(_Windows):
-    """Rows of windows put together."""
-
-    def predict_large(
-        self, image: str | os.PathLike | np.ndarray | Image.Image, window: int | None = None, overlap: float = 0.25,
-        batch: int = 4) -> np.ndarray:
-        """`predict` through a sliding window, without resizing: uint8 [H, W]; arguments and errors as those of
-        `rows`."""
-        return self.join(self.rows(image, window, overlap, batch))[0]
-
-    def join(self, rows: Iterable[np.ndarray], keep_maps: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """Results of `rows` -> the whole mask, uint8 [H, W], and, if they are to be kept, the whole maps, float32 [H,
-        W, K]."""
-        masks, kept = [], []
-        for maps in rows:
-            masks.append(decide(maps, self.threshold))
-            kept += [maps] if keep_maps else []
-        mask = np.concatenate(masks)
-        return keep_largest_components(mask) if self.keep_largest else mask, np.concatenate(kept) if keep_maps else None
+    Raises:
+        ValueError: impossible windows, and answers that are not finite.
+        ModuleNotFoundError: without MONAI.
+    """
+    check_window(window, overlap)
+    height, width = pixels.shape[:2]
+    window = fit_window(window or runner.preprocessing.size, height, width, runner.preprocessing.size)
+    batch = max(1, min(batch, 2**25 // window**2))
+    weight = _monai().compute_importance_map((window,), mode="gaussian")  # [window]; 1 in the middle, 0.001 outside
+    starts = window_starts(max(height, window), window, overlap)
+    sums, weights = np.zeros((1, window, 1), np.float32), np.zeros((window, 1), np.float32)
+    for start, following in zip(starts, [*starts[1:], max(height, window)]):
+        strip = pixels[start:start + window]
+        strip = np.pad(strip, ((0, window - len(strip)), (0, max(0, window - width)), (0, 0)))  # black, as in training
+        sums = sums + weight[:, None].numpy() * _strip(runner, strip, weight, overlap, batch)
+        weights = weights + weight[:, None].numpy()
+        final = following - start  # so many rows are covered by no later window
+        yield (sums[:, :final] / weights[:final])[:, :height - start, :width].transpose(1, 2, 0)  # [rows, W, K]
+        sums = np.pad(sums[:, final:], ((0, 0), (0, final), (0, 0)))
+        weights = np.pad(weights[final:], ((0, final), (0, 0)))
