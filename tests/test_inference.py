@@ -34,7 +34,7 @@ from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from qtseg.data.reading import read_mask
 from qtseg.data.segmentation import SegmentationData
 from qtseg.evaluation.scores import class_probabilities, decide, own_size_mask
-from qtseg.prediction.command import main
+from qtseg.cli import main
 from qtseg.prediction.folders import predict_files
 from qtseg.prediction.inputs import find_images, name_outputs
 from qtseg.prediction.networks import FLIPS, OnnxNetwork, keep_largest_components
@@ -450,7 +450,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path, checkpoint, capfd
     bad = spoil(folder)
     for index in range(13):
         Image.fromarray(scene(50 + index, 40, index)).save(folder / f"good{index:02d}.png")
-    assert main([str(checkpoint), str(folder), "--output", str(output), "--batch", "4", "--no-progress"]) == 1
+    assert main(["predict", str(checkpoint), str(folder), "--output", str(output), "--batch", "4", "--no-progress"]) == 1
     printed = capfd.readouterr()
     lines = printed.err.strip().splitlines()
     assert sorted(Path(line.split(": ")[0]).name for line in lines) == bad and "Traceback" not in printed.err
@@ -468,7 +468,7 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path, checkpoint, capfd
         assert int(row["foreground_pixels"]) == mask.sum()
     for path in [folder / name for name in bad]:
         path.unlink()
-    assert main([str(checkpoint), str(folder), "--output", str(output), "--no-progress"]) == 0
+    assert main(["predict", str(checkpoint), str(folder), "--output", str(output), "--no-progress"]) == 0
     assert (
         "0 images" in capfd.readouterr().out and table(output / "errors.csv") == [] and table(output / "predictions.csv") == rows
     )
@@ -707,6 +707,14 @@ def three(tmp_path) -> tuple[Path, Path]:
     return folder, tmp_path / "masks"
 
 
+def wait_for_a_later_time(output: Path) -> None:
+    """Return when a file that is written now gets a later time than the masks: file systems count time in steps."""
+    newest, probe = max(path.stat().st_mtime_ns for path in output.rglob("*.png")), output.parent / "probe"
+    while not probe.exists() or probe.stat().st_ctime_ns <= newest:
+        time.sleep(0.001)
+        probe.write_bytes(b"")
+
+
 def test_a_rerun_does_what_is_missing(three):
     folder, output = three
 
@@ -724,9 +732,10 @@ def test_a_rerun_does_what_is_missing(three):
     Image.fromarray(scene(33, 44)).save(folder / "a.png")
     os.utime(folder / "a.png", (time.time() + 5, time.time() + 5))
     assert run().done == 1 and read_mask(output / "a.png").shape == (33, 44)
-    os.utime(folder / "a.png", (1, 1))
+    wait_for_a_later_time(output)
+    os.utime(folder / "a.png", (1, 1))  # an old date, but it was put here after the mask
     assert run().done == 1 and run().done == 0
-    time.sleep(0.05)  # file systems count time in steps
+    wait_for_a_later_time(output)
     Image.fromarray(scene(21, 34)).save(folder / "old.png")
     os.utime(folder / "old.png", (1, 1))
     os.replace(folder / "old.png", folder / "a.png")  # as cp -p, unzip and rsync do
@@ -1061,9 +1070,9 @@ def test_onnx_engine(checkpoint, tmp_path):
 def test_the_command_in_a_shell(checkpoint, three, capfd):
     folder, output = three
     words = [str(checkpoint), str(folder), "--output", str(output), "--device", "cpu"]
-    code = "import sys; from qtseg.prediction.command import main; sys.exit(main())"
+    code = "import sys; from qtseg.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, *words, "--tta", "--keep-largest", "--threshold", "0.4", "--overlay"],
+        [sys.executable, "-c", code, "predict", *words, "--tta", "--keep-largest", "--threshold", "0.4", "--overlay"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -1071,12 +1080,12 @@ def test_the_command_in_a_shell(checkpoint, three, capfd):
     )
     assert done.returncode == 0 and "3 images" in done.stdout and "images/s, network" in done.stdout, done.stderr
     assert len(list(output.rglob("*_overlay.jpg"))) == 3
-    assert main(words) == 1
+    assert main(["predict", *words]) == 1
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and "--overwrite" in printed.err and not printed.out
     for run in (checkpoint.parent, checkpoint.parent / "../run"):  # a run's folder stands for its best checkpoint
         assert Predictor.from_checkpoint(run, device="cpu").identity == Predictor.from_checkpoint(checkpoint, device="cpu").identity
-    assert main([str(checkpoint.parent), *words[1:3], f"{output}2", "--no-progress"]) == 0
+    assert main(["predict", str(checkpoint.parent), *words[1:3], f"{output}2", "--no-progress"]) == 0
     assert f"checkpoint: {checkpoint}" in capfd.readouterr().out
 
 
@@ -1101,15 +1110,13 @@ def test_wrong_input_is_one_sentence_and_status_1(words, sentence, checkpoint, t
     places = {"CKPT": checkpoint, "IMG": three[0], "OUT": three[1], "EMPTY": tmp_path / "empty"}
     for name, place in places.items():
         words = [word.replace(name, str(place)) for word in words]
-    assert main([*words, "--no-progress"]) == 1
+    assert main(["predict", *words, "--no-progress"]) == 1
     printed = capfd.readouterr()
     assert sentence in printed.err and printed.err.count("\n") == 1 and not three[1].exists()
 
 
 def test_wrong_usage_is_status_2(checkpoint, capfd):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(checkpoint), "--output", "x"])
-    assert stopped.value.code == 2 and "usage:" in capfd.readouterr().err
+    assert main(["predict", str(checkpoint), "--output", "x"]) == 2 and "Usage: qtseg predict" in capfd.readouterr().err
 
 
 # --- against the evaluation ------------------------------------------------------------------------------------------------

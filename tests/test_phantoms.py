@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from qtseg.cli import main
 from qtseg.data import phantom_sets, phantoms as data_phantoms
 from qtseg.data.phantom_sets import COLUMNS, write_manifest, write_prepared
 from qtseg.data.phantoms import (CHANNELS, CLASS_NAMES, FAMILIES, best_threshold, outline, paint, phantom, speckle,
@@ -372,7 +373,7 @@ def test_manifest_of_other_data(tmp_path):
 
 # --- the command line
 def test_command_writes_says_so_and_needs_no_torch(tmp_path):
-    code = ("import sys; from qtseg.data.phantom_sets import main; main([sys.argv[1], '--n', '6', '--size', '32', '--family', 'nuclei']); "
+    code = ("import sys; from qtseg.cli import main; main(['prepare', 'phantoms', sys.argv[1], '--n', '6', '--size', '32', '--family', 'nuclei']); "
             "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -381,7 +382,7 @@ def test_command_writes_says_so_and_needs_no_torch(tmp_path):
 
 
 def test_module_runs_as_a_command(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "qtseg.data.phantom_sets", "out", "--n", "0"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "qtseg.cli", "prepare", "phantoms", "out", "--n", "0"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1 and "n must be" in done.stderr
     assert not any(tmp_path.iterdir())
@@ -389,6 +390,5 @@ def test_module_runs_as_a_command(tmp_path):
 
 @pytest.mark.parametrize("wrong", [["--n", "x"], ["--n", "0"], ["--family", "moles"], ["--size", "31"], ["--seed", "-1"], ["--nn", "3"]])
 def test_wrong_arguments_exit_and_leave_nothing(tmp_path, wrong, capsys):
-    with pytest.raises(SystemExit) as caught:
-        phantom_sets.main([str(tmp_path / "out"), *wrong])
-    assert caught.value.code not in (0, None) and not any(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    assert main(["prepare", "phantoms", str(tmp_path / "out"), *wrong]) in (1, 2)
+    assert not any(tmp_path.iterdir()) and capsys.readouterr().out == ""

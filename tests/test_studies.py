@@ -26,7 +26,8 @@ from qtseg.study import cluster as study_cluster, plan, sweep as study_sweep
 from qtseg.study.cluster import local_client, slurm_client
 from qtseg.study.plan import Run, read_study
 from qtseg.study.runs import arm_rows, exclusive, run_arm, study_table
-from qtseg.study.sweep import find_notebooks, main, run_study
+from qtseg.cli import main
+from qtseg.study.sweep import find_notebooks, run_study
 from qtseg.training.losses import weighted_loss
 from qtseg.training.config import TrainConfig
 
@@ -222,7 +223,7 @@ def test_a_damaged_run_is_one_sentence_with_a_remedy(stand_in, tmp_path, capsys,
     for name in ("metrics.json", "run.json", "notebook.ipynb"):
         (folder / name).write_text(text)
     (tmp_path / "tiny.yaml").write_text(json.dumps(study.to_dict()))
-    assert main([str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--list"]) == 1
+    assert main(["study", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--list"]) == 1
     said = capsys.readouterr().err.strip()
     assert "plain-seed1/metrics.json" in said and f"delete {folder} to repeat this run" in said and said.isprintable()
 
@@ -232,7 +233,7 @@ def test_an_error_is_shown_in_the_terminal_without_its_control_characters(stand_
     folder.mkdir(parents=True)
     (folder / "error.txt").write_bytes(b"ValueError: no image \x1b[2J\xff.png\nmore")
     (tmp_path / "tiny.yaml").write_text(json.dumps(study.to_dict()))
-    assert main([str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--list"]) == 0
+    assert main(["study", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--list"]) == 0
     assert "ValueError: no image \\x1b[2J\ufffd.png" in capsys.readouterr().out
 
 
@@ -495,15 +496,15 @@ def test_a_scheduler_without_tls_or_without_an_answer_is_one_sentence(stand_in, 
     monkeypatch.setattr(study_cluster, "CONNECT_SECONDS", 0.5)
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(stand_in("plain").to_dict()))
-    assert main([str(path), "--runs", str(tmp_path / "runs"), "--notebooks", str(tmp_path), "--scheduler", address, *options]) == 1
+    assert main(["study", str(path), "--runs", str(tmp_path / "runs"), "--notebooks", str(tmp_path), "--scheduler", address, *options]) == 1
     message = capsys.readouterr().err.strip()
-    assert message.startswith(f"qtseg-study: {said}") and "\n" not in message
+    assert message.startswith(f"qtseg study: {said}") and "\n" not in message
 
 
 def test_list_runs_nothing(stand_in, tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(stand_in("plain").to_dict()))
-    assert main([str(path), "--runs", str(tmp_path / "runs"), "--list"]) == 0
+    assert main(["study", str(path), "--runs", str(tmp_path / "runs"), "--list"]) == 0
     assert "plain-seed2  waiting" in capsys.readouterr().out and not (tmp_path / "runs/tiny").exists()
 
 
@@ -513,7 +514,7 @@ def test_ctrl_c_saves_the_running_run_and_the_same_study_goes_on(tmp_path, monke
     monkeypatch.setenv("QTSEG_CACHE", str(tmp_path.parent / "cache"))
     study = TINY | {"seeds": [1], "arms": {"conv": {"decoder": "conv"}}, "reference": "conv", "common": TINY["common"] | {"epochs": 8}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "-c", "import sys; from qtseg.study.sweep import main; sys.exit(main())", "tiny.yaml", "--workers", "1"]
+    command = [sys.executable, "-c", "import sys; from qtseg.cli import main; sys.exit(main())", "study", "tiny.yaml", "--workers", "1"]
     folder = tmp_path / "runs/tiny/conv-seed1"
     sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                              env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -521,7 +522,7 @@ def test_ctrl_c_saves_the_running_run_and_the_same_study_goes_on(tmp_path, monke
     wait_for(lambda: (folder / "resume.pt").is_file())
     os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: to every process
     output = sweep.communicate(timeout=240)[0]
-    assert sweep.returncode == 130 and "stopped; to go on: qtseg-study tiny.yaml --workers 1" in output, output
+    assert sweep.returncode == 130 and "qtseg study: stopped; the same command goes on" in output, output
     assert not (folder / "metrics.json").exists() and not (folder / "error.txt").exists()
     assert 1 <= study_table(read_study(study), tmp_path / "runs")[0]["epoch"] < 8
     rows = run_study(tmp_path / "tiny.yaml", tmp_path / "runs", scheduler=cluster)
