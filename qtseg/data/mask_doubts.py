@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .mask_values import COLORED, FEW, MaskReading, MaskValues, brightness, spell
+from ..files.text import first_names
 
 # %% auto #0
 __all__ = ['Judgement', 'total_pixels', 'named', 'values_by_file', 'class_options', 'looks_like_photograph', 'not_masks',
@@ -36,8 +37,7 @@ def total_pixels(files: Sequence[MaskValues], part: str = "counts") -> Counter:
 
 def named(files: Sequence[MaskValues], most: int = 4) -> str:
     """The names of the first files, and how many more there are."""
-    return ", ".join(seen.name for seen in files[:most]) + (
-        f" and {len(files) - most} more" if len(files) > most else "")
+    return first_names([seen.name for seen in files], most)
 
 
 def values_by_file(files: Sequence[MaskValues], most: int = 4) -> str:

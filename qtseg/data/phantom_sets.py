@@ -5,54 +5,52 @@
 # %% ../../nbs/reference/data_phantom_sets.ipynb #3b401fe0
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from .layout import COLUMNS
 from .phantoms import CLASS_NAMES, FAMILIES, check_whole, phantom
 from ..files.text import read_json
+from ..files.writing import new_folder, write_then_rename
 
 # %% auto #0
-__all__ = ['COLUMNS', 'MOST', 'RECIPE', 'write_manifest', 'write_prepared', 'main']
-
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms092
-COLUMNS = ("id", "image", "mask", "patient", "stratum", "fold", "split", "width", "height")
+__all__ = ['MOST', 'RECIPE', 'write_manifest', 'write_prepared']
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms093
-def write_manifest(
-    folder: str | Path, rows: list[dict], name: str, class_names: tuple[str, ...] | list[str], **extra) -> None:
-    """Make a folder a prepared one: write dataset.json (name, classes, extra entries), then manifest.csv, one line per
-    row.
+def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names: tuple[str, ...] | list[str],
+                   **extra) -> None:
+    """Make a folder a prepared one: write dataset.json, then manifest.csv.
 
-    Rows are dictionaries of COLUMNS; patient, stratum, fold and split may be missing or None: left empty. The manifest
-    comes last, at one
-    stroke: a folder that has one is complete. Raises ValueError for a row that lacks a column or has an unknown one.
+    Args:
+        rows: one per pair, with the keys of `data.layout.COLUMNS`; patient, stratum, fold and split may be missing.
+        name: of the data set.
+        class_names: background first.
+        extra: further entries of dataset.json.
+
+    Raises:
+        ValueError: a row lacks a column or has an unknown one.
     """
     folder = Path(folder)
     for row in rows:
         lacking, unknown = {"id", "image", "mask", "width", "height"} - row.keys(), row.keys() - set(COLUMNS)
         if lacking or unknown:
-            trouble = (
-                f"lacks {', '.join(sorted(lacking))}"
-                if lacking
-                else f"has the unknown column {', '.join(sorted(unknown))}"
-            )
-            raise ValueError(f"{folder / 'manifest.csv'}: row {row.get('id', row)!r} {trouble}")
+            trouble = "lacks" if lacking else "has the unknown column"
+            raise ValueError(f"{folder / 'manifest.csv'}: row {row.get('id', row)!r} {trouble} "
+                             f"{', '.join(sorted(lacking or unknown))}")
+
+    def write_rows(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
     description = json.dumps({"name": name, "classes": list(class_names), **extra}, indent=2)
     (folder / "dataset.json").write_text(description + "\n", encoding="utf-8")
-    unfinished = folder / "manifest.csv.tmp"
-    with unfinished.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, folder / "manifest.csv")
+    write_then_rename(folder / "manifest.csv", write_rows)
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms096
 MOST = 1_000_000  # images of one folder; also the distance between the seeds of two folders
@@ -99,25 +97,22 @@ def _fill(folder: Path, made_with: dict) -> None:
     write_manifest(
         folder, rows, f"phantoms: {family}", classes, phantoms=made_with, licence="Apache-2.0, as QTSeg; shows nobody")
 
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms103
-def _move(unfinished: Path, folder: Path, made_with: dict) -> None:
-    """Rename the finished folder; if another process was faster with the same phantoms, keep its."""
-    unfinished.chmod(0o755)  # mkdtemp's folders are for their owner alone
-    try:
-        if folder.exists():
-            folder.rmdir()  # empty
-        unfinished.rename(folder)
-    except OSError:
-        if _made_with(folder) != made_with:
-            raise
-
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms104
 def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: int = 128, seed: int = 0) -> Path:
-    """Write n phantoms as a prepared folder and return it; where the same call has made it before, leave it as it is.
+    """Write phantoms as a prepared folder, whole or not at all; where the same call has made it before, leave it as it is.
 
-    family "all": the four in turn, masks merged to background and foreground. In every family 70 % train, 15 % valid,
-    15 % test. Nothing half-written is left behind. Raises ValueError for wrong arguments, FileExistsError for a folder
-    with other contents.
+    Args:
+        family: one of FAMILIES, or "all": the four in turn, masks merged to background and foreground.
+        n: number of images; in every family 70 % train, 15 % valid, 15 % test.
+        size: pixels along each side.
+        seed: another seed, other images.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: wrong arguments.
+        FileExistsError: the folder has other contents.
     """
     if family not in ("all", *FAMILIES):
         raise ValueError(f"family must be all or one of {', '.join(FAMILIES)}, got {family!r}")
@@ -128,36 +123,12 @@ def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: 
     made_with = {"family": family, "n": int(n), "size": int(size), "seed": int(seed), "recipe": RECIPE}
     if _made_with(folder) == made_with:
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        with new_folder(folder) as unfinished:
+            _fill(unfinished, made_with)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()  # Windows cannot rename onto an empty folder
+    if _made_with(folder) != made_with:
         raise FileExistsError(
             f"{folder} exists and holds something else than these phantoms: remove it or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _fill(unfinished, made_with)
-        _move(unfinished, folder, made_with)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms108
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: python -m qtseg.phantoms OUT --n 200."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qtseg.phantoms", description="Write phantoms as a prepared folder.")
-    parser.add_argument("out", help="the folder to write")
-    parser.add_argument("--n", type=int, default=200, help="number of images (200)")
-    parser.add_argument("--family", default="all", help=f"all, {', '.join(FAMILIES)} (all)")
-    parser.add_argument("--size", type=int, default=128, help="pixels along each side (128)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (0)")
-    chosen = parser.parse_args(arguments)
-    try:
-        folder = write_prepared(chosen.out, chosen.family, chosen.n, chosen.size, chosen.seed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"qtseg.phantoms: {error}") from None
-    print(f"{folder}: {chosen.n} images ({chosen.family}, seed {chosen.seed}) of {chosen.size} x {chosen.size} pixels, "
-          "with masks and manifest.csv")
-
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms109
-if __name__ == "__main__" and "__file__" in globals():  # a notebook is __main__ too, but no file
-    main()

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['CHANNELS', 'FAMILIES', 'CLASS_NAMES', 'best_threshold', 'fit_to', 'noise', 'outline', 'stretched', 'paint', 'share',
-           'blur', 'grid', 'color', 'speckle', 'check_whole', 'phantom']
+__all__ = ['CHANNELS', 'FAMILIES', 'CLASS_NAMES', 'best_threshold', 'fit_field', 'noise', 'rough_circle', 'stretched', 'paint',
+           'share', 'blur', 'grid', 'color', 'speckle', 'check_whole', 'phantom']
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms009
 CHANNELS = ("gray", "red", "green", "blue")
@@ -45,7 +45,7 @@ def best_threshold(images: np.ndarray, masks: np.ndarray) -> tuple[float, str, i
     return best
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms014
-def fit_to(field: np.ndarray, size: int) -> np.ndarray:
+def fit_field(field: np.ndarray, size: int) -> np.ndarray:
     """Stretch or shrink a field [rows, columns] to [size, size], smoothly."""
     return cv2.resize(field, (size, size), interpolation=cv2.INTER_AREA if size < min(field.shape) else cv2.INTER_CUBIC)
 
@@ -57,10 +57,10 @@ def noise(rng: np.random.Generator, cells: int | tuple[int, int], size: int) -> 
     The number of random numbers does not depend on the size, so one seed is one picture at every size.
     """
     rows, columns = (cells, cells) if isinstance(cells, int) else cells
-    return fit_to(rng.standard_normal((rows, columns), dtype=np.float32), size)
+    return fit_field(rng.standard_normal((rows, columns), dtype=np.float32), size)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms020
-def outline(rng: np.random.Generator, radius: float | np.ndarray, roughness: float, waves: int = 7, points: int = 128,
+def rough_circle(rng: np.random.Generator, radius: float | np.ndarray, roughness: float, waves: int = 7, points: int = 128,
             ) -> np.ndarray:
     """Closed curve round the origin, [points, 2] (x, y): a circle whose radius is a Fourier series of the angle.
 
@@ -178,7 +178,7 @@ def _lens(rng: np.random.Generator, size: int) -> np.ndarray:
 def _dermoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image float32 [3, size, size] and mask [size, size]: an irregular lesion, then hairs, then the lens."""
     curve = stretched(
-        outline(rng, rng.uniform(0.19, 0.31), rng.uniform(0.05, 0.3)), rng.uniform(1, 1.5), rng.uniform(0, np.pi))
+        rough_circle(rng, rng.uniform(0.19, 0.31), rng.uniform(0.05, 0.3)), rng.uniform(1, 1.5), rng.uniform(0, np.pi))
     cover = paint(curve[None] + rng.uniform(0.4, 0.6, 2), size)
     image = _skin(rng, size) * np.exp(-share(cover) * _pigment(rng, size))  # pigment takes its share of the light
     hair = rng.uniform(25, 70) * color(1, 0.75, 0.6)
@@ -192,7 +192,7 @@ def speckle(rng: np.random.Generator, size: int) -> np.ndarray:
     # [looks, rows, columns]; finer along the beam
     real, imaginary = rng.standard_normal((2, 2, 112, 72), dtype=np.float32)
     looks = np.sqrt(real**2 + imaginary**2) / np.float32(np.sqrt(np.pi / 2))
-    return np.maximum(fit_to(looks.mean(axis=0), size), 0)
+    return np.maximum(fit_field(looks.mean(axis=0), size), 0)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms046
 def _tissue(rng: np.random.Generator, size: int, dark: float) -> np.ndarray:
@@ -230,7 +230,7 @@ def _ultrasound(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
     speckle."""
     dark = rng.uniform(0.08, 0.17)
     curve = stretched(
-        outline(rng, rng.uniform(0.17, 0.26), rng.uniform(0.03, 0.25)), rng.uniform(0.9, 1.8), rng.normal(0, 0.2))
+        rough_circle(rng, rng.uniform(0.17, 0.26), rng.uniform(0.03, 0.25)), rng.uniform(0.9, 1.8), rng.normal(0, 0.2))
     cover = paint(curve[None] + [rng.uniform(0.32, 0.68), rng.uniform(0.4, 0.56)], size)
     inside = share(cover)
     echo = _tissue(rng, size, dark) * _shadow(rng, inside)
@@ -286,7 +286,7 @@ def _polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
         radius = rng.uniform(0.17, 0.27) if number == 1 else rng.uniform(0.13, 0.18)
         far = rng.uniform(0.02, 0.16) if number == 1 else rng.uniform(0.2, 0.24)
         middle = 0.5 + far * np.array([np.cos(angle + np.pi * side), np.sin(angle + np.pi * side)])
-        curve = stretched(outline(rng, radius, 0.1, waves=4), rng.uniform(1, 1.35), rng.uniform(0, np.pi))
+        curve = stretched(rough_circle(rng, radius, 0.1, waves=4), rng.uniform(1, 1.35), rng.uniform(0, np.pi))
         polyps.append((curve[None] + middle, radius, int(rng.integers(1, 3))))
     return polyps
 
@@ -294,7 +294,7 @@ def _polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
 def _gleams(rng: np.random.Generator, size: int) -> np.ndarray:
     """Specular highlights, where the wet wall mirrors the lamp: coverage uint8 [size, size]."""
     count = int(rng.integers(3, 14))
-    spots = outline(rng, rng.uniform(0.006, 0.02, count), 0.25, waves=4, points=16)
+    spots = rough_circle(rng, rng.uniform(0.006, 0.02, count), 0.25, waves=4, points=16)
     spots = stretched(spots, rng.uniform(1, 3, count), rng.uniform(0, np.pi, count))
     return paint(spots + rng.normal(0.5, 0.2, (count, 1, 2)), size)
 
@@ -330,7 +330,7 @@ def _cells(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]
     angle = rng.uniform(0, 2 * np.pi, (len(places), 1))
     partners = places + 1.8 * radius[: len(places), None] * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     keep = np.concatenate([np.full(len(places), True), rng.uniform(size=len(places)) < 0.35])
-    curves = outline(rng, radius, 0.08, waves=4, points=24)  # [2 * places, 24, 2]
+    curves = rough_circle(rng, radius, 0.08, waves=4, points=24)  # [2 * places, 24, 2]
     curves = stretched(curves, rng.uniform(1, 1.6, len(radius)), rng.uniform(0, np.pi, len(radius)))
     curves = curves + np.concatenate([places, partners])[:, None]
     stain = np.clip(rng.uniform(90, 200) * rng.normal(1, 0.25, len(radius)), 75, 255).astype(int)

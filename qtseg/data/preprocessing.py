@@ -17,7 +17,7 @@ from ..files.text import read_json
 
 # %% auto #0
 __all__ = ['RESIZES', 'COLORS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'resample', 'fitted_size', 'resize_image', 'nearest_pixels',
-           'resize_pair', 'pad_mask', 'to_color', 'to_rgb', 'outline', 'is_whole_number', 'Preprocessing',
+           'resize_pair', 'pad_mask', 'outline', 'to_color', 'to_rgb', 'is_whole_number', 'Preprocessing',
            'read_preprocessing']
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data038
@@ -78,6 +78,17 @@ def pad_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """Fill a mask up to [size, size] with background, at the bottom or right."""
     return np.pad(mask, ((0, size - mask.shape[0]), (0, size - mask.shape[1])))
 
+# %% ../../nbs/reference/data_preprocessing.ipynb #data049x2
+def outline(picture: np.ndarray, mask: np.ndarray, color: Sequence[int], width: int = 1) -> None:
+    """Draw the border of every class of a mask [H, W] (or of a boolean region) into a picture uint8 [H, W, 3], in
+    place.
+
+    `width` of the line in pixels; it runs over the region's own border pixels, those around holes included.
+    """
+    for label in range(1, int(mask.max()) + 1):
+        lines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(picture, lines, -1, color, width)
+
 # %% ../../nbs/reference/data_preprocessing.ipynb #data048
 COLORS = {"rgb": (0, 0, 0), "ycrcb": (0, 128, 128)}  # color space -> its black, which padding has
 
@@ -90,17 +101,6 @@ def to_color(image: np.ndarray, color: str) -> np.ndarray:
 def to_rgb(image: np.ndarray, color: str) -> np.ndarray:
     """The stored color space -> RGB, uint8 [H, W, 3], to be looked at; within 1 of what it was."""
     return cv2.cvtColor(image, cv2.COLOR_YCrCb2RGB) if color == "ycrcb" else image
-
-# %% ../../nbs/reference/data_preprocessing.ipynb #data049x2
-def outline(picture: np.ndarray, mask: np.ndarray, color: Sequence[int], width: int = 1) -> None:
-    """Draw the border of every class of a mask [H, W] (or of a boolean region) into a picture uint8 [H, W, 3], in
-    place.
-
-    `width` of the line in pixels; it runs over the region's own border pixels, those around holes included.
-    """
-    for label in range(1, int(mask.max()) + 1):
-        lines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, lines, -1, color, width)
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data049b
 LARGEST_SIZE = 8192  # pixels: an input of this side takes 800 MB as floats

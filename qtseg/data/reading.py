@@ -16,7 +16,7 @@ from .masks import judge_masks, looks_up
 from ..files.pictures import Picture, read_picture
 
 # %% auto #0
-__all__ = ['WHITES', 'rgb_of', 'read_named_picture', 'read_image', 'read_mask', 'value_span']
+__all__ = ['WHITES', 'rgb_of', 'read_named_picture', 'read_image', 'value_span', 'read_mask']
 
 # %% ../../nbs/reference/data_reading.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -58,6 +58,13 @@ def read_image(path: str | os.PathLike, white: int = 65535) -> np.ndarray:
     """
     return rgb_of(read_named_picture(path), white)
 
+# %% ../../nbs/reference/data_reading.ipynb #data115
+def value_span(values: np.ndarray) -> int:
+    """How far the 0.1st percentile of some (of many: a sample of the) whole numbers is from the 99.9th."""
+    step = 1 + max(values.shape) // 2048
+    low, high = np.percentile(values[::step, ::step], (0.1, 99.9), method="nearest")
+    return int(high) - int(low)
+
 # %% ../../nbs/reference/data_reading.ipynb #data033
 def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, mask_values: Sequence[int | str] = (),
               ignore_value: int | str | None = None) -> np.ndarray:
@@ -86,10 +93,3 @@ def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, m
     if reading is None:
         raise ValueError(f"{path}: {problems[0].removeprefix(f'{Path(path).name}: ')}")
     return reading.classes_of(codes, picture.format in LOSSY)
-
-# %% ../../nbs/reference/data_reading.ipynb #data115
-def value_span(values: np.ndarray) -> int:
-    """How far the 0.1st percentile of some (of many: a sample of the) whole numbers is from the 99.9th."""
-    step = 1 + max(values.shape) // 2048
-    low, high = np.percentile(values[::step, ::step], (0.1, 99.9), method="nearest")
-    return int(high) - int(low)
