@@ -5,20 +5,17 @@
 # %% ../../nbs/reference/study_sweep.ipynb #6aa5baf1
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -26,17 +23,17 @@ from pathlib import Path
 import torch
 
 from ..evaluation.tables import aligned
-from ..files.text import printable, read_json, read_text
+from ..files.text import read_json, read_text
 from ..files.writing import write_then_rename
 from ..files.yaml import read_yaml
 from .cluster import local_client, remote_client, require_package, slurm_client
 from .plan import Run, Study, read_study
 from .process import STOPPED, Job, describe_failure, execute_run
 from .runs import (arm_rows, config_differences, exclusive, format_duration, read_run_metrics, run_row,
-                              state_rows, study_table)
+                              study_table)
 
 # %% auto #0
-__all__ = ['GONE', 'NOTEBOOKS', 'Screen', 'Sweep', 'find_notebooks', 'run_study', 'main']
+__all__ = ['GONE', 'NOTEBOOKS', 'Screen', 'Sweep', 'find_notebooks', 'run_study']
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments067
 class Screen:
@@ -174,7 +171,7 @@ def _collect(sweep: Sweep) -> None:
     for future in [future for future in sweep.active if future.done()]:
         run = sweep.active.pop(future)
         folder = sweep.root / run.name
-        if future.status in ("canceled", "lost"):
+        if future.status in ("cancelled", "lost"):  # as Dask spells it
             raise ConnectionError(GONE)
         if future.status == "error":  # nothing that the run raised, but that it could not be run: say, its workers died
             name, text = describe_failure(future.exception())
@@ -340,61 +337,3 @@ def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLik
             with connect() as client:
                 _sweep(Sweep(study, str(runs), found, client, threads, devices, Screen()))
     return study_table(study, runs)
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments117
-def _parser() -> argparse.ArgumentParser:
-    """The command line of qtseg-study."""
-    parser = argparse.ArgumentParser(
-        prog="qtseg-study",
-        description="Run every arm, seed and fold of a study that is not "
-        "finished yet; stopped or crashed, the same command goes on.",
-    )
-    parser.add_argument("study", help="a study file (nbs/experiments/studies/*.yaml)")
-    parser.add_argument("--runs", default="runs", help="folder for RUNS/STUDY/RUN (runs)")
-    parser.add_argument("--workers", type=int, help="runs at a time (one per GPU, or per core where there is none)")
-    parser.add_argument("--threads", type=int, help="threads of a run (cores / workers)")
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, tls://host:port, not this machine")
-    parser.add_argument("--insecure", action="store_true",
-                        help="allow a scheduler without TLS: whoever reaches it can run code under your name")
-    parser.add_argument(
-        "--slurm", metavar="FILE", help="YAML for dask_jobqueue.SLURMCluster (queue, cores, memory, walltime, …)")
-    parser.add_argument("--notebooks", metavar="FOLDER",
-                        help="where ablation.ipynb and baselines.ipynb are (the repository)")
-    parser.add_argument("--list", action="store_true", help="only show the state of every run")
-    return parser
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments118
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, do what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments119
-def main(arguments: list[str] | None = None) -> int:
-    """The command qtseg-study; returns its exit status: 0, 1 (unfinished runs, or a sentence on stderr), 2 (usage), 130
-    (Ctrl-C).
-    """
-    chosen = _parser().parse_args(arguments)
-    try:
-        with _terminated_as_interrupted():
-            rows = study_table(read_study(chosen.study), chosen.runs) if chosen.list else run_study(
-                chosen.study, chosen.runs, workers=chosen.workers, scheduler=chosen.scheduler, slurm=chosen.slurm,
-                notebooks=chosen.notebooks, threads=chosen.threads, insecure=chosen.insecure)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"qtseg-study: {printable(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; to go on: qtseg-study " + shlex.join(arguments or sys.argv[1:]), file=sys.stderr)
-        return 130
-    print(aligned(state_rows(rows)))
-    left = [row["run"] for row in rows if row["state"] != "done"]
-    if left and not chosen.list:
-        print(f"{len(left)} of {len(rows)} runs are not finished; the same command tries them again", file=sys.stderr)
-    return int(bool(left) and not chosen.list)
