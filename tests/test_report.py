@@ -20,7 +20,8 @@ pytest.importorskip("pandas", reason="reports need pandas: pip install pandas")
 stats = pytest.importorskip("scipy.stats", reason="reports need scipy: pip install scipy")
 multitest = pytest.importorskip("statsmodels.stats.multitest", reason="compares with statsmodels: pip install statsmodels")
 
-from qtseg.study import drawing, report as study_report, results as study_results, statistics as study_statistics
+from qtseg.study import (drawing, report as study_report, results as study_results, sentences as study_sentences,
+                         statistics as study_statistics, tables as study_tables)
 
 NOTEBOOK = ROOT / "nbs/experiments/report.ipynb"
 TINY = {"width": 4, "depths": [1, 1, 1], "mlp_width": 16}
@@ -150,7 +151,7 @@ def test_runs_are_read_with_what_is_unfinished(tmp_path):
     first = frame.iloc[0]
     assert (first["study"], first["reference"], first["arm"], first["seed"], first["dice"]) == ("tiny", "qtseg", "qtseg", 1, 90.0)
     assert (first["scored_on"], first["scored_images"], first["seconds"], first["hardware"]) == ("validation", 30, 10.0, "an abacus")
-    sentence = study_report.caveats(frame)[0]
+    sentence = study_sentences.caveats(frame)[0]
     assert "3 of 6 runs are not finished" in sentence
     assert "qtseg-seed3 (waiting), unet-seed2 (unfinished), unet-seed3 (failed: RuntimeError: no memory left)" in sentence
 
@@ -237,7 +238,7 @@ def test_summary_of_one_two_and_three_seeds(tmp_path, dice):
     row = only(study_results.summarize(study_results.read_runs(write_study(tmp_path, by_seed(qtseg=dice)))))
     assert (row["n"], row["planned"], row["dice_mean"], row["dice_min"], row["dice_max"]) == (len(dice), len(dice), np.mean(dice), min(dice), max(dice))
     assert row["dice_sd"] == pytest.approx(np.std(dice, ddof=1) if len(dice) > 1 else math.nan, nan_ok=True)
-    text = study_report.summary_rows(study_results.summarize(study_results.read_runs(tmp_path / "tiny")))[1][5]
+    text = study_tables.summary_rows(study_results.summarize(study_results.read_runs(tmp_path / "tiny")))[1][5]
     assert text == {1: "90.00", 2: "90.50 ± 0.71", 3: "92.00 ± 2.65"}[len(dice)]
 
 
@@ -282,9 +283,9 @@ def test_doubtful_comparisons_say_so(tmp_path, reference, other, note, p):
     table = study_results.compare(study_results.read_runs(write_study(tmp_path, by_seed(reference=reference, other=other))))
     row = only(table)
     assert row["note"] == note and row["p"] == pytest.approx(p, nan_ok=True) == pytest.approx(row["p_holm"], nan_ok=True)
-    assert study_report.comparison_rows(table)[1][-1].startswith(note)
+    assert study_tables.comparison_rows(table)[1][-1].startswith(note)
     assert drawing.draw_differences(table)._repr_png_().startswith(b"\x89PNG")
-    said = study_report.describe_differences(table)
+    said = study_sentences.describe_differences(table)
     assert len(said) == 1 and ("no arm can be tested" in said[0]) == math.isnan(p)
 
 
@@ -298,7 +299,7 @@ def test_compare_refuses_what_it_cannot_mean(tmp_path):
 def test_caveats_name_what_is_unlike(tmp_path):
     folder = write_study(tmp_path, {("a", 1, 0): 90.0, ("a", 1, 1): 91.0, ("b", 1, 0): 90.0}, images={"train": 90, "valid": 10, "test": 20})
     write_run(folder / "b-seed1-fold1", "b", 1, 1, 92.0, images={"train": 80, "valid": 10, "test": 20}, epochs=8)
-    text = " ".join(study_report.caveats(study_results.read_runs(folder)))
+    text = " ".join(study_sentences.caveats(study_results.read_runs(folder)))
     for words in ("one seed", "scored on the same test images", "arms differ in epochs (4, 8)", "arms differ in training images (90, 80)"):
         assert words in text
     assert "validation split" not in text and "pixels" not in text and "hardware" not in text
@@ -317,7 +318,7 @@ def test_costs_are_those_of_the_checkpoints(tmp_path, checkpoint):
     assert (table["latency_low"] <= table["latency_ms"]).all() and (table["latency_ms"] <= table["latency_high"]).all()
     silent = study_results.costs(frame[frame["arm"] == "a"], 64, rounds=0)
     assert silent["latency_ms"].isna().all() and set(silent["multiply_adds"]) == {study_results.multiply_adds(network, 64)}
-    assert study_report.arm_cost_rows(silent)[1][5] == "not measured"
+    assert study_tables.arm_cost_rows(silent)[1][5] == "not measured"
     shutil.rmtree(folder / "b-seed1/best_dice")
     with pytest.raises(FileNotFoundError, match="best_dice"):
         study_results.costs(frame, rounds=0)
@@ -334,8 +335,8 @@ def test_every_network_has_its_turn_in_every_round():
 def test_the_paper_stands_beside_with_what_differs(tmp_path):
     frame = study_results.read_runs([write_study(tmp_path, by_seed(qtseg=[90.0, 92.0]), data="data/bkai_512.zip", epochs=350),
                               write_study(tmp_path, by_seed(qtseg=[50.0]), "phantoms")])
-    table = study_report.beside_published(frame, priced(frame))
-    assert list(table["method"]) == [*study_report.PUBLISHED, "QTSeg v1: qtseg"], "no published row for phantoms"
+    table = study_tables.beside_published(frame, priced(frame))
+    assert list(table["method"]) == [*study_tables.PUBLISHED, "QTSeg v1: qtseg"], "no published row for phantoms"
     published = table.set_index("method").loc["U-Net"]
     assert (published["mae"], published["dice"], published["iou"], published["source"]) == (0.99, 87.25, 81.33, "published, BKAI")
     ours = table.iloc[-1]
@@ -346,19 +347,19 @@ def test_the_paper_stands_beside_with_what_differs(tmp_path):
 
 def test_what_differs_of_an_equal_run_is_nothing_and_isic_counts_its_images():
     paper = TrainConfig().to_dict() | {"encoder_weights": "fpn-nano.pth", "data": "isic2016"}
-    assert study_report.what_differs(paper, {"train": 900, "valid": 0, "test": 379}) == []
-    assert study_report.what_differs(paper, {"train": 1600, "valid": 400, "test": 0}) == ["1600 training and 400 scored images instead of 900 and 379"]
-    assert "1 kinds of augmentation instead of 10" in study_report.what_differs(paper | {"operations": ["vertical_flip"]}, {"train": 900, "valid": 0, "test": 379})
+    assert study_tables.what_differs(paper, {"train": 900, "valid": 0, "test": 379}) == []
+    assert study_tables.what_differs(paper, {"train": 1600, "valid": 400, "test": 0}) == ["1600 training and 400 scored images instead of 900 and 379"]
+    assert "1 kinds of augmentation instead of 10" in study_tables.what_differs(paper | {"operations": ["vertical_flip"]}, {"train": 900, "valid": 0, "test": 379})
 
 
 def test_latex_escapes_every_special_character():
     rows = [["arm_1 & 2", "Dice"], ["50 % of {a}\\b^c~d #1 $", "90.00 ± 0.50"], ["a|b < c", "–"]]
-    text = study_report.latex(rows, "100 % of it_", "tab:x")
+    text = study_tables.latex(rows, "100 % of it_", "tab:x")
     for words in (r"\begin{tabular}{lr}", r"arm\_1 \& 2 & Dice \\", r"50 \% of \{a\}\textbackslash{}b\textasciicircum{}c\textasciitilde{}d \#1 \$ & 90.00 $\pm$ 0.50 \\",
                   r"a\textbar{}b $<$ c & -- \\", r"\caption{100 \% of it\_}", r"\label{tab:x}", r"\bottomrule"):
         assert words in text
     assert text.count("{") == text.count("}") and text.isascii()
-    odd = study_report.latex([["arm", "Dice"], ["[2cm] \\input{/etc/passwd}", "``a--b'' \"\x1b[2J\r\n,,"]], "", "tab:x")
+    odd = study_tables.latex([["arm", "Dice"], ["[2cm] \\input{/etc/passwd}", "``a--b'' \"\x1b[2J\r\n,,"]], "", "tab:x")
     assert r"{}[2cm] \textbackslash{}input\{/etc/passwd\} & \textasciigrave{}\textasciigrave{}a-{}-b{'}{'} {\char34}\textbackslash{}x1b[2J ,{}, \\" in odd
 
 
@@ -366,17 +367,17 @@ def test_sentences_follow_the_numbers(tmp_path):
     dice = by_seed(a=[90.0, 90.2, 89.9], b=[80.1, 80.3, 80.1], c=[90.3, 90.1, 90.2])
     frame = study_results.read_runs(write_study(tmp_path, dice))
     summary, comparison = study_results.summarize(frame), study_results.compare(frame)
-    assert "best mean Dice is c's (90.20 ± 0.10, 3 runs), the worst b's (80.17)" in study_report.describe_scores(summary)[0]
-    assert "0.30 points apart (a): more than the 0.17 points between the best arm and the second, a" in study_report.describe_scores(summary)[0]
-    assert "the best mean MAE is c's" in study_report.describe_scores(summary, "mae")[0]
-    assert study_report.describe_scores(study_results.summarize(frame[frame["seed"] == 1]))[0] == (
+    assert "best mean Dice is c's (90.20 ± 0.10, 3 runs), the worst b's (80.17)" in study_sentences.describe_scores(summary)[0]
+    assert "0.30 points apart (a): more than the 0.17 points between the best arm and the second, a" in study_sentences.describe_scores(summary)[0]
+    assert "the best mean MAE is c's" in study_sentences.describe_scores(summary, "mae")[0]
+    assert study_sentences.describe_scores(study_results.summarize(frame[frame["seed"] == 1]))[0] == (
         "tiny: the best mean Dice is c's (90.30, 1 run), the worst b's (80.10). No arm was run twice: how far luck moves a score is unknown.")
-    said = study_report.describe_differences(comparison)[0]
+    said = study_sentences.describe_differences(comparison)[0]
     assert "1 of 2 differences in Dice has p < 0.05 after Holm's correction: b (−9.87 [" in said and "below 0.25" in said
-    assert "all arms take 3.00 G" in study_report.describe_costs(summary, priced(frame))[0]
-    said = study_report.describe_costs(summary, priced(frame, 300_000_000, 10_000_000, 200_000_000))[0]
+    assert "all arms take 3.00 G" in study_sentences.describe_costs(summary, priced(frame))[0]
+    said = study_sentences.describe_costs(summary, priced(frame, 300_000_000, 10_000_000, 200_000_000))[0]
     assert "run from 10.00 M (b) to 0.300 G (a), 30.0 times as many." in said and said.split("fewer of them: ")[1].startswith("c, b.")
-    assert "to 0.110 G (a), 10 % more." in study_report.describe_costs(summary, priced(frame, 110_000_000, 100_000_000, 100_000_000))[0]
+    assert "to 0.110 G (a), 10 % more." in study_sentences.describe_costs(summary, priced(frame, 110_000_000, 100_000_000, 100_000_000))[0]
     curves = drawing.learning_curves(frame)
     assert curves["tiny", "a"].shape == (4, 4) and curves["tiny", "a"][0].tolist() == pytest.approx([1, 90.0333 / 2, 89.9 / 2, 90.2 / 2], abs=1e-3)
     assert "between epochs 3 and 4 c rose most, by +5.64 points: training had not ended" in drawing.describe_curves(curves)[0]
@@ -439,8 +440,8 @@ def test_texts_of_a_study_stay_texts_in_markdown_and_in_spreadsheets(tmp_path):
     (folder / "b-seed1").mkdir()
     (folder / "b-seed1/error.txt").write_text('=HYPERLINK("x") <img src=x onerror=alert(1)> \x1b[2J | [a](javascript:b)\n')
     frame = study_results.read_runs(folder)
-    whole = study_report.Report("dice", frame, study_results.summarize(frame), study_results.compare(frame), priced(frame), study_report.beside_published(frame, priced(frame)),
-                          study_report.caveats(frame), {"scores": study_report.describe_scores(study_results.summarize(frame)), "differences": [], "costs": [], "curves": []}, {})
+    whole = study_report.Report("dice", frame, study_results.summarize(frame), study_results.compare(frame), priced(frame), study_tables.beside_published(frame, priced(frame)),
+                          study_sentences.caveats(frame), {"scores": study_sentences.describe_scores(study_results.summarize(frame)), "differences": [], "costs": [], "curves": []}, {})
     study_report.write_report(whole, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "onerror" in text and "<img" not in text and "](" not in text and "\x1b" not in text

@@ -464,10 +464,10 @@ def test_read_history_names_the_file_and_the_remedy(tmp_path, text):
 # ---- without matplotlib, and on real images
 
 def test_importing_needs_no_matplotlib_and_figures_say_how_to_get_it():
-    code = ("import sys; sys.modules['matplotlib'] = None; from qtseg import visualization as v; import numpy as np\n"
+    code = ("import sys; sys.modules['matplotlib'] = None; from qtseg.view import figures, pictures; import numpy as np\n"
             "picture, mask = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), int)\n"
-            "v.tile([view_pictures.overlay(picture, mask), view_pictures.contours(picture, mask), view_pictures.error_map(mask, mask), view_pictures.heat(mask / 2)], 2)\n"
-            "try:\n    view_figures.show_overlay(picture, mask)\n"
+            "pictures.tile([pictures.overlay(picture, mask), pictures.contours(picture, mask), pictures.error_map(mask, mask), pictures.heat(mask / 2)], 2)\n"
+            "try:\n    figures.show_overlay(picture, mask)\n"
             "except ModuleNotFoundError as error:\n    print(error)\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "show_overlay draws with matplotlib: pip install matplotlib", done.stderr

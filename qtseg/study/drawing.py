@@ -14,7 +14,7 @@ import numpy as np
 
 from .results import finished
 from ..view.figures import read_history
-from ..view.pictures import class_color, new_figure as _figure, returns_figure as _drawn
+from ..view.pictures import class_color, new_figure, returns_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def format_probability(p: float) -> str:
 # %% ../../nbs/reference/study_drawing.ipynb #report060
 def _panels(studies: Mapping[str, int], width: float = 7.5) -> tuple[Figure, dict[str, Axes]]:
     """A figure with a panel for each study, as high as its number of rows asks for -> figure, axes by study."""
-    figure = _figure(width, sum(0.9 + 0.42 * rows for rows in studies.values()))
+    figure = new_figure(width, sum(0.9 + 0.42 * rows for rows in studies.values()))
     panels = figure.subplots(
         len(studies), 1, squeeze=False, height_ratios=[0.9 + 0.42 * rows for rows in studies.values()])[:, 0]
     for axes, (study, rows) in zip(panels, studies.items()):
@@ -78,7 +78,7 @@ def _ink(place: int) -> tuple[float, ...]:
     return tuple(0.85 * part / 255 for part in class_color(INKS[place % len(INKS)]))
 
 
-@_drawn
+@returns_figure
 def draw_runs(frame: DataFrame, measure: str = "dice") -> Figure:
     """Every finished run as a dot, lines between those of one seed and fold, mean ± sd in black -> a figure, a panel a
     study.
@@ -116,7 +116,7 @@ def _strip(axes: Axes, rows: DataFrame, measure: str) -> None:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 # %% ../../nbs/reference/study_drawing.ipynb #report064
-@_drawn
+@returns_figure
 def draw_differences(comparison: DataFrame) -> Figure:
     """The differences of `compare` with their 95 % intervals, numbers beside them -> a figure, a panel a study.
 
@@ -163,7 +163,7 @@ def _beside(axes: Axes, place: float, texts: Sequence[str]) -> None:
             va="center", annotation_clip=False)
 
 # %% ../../nbs/reference/study_drawing.ipynb #report067
-@_drawn
+@returns_figure
 def draw_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> Figure:
     """Mean score against multiply-adds, the bubble's area its latency: tables of `summarize` and `costs` -> a figure.
 
@@ -173,7 +173,7 @@ def draw_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> F
     arms = summary.merge(table, on=["study", "arm"], validate="one_to_one")
     slowest = arms["latency_ms"].max()
     heights = [max(3.4, 1.2 + 0.2 * len(rows)) for _, rows in by_study(arms)]
-    figure = _figure(8, sum(heights))
+    figure = new_figure(8, sum(heights))
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (study, rows) in zip(panels, by_study(arms)):
         unit, name = (1e9, "thousand millions (G)") if rows["multiply_adds"].max() >= 1e8 else (1e6, "millions (M)")
@@ -257,12 +257,12 @@ def describe_curves(curves: Mapping[tuple[str, str], np.ndarray]) -> list[str]:
     return sentences
 
 # %% ../../nbs/reference/study_drawing.ipynb #report072
-@_drawn
+@returns_figure
 def draw_learning(curves: Mapping[tuple[str, str], np.ndarray], measure: str = "dice") -> Figure:
     """Curves of `learning_curves`: an arm's mean as a line, least to greatest as a band -> a figure, a panel a
     study."""
     studies = list(dict.fromkeys(study for study, _ in curves))
-    figure = _figure(7.5, 3.2 * len(studies))
+    figure = new_figure(7.5, 3.2 * len(studies))
     for axes, study in zip(figure.subplots(len(studies), 1, squeeze=False)[:, 0], studies):
         for place, ((_, arm), curve) in enumerate(item for item in curves.items() if item[0][0] == study):
             epochs, mean, least, most = curve.T

@@ -34,18 +34,9 @@ from ..training.trainer import build_network
 from ..view.figures import read_history
 
 # %% auto #0
-__all__ = ['config_differences', 'exclusive', 'locked', 'read_run_metrics', 'run_arm', 'config_rows', 'network_rows',
+__all__ = ['exclusive', 'locked', 'config_differences', 'read_run_metrics', 'run_arm', 'config_rows', 'network_rows',
            'score_rows', 'validation_masks', 'last_error', 'run_row', 'study_table', 'state_rows', 'format_duration',
            'arm_rows']
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments031
-def config_differences(now: TrainConfig, stored: dict, folder: Path) -> list[str]:
-    """What decides a run and differs from what it was made with, as "epochs: 3 -> 5"; ValueError if that is no
-    configuration."""
-    try:
-        return recipe_changes(now, TrainConfig.from_dict(stored))
-    except ValueError as error:
-        raise ValueError(f"{folder} holds no configuration of a run ({error}): delete it to repeat this run") from None
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments036
 def _lock(file: TextIO, *, wait: bool, shared: bool = False) -> bool:
@@ -96,6 +87,15 @@ def locked(path: Path) -> bool:
         return False
     with path.open(encoding="utf-8") as file:
         return not _lock(file, wait=False, shared=True)
+
+# %% ../../nbs/reference/study_runs.ipynb #experiments031
+def config_differences(now: TrainConfig, stored: dict, folder: Path) -> list[str]:
+    """What decides a run and differs from what it was made with, as "epochs: 3 -> 5"; ValueError if that is no
+    configuration."""
+    try:
+        return recipe_changes(now, TrainConfig.from_dict(stored))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no configuration of a run ({error}): delete it to repeat this run") from None
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments041
 def read_run_metrics(folder: Path) -> dict:
