@@ -930,7 +930,7 @@ def test_sub_folders_pair_by_path(opened, tmp_path):
     assert sorted(data.train.ids + data.valid.ids) == ["p1/0", "p1/1", "p2/0", "p2/1", "p3/left/0", "p3/left/1", "top"]
     image, mask = data.train.paths[0]
     assert image.parent.name == mask.parent.name and data.train.original_mask(0).shape == (40, 48)
-    assert any("3 sub-folders with images (p1, p2, p3/left)" in note and "no patients" in note and "own.py --patient" in note for note in data.notes)
+    assert any("3 sub-folders with images (p1, p2, p3/left)" in note and "no patients" in note and "qtseg prepare own --patient" in note for note in data.notes)
     assert not any("sub-folder" in note for note in opened(plain(tmp_path / "flat")).notes)
     (tmp_path / "d" / "masks" / "p2" / "0_mask.png").rename(tmp_path / "d" / "masks" / "0_mask.png")
     with pytest.raises(DataProblems) as caught:

@@ -219,7 +219,7 @@ def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data_kaggle, "accept", killed)
+        patch.setattr(data_download, "accept", killed)
         get()
     assert get().read_bytes() == CONTENT and len(archive.requests) == 1 and list(notes.iterdir()) == []
 

@@ -657,7 +657,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, force):
     mine = tmp_path / "data" / "little" / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("years of work")
-    with pytest.raises(ValueError, match="exists, but no data script made it: remove it, or name another --root"):
+    with pytest.raises(ValueError, match="exists, but was not made by `qtseg prepare`: remove it, or name another --root"):
         prepare(described(), [raw_set(tmp_path / "raw", 3)], tmp_path / "data", force=force, progress=False)
     assert mine.read_text() == "years of work"
 
@@ -667,7 +667,7 @@ def test_a_half_made_folder_is_not_taken_for_done(tmp_path):
     folder = prepare(described(), [source], tmp_path / "data", progress=False)
     (folder / "manifest.csv").unlink()
     assert data_preparation.made_from(folder) is None
-    with pytest.raises(ValueError, match="exists, but no data script made it"):
+    with pytest.raises(ValueError, match="exists, but was not made by `qtseg prepare`"):
         prepare(described(), [source], tmp_path / "data", progress=False)
 
 
@@ -681,7 +681,7 @@ def test_force_deletes_nothing_that_it_did_not_make(tmp_path, kind):
     (folder / name).write_bytes(b"an evening of work")
     os.utime(folder / name, ns=(2**62, 2**62))
     (folder / ".DS_Store").write_bytes(b"")  # nobody's
-    with pytest.raises(ValueError, match=f"1 file.s. that are not as a data script made them .{name}.: move them elsewhere"):
+    with pytest.raises(ValueError, match=f"1 file.s. that `qtseg prepare` did not write, or that were changed since .{name}.: move them elsewhere"):
         prepare(described(), [source], tmp_path / "data", force=True, progress=False)
     assert (folder / name).read_bytes() == b"an evening of work" and len(rows(folder)) == 3
     with pytest.raises(ValueError, match="move them elsewhere"):
@@ -702,7 +702,7 @@ def test_a_damaged_description_is_one_sentence(tmp_path, capsys):
                 prepare(described(), [source], tmp_path / "data", force=force, progress=False)
             one_sentence(caught, str(folder / "dataset.json"))
     (folder / "dataset.json").write_text('{"prepared": 7}')
-    with pytest.raises(ValueError, match="no data script made it"):
+    with pytest.raises(ValueError, match="was not made by `qtseg prepare`"):
         prepare(described(), [source], tmp_path / "data", progress=False)
     (folder / "dataset.json").write_text('{"notes": 5, "summary": ["\\u001b[2J"], "classes": {}}')
     assert "\\x1b[2J" in report(folder) and "\x1b" not in report(folder)
@@ -722,7 +722,7 @@ import sys, time
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
 from test_preparation import described
-from qtseg import preparation
+from qtseg.data import preparation
 read = preparation.union_of
 def slow(paths, shape, notes):
     print("IN", flush=True)

@@ -385,4 +385,4 @@ class DataProblems(ValueError):
             [f"  … and {len(self.problems) - len(shown)} more, in .problems"] if len(self.problems) > len(shown) else []
         )
         super().__init__(
-            "\n".join([f"{len(self.problems)} problem(s) in {source}:", *(f"  {line}" for line in shown), *more]))
+            "\n".join([f"{len(self.problems)} problem(s) in {source}:", *(f"  {printable(line)}" for line in shown), *more]))

@@ -116,7 +116,7 @@ def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
     if much.sum() > len(shares) / 2:
         return [
             f"foreground fills more than half of {much.sum()} of {len(shares)} masks: if black and white are exchanged, name the "
-            "background's value first (mask_values; --classes of data_scripts/own.py)"
+            "background's value first (mask_values; --classes of qtseg prepare own)"
         ]
     usual = np.median(shares[~much]) if much.any() else 0.0
     odd = much & (1 - shares < 2 * usual)

@@ -156,7 +156,7 @@ def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
     if folders := sorted({name.rpartition("/")[0] for name in below if "/" in name}):
         survey.notes.append(
             f"{survey.short(images)}/ has {len(folders)} sub-folders with images ({first_names(folders)}): they are parts of the names, no "
-            "patients; if each is a patient, prepare the set with data_scripts/own.py --patient '^([^/]+)/'"
+            "patients; if each is a patient, prepare the set with qtseg prepare own --patient '^([^/]+)/'"
         )
     for mask in stray:
         survey.problems.append(f"{survey.short(mask)}: mask without an image in {survey.short(images)}/")

@@ -105,7 +105,7 @@ def not_masks(files: Sequence[MaskValues]) -> list[str]:
         return [
             f"{len(numbered)} of {len(files)} masks hold many flat values ({named(numbered)}: {spell(numbered[0].counts)}), "
             'as maps of numbered instances do: pass masks="any" to read every number but 0 as foreground '
-            f"(data_scripts/own.py: --instances){each}"
+            f"(qtseg prepare own: --instances){each}"
         ]
     return []
 

@@ -5,14 +5,13 @@
 # %% ../../nbs/reference/data_preparation.ipynb #7643d258
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,18 +27,24 @@ from ..files.writing import NO_SPACE, new_folder, private_name
 
 # %% auto #0
 __all__ = ['MADE', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect', 'fill', 'keep_safe', 'set_aside',
-           'prepare', 'report', 'command_line', 'steps', 'run']
+           'prepare', 'report', 'prepare_set']
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation079
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as a script describes it.
+    """The description of a data set: everything in which one set differs from another.
 
-    name: of its folder; page: where a person reads about it and downloads it; download: folder -> the files downloaded
-    into it;
-    find: folders -> what they hold; read: the mask files of one image -> class index [H, W]; assign: (pairs, folds) ->
-    notes, gives each pair its split or fold; folds: their number unless asked otherwise; archives: which archives
-    *inside* a source are unpacked as well; settings: further wishes that decide what is written.
+    Args:
+        name: The name of the prepared folder.
+        page: Where a person reads about the set and downloads it.
+        find: Folders -> the pairs of image and masks in them.
+        download: Folder -> the files downloaded into it; None if there is nothing to download.
+        read: The mask files of one image -> class index [H, W].
+        assign: (pairs, number of folds) -> notes; gives each pair its split or fold.
+        folds: The number of folds unless the user asks for another; None for none.
+        archives: Which archives inside a source are unpacked as well: a regular expression for their file names.
+        settings: Further options that decide what is written; another value means that the folder is made anew.
+        warning: What a user must know before using the set; printed first.
     """
 
     name: str
@@ -55,18 +60,23 @@ class DataSet:
     folds: int | None = 5
     archives: str = r".*\.zip"
     settings: dict = field(default_factory=dict)
+    warning: str = ""
 
     @property
     def terms(self) -> str:
-        """Licence, citation and page, in a few lines."""
-        return f"{self.title}\nLicence:  {self.licence}\nCite:     {self.citation}\nPage:     {self.page}"
+        """Warning, title, licence, citation and page, in a few lines."""
+        first = f"*** {self.warning} ***\n" if self.warning else ""
+        return f"{first}{self.title}\nLicence:  {self.licence}\nCite:     {self.citation}\nPage:     {self.page}"
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation083
 def gather(sources: Iterable[Path], folder: Path, archives: str, progress: bool = True) -> list[Path]:
-    """Folders to search for pairs: folders as they are, archives unpacked below `folder`, and archives found inside as
-    well.
+    """Turn sources into folders to search for pairs: unpack archives, and archives inside of them, below `folder`.
 
-    archives: which of those inside, by their file name (a regular expression). Raises what unpack raises.
+    Args:
+        archives: Which archives inside a source are unpacked: a regular expression for their file names.
+
+    Raises:
+        ValueError, OSError: As unpack.
     """
     ready: list[Path] = []
     waiting = [(source, True) for source in sources]
@@ -82,10 +92,10 @@ def gather(sources: Iterable[Path], folder: Path, archives: str, progress: bool 
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation086
 def fingerprint(source: Path) -> list:
-    """What tells a source from another: an archive's name and size; a folder's path and a digest of names, sizes and
-    times.
+    """Identify a source: name and size of an archive; path and digest of names, sizes and times of a folder.
 
-    FileNotFoundError if it is not there.
+    Raises:
+        FileNotFoundError: The source does not exist.
     """
     if source.is_file():
         return [source.name, source.stat().st_size]
@@ -98,7 +108,11 @@ def fingerprint(source: Path) -> list:
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation087
 def made_from(folder: Path) -> dict | None:
-    """What a finished prepared folder says it was made with, or None. ValueError if its dataset.json is damaged."""
+    """Read from a prepared folder with which options it was made; None if there is no such folder.
+
+    Raises:
+        ValueError: Its dataset.json is damaged.
+    """
     if not ((folder / "manifest.csv").is_file() and (folder / "dataset.json").is_file()):
         return None
     try:
@@ -109,11 +123,15 @@ def made_from(folder: Path) -> dict | None:
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation088
 def is_ready(folder: Path, wishes: dict) -> bool:
-    """Whether the folder is there, made with the same wishes; ValueError if it is there, but something else."""
+    """Tell whether the folder is there and was made with the same options.
+
+    Raises:
+        ValueError: It was made with other options, or by something else.
+    """
     made = made_from(folder)
     if made is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists, but no data script made it: remove it, or name another --root")
+            raise ValueError(f"{folder} exists, but was not made by `qtseg prepare`: remove it, or name another --root")
         return False
     wishes = json.loads(json.dumps(wishes))  # tuples become lists, as in the file
     differing = [
@@ -125,7 +143,7 @@ def is_ready(folder: Path, wishes: dict) -> bool:
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation091
 def _short(text: str, private: Path, sources: Iterable[Path]) -> str:
-    """A sentence without the folders that are the same in all of them."""
+    """Shorten a sentence: leave out the folders in which all files lie."""
     text = re.sub(re.escape(str(private / "unpacked")) + r"[/\\]\d+[/\\]", "", text)
     for source in sources:
         text = text.replace(f"{source.parent}{os.sep}", "")
@@ -134,7 +152,14 @@ def _short(text: str, private: Path, sources: Iterable[Path]) -> str:
 # %% ../../nbs/reference/data_preparation.ipynb #preparation092
 def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | None, workers: int,
             progress: bool) -> tuple[Found, list[Done]]:
-    """Find the pairs, write them all, give each its fold or split: (found, written). Raises DataProblems."""
+    """Find the pairs, write them all, give each its fold or split.
+
+    Returns:
+        What was found, and what was written for each pair.
+
+    Raises:
+        DataProblems: Everything that is wrong with the source.
+    """
     try:
         found = dataset.find(gather(sources, private / "unpacked", dataset.archives, progress))
         found.pairs.sort(key=lambda pair: pair.id)  # plain string order: slices and held_out build on it
@@ -155,8 +180,11 @@ def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | N
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation093
 def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, workers: int, progress: bool) -> None:
-    """Write everything of a prepared folder into an empty one, the manifest last. Raises DataProblems (all problems at
-    once)."""
+    """Write everything of a prepared folder into the empty folder `private`, the manifest last.
+
+    Raises:
+        DataProblems: Everything that is wrong with the source.
+    """
     found, done = collect(dataset, sources, private, wishes["folds"], workers, progress)
     dropped, twins = drop_twins(found.pairs, done)
     for result in (result for pair, result in zip(found.pairs, done) if pair.id in dropped):
@@ -181,7 +209,11 @@ MADE = {"manifest.csv", "dataset.json", "LICENCE.txt", "contact_sheet.png"}
 
 
 def keep_safe(folder: Path) -> None:
-    """Raise ValueError if a prepared folder holds files that were not made with it, or that were changed since."""
+    """Refuse to replace a prepared folder that holds anything but what was written when it was made.
+
+    Raises:
+        ValueError: It holds other files, or files that were changed since.
+    """
     manifest = folder / "manifest.csv"
     try:
         rows = list(csv.DictReader(manifest.read_text(encoding="utf-8").splitlines(keepends=True)))
@@ -194,13 +226,15 @@ def keep_safe(folder: Path) -> None:
                     or path.lstat().st_mtime_ns > made)
     if others:
         names = ", ".join(others[:5]) + ", …" * (len(others) > 5)
-        raise ValueError(f"{folder} holds {len(others)} file(s) that are not as a data script made them ({names}): "
+        raise ValueError(f"{folder} holds {len(others)} file(s) that `qtseg prepare` did not write, or that were changed since ({names}): "
                          "move them elsewhere, or remove the folder yourself, then run this again")
 
 
 def set_aside(folder: Path) -> None:
-    """Remove a folder at one stroke: renamed first, to a name that is swept away should this process die before the
-    next line."""
+    """Remove a prepared folder: rename it, then delete it.
+
+    If the process dies in between, the next run deletes the renamed folder.
+    """
     if not folder.exists():
         return
     keep_safe(folder)
@@ -213,13 +247,23 @@ def set_aside(folder: Path) -> None:
 def prepare(
     dataset: DataSet, sources: Iterable[str | os.PathLike] | None, root: str | os.PathLike, *, folds: int | None = None,
     force: bool = False, workers: int | None = None, progress: bool = True) -> Path:
-    """Make root/<name of the set> a prepared folder and return it; where the same call has made it before, leave it as
-    it is.
+    """Write the prepared folder root/<name of the set>, unless the same call has written it before.
 
-    sources: archives or folders, None to download; folds: None for the set's own number, 0 for none; force: make it
-    anew;
-    workers: threads (None: one per core). Nothing half-made ever bears that name. Raises DataProblems (everything that
-    is wrong with the source), ValueError (made otherwise before), OSError (no space, DownloadError).
+    The folder appears when it is complete, never before.
+
+    Args:
+        sources: Archives or folders; None to download.
+        folds: Their number; None for the set's own, 0 for none.
+        force: Write it again even if it is there; the old folder stays until the new one is complete.
+        workers: Threads; None for one per core.
+
+    Returns:
+        The prepared folder.
+
+    Raises:
+        DataProblems: Everything that is wrong with the source.
+        ValueError: The folder is there, but was made with other options or by something else.
+        OSError: No space, or a failed download (DownloadError).
     """
     root = Path(root).expanduser().absolute()
     folder = root / dataset.name
@@ -243,7 +287,7 @@ def prepare(
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation103
 def report(folder: Path) -> str:
-    """What a prepared folder says about itself: counts, sizes, values, shares, notes, and warnings last."""
+    """Describe a prepared folder in lines: counts, sizes, values, shares, notes, and warnings last."""
     said = read_json(folder / "dataset.json")
     lists = {key: said[key] if isinstance(said.get(key), list) else [] for key in ("summary", "notes", "classes")}
     notes = [str(note) if str(note).startswith("WARNING") else f"note: {note}" for note in lists["notes"]]
@@ -253,54 +297,47 @@ def report(folder: Path) -> str:
              f'use it: SegmentationData.from_prepared("{folder}", classes={len(lists["classes"])})']
     return "\n".join(map(printable, lines))
 
-# %% ../../nbs/reference/data_preparation.ipynb #preparation104
-def command_line(title: str, download: bool = True) -> argparse.ArgumentParser:
-    """The arguments that all data scripts share; download: whether there is something to download."""
-    parser = argparse.ArgumentParser(description=f"{title}: {'download, check, ' * download}prepare.")
-    parser.add_argument(
-        "--root", default="data", help="where everything goes: <root>/downloads and the prepared folder (data)")
-    if download:
-        parser.add_argument(
-            "--from", dest="sources", nargs="+", metavar="FILE_OR_FOLDER",
-            help="what you already have: the archive(s) as downloaded, or the unpacked folder; downloads nothing")
-        parser.add_argument("--download-only", action="store_true", help="download and stop")
-    usual = "as published" if download else "5"
-    parser.add_argument("--folds", type=int, help=f"number of folds; 0 for none (default: {usual})")
-    parser.add_argument("--workers", type=int, help="threads (default: one per core)")
-    parser.add_argument("--force", action="store_true", help="prepare again, even if it is there already")
-    return parser
-
 # %% ../../nbs/reference/data_preparation.ipynb #preparation105
-def steps(dataset: DataSet, chosen: argparse.Namespace) -> None:
-    """Say the terms, download unless told otherwise, prepare, report. ValueError for a number that can never be
-    right."""
-    if chosen.folds is not None and (chosen.folds < 0 or chosen.folds == 1):
-        raise ValueError(f"--folds must be 0 or at least 2, got {chosen.folds}")
-    if chosen.workers is not None and chosen.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {chosen.workers}")
-    root = Path(chosen.root).expanduser().absolute()
+def prepare_set(dataset: DataSet, root: str | os.PathLike = "data", *, sources: Iterable[str | os.PathLike] | None = None,
+                folds: int | None = None, workers: int | None = None, force: bool = False,
+                download_only: bool = False) -> Path:
+    """Print the terms of a data set, download it unless `sources` are given, prepare it, print the report.
+
+    Args:
+        root: Where everything goes: root/downloads and the prepared folder root/<name of the set>.
+        sources: The archives as downloaded, or folders; None to download.
+        folds: Their number, 0 for none; None for the set's own.
+        workers: Threads; None for one per core.
+        force: Prepare again, even if it is there already.
+        download_only: Download and stop.
+
+    Returns:
+        The prepared folder; the folder of downloads if `download_only`.
+
+    Raises:
+        ValueError: An impossible option, a folder made otherwise, or DataProblems (everything wrong with the source).
+        OSError: No space, a missing source, or a failed download (DownloadError).
+        ModuleNotFoundError: A package that this set needs is not installed.
+    """
+    if folds is not None and (folds < 0 or folds == 1):
+        raise ValueError(f"--folds must be 0 or at least 2, got {folds}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
+    root = Path(root).expanduser().absolute()
     if root.exists() and not root.is_dir():
         raise ValueError(f"--root must be a folder, and {root} is a file")
     print(dataset.terms, flush=True)
-    if chosen.download_only:
-        print("downloaded:", *map(printable, dataset.download(root / "downloads")), sep="\n  ")
-        return
-    if made_from(root / dataset.name) and not chosen.force:
-        print("prepared already; --force makes it anew")
-    print(
-        report(prepare(dataset, chosen.sources, root, folds=chosen.folds, force=chosen.force, workers=chosen.workers)))
-
-# %% ../../nbs/reference/data_preparation.ipynb #preparation106
-def run(parser: argparse.ArgumentParser, describe: Callable[[argparse.Namespace], DataSet],
-        arguments: Sequence[str] | None = None) -> None:
-    """A data script: parse, describe the chosen set, do the steps; what goes wrong ends in one message and exit status
-    1."""
-    chosen = parser.parse_args(arguments)
     try:
-        steps(describe(chosen), chosen)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        if getattr(error, "errno", None) in NO_SPACE:
-            error = f"no space left in {chosen.root}: free some, or name another --root; nothing is left half-made"
-        raise SystemExit("\n".join(map(printable, str(error).split("\n")))) from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from here") from None
+        if download_only:
+            print("downloaded:", *map(printable, dataset.download(root / "downloads")), sep="\n  ")
+            return root / "downloads"
+        if made_from(root / dataset.name) and not force:
+            print("prepared already; --force makes it anew")
+        folder = prepare(dataset, sources, root, folds=folds, force=force, workers=workers)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(error.errno, f"no space left in {root}: free some, or name another --root; "
+                                   "nothing is left half-made") from error
+    print(report(folder))
+    return folder
