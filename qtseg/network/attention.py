@@ -22,7 +22,12 @@ class Attention(TwoForms):
     """Multi-head attention: queries [B, Nq, width], keys and values [B, Nk, width] -> [B, Nq, width].
 
     Projections with bias into `internal_width`, which the heads share; scale 1/sqrt(internal_width / heads).
-    Raises ValueError when the heads don't divide the internal width. Source: Segment Anything's `Attention`.
+
+    Raises:
+        ValueError: the heads don't divide the internal width.
+
+    Reference:
+        Segment Anything's `Attention`.
     """
 
     def __init__(self, width: int, internal_width: int, heads: int = 8):
@@ -62,8 +67,7 @@ def pixel_centers(height: int, width: int, device: torch.device | None = None) -
 
 # %% ../../nbs/04_attention.ipynb #beaedd7d
 def fourier_features(places: Tensor, matrix: Tensor) -> Tensor:
-    """Sines, then cosines, of 2π · places · matrix: [N, 2] and frequencies [2, K] -> [N, 2 · K]. Source: Segment
-    Anything."""
+    """Sines, then cosines, of 2π · places · matrix: [N, 2] and frequencies [2, K] -> [N, 2 · K], as in SAM."""
     x, y = places[:, :1], places[:, 1:]  # [N, 1] each
     angles = 2 * math.pi * (x * matrix[0] + y * matrix[1])  # [N, K]; no matrix product: autocast would round it
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -74,7 +78,12 @@ class PositionalEncoding(TwoForms):
     `like`.
 
     The fast form keeps what it computed, per size and dtype, as long as the random matrix stays what it was.
-    Raises ValueError when `features` is odd. Source: Segment Anything's `PositionEmbeddingRandom`; x before y.
+
+    Raises:
+        ValueError: `features` is odd.
+
+    Reference:
+        Segment Anything's `PositionEmbeddingRandom`; x before y.
     """
 
     kept = 8  #: sizes that the cache holds at most
@@ -120,7 +129,10 @@ class LearnedPositionalEncoding(nn.Module):
     """A trained vector per cell of a square grid, interpolated: (height, width, like) -> [1, height · width, features].
 
     The dtype is that of `like`; the interpolation is bilinear and runs in float32. Nothing is kept between calls, since
-    training changes the grid. Source: the position embeddings of the Vision Transformer, here as an ablation's control.
+    training changes the grid. This project's control.
+
+    Reference:
+        The position embeddings of the Vision Transformer.
     """
 
     def __init__(self, features: int, cells: int = 16):
@@ -166,7 +178,10 @@ class TwoWayBlock(nn.Module):
     """Tokens and features look at each other: ([B, T, F], [B, N, F]) -> the same shapes.
 
     The `first` block of a stage replaces the tokens by their self-attention instead of adding it. Unlike Segment
-    Anything's block, tokens get no positional term. Source: the paper's two-way attention in MQM.
+    Anything's block, tokens get no positional term.
+
+    Reference:
+        The paper's two-way attention in MQM.
     """
 
     def __init__(self, width: int, heads: int, mlp_width: int, first: bool = False):
@@ -181,8 +196,7 @@ class TwoWayBlock(nn.Module):
     def forward(
         self, tokens: Tensor, features: Tensor, position: Tensor, weights: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`position` [1, N, F]; a dict given as `weights` receives who looked at whom, [B, heads, queries, keys]
-        each."""
+        """`position` is [1, N, F]; a dict given as `weights` receives attention weights [B, heads, queries, keys]."""
         placed = features + position  # for comparing; what is carried home stays without position
         if weights is not None:
             weights["self"] = self.self_attention.weights(tokens, tokens)

@@ -36,8 +36,10 @@ def watched(*modules: nn.Module) -> bool:
 class ConvBNAct(nn.Module):
     """Convolution without bias, batch normalization, SiLU: [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)].
 
-    `kernel` is odd, and padding is `kernel // 2`. Source: YOLOv8's `Conv`; the paper's encoder and bridge are made of
-    it.
+    `kernel` is odd, and padding is `kernel // 2`.
+
+    Reference:
+        YOLOv8's `Conv`; the paper's encoder and bridge are made of it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1):
@@ -52,7 +54,8 @@ class ConvBNAct(nn.Module):
     def fold(self) -> None:
         """Put the batch normalization's fixed statistics into the convolution, in place; a second call does nothing.
 
-        Raises AssertionError in training mode, where the statistics are the batch's and not fixed.
+        Raises:
+            AssertionError: in training mode, where the statistics are the batch's and not fixed.
         """
         if not isinstance(self.norm, nn.Identity):
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
@@ -73,10 +76,12 @@ class Bottleneck(nn.Module):
 
 # %% ../../nbs/01_blocks.ipynb #c062
 class C2f(nn.Module):
-    """Cross-stage partial block, 2 convolutions, fast: [B, in, H, W] -> [B, out, H, W]. Source: YOLOv8.
+    """Cross-stage partial block, 2 convolutions, fast: [B, in, H, W] -> [B, out, H, W].
 
-    A 1×1 convolution makes two halves; a chain of bottlenecks continues the second; all of it is concatenated and
-    mixed.
+    A 1×1 convolution makes two halves; a chain of bottlenecks continues the second; all is concatenated and mixed.
+
+    Reference:
+        YOLOv8's `C2f`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bottlenecks: int = 1, residual: bool = True):
@@ -94,8 +99,11 @@ class C2f(nn.Module):
 
 # %% ../../nbs/01_blocks.ipynb #c075
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: [B, in, H, W] -> [B, out, H, W]; sees windows of 5, 9 and 13. Source:
-    YOLOv5/v8."""
+    """Spatial pyramid pooling, fast: [B, in, H, W] -> [B, out, H, W]; sees windows of 5, 9 and 13.
+
+    Reference:
+        `SPPF` of YOLOv5 and YOLOv8.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, pool: int = 5):
         super().__init__()

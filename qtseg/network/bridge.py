@@ -22,7 +22,9 @@ class UpConv(TwoForms):
     """Transposed convolution with kernel = stride = `scale`: [B, in, H, W] -> [B, out, scale·H, scale·W].
 
     Windows never overlap, so it is one matrix product per pixel and a rearrangement; the fast form computes just that.
-    Source: the paper's MLFF and its decoder's upscaling; the official code calls `nn.ConvTranspose2d`.
+
+    Reference:
+        The paper's MLFF and its decoder's upscaling; the official code calls `nn.ConvTranspose2d`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int = 2, bias: bool = True):
@@ -34,8 +36,7 @@ class UpConv(TwoForms):
         return self.conv_transpose(x)
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
-        """The product that it is, for one pixel: matrix [scale * scale * out, in] and bias [scale * scale * out] or
-        None."""
+        """The matrix [scale * scale * out, in] that multiplies a pixel, and the bias [scale * scale * out] or None."""
         weight, bias = self.conv_transpose.weight, self.conv_transpose.bias  # weight [in, out, scale, scale]
         return weight.permute(2, 3, 1, 0).flatten(0, 2), None if bias is None else bias.repeat(self.scale**2)
 
@@ -52,7 +53,8 @@ class UpConv(TwoForms):
 class UpConvBNAct(nn.Module):
     """UpConv without bias, batch normalization, SiLU: [B, in, H, W] -> [B, out, scale·H, scale·W].
 
-    Source: the enlarging columns of the paper's MLFF.
+    Reference:
+        The enlarging columns of the paper's MLFF.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int):
@@ -67,7 +69,8 @@ class UpConvBNAct(nn.Module):
     def fold(self) -> None:
         """Put the batch normalization's fixed statistics into the transposed convolution, in place.
 
-        AssertionError in training mode, where the statistics still move.
+        Raises:
+            AssertionError: in training mode, where the statistics still move.
         """
         if not isinstance(self.norm, nn.Identity):
             self.up.conv_transpose = fuse_conv_bn_eval(self.up.conv_transpose, self.norm, transpose=True)
@@ -77,9 +80,13 @@ class UpConvBNAct(nn.Module):
 class MLFF(nn.Module):
     """Multi-level feature fusion: three maps -> three maps of the same shapes, each mixed from all three.
 
-    `channels` counts those of the maps at strides 8, 16, 32, multiples of 4 (else ValueError). Half of an output's
-    channels come from its own level, a quarter from each other one; 64 channels at stride 8 are 32 + 16 + 16.
-    Source: the paper's "multi-level feature fusion" (called MLFD in its second version).
+    Half of an output's channels come from its own level, a quarter from each other: 64 at stride 8 are 32 + 16 + 16.
+
+    Args:
+        channels: of the maps at strides 8, 16, 32; multiples of 4, else ValueError.
+
+    Reference:
+        The paper's "multi-level feature fusion" (called MLFD in its second version).
     """
 
     def __init__(self, channels: Sequence[int]):
@@ -102,8 +109,7 @@ class MLFF(nn.Module):
 
 # %% ../../nbs/03_bridge.ipynb #bridge-48
 class IdentityBridge(nn.Module):
-    """No bridge: three maps pass unchanged, whatever `channels` they have. This project's control for an ablation of
-    MLFF."""
+    """No bridge: three maps pass unchanged, whatever `channels` they have. This project's control for MLFF."""
 
     def __init__(self, channels: Sequence[int]):
         super().__init__()
@@ -129,9 +135,8 @@ class ProjectionBridge(nn.Module):
 class SingleLevelBridge(nn.Module):
     """All three levels made from the map at stride 8 alone: three maps -> three maps of the same shapes.
 
-    MLFF's first column at full width; the maps at strides 16 and 32 go unused, so what only they need in the encoder
-    gets no gradient. `channels` counts those of the maps at strides 8, 16, 32. This project's control for several
-    levels.
+    MLFF's first column at full width. The maps at strides 16 and 32 go unused, so what only they need in the encoder
+    gets no gradient. `channels` are those of the maps at strides 8, 16, 32. This project's control for several levels.
     """
 
     def __init__(self, channels: Sequence[int]):

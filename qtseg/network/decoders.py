@@ -19,8 +19,8 @@ __all__ = ['DECODERS', 'SingleStageDecoder', 'ThinBottleneck', 'ConvDecoder']
 class SingleStageDecoder(nn.Module):
     """MQM with one stage: maps at strides 8, 16, 32 -> low-resolution logits [B, classes, H/2, W/2].
 
-    The maps at strides 32 and 16 are upscaled and added; the stage at stride 8, of depth `depths[0]`, does all the
-    asking. Arguments and errors are those of `MQMDecoder`. This project's control for the paper's several stages.
+    The maps at strides 32 and 16 are upscaled and added; only stride 8 has a stage, of depth `depths[0]`. Arguments and
+    errors are those of `MQMDecoder`. This project's control for the paper's several stages.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, depths: Sequence[int] = (1, 2, 3), heads: int = 8,

@@ -18,7 +18,11 @@ __all__ = ['concat_upsampled', 'Backbone', 'Encoder']
 def concat_upsampled(coarse: Tensor, fine: Tensor) -> Tensor:
     """Nearest ×2 upsampling of `coarse` [B, C1, h, w] in front of `fine` [B, C2, 2h, 2w] -> [B, C1 + C2, 2h, 2w].
 
-    Raises RuntimeError if `fine` is not exactly twice as high and wide. Source: YOLOv8's neck (FPN, Lin et al., 2017).
+    Raises:
+        RuntimeError: `fine` is not exactly twice as high and wide.
+
+    Reference:
+        YOLOv8's neck (FPN, Lin et al., 2017).
     """
     return torch.cat([F.interpolate(coarse, scale_factor=2.0, mode="nearest"), fine], dim=1)
 
@@ -26,7 +30,10 @@ def concat_upsampled(coarse: Tensor, fine: Tensor) -> Tensor:
 class Backbone(nn.Module):
     """Five halvings: image [B, in_channels, H, W] -> maps at strides 8, 16, 32 with 4, 8, 16 × width channels.
 
-    Every name ends in the stride that it works at. Source: YOLOv8-nano's backbone (width 16).
+    Every name ends in the stride that it works at.
+
+    Reference:
+        YOLOv8-nano's backbone (width 16).
     """
 
     strides = (8, 16, 32)
@@ -62,7 +69,9 @@ class Encoder(Backbone):
     """FPN encoder: image [B, in_channels, H, W] -> maps at strides 8, 16, 32 with 4, 8, 16 × width channels.
 
     H and W must be multiples of 32; most other sizes raise RuntimeError in a concatenation.
-    Source: the paper's image encoder, which is YOLOv8-nano without its head.
+
+    Reference:
+        The paper's image encoder, which is YOLOv8-nano without its head.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 16):

@@ -21,8 +21,7 @@ __all__ = ['segmentation_models', 'check_encoder', 'ProjectedEncoder', 'build_en
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-package
 def segmentation_models() -> ModuleType:
-    """The package segmentation-models-pytorch, imported when it is first needed; ModuleNotFoundError with the
-    remedy."""
+    """The package segmentation-models-pytorch, imported when it is first needed; else ModuleNotFoundError."""
     try:
         import segmentation_models_pytorch
     except ModuleNotFoundError as error:
@@ -32,8 +31,7 @@ def segmentation_models() -> ModuleType:
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-names
 def check_encoder(name: str, in_channels: int) -> None:
-    """Raise ValueError unless segmentation-models-pytorch can build the encoder `name` for images of that many
-    channels.
+    """Raise ValueError unless segmentation-models-pytorch can build the encoder for images of that many channels.
 
     A name is taken that stands in the package's own list, or is "tu-" and a model that timm knows. Nothing else is
     tried, so a name out of a stranger's file can start no download.
@@ -56,8 +54,11 @@ class ProjectedEncoder(nn.Module):
     """An encoder of segmentation-models-pytorch in the place of `Encoder`: the same three strides and channels.
 
     Image [B, in_channels, H, W], H and W multiples of 32 -> maps at strides 8, 16, 32, each brought to 4, 8, 16 × width
-    channels by a 1×1 ConvBNAct. Random weights. ModuleNotFoundError without the package; ValueError where `name` is
-    unknown, cannot take `in_channels`, or has no maps at these strides. This project's addition, not in the paper.
+    channels by a 1×1 ConvBNAct. Random weights. This project's addition, not in the paper.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: `name` is unknown, cannot take `in_channels`, or has no maps at these strides.
     """
 
     strides = (8, 16, 32)
@@ -89,8 +90,7 @@ def build_encoder(name: str = "fpn", in_channels: int = 3, width: int = 16) -> E
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-pairs
 def _pairs(network: nn.Module, probe: Tensor) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], list[Tensor]]:
-    """Convolutions and the batch normalizations that take their very output, each called once, and the network's
-    outputs."""
+    """Convolutions and the batch normalizations that take their very output, and the network's outputs."""
     made, pairs, calls = {}, [], Counter()
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -145,12 +145,17 @@ def _fold(network: nn.Module, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Callable
 
 
 def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
-    """Fold batch normalizations into the convolutions before them, in place, in somebody else's network; returns how
-    many.
+    """Fold batch normalizations into the convolutions before them, in place, in any network.
 
     A run over one image of noise finds the pairs: an nn.BatchNorm2d whose input is an nn.Conv2d's very output, both
     used once. Other kinds stay as they are. A second run must give the same; otherwise each pair is tried on its own,
-    and put back if it changes the result. The network is in evaluation mode: AssertionError otherwise.
+    and put back if it changes the result.
+
+    Returns:
+        How many were folded.
+
+    Raises:
+        AssertionError: the network is in training mode.
     """
     probe = torch.randn(1, in_channels, 64, 64, generator=torch.Generator().manual_seed(0)).to(
         next(network.parameters()))
@@ -171,10 +176,13 @@ def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-imagenet
 def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
-    """Load ImageNet weights into `body`, the encoder `name` of segmentation-models-pytorch, from the internet or its
-    cache.
+    """Load ImageNet weights into `body`, the encoder `name` of segmentation-models-pytorch.
 
-    ValueError where the encoder has none; ConnectionError where they cannot be fetched.
+    They come from the internet, or from the package's cache of earlier downloads.
+
+    Raises:
+        ValueError: the encoder has none.
+        ConnectionError: they could not be fetched.
     """
     try:
         trained = segmentation_models().encoders.get_encoder(name, in_channels=in_channels, depth=5, weights="imagenet")

@@ -22,7 +22,8 @@ __all__ = ['to_official', 'load_official']
 def to_official(model: QTSeg) -> dict[str, Tensor]:
     """The model's state dict under the official names; the tensors are views: what is written to them is in the model.
 
-    ValueError for a network with parts that the official code does not have.
+    Raises:
+        ValueError: the network has parts that the official code does not have.
     """
     given = {part: model.config[part] for part in ("bridge", "decoder", "position", "encoder")}
     published = {"bridge": ("mlff", "identity"), "decoder": ("mqm",), "position": ("fourier",), "encoder": ("fpn",)}
