@@ -226,47 +226,17 @@ class Summary:
         return "; ".join(parts)
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference105
-class _Opened:
-    """A run's plan: what there is to do, and the tables that will grow."""
+class _Log:
+    """What a run says: its progress bar, predictions.csv, errors.csv, and the summary."""
 
-    def __init__(self, predictor: Predictor, inputs: Iterable[str | os.PathLike], output: Path, options: FileOptions):
-        self.predictor, self.options, self.output, self.summary = predictor, options, output, Summary(output)
-        self.found = find_images(inputs, output)
-        self.jobs = _jobs(self.found, output)
-        self.settings = prediction_settings(predictor, options, self.found.root)
-        check_settings(output, self.settings, options.overwrite)
+    def __init__(self, output: Path, root: Path):
+        self.summary, self.root = Summary(output), root
 
-    def open(self) -> None:
-        """Find out what is left to do, and begin the tables; nobody else may be writing to the folder."""
-        output, options = self.output, self.options
-        columns = ["file", "mask", "width", "height", *class_columns(self.predictor.class_names), "note"]
-        rows = (
-            _rows(output / "predictions.csv", columns)
-            if check_settings(output, self.settings, options.overwrite)
-            else {}
-        )
-        self.todo = [
-            job for job in self.jobs if options.overwrite or not _is_done(job, rows.get(job.file), output, options)]
-        self.summary.skipped = len(self.jobs) - len(self.todo)
-        again = {job.file for job in self.todo}
-        self.table = GrowingTable(
-            output / "predictions.csv", columns, [row for file, row in rows.items() if file not in again])
-        self.errors = GrowingTable(output / "errors.csv", ["file", "reason"])
-        # the settings come last, so that rows never stand beside settings that are not theirs
-        if problem := write_output(output, SETTINGS_FILE, (json.dumps(self.settings, indent=2) + "\n").encode()):
-            raise OSError(problem)
-
-# %% ../../nbs/reference/prediction_folders.ipynb #inference107
-class _Stream(_Opened):
-    """What flows into the network: the jobs that are left, and of them those that can be read."""
-
-    def feed(self, stop: Event) -> Iterator[Job]:
-        """The jobs, until somebody asks to stop; what was begun is finished."""
-        for job in self.todo:
-            if stop.is_set():
-                self.summary.stopped = True
-                return
-            yield job
+    def open(self, columns: Sequence[str], rows: Iterable[Sequence], images: int, progress: bool) -> None:
+        """Begin the tables, with the rows that stay."""
+        self.table = GrowingTable(self.summary.output / "predictions.csv", columns, rows)
+        self.errors = GrowingTable(self.summary.output / "errors.csv", ["file", "reason"])
+        self.bar = tqdm(total=images, unit="image", disable=not progress, file=sys.stdout)
 
     def say(self, path: Path, text: str) -> None:
         tqdm.write(printable(f"{path}: {text}"), file=sys.stderr)
@@ -289,22 +259,53 @@ class _Stream(_Opened):
             return
         self.say(path, f"passed over: {reason}")
         if _is_loss(path, reason):
-            self.errors.add([_cell(path.relative_to(self.found.root).as_posix()), csv_cell(f"passed over: {reason}")])
+            self.errors.add([_cell(path.relative_to(self.root).as_posix()), csv_cell(f"passed over: {reason}")])
             self.summary.failed += 1
+
+# %% ../../nbs/reference/prediction_folders.ipynb #inference108
+class _Run:
+    """A run over files: readers, network and writers, tied together by generators that pull one another."""
+
+    def __init__(self, predictor: Predictor, inputs: Iterable[str | os.PathLike], output: Path, options: FileOptions):
+        self.predictor, self.options, self.output = predictor, options, output
+        self.found = find_images(inputs, output)
+        self.jobs, self.log = _jobs(self.found, output), _Log(output, self.found.root)
+        self.settings = prediction_settings(predictor, options, self.found.root)
+        check_settings(output, self.settings, options.overwrite)
+
+    def open(self) -> None:
+        """Find out what is left to do, and begin the tables; nobody else may be writing to the folder."""
+        output, options = self.output, self.options
+        columns = ["file", "mask", "width", "height", *class_columns(self.predictor.class_names), "note"]
+        keep = check_settings(output, self.settings, options.overwrite)
+        rows = _rows(output / "predictions.csv", columns) if keep else {}
+        self.todo = [job for job in self.jobs
+                     if options.overwrite or not _is_done(job, rows.get(job.file), output, options)]
+        self.log.summary.skipped = len(self.jobs) - len(self.todo)
+        again = {job.file for job in self.todo}
+        stay = [row for file, row in rows.items() if file not in again]
+        self.log.open(columns, stay, len(self.todo), options.progress)
+        # the settings come last, so that rows never stand beside settings that are not theirs
+        if problem := write_output(output, SETTINGS_FILE, (json.dumps(self.settings, indent=2) + "\n").encode()):
+            raise OSError(problem)
+
+    def feed(self, stop: Event) -> Iterator[Job]:
+        """The jobs, until somebody asks to stop; what was begun is finished."""
+        for job in self.todo:
+            if stop.is_set():
+                self.log.summary.stopped = True
+                return
+            yield job
 
     def readable(self, results: Iterable[tuple]) -> Iterator[tuple[Ready, Job]]:
         """Results of `_read_job` -> what was read, and its job; files that cannot be read are reported and left out."""
         for job, ready, problem in results:
             if ready is None:
-                self.report(Done(job, None, [problem]))
+                self.log.report(Done(job, None, [problem]))
                 continue
             if ready.note:
-                self.say(job.path, ready.note)
+                self.log.say(job.path, ready.note)
             yield ready, job
-
-# %% ../../nbs/reference/prediction_folders.ipynb #inference108
-class _Run(_Stream):
-    """The run itself: readers, network and writers, tied together by generators that pull one another."""
 
     def finished(self, stop: Event) -> Iterator[Done]:
         """The ends of all images that can be read. Never more than some five batches of images are on their way."""
@@ -316,21 +317,20 @@ class _Run(_Stream):
             return
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
             read_ahead = self.readable(in_order(readers, read, self.feed(stop), 2 * batch))
-            answers = p.through_network(
-                ((ready.image, (job, ready.size, ready.note)) for ready, job in read_ahead), batch)
+            prepared = ((ready.image, (job, ready.size, ready.note)) for ready, job in read_ahead)
+            answers = p.through_network(prepared, batch)
             yield from in_order(writers, partial(_finish_job, p, o, self.output), answers, 2 * batch)
 
     def run(self) -> Summary:
-        start, before = time.perf_counter(), self.predictor.network_seconds
-        self.bar = tqdm(total=len(self.todo), unit="image", disable=not self.options.progress, file=sys.stdout)
-        with stop_signals() as stop, self.bar, self.table.file, self.errors.file:
+        start, before, log = time.perf_counter(), self.predictor.network_seconds, self.log
+        with stop_signals() as stop, log.bar, log.table.file, log.errors.file:
             for path, reason in self.found.passed:
-                self.pass_over(path, reason)
+                log.pass_over(path, reason)
             for done in self.finished(stop):
-                self.report(done)
-        self.summary.seconds = time.perf_counter() - start
-        self.summary.network_seconds = self.predictor.network_seconds - before
-        return self.summary
+                log.report(done)
+        log.summary.seconds = time.perf_counter() - start
+        log.summary.network_seconds = self.predictor.network_seconds - before
+        return log.summary
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference109
 def predict_files(

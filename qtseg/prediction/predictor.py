@@ -54,7 +54,7 @@ class Predictor(NetworkRunner):
         check_channels(model, preprocessing.channels)
         if engine == "onnx":
             if options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu"):
-                raise ValueError("ONNX Runtime computes on the CPU, in its file's precision: leave device and amp as they are")
+                raise ValueError("ONNX Runtime computes on the CPU in its file's precision: leave device and amp alone")
             options["device"] = "cpu"
         network = model.fuse() if engine == "torch" else open_onnx(folder)
         predictor = cls(network, preprocessing, model.config["classes"], **options)
@@ -77,10 +77,7 @@ class Predictor(NetworkRunner):
             yield from zip(probabilities, (size for _, size in part))
 
     def undo(self, maps: np.ndarray, height: int, width: int) -> np.ndarray:
-        """After the network: float32 [size, size, K] -> [height, width, K]; of two classes only the foreground's map.
-
-        ValueError if they are not finite. Threads may run it.
-        """
+        """After the network: [size, size, K] -> [height, width, K], of two classes the foreground. ValueError: NaN."""
         check_finite(maps)
         return undo_resize(maps[..., self.first_map:], height, width, self.preprocessing.resize)
 
@@ -111,13 +108,15 @@ class Predictor(NetworkRunner):
             finish = lambda answer: self.decide(self.undo(answer[0], *answer[1]))
             yield from in_order(finishers, finish, answers, 2 * batch)
 
-    def rows(self, image: AnyImage, **window) -> Iterator[np.ndarray]:
-        """A sliding window's maps, float32 [rows, W, K], from top to bottom; `window`: arguments of `window_rows`."""
-        return window_rows(self, as_rgb(image, self.preprocessing.white), **window)
+    def rows(self, image: AnyImage, window: int | None = None, overlap: float = 0.25,
+             batch: int = 4) -> Iterator[np.ndarray]:
+        """A sliding window's maps, float32 [rows, W, K], from top to bottom; see `window_rows`."""
+        return window_rows(self, as_rgb(image, self.preprocessing.white), window, overlap, batch)
 
-    def predict_large(self, image: AnyImage, **window) -> np.ndarray:
-        """`predict` by a sliding window, without resizing: uint8 [H, W]; `window`: arguments of `window_rows`."""
-        return self.join(self.rows(image, **window))[0]
+    def predict_large(self, image: AnyImage, window: int | None = None, overlap: float = 0.25,
+                      batch: int = 4) -> np.ndarray:
+        """`predict` by a sliding window, without resizing: uint8 [H, W]; see `window_rows`."""
+        return self.join(self.rows(image, window, overlap, batch))[0]
 
     def join(self, rows: Iterable[np.ndarray], keep_maps: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
         """Results of `rows` -> the whole mask, uint8 [H, W]; with `keep_maps` also the maps, float32 [H, W, K]."""
