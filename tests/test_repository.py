@@ -12,28 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import audit
-import nbformat
+import lint
 import notebooks as tool
 import pytest
 import results
 from conftest import ROOT
+
+import qtseg
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-LESSONS = tool.lessons()
-REFERENCES = tool.references()
-NOTEBOOKS = tool.notebooks()
-EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("*.ipynb"))
 MODULES = sorted(path for path in (ROOT / "qtseg").rglob("*.py") if not path.name.startswith("_"))
 LAYERS = [{"files", "colors"}, {"data"}, {"network"}, {"training", "evaluation"}, {"prediction"}, {"study", "view"}, {"cli"}]  # left to right
 INI = tool.settings()
-
-
-def by_name(path: Path) -> str:
-    return path.name
 
 
 def dotted(path: Path) -> str:
@@ -41,97 +35,24 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "qtseg").with_suffix("").parts)
 
 
-@pytest.fixture(scope="module")
-def derived_anew(tmp_path_factory) -> Path:
-    """A copy of the repository in which everything derived has been derived again."""
-    copy = tmp_path_factory.mktemp("copy")
+def test_notebooks_follow_the_rules():
+    problems = lint.problems()
+    assert not problems, "\n".join(problems)
+
+
+def test_what_is_derived_equals_its_source(tmp_path):
+    """Modules, clean notebooks, links and first cells: derived again in a copy, they are what they were."""
     for name in ("nbs", "qtseg"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    shutil.copy(ROOT / "settings.ini", copy)
-    tool.write_address(copy)
-    tool.drop_widget_state(copy)
-    tool.run("nbdev_export", copy)
-    tool.run("nbdev_clean", copy)
-    return copy
-
-
-@pytest.mark.parametrize("module", [*MODULES, ROOT / "qtseg" / "__init__.py", ROOT / "qtseg" / "_modidx.py"], ids=dotted)
-def test_module_is_what_its_notebook_exports(derived_anew, module):
-    assert module.read_text(encoding="utf-8") == (derived_anew / module.relative_to(ROOT)).read_text(encoding="utf-8"), (
-        f"{dotted(module)} differs from its notebook: edit the notebook and run `make sync`")
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
-def test_notebook_is_clean_small_and_addressed(derived_anew, notebook):
-    assert notebook.read_text(encoding="utf-8") == (derived_anew / notebook.relative_to(ROOT)).read_text(encoding="utf-8"), (
-        f"{notebook.name} is not clean, or its links do not follow settings.ini: run `make sync`")
-    assert notebook.stat().st_size <= 600_000, f"{notebook.name} is over 600 KB: draw smaller or fewer pictures"
-
-
-def test_every_module_has_a_notebook_and_every_reference_a_module():
-    assert sorted(tool.modules()) == sorted(map(dotted, MODULES))
-    assert all(tool.module_of(path) == path.stem.replace("_", ".", 1) or tool.module_of(path) == path.stem for path in REFERENCES)
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
-def test_notebook_needs_no_development_tool(notebook):
-    code = "\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
-    for forbidden in (r"^\s*(from|import)\s+(nbdev|fastcore)", r"import \*", r"^#\|\s*eval:\s*false", r"nbdev_export\("):
-        assert not re.search(forbidden, code, re.M), f"{notebook.name} contains {forbidden}"
-
-
-@pytest.mark.parametrize("lesson", [*LESSONS, *REFERENCES], ids=by_name)
-def test_first_code_cell_makes_the_chapter_run_in_colab(lesson):
-    first = next(cell for cell in nbformat.read(lesson, as_version=4).cells if cell.cell_type == "code")
-    assert first.source == tool.FIRST_CELL.format(user=INI["user"], repo=INI["repo"], branch=INI["branch"])
-
-
-def too_long(source: str) -> bool:
-    """An exported cell holds 40 lines at most; a class, which is not torn apart, 80."""
-    content = [node for node in ast.parse(source).body if not isinstance(node, (ast.Import, ast.ImportFrom))]
-    whole_class = len(content) == 1 and isinstance(content[0], ast.ClassDef)
-    return sum(bool(line.strip()) for line in source.splitlines()) > (80 if whole_class else 40)
-
-
-@pytest.mark.parametrize("lesson", LESSONS, ids=by_name)
-def test_chapter_has_the_parts_of_a_lesson(lesson):
-    cells = nbformat.read(lesson, as_version=4).cells
-    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    exported = [cell.source for cell in cells if cell.cell_type == "code" and re.search(r"^#\|\s*export", cell.source, re.M)]
-    assert prose.count("<summary>") >= 3, "at least three exercises with folded solutions"
-    assert any("image/png" in str(output.get("data", {}).keys()) for cell in cells for output in cell.get("outputs", []))
-    assert not [source for source in exported if too_long(source)], "an exported cell over 40 lines, or over 80 where it is one class"
-
-
-@pytest.mark.parametrize("notebook", REFERENCES, ids=by_name)
-def test_reference_is_a_page_with_examples(notebook):
-    cells = nbformat.read(notebook, as_version=4).cells
-    prose = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    exported = [cell.source for cell in cells if cell.cell_type == "code" and re.search(r"^#\|\s*export", cell.source, re.M)]
-    assert len(prose.split()) <= 800, "a reference is a page of prose"
-    assert any(cell.get("outputs") for cell in cells), "its examples keep their outputs"
-    assert not [source for source in exported if too_long(source)], "an exported cell over 40 lines, or over 80 where it is one class"
-
-
-@pytest.mark.parametrize("notebook", EXPERIMENTS or [pytest.param(None, marks=pytest.mark.skip(reason="no experiment notebook yet"))])
-def test_experiment_has_a_parameters_cell(notebook):
-    """Without the tag papermill warns, exits 0, and the notebook's defaults overwrite what was passed."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
-
-
-def test_readme_is_the_rendered_index():
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    tool.write_address(tmp_path)
+    tool.drop_widget_state(tmp_path)
+    tool.run("nbdev_export", tmp_path)
+    tool.run("nbdev_clean", tmp_path)
+    derived = [*(ROOT / "qtseg").rglob("*.py"), *tool.notebooks()]
+    stale = [path.name for path in derived if path.read_bytes() != (tmp_path / path.relative_to(ROOT)).read_bytes()]
+    assert not stale, f"run `make sync`: {', '.join(stale)}"
     assert (ROOT / "README.md").read_text(encoding="utf-8") == tool.render_readme(), "run `make sync`"
-
-
-def test_relative_links_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *NOTEBOOKS]:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".ipynb":  # what a cell prints is no link of the lesson
-            text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
-        for link in re.findall(r"\]\(([^)#:\s\\]+?)(?:#[^)]*)?\)", text):
-            if re.fullmatch(r"[\w./-]+\.(ipynb|md|svg|png|py|ini)", link):
-                assert (path.parent / link).exists(), f"{path.name} links to {link}, which does not exist"
 
 
 def test_results_stand_on_the_front_page_as_they_were_measured():
@@ -140,12 +61,6 @@ def test_results_stand_on_the_front_page_as_they_were_measured():
         assert json.dumps(row, ensure_ascii=False)[1:-1] in index, "run `make sync`"
     for path in (ROOT / "results").rglob("*"):
         assert path.is_dir() or any(path.parent.parent == ROOT / place and path.name in kept for place, kept in results.KINDS.values()), f"{path} is not a number or a curve: pictures of data sets stay out"
-
-
-def test_the_map_names_every_chapter():
-    index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
-    for lesson in LESSONS:
-        assert f"({lesson.name})" in index and tool.colab_link(lesson) in index, f"index.ipynb's map lacks {lesson.name}"
 
 
 def test_pyproject_and_settings_agree():
@@ -173,13 +88,16 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
                 yield base, alias.name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_its_own_room_or_those_to_the_left(path):
+def test_a_module_imports_its_own_room_or_those_to_the_left():
     layer = {room: place for place, rooms in enumerate(LAYERS) for room in rooms}
-    for base, name in imports(path):
-        if (base, name) != ("", "__version__"):
-            assert layer[base.split(".")[0]] <= layer[dotted(path).split(".")[0]], f"{dotted(path)} imports {base}, which stands to its right"
-            assert not name.startswith("_"), f"{dotted(path)} imports {base}.{name}, which is private"
+    wrong = []
+    for path in MODULES:
+        for base, name in imports(path):
+            if (base, name) != ("", "__version__") and layer[base.split(".")[0]] > layer[dotted(path).split(".")[0]]:
+                wrong.append(f"{dotted(path)} imports {base}, which stands to its right")
+            if name.startswith("_") and name != "__version__":
+                wrong.append(f"{dotted(path)} imports {base}.{name}, which is private")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_module_imports_itself_by_a_detour():
@@ -192,6 +110,11 @@ def test_no_module_imports_itself_by_a_detour():
 
 def test_modules_are_short():
     assert not [dotted(path) for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+
+
+def test_the_names_that_people_need_come_from_the_package_itself():
+    wanted = {"QTSeg", "load_official", "TrainConfig", "fit", "evaluate", "Predictor", "SegmentationData", "phantom", "show_masks"}
+    assert set(qtseg.__all__) == wanted and all(callable(getattr(qtseg, name)) for name in wanted)
 
 
 def test_no_undefined_names():

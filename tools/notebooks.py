@@ -44,6 +44,11 @@ def references(root: Path = ROOT) -> list[Path]:
     return [path for path in notebooks(root) if path.parent == root / "nbs" / "reference"]
 
 
+def experiments(root: Path = ROOT) -> list[Path]:
+    """The notebooks that papermill runs."""
+    return [path for path in notebooks(root) if path.parent == root / "nbs" / "experiments"]
+
+
 def module_of(path: Path) -> str | None:
     """The module that a notebook exports, as `network.blocks`; None if it exports none."""
     cells = nbformat.read(path, as_version=4).cells
