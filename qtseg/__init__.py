@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "training.loop": ["fit"],
     "evaluation.evaluate": ["evaluate_network"],
     "prediction.predictor": ["Predictor"],
-    "data.dataset": ["SegmentationData"],
+    "data.segmentation": ["SegmentationData"],
     "data.phantoms": ["phantom"],
     "view.figures": ["show_overlay"],
 })

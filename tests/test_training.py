@@ -881,7 +881,7 @@ def test_pictures_show_target_and_prediction(phantoms):
     batch = data.valid.batch([0, 1])
     picture = mask_pictures(batch, torch.zeros_like(batch.masks))
     assert picture.shape == (64, 128, 3) and picture.dtype == np.uint8
-    assert (picture == training_callbacks.COLORS["target"]).all(axis=2).any() and not (picture == training_callbacks.COLORS["prediction"]).all(axis=2).any()
+    assert (picture == training_callbacks.TARGET).all(axis=2).any() and not (picture == training_callbacks.PREDICTION).all(axis=2).any()
 
 
 def resident() -> int:
@@ -1240,8 +1240,8 @@ def test_albumentations_take_the_pairs_of_a_split(opened):
 
 def papermill(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess, Path]:
     output = tmp_path / "executed.ipynb"
-    done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR", str(ROOT / "nbs/experiments/train.ipynb"),
-                           str(output), "-f", str(ROOT / "nbs/experiments/params/demo.yaml"), "-p", "runs", str(tmp_path), *options],
+    done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", "--log-level", "ERROR", "--no-progress-bar", "--stdout-file", "-",
+                           str(ROOT / "nbs/experiments/train.ipynb"), str(output), "-f", str(ROOT / "nbs/experiments/params/demo.yaml"), "-p", "runs", str(tmp_path), *options],
                           cwd=tmp_path, capture_output=True, text=True, timeout=400)
     return done, output
 
@@ -1267,9 +1267,15 @@ def test_papermill_trains_evaluates_and_shows(tmp_path):
     small = ["-p", "data", "phantoms:nuclei:24", "-p", "size", "64", "-p", "width", "4", "-p", "epochs", "2", "-p", "batch", "4", "-p", "cache", str(tmp_path)]
     done, output = papermill(tmp_path, *small)
     assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"] and lines[1].endswith("00:00 left"), "the terminal shows each epoch"
+    assert all("Dice" in line and "loss" in line for line in lines)
     folder = tmp_path / "demo"
     assert {"metrics.json", "masks.png", "curves.png", "best_dice"} <= {path.name for path in folder.iterdir()}
     cells = json.loads(output.read_text())["cells"]
+    kept = [out for cell in cells if "fit(" in "".join(cell["source"]) for out in cell["outputs"]]
+    assert sum("application/vnd.jupyter.widget-view+json" in out.get("data", {}) for out in kept) == 1, "one bar, which was replaced"
+    assert not any("%|" in "".join(out.get("text", "")) for out in kept) and len(kept) <= 6
     assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell.get("outputs", [])) >= 3
     done, _ = papermill(tmp_path, *small)  # the same command again: nothing is trained twice
     assert done.returncode == 0 and time.time() - os.path.getmtime(folder / "resume.pt") > 3
@@ -1298,7 +1304,7 @@ def test_freed_memory_is_kept():
     """Blocks of 40 MB: as it comes each is faulted in anew, page by page; kept, soon none is."""
     program = """
 import resource, torch
-from qtseg.training.hardware.hardware import keep_freed_memory
+from qtseg.training.hardware import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)

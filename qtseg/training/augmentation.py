@@ -38,8 +38,7 @@ def _check_settings(operations: tuple[str, ...], most: int, strength: float, fil
 
 
 def _fill_for(fill: tuple[int, ...], channels: int) -> Tensor:
-    """The fill as uint8 [C]; equal values fit any number of channels. Raises ValueError where the numbers do not
-    fit."""
+    """The fill as uint8 [C]; equal values fit any number of channels. ValueError where the numbers do not fit."""
     fill = fill[:1] * channels if len(set(fill)) == 1 else fill
     if len(fill) != channels:
         raise ValueError(f"fill has {len(fill)} values, the images have {channels} channels")
@@ -47,8 +46,7 @@ def _fill_for(fill: tuple[int, ...], channels: int) -> Tensor:
 
 # %% ../../nbs/reference/training_augmentation.ipynb #augmentation070
 def _check_batch(images: Tensor, masks: Tensor) -> None:
-    """Raise ValueError unless images are uint8 [B, C, H, W], masks uint8 or int64 [B, H, W], of one size on one
-    device."""
+    """Raise ValueError unless images are uint8 [B, C, H, W], masks uint8 or int64 [B, H, W], of one size, together."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"images must be uint8 [B, C, H, W], got {_described(images)}")
     if not isinstance(masks, Tensor) or masks.dtype not in (torch.uint8, torch.int64) or masks.ndim != 3:
@@ -60,20 +58,25 @@ def _check_batch(images: Tensor, masks: Tensor) -> None:
 
 def _described(value: Any) -> str:
     """What came instead, for an error."""
-    return (
-        f"{value.dtype} {tuple(value.shape)} on {value.device}"
-        if isinstance(value, Tensor)
-        else f"a {type(value).__name__}"
-    )
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
 
 # %% ../../nbs/reference/training_augmentation.ipynb #augmentation073
 @dataclass(frozen=True)
 class Augmentation:
     """The recipe: for each image between 0 and `most` of `operations`, drawn without replacement, in random order.
 
-    `strength` scales every range: 0 changes nothing, 1 is the recipe, 2 the limit. `fill`: the color outside the image,
-    uint8 per channel, in the stored color space. Raises ValueError for settings without sense. Source: the official
-    training recipe.
+    Args:
+        operations: names of OPERATIONS.
+        most: the most operations that an image gets.
+        strength: scales every range: 0 changes nothing, 1 is the recipe, 2 the limit.
+        fill: the color outside the image, 0 to 255 per channel, in the stored color space.
+
+    Raises:
+        ValueError: settings without sense.
+
+    Reference: the official training recipe.
     """
 
     operations: tuple[str, ...] = tuple(OPERATIONS)
@@ -87,8 +90,7 @@ class Augmentation:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def draw(self, count: int, shape: Shape, seed: int) -> list[Steps]:
-        """Decide what happens to each of `count` images of `shape` (channels, height, width); the same seed decides the
-        same."""
+        """Decide what happens to each of `count` images of `shape` (channels, height, width)."""
         random = seeded(seed)
         return [self._draw_one(shape, random) for _ in range(count)]
 
@@ -108,8 +110,7 @@ class Augmentation:
             masks: uint8 or int64 [B, H, W], on the same device. A label that means "ignore" stays what it is.
             seed: decides everything, for the whole batch.
             first: the row of `images[0]` in the whole batch, where these are a share of it: each image gets what it
-            would
-                have got there.
+                would have got there.
 
         Returns:
             float32 [B, C, H, W] in [-1, 1], and int64 [B, H, W], class 0 where nothing was seen.
@@ -123,12 +124,8 @@ class Augmentation:
         fill = _fill_for(self.fill, images.shape[1])
         steps = self.draw(first + len(images), tuple(images.shape[1:]), seed)[first:]
         noises = [noise_of(seed, first + row, images.device) for row in range(len(steps))]
-        if (
-            images.device.type == "cpu"
-            and OPENCV_IS_EXACT
-            and images.shape[1] in (1, 3, 4)
-            and max(images.shape[2:]) < 2**15 - 1
-        ):
+        opencv_can = images.shape[1] in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1
+        if images.device.type == "cpu" and OPENCV_IS_EXACT and opencv_can:
             return augment_on_cpu(images, masks, steps, fill, noises)
         moved = warp_each(images, masks, [compose(one) for one in steps], fill)
         colored = ((recolored(image, *rest).clamp_(-1, 1), mask) for (image, mask), *rest in zip(moved, steps, noises))

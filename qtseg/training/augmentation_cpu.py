@@ -22,8 +22,7 @@ __all__ = ['OPENCV_IS_EXACT', 'augment_on_cpu']
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067b
 def _reads_exactly() -> bool:
-    """Whether this OpenCV reads at exact positions: version 5 does (1, 3 or 4 channels), version 4 rounds them to 1/32
-    of a pixel."""
+    """Whether this OpenCV reads at exact positions: version 5 does, version 4 rounds them to 1/32 of a pixel."""
     x, y = np.meshgrid(*2 * [np.arange(64, dtype=np.float32)])
     shift = np.array([[1, 0, 0.01], [0, 1, 0]])
     for ramp in (x, np.dstack([x] * 4)):
@@ -35,12 +34,11 @@ def _reads_exactly() -> bool:
 
 
 OPENCV_IS_EXACT = _reads_exactly()
-_NORMALISED = normalize(torch.arange(256, dtype=torch.uint8)).numpy()  # what `normalize` makes of each byte
+_NORMALIZED = normalize(torch.arange(256, dtype=torch.uint8)).numpy()  # what `normalize` makes of each byte
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067b00
 def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray, int, list[float]], np.ndarray]:
-    """How OpenCV reads where a map says: a function of the source [H, W] or [H, W, C], the interpolation and what is
-    outside."""
+    """How OpenCV reads where a map says: a function of source [H, W] or [H, W, C], interpolation, what is outside."""
     if geometry.field is None:
         # OpenCV counts from the first pixel
         corner = np.array([[1, 0, (width - 1) / 2], [0, 1, (height - 1) / 2], [0, 0, 1]])
@@ -49,31 +47,28 @@ def _reader(geometry: Geometry, height: int, width: int) -> Callable[[np.ndarray
             source, matrix, (width, height), flags=how | cv2.WARP_INVERSE_MAP, borderValue=outside)
     few, (down, right), window = bent_positions(geometry, height, width)
     x, y = (
-        cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[
-            window]  # in pixels
+        cv2.resize(size / 2 * (places + 1) - 0.5, None, fx=right, fy=down, interpolation=cv2.INTER_LINEAR)[window]
         for places, size in zip(few.numpy(), (width, height))
     )
     return lambda source, how, outside: cv2.remap(source, x, y, how, borderValue=outside)
 
 
-def _move_on_cpu(
-    image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray,
-    new_mask: np.ndarray) -> None:
-    """`warp_each` for one image: uint8 [H, W, C], C 1, 3 or 4, mask [H, W], fill uint8 [C] -> float32 new_image, int64
-    new_mask."""
+def _move_on_cpu(image: np.ndarray, mask: np.ndarray, geometry: Geometry, fill: np.ndarray, new_image: np.ndarray,
+                 new_mask: np.ndarray) -> None:
+    """`warp_each` for one image: uint8 [H, W, C], mask [H, W], fill uint8 [C] -> float32 new_image, int64 new_mask."""
     axes = geometry.flipped_axes
     if axes is not None:
         code = {(1,): 0, (2,): 1, (1, 2): -1}.get(axes)  # OpenCV's names for these flips
-        cv2.LUT(image if code is None else cv2.flip(image, code), _NORMALISED, new_image)
+        cv2.LUT(image if code is None else cv2.flip(image, code), _NORMALIZED, new_image)
         new_mask[...] = np.flip(mask, [axis - 1 for axis in axes])  # axes of [H, W], not of [C, H, W]
         return
     read = _reader(geometry, *mask.shape)
-    outside = np.resize(_NORMALISED[fill], 4).tolist()  # OpenCV wants four numbers and ignores those beyond C
+    outside = np.resize(_NORMALIZED[fill], 4).tolist()  # OpenCV wants four numbers and ignores those beyond C
     if image.shape[2] == 3:  # a pixel of four values is read at once, one of three is not
-        four = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), _NORMALISED)
+        four = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), _NORMALIZED)
         cv2.cvtColor(read(four, cv2.INTER_LINEAR, outside), cv2.COLOR_RGBA2RGB, new_image)
     else:
-        new_image[...] = read(cv2.LUT(image, _NORMALISED), cv2.INTER_LINEAR, outside).reshape(image.shape)
+        new_image[...] = read(cv2.LUT(image, _NORMALIZED), cv2.INTER_LINEAR, outside).reshape(image.shape)
     new_mask[...] = read(mask if mask.dtype == np.uint8 else mask.astype(np.float32), cv2.INTER_NEAREST, [0.0])
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067c
@@ -99,22 +94,20 @@ _ON_CPU = {add_gaussian_noise: _noise_on_cpu, gaussian_blur: _blur_on_cpu, chang
 
 
 def _recolor_on_cpu(image: np.ndarray, steps: Steps, noise: Generator) -> None:
-    """`recolored` for float32 [H, W, C], in place and kept within [-1, 1]; operations that OpenCV lacks come from
-    OPERATIONS."""
+    """`recolored` for float32 [H, W, C], in place, within [-1, 1]; what OpenCV lacks comes from OPERATIONS."""
     changed = image
     for name, numbers in steps:
         apply = OPERATIONS[name].apply
         if apply in _ON_CPU:
-            # OpenCV drops the last axis of [H, W, 1]
-            changed = _ON_CPU[apply](changed, numbers, noise).reshape(image.shape)
+            changed = _ON_CPU[apply](changed, numbers, noise).reshape(image.shape)  # OpenCV drops a last axis of 1
         elif apply is not None:
             changed = apply(torch.from_numpy(changed).permute(2, 0, 1), numbers, noise).float().permute(1, 2, 0).numpy()
     if any(OPERATIONS[name].apply for name, _ in steps):
         np.clip(changed, -1, 1, out=image)
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067f
-def augment_on_cpu(
-    images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor, noises: list[Generator]) -> tuple[Tensor, Tensor]:
+def augment_on_cpu(images: Tensor, masks: Tensor, steps: list[Steps], fill: Tensor,
+                   noises: list[Generator]) -> tuple[Tensor, Tensor]:
     """What `Augmentation` promises, on a CPU: one image per thread, from its bytes to the batch."""
     new_images, new_masks = empty_batch(images)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from ..colors import FAILURE, FEATURES, hex_color
 from .callbacks import FitState
 
 # %% auto #0
@@ -25,9 +26,10 @@ def draw_curves(history: Sequence[dict]):
     names = {"train": "training", "valid": "validation"}
     figure = Figure(figsize=(8, 2.8), dpi=90, layout="constrained")
     for axes, measure, title in zip(figure.subplots(1, 2), ("loss", "dice"), ("loss", "Dice, percent")):
-        for part, color in (("train", "#0072B2"), ("valid", "#D55E00")):
+        for part, color in (("train", FEATURES), ("valid", FAILURE)):
             points = [(row["epoch"], row[f"{part}_{measure}"]) for row in history if f"{part}_{measure}" in row]
-            axes.plot(*zip(*points), color=color, marker="." if len(points) < 50 else None, label=names[part])
+            marker = "." if len(points) < 50 else None
+            axes.plot(*zip(*points), color=hex_color(color), marker=marker, label=names[part])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", title=title)
         axes.grid(alpha=0.3)

@@ -28,8 +28,7 @@ class TeamError(RuntimeError):
 
 # %% ../../nbs/reference/training_distributed.ipynb #c019
 def _leaves_weights_unused(model: nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Are there weights that no logit depends on? One pass over an empty image, in evaluation mode, tells; nothing
-    changes."""
+    """Are there weights that no logit depends on? One pass over an empty image, in evaluation mode, tells."""
     weights, was_training = [weight for weight in model.parameters() if weight.requires_grad], model.training
     image = torch.zeros(1, *shape, device=weights[0].device)
     gradients = torch.autograd.grad(model.eval()(image).sum(), weights, allow_unused=True)
@@ -95,8 +94,7 @@ USAGE = "torchrun --standalone --nproc-per-node 2 --module qtseg.cli train param
 
 
 def _own_device(name: str) -> torch.device:
-    """The kind of device that a team computes on; with CUDA, this process's own GPU becomes the current one.
-    ValueError."""
+    """The kind of device that a team computes on; with CUDA, this process's own GPU becomes the current one."""
     device = choose_device(name)
     if device.type not in ("cpu", "cuda") or device.index is not None:
         raise ValueError(f"a team computes on device cpu or cuda, one GPU for each process, not on {device}")
@@ -111,11 +109,15 @@ def _own_device(name: str) -> torch.device:
 # %% ../../nbs/reference/training_distributed.ipynb #c030
 @contextlib.contextmanager
 def joined_team(device: str = "auto", patience: timedelta = timedelta(hours=2)) -> Iterator[TorchTeam]:
-    """Join the processes that torchrun started with this one, and part from them at the end.
+    """Join the processes that torchrun started with this one; destroy the process group at the end.
 
-    Gradients travel over NCCL between GPUs and over gloo between CPUs, everything else over gloo. `patience`: how long
-    a process waits for another (the leader validates alone). TeamError, ValueError: one sentence. Source:
-    torch.distributed.
+    Args:
+        device: "cpu", "cuda" or "auto". Gradients go over NCCL between GPUs, everything else over gloo.
+        patience: how long a process waits for another; the leader validates alone meanwhile.
+
+    Raises:
+        TeamError: not started by torchrun, or the processes could not meet.
+        ValueError: a device that a team cannot use.
     """
     missing = [name for name in STARTED_BY_TORCHRUN if name not in os.environ]
     if missing:

@@ -22,10 +22,15 @@ FREQUENCY_IMAGES = 1000  # the most masks that are read to find the most frequen
 
 
 def class_frequencies(splits: Sequence[Split], classes: int, ignore_index: int | None = None) -> np.ndarray:
-    """How often each class lies at each pixel of the splits' masks at training size: float32 [size, size, classes], 0
-    to 1.
+    """How often each class lies at each pixel of the splits' masks, at training size.
 
-    Of more than FREQUENCY_IMAGES images, that many are taken, evenly spread. Ignored pixels are left out.
+    Args:
+        splits: parts of a data set. Of more than FREQUENCY_IMAGES images, that many are taken, evenly spread.
+        classes: how many, the background included.
+        ignore_index: the label of pixels that are left out.
+
+    Returns:
+        float32 [size, size, classes], each from 0 to 1.
     """
     places = [(split, position) for split in splits for position in range(len(split))]
     chosen = np.unique(np.linspace(0, len(places) - 1, min(len(places), FREQUENCY_IMAGES)).round().astype(int))
@@ -37,16 +42,15 @@ def class_frequencies(splits: Sequence[Split], classes: int, ignore_index: int |
 
 
 def best_constant_mask(data: SegmentationData, split: Split, *, batch: int = 16) -> dict:
-    """The scores that no image need be looked at for, at training size.
+    """The best mask that is the same for every image of a split, and its scores at training size.
 
     Tried are one class everywhere, and for each pixel the class that is most frequent there in the training masks.
 
     Returns:
-        {"mask": which of them has the highest Dice, and the scores of `SegmentationMetrics`}. A network that is not
-        above them has learned nothing.
+        "mask", which of them has the highest Dice, and the scores of `SegmentationMetrics`.
     """
-    frequent = torch.from_numpy(
-        class_frequencies([data.train], len(data.class_names), data.ignore_index).argmax(axis=2))
+    frequencies = class_frequencies([data.train], len(data.class_names), data.ignore_index)
+    frequent = torch.from_numpy(frequencies.argmax(axis=2))
     masks = {f"all {name}": torch.full_like(frequent, index) for index, name in enumerate(data.class_names)}
     masks["each pixel's most frequent class in the training split"] = frequent
     every = {name: SegmentationMetrics(data.classes, ignore_index=data.ignore_index) for name in masks}

@@ -23,8 +23,7 @@ __all__ = ['choose_device', 'keep_freed_memory', 'hardware', 'versions']
 
 # %% ../../nbs/reference/training_hardware.ipynb #c046
 def choose_device(name: str) -> torch.device:
-    """"auto" -> CUDA, Apple's MPS or the CPU, whichever is there first; else the device named. ValueError if it cannot
-    compute."""
+    """The device of a name; "auto": CUDA, Apple's MPS or the CPU. ValueError for one that cannot compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

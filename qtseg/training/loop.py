@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -24,7 +23,6 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..data.preprocessing import PREPROCESSING_FILE
 from ..data.segmentation import SegmentationData
@@ -139,7 +137,7 @@ def _anybody(team: Team | None, asked: threading.Event) -> bool:
     return asked.is_set() if team is None else bool(team.mean(torch.tensor(float(asked.is_set()))) > 0)
 
 
-def _train_epoch(trainer: Trainer, asked: threading.Event, bar: tqdm) -> bool:
+def _train_epoch(trainer: Trainer, asked: threading.Event) -> bool:
     """Run the epoch from where it stands; False when it was asked to stop before the end."""
     p, batches, pending, ids = trainer.progress, trainer.begin_epoch(), None, []
     while p.step < trainer.steps and not _anybody(trainer.team, asked):
@@ -151,24 +149,13 @@ def _train_epoch(trainer: Trainer, asked: threading.Event, bar: tqdm) -> bool:
         pending = result
         p.step += 1
         trainer.state.epoch, trainer.state.step, trainer.state.loss = p.epoch + 1, p.step, result[0]
+        if p.step > 1:  # sums lag a step behind
+            trainer.state.running = {name: p.sums[name] / (p.step - 1) for name in ("loss", "dice")}
         trainer.call("after_batch")
         p.sums["waited"] = p.sums.get("waited", 0.0) + waited
         p.sums["seconds"] = p.sums.get("seconds", 0.0) + time.perf_counter() - begin
-        _show(bar, trainer)
     _settle(trainer, pending, ids)
     return p.step == trainer.steps
-
-
-def _show(bar: tqdm, trainer: Trainer) -> None:
-    """Advance the progress bar by a step."""
-    p, c = trainer.progress, trainer.config
-    if p.step > 1:  # sums lag a step behind
-        bar.set_postfix_str(
-            f"epoch {p.epoch + 1}/{c.epochs}, loss {p.sums['loss'] / (p.step - 1):.4f}, "
-            f"Dice {p.sums['dice'] / (p.step - 1):.1f}, {p.step * c.batch / p.sums['seconds']:.1f} images/s",
-            refresh=False,
-        )
-    bar.update()
 
 # %% ../../nbs/13_training.ipynb #c118
 def _validate(trainer: Trainer, epoch: int) -> dict:
@@ -195,16 +182,6 @@ def _finish_epoch(trainer: Trainer) -> dict:
     p.history.append(row)
     p.epoch, p.step, p.sums = p.epoch + 1, 0, {}
     return row
-
-# %% ../../nbs/13_training.ipynb #c122
-def _line(row: dict) -> str:
-    """An epoch in one line."""
-    text = (f"epoch {row['epoch']:>3}  lr {row['lr']:.2e}  loss {row['train_loss']:.4f}  Dice {row['train_dice']:.2f}  "
-            f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s, waited {row['waited_percent']:.1f} %")
-    if "valid_dice" in row:
-        text += (
-            f"  |  validation: loss {row['valid_loss']:.4f}  Dice {row['valid_dice']:.2f}  IoU {row['valid_iou']:.2f}")
-    return text
 
 # %% ../../nbs/13_training.ipynb #c125
 @dataclass
@@ -249,7 +226,7 @@ def _final_metrics(trainer: Trainer) -> dict:
         "train": {
             "seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
             "processes": trainer.team.size if trainer.team else 1},
-        "given": trainer.given | {"callbacks": [full_name(one) for one in trainer.callbacks]},
+        "given": trainer.given,
         "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
         "notes": [*data.notes, *p.notes],
         "census": data.census.to_dict(),
@@ -346,33 +323,22 @@ def _save(trainer: Trainer, finished: bool) -> None:
     save_state(trainer)
 
 
-def _tell(trainer: Trainer, bar: tqdm) -> bool:
-    """Tell of an epoch, in a line and to the callbacks -> whether one of them wants to stop."""
-    if trainer.config.progress:
-        bar.write(_line(trainer.progress.history[-1]), file=sys.stdout)
-    return trainer.call("after_epoch")
-
-
 def _run(trainer: Trainer, asked: threading.Event) -> None:
     """Epochs until the last one; KeyboardInterrupt after saving when it was asked to stop."""
     p, c, team, state, begin = trainer.progress, trainer.config, trainer.team, trainer.state, time.perf_counter()
     done = p.seconds
-    bar = tqdm(total=c.epochs * trainer.steps, initial=p.epoch * trainer.steps + p.step, unit="step",
-               disable=not c.progress or (team is not None and not team.leads),
-               file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 5.0, dynamic_ncols=sys.stdout.isatty())
-    with bar:
-        while p.epoch < c.epochs and not state.stop:
-            finished = _train_epoch(trainer, asked, bar)
-            if finished:
-                _finish_epoch(trainer)
-            p.seconds = done + time.perf_counter() - begin
-            try:
-                state.stop = run_by_leader(team, _tell, trainer, bar) if finished else state.stop
-            finally:  # what a callback does wrong costs no epoch
-                run_by_leader(team, _save, trainer, finished)
-            if not finished:
-                raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
-                                        "run again with resume=True to go on from there")
+    while p.epoch < c.epochs and not state.stop:
+        finished = _train_epoch(trainer, asked)
+        if finished:
+            _finish_epoch(trainer)
+        p.seconds = done + time.perf_counter() - begin
+        try:
+            state.stop = run_by_leader(team, trainer.call, "after_epoch") if finished else state.stop
+        finally:  # what a callback does wrong costs no epoch
+            run_by_leader(team, _save, trainer, finished)
+        if not finished:
+            raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
+                                    "run again with resume=True to go on from there")
     if p.history and not p.step and "valid_loss" not in p.history[-1]:  # it ended earlier than planned
         p.history[-1] |= _validate(trainer, p.epoch)
         run_by_leader(team, _save, trainer, True)

@@ -103,18 +103,12 @@ def _sound_progress(found, trainer: Trainer) -> bool:
         return False
     p = Progress(**found)
     counted = all(type(value) is int for value in (p.epoch, p.step)) and 0 <= p.epoch and 0 <= p.step <= trainer.steps
-    return (
-        counted
-        and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set())
-        and _is_number(p.seconds)
-        and isinstance(p.history, list)
-        and len(p.history) == p.epoch
-        and all(numbers(row, ROW) for row in p.history)
-        and isinstance(p.best, dict)
-        and p.best.keys() <= BEST.keys()
-        and all(numbers(best, {"epoch", "value"}) for best in p.best.values())
-        and fits_type(p.notes, list[str])
-    )
+    return (counted and _is_number(p.seconds) and fits_type(p.notes, list[str])
+            and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set())
+            and isinstance(p.history, list) and len(p.history) == p.epoch
+            and all(numbers(row, ROW) for row in p.history)
+            and isinstance(p.best, dict) and p.best.keys() <= BEST.keys()
+            and all(numbers(best, {"epoch", "value"}) for best in p.best.values()))
 
 
 def _unsound(state, trainer: Trainer) -> str:
@@ -127,41 +121,35 @@ def _unsound(state, trainer: Trainer) -> str:
             isinstance(name, str) and isinstance(one, dict) for name, one in kept.items()):
         return "its parts"
     optimizer, wanted = state["optimizer"], trainer.optimizer.state_dict()
-    checks = {
-        "model": _alike(state["model"], trainer.model.state_dict()),
-        "optimizer": isinstance(optimizer, dict)
-        and optimizer.keys() == wanted.keys()
+    checks = {name: _alike(state[name], getattr(trainer, name).state_dict())
+              for name in ("model", "scheduler", "scaler")}
+    checks["optimizer"] = (
+        isinstance(optimizer, dict) and optimizer.keys() == wanted.keys()
         and _alike(optimizer["param_groups"], wanted["param_groups"])
-        and _sound_moments(optimizer["state"], trainer.config, list(trainer.model.parameters())),
-        "scheduler": _alike(state["scheduler"], trainer.scheduler.state_dict()),
-        "scaler": _alike(state["scaler"], trainer.scaler.state_dict()),
-        "progress": _sound_progress(state["progress"], trainer),
-    }
+        and _sound_moments(optimizer["state"], trainer.config, list(trainer.model.parameters())))
+    checks["progress"] = _sound_progress(state["progress"], trainer)
     return ", ".join(f"its {name}" for name, sound in checks.items() if not sound)
 
 # %% ../../nbs/reference/training_state.ipynb #c103d
 def _refuse_other_data(trainer: Trainer, state: dict) -> None:
-    """Raise ValueError unless the run goes on with the images and masks that it began with; drawn ones go by their
-    name."""
+    """Raise ValueError unless the run goes on with the images and masks that it began with."""
     path = trainer.config.folder / "config.json"
     begun = read_stored_config(path) if path.is_file() else trainer.config
-    if not is_path(trainer.config.data) or (
-        "data" not in state and located(begun)["data"] == located(trainer.config)["data"]):
+    if not is_path(trainer.config.data):  # drawn images: their name says everything, and is compared with the recipe
+        return
+    if "data" not in state and located(begun)["data"] == located(trainer.config)["data"]:
         return
     known = read_splits(trainer.config.folder) if trainer.data.folder else None
     now = split_table(trainer.data) if known else None
     if state.get("data") != trainer.digest or (known and {name: known[name] for name in SPLITS} != now):
-        raise ValueError(
-            f"{trainer.config.folder} was begun with other images or masks ({begun.data}) than {trainer.config.data} "
-            "holds now: name the same data, or choose another name"
-        )
+        raise ValueError(f"{trainer.config.folder} was begun with other images or masks ({begun.data}) than "
+                         f"{trainer.config.data} holds now: name the same data, or choose another name")
 
 
 def _follow_schedule(trainer: Trainer, before: int) -> None:
     """Put rate and schedule where a run of this many epochs would have them now, and note it."""
     c, p = trainer.config, trainer.progress
-    # goes through the epochs in place of the run's own
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], c.lr)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], c.lr)  # a stand-in that goes through the epochs
     scheduler = SCHEDULERS[c.scheduler](optimizer, c)
     for _ in range(p.epoch):
         optimizer.step()
@@ -170,10 +158,8 @@ def _follow_schedule(trainer: Trainer, before: int) -> None:
     old, new = (one.param_groups[0]["lr"] for one in (trainer.optimizer, optimizer))
     for group in trainer.optimizer.param_groups:
         group["lr"] = new
-    p.notes.append(
-        f"{before} epochs became {c.epochs} after epoch {p.epoch}: from there on the rate follows the {c.scheduler} curve "
-        f"of {c.epochs} epochs ({old:.2e} -> {new:.2e})"
-    )
+    p.notes.append(f"{before} epochs became {c.epochs} after epoch {p.epoch}: from there on the rate follows the "
+                   f"{c.scheduler} curve of {c.epochs} epochs ({old:.2e} -> {new:.2e})")
     if c.progress and (trainer.team is None or trainer.team.leads):
         print(p.notes[-1])
 
@@ -207,10 +193,8 @@ def load_state(trainer: Trainer) -> None:
         raise ValueError(f"not every process of the team sees {path}: put runs in a folder that all machines share")
     state = _read_state(path)
     if wrong := _unsound(state, trainer):
-        raise ValueError(
-            f"{path} does not fit this run ({wrong}): it is damaged, or of another network, optimizer or version; "
-            f"delete {path.parent} and start again, or choose another name"
-        )
+        raise ValueError(f"{path} does not fit this run ({wrong}): it is damaged, or of another network, optimizer or "
+                         f"version; delete {path.parent} and start again, or choose another name")
     _refuse_other_data(trainer, state)
     run_by_leader(trainer.team, _load_callbacks, trainer, state.get("callbacks", {}))
     for name in ("model", "optimizer", "scheduler", "scaler"):
@@ -224,4 +208,4 @@ def load_state(trainer: Trainer) -> None:
         before = state["scheduler"].get(key, trainer.config.epochs)
         if trainer.config.scheduler in ("cosine", "polynomial") and before != trainer.config.epochs:
             _follow_schedule(trainer, before)
-    trainer.state.config, trainer.state.history = trainer.config, p.history
+    trainer.state.config, trainer.state.history, trainer.state.step = trainer.config, p.history, p.step

@@ -24,7 +24,7 @@ from ..network.baselines import Baseline
 from ..network.fast import accelerate
 from ..network.model import QTSeg
 from .augmentation import Augmentation
-from .callbacks import FitState, Tracker, require_callbacks
+from .callbacks import FitState, ProgressBar, Tracker, require_callbacks
 from .config import OPTIMIZERS, SCHEDULERS, TrainConfig
 from .hardware import choose_device
 from .losses import weighted_loss
@@ -87,8 +87,7 @@ def run_by_leader(team: Team | None, function: Callable[..., T], *arguments) -> 
 
 # %% ../../nbs/reference/training_trainer.ipynb #c094a
 def build_network(config: TrainConfig) -> QTSeg | Baseline:
-    """The network that a configuration describes, with random weights. ValueError for names that do not exist or
-    fit."""
+    """The network that a configuration describes, with random weights. ValueError for names that do not fit."""
     c = config
     if c.model != "qtseg":
         return Baseline(c.model, c.encoder, c.classes, c.channels)
@@ -97,8 +96,7 @@ def build_network(config: TrainConfig) -> QTSeg | Baseline:
 
 
 def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
-    """The network with seeded weights, whatever was drawn before; weights channels last, as its forward pass wants
-    them."""
+    """The network with seeded weights, stored channels last, as its forward pass wants them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_network(config)
@@ -144,8 +142,7 @@ def _freeze_norm(model: nn.Module) -> None:
 
 # %% ../../nbs/reference/training_trainer.ipynb #c095
 def _trains_alone(model: nn.Module, shape: tuple[int, int, int], freeze_norm: bool) -> bool:
-    """Can the network train on one image at a time, or would BatchNorm see a single value per channel? A forward pass
-    tells."""
+    """Can the network train on one image, or would BatchNorm see one value per channel? A forward pass tells."""
     model = copy.deepcopy(model).train()
     if freeze_norm:
         _freeze_norm(model)
@@ -162,9 +159,8 @@ def _refuse_ignored(data: SegmentationData) -> None:
     for what, split in (("training", data.train), ("validation", data.valid)):
         parts = require_images(split, what).batches(1) if data.ignore_index is not None else ()
         if parts and not any((part.masks != data.ignore_index).any() for part in parts):
-            raise ValueError(
-                f"every pixel of the {what} images in {data.folder} is ignored: label some of them, or choose another split"
-            )
+            raise ValueError(f"every pixel of the {what} images in {data.folder} is ignored: label some of them, or "
+                             "choose another split")
 
 
 def _refuse_lone_images(config: TrainConfig, images: int, model: nn.Module, shape: tuple[int, int, int], processes: int,
@@ -172,20 +168,14 @@ def _refuse_lone_images(config: TrainConfig, images: int, model: nn.Module, shap
     """Raise ValueError, before the first step, if a step would hold one image that BatchNorm cannot train on alone."""
     together = processes if device.type == "cpu" else 1  # on GPUs, a team's BatchNorm sees the whole batch
     last = config.batch if config.drop_last else images % config.batch or config.batch
-    alone = (
-        "the last batch of an epoch"
-        if last < config.batch
-        else "a process's share of a batch"
-        if processes > 1
-        else "a batch"
-    )
+    alone = "a process's share of a batch" if processes > 1 else "a batch"
+    if last < config.batch:
+        alone = "the last batch of an epoch"
     if last > together or _trains_alone(model, shape, config.freeze_norm):
         return
     drop = "drop_last=True, " if last < config.batch < images else ""
-    raise ValueError(
-        f"{alone} holds one image ({images} training images, batch {config.batch}), of which BatchNorm would see one "
-        f"value per channel at size {shape[1]}: set {drop}another batch or a larger size"
-    )
+    raise ValueError(f"{alone} holds one image ({images} training images, batch {config.batch}), of which BatchNorm "
+                     f"would see one value per channel at size {shape[1]}: set {drop}another batch or a larger size")
 
 # %% ../../nbs/reference/training_trainer.ipynb #c095x1
 class GivenAugmentation:
@@ -232,8 +222,7 @@ def _augmentation(config: TrainConfig, data: SegmentationData,
 
 # %% ../../nbs/reference/training_trainer.ipynb #c097
 def step_rate(scheduler, config: TrainConfig, loss: float | None) -> None:
-    """One epoch of a schedule, never below min_lr; `loss`, None if the epoch was not validated, is what "plateau"
-    watches."""
+    """One epoch of a schedule, never below min_lr; "plateau" watches `loss`, None where no epoch was validated."""
     if config.scheduler != "plateau":
         scheduler.step()
     elif loss is not None:
@@ -254,12 +243,12 @@ def _scalar(loss: Tensor, function: Callable) -> Tensor:
 
 # %% ../../nbs/reference/training_trainer.ipynb #c097x1
 class Trainer:
-    """One run: network, optimizer, schedule, loss, augmentation, and one step of them. Its arguments are those of
-    `fit`."""
+    """One run: network, optimizer, schedule, loss, augmentation, and one step of them. Its arguments are `fit`'s."""
 
     def __init__(self, config: TrainConfig, data: SegmentationData, model: nn.Module | None = None,
                  loss: Callable | None = None, augment: Callable | None = None, callbacks: Sequence[object] = (),
                  team: Team | None = None):
+        require_callbacks(callbacks)
         self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
         images = len(require_images(data.train, "training"))
         self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
@@ -268,6 +257,7 @@ class Trainer:
                 f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
         given = {"model": model, "loss": loss, "augment": augment}
         self.given = {name: full_name(part) for name, part in given.items() if part is not None}
+        self.given["callbacks"] = [full_name(one) for one in callbacks]
         model = _seeded_network(config) if model is None else _checked_network(model, config, data.shape)
         _refuse_lone_images(config, images, model, data.shape, team.size if team else 1, self.device)
         _refuse_ignored(data)
@@ -285,9 +275,9 @@ class Trainer:
         self.unclaimed: dict[str, dict] = {}  # states of callbacks that are switched off
         self.progress, self.callbacks = Progress(), []
         if team is None or team.leads:
-            self.callbacks = [*callbacks, *([Tracker()] if config.track else [])]
-        require_callbacks(callbacks)
-        self.state = FitState(config, data, self.model, self.model, self.progress.history)
+            shown, tracked = [ProgressBar()] if config.progress else [], [Tracker()] if config.track else []
+            self.callbacks = [*shown, *callbacks, *tracked]
+        self.state = FitState(config, data, self.model, self.model, self.progress.history, self.steps)
 
     @cached_property
     def digest(self) -> str:
@@ -317,11 +307,7 @@ class Trainer:
                                             start=p.step, device=self.device))
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Augment, forward, backward, update -> the loss (scalar) and the counts [B, foreground classes, 4], not
-        synchronized.
-
-        The batch is the whole team's; augmentation, loss and counts are of this process's share.
-        """
+        """Augment, forward, backward, update, on this process's share -> loss, counts [B, classes - 1, 4]."""
         seed, (images, masks), rank = draw_seed(self.config.seed, self.progress.epoch, self.progress.step), batch[:2], 0
         if self.team:
             images, masks, rank = self.team.share(images), self.team.share(masks), self.team.rank

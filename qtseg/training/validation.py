@@ -21,12 +21,13 @@ __all__ = ['mixed_precision', 'require_images', 'evaluating', 'evaluate']
 
 # %% ../../nbs/reference/training_validation.ipynb #c058
 def mixed_precision(device: torch.device, amp: str):
-    """Mixed precision for the network, or nothing."""
+    """A context in which the network computes in 16 bits; `amp`: "none", "bf16" or "fp16"."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def require_images(split: Split, what: str) -> Split:
+    """The split. ValueError if it is missing or empty; `what` names it in the error."""
     if split is None or not len(split):
         raise ValueError(f"there are no {what} images: check the data folder, fold and valid_share")
     return split

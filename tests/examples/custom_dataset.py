@@ -5,9 +5,7 @@ import albumentations
 import numpy as np
 import torch
 
-from qtseg.data.phantoms import phantom
-from qtseg.training.config import TrainConfig
-from qtseg.training.loop import fit
+from qtseg import TrainConfig, fit, phantom
 
 TRAINING = albumentations.Compose([albumentations.HorizontalFlip(), albumentations.Affine(rotate=(-30, 30))])
 

@@ -4,8 +4,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from qtseg.training.config import TrainConfig
-from qtseg.training.loop import fit
+from qtseg import TrainConfig, fit
 
 
 def twice_the_foreground(logits, labels):

@@ -4,9 +4,8 @@ import sys
 import torch
 from torch import nn
 
+from qtseg import TrainConfig, fit
 from qtseg.training.callbacks import EMA, EarlyStopping
-from qtseg.training.config import TrainConfig
-from qtseg.training.loop import fit
 
 
 class SmallUNet(nn.Module):
