@@ -226,7 +226,7 @@ def test_a_model_of_other_weights_is_neither_packed_nor_timed(checkpoint, tmp_pa
     for refused in (lambda: pack(checkpoint, tmp_path / "packed"), lambda: checkpoint_engines(checkpoint, compiled=False)):
         with pytest.raises(ValueError) as caught:
             refused()
-        one_sentence(caught, "model.onnx", "qtseg-export")
+        one_sentence(caught, "model.onnx", "qtseg export")
     assert not (tmp_path / "packed").exists()
 
 
@@ -515,8 +515,11 @@ def test_a_folder_wins_over_the_hub(checkpoint, monkeypatch, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "me" / "skin")
     monkeypatch.chdir(tmp_path)
     assert download_checkpoint("me/skin") == Path("me/skin") and hub.asked == []
-    assert download_checkpoint("me/other", revision="v1", cache=tmp_path) == Path("/somewhere")
-    assert hub.asked == [("download", "me/other", "v1", tmp_path, sorted(["config.json", "model.safetensors", PREPROCESSING_FILE]))]
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        download_checkpoint("me/other")  # beside a folder that exists it is a path, mistyped
+    assert hub.asked == []
+    assert download_checkpoint("you/other", revision="v1", cache=tmp_path) == Path("/somewhere")
+    assert hub.asked == [("download", "you/other", "v1", tmp_path, sorted(["config.json", "model.safetensors", PREPROCESSING_FILE]))]
     with pytest.raises(FileNotFoundError, match="is no folder"):
         download_checkpoint(tmp_path / "nowhere")
 
