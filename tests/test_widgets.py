@@ -406,7 +406,7 @@ def test_a_split_a_predictor_and_what_it_wrote(tmp_path):
     assert [case.name for case in as_cases(folder)] == sorted(path.name for path in folder.iterdir())
     with pytest.raises(ValueError, match="holds no prediction for"):
         SavedPredictions(tmp_path / "hard").read(tmp_path / "other.png")
-    with pytest.raises(ValueError, match="is no folder that qtseg-predict wrote"):
+    with pytest.raises(ValueError, match="is no folder that qtseg predict wrote"):
         MaskExplorer(folder, folder)
 
 
@@ -578,7 +578,7 @@ def test_damaged_probabilities_are_refused_in_one_sentence(tmp_path, damage):
     else:
         shape = {"large": (4000, 4000, 2), "other": (64, 64, 3)}.get(damage, (64, 64, 2))
         np.savez_compressed(saved, **{"other" if damage is None else "probabilities": np.zeros(shape, np.float32)})
-    with pytest.raises(ValueError, match="a_mask_probability.npz holds .*run qtseg-predict again"):
+    with pytest.raises(ValueError, match="a_mask_probability.npz holds .*run qtseg predict again"):
         SavedPredictions(tmp_path / "out").read(tmp_path / "a.png")
 
 

@@ -53,7 +53,7 @@ def _read_study(folder: Path) -> dict:
     """study.json of a study's folder. FileNotFoundError, ValueError: no study, or one that says too little."""
     path, remedy = folder / "study.json", "start the study again, which writes it anew"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name the folder of a study, RUNS/STUDY, that qtseg-study wrote")
+        raise FileNotFoundError(f"{path} is missing: name the folder of a study, RUNS/STUDY, that qtseg study wrote")
     study = _read(path, remedy)
     missing = [key for key in ("study", "arms", "reference", "seeds") if not study.get(key)]
     if missing:

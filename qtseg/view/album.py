@@ -40,7 +40,7 @@ def one_hot(mask: np.ndarray, classes: int) -> np.ndarray:
 
 
 class SavedPredictions:
-    """What `qtseg-predict` wrote into a folder (lesson 14): masks, and probabilities where `--probability npz` asked
+    """What `qtseg predict` wrote into a folder (lesson 14): masks, and probabilities where `--probability npz` asked
     for them.
 
     Raises ValueError, naming the remedy, for any other folder.
@@ -56,12 +56,12 @@ class SavedPredictions:
             self.class_names = tuple(settings["preprocessing"]["class_names"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} is no folder that qtseg-predict wrote ({error!r}): name such a folder") from None
+                f"{folder} is no folder that qtseg predict wrote ({error!r}): name such a folder") from None
 
     def read(self, image: Path | None) -> np.ndarray:
         """The answer for an image file: float32 [H, W, K]. ValueError for an image that was not among them."""
         if image not in self.masks:
-            raise ValueError(f"{self.folder} holds no prediction for {image}: run qtseg-predict on that image")
+            raise ValueError(f"{self.folder} holds no prediction for {image}: run qtseg predict on that image")
         path, classes = self.masks[image], len(self.class_names)
         mask, saved = read_mask(path, classes=classes), path.with_name(f"{path.stem}_probability.npz")
         if not saved.is_file():
@@ -71,10 +71,10 @@ class SavedPredictions:
                 large = archive.zip.getinfo("probabilities.npy").file_size > 8 * mask.size * classes + 4096
                 probabilities = None if large else archive["probabilities"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{saved} holds no probabilities ({error!r}): run qtseg-predict again") from None
+            raise ValueError(f"{saved} holds no probabilities ({error!r}): run qtseg predict again") from None
         if large or probabilities.shape != (*mask.shape, classes):
             raise ValueError(
-                f"{saved} holds probabilities of another size than its mask {mask.shape}: run qtseg-predict again")
+                f"{saved} holds probabilities of another size than its mask {mask.shape}: run qtseg predict again")
         return probabilities
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-case
@@ -119,7 +119,7 @@ def as_cases(items: Any) -> list[Case]:
     Args:
         items: a `Split`; a `SegmentationData`, of which the test split is taken, or the validation split where there is
         none;
-            a folder of images, or one that qtseg-predict wrote; an image, or a list of images or of pairs (image,
+            a folder of images, or one that qtseg predict wrote; an image, or a list of images or of pairs (image,
             mask), where images and masks are paths, arrays or PIL images, and a mask may be None.
 
     Raises:
