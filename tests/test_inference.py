@@ -1032,7 +1032,7 @@ def test_onnx_engine(checkpoint, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
-    with pytest.raises(FileNotFoundError, match="run `qtseg-export .*copy` first"):
+    with pytest.raises(FileNotFoundError, match="run `qtseg export .*copy` first"):
         Predictor.from_checkpoint(folder, engine="onnx")
     small_onnx(folder, folder / "model.onnx", "0" * 64)
     with pytest.raises(ValueError, match="was not exported from the model.safetensors beside it"):
@@ -1102,7 +1102,7 @@ def test_the_command_in_a_shell(checkpoint, three, capfd):
         (["CKPT", "IMG", "--output", "OUT", "--batch", "0"], "batch is a whole number of at least 1"),
         (["CKPT", "IMG", "--output", "OUT", "--overlap", "nan"], "from 0 to below 1"),
         (["CKPT", "IMG", "--output", "OUT", "--window", "-5"], "32 pixels or more"),
-        (["CKPT", "IMG", "--output", "OUT", "--engine", "onnx"], "qtseg-export"),
+        (["CKPT", "IMG", "--output", "OUT", "--engine", "onnx"], "qtseg export"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_status_1(words, sentence, checkpoint, three, tmp_path, capfd):

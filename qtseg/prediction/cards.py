@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path, PureWindowsPath
 
@@ -19,12 +20,13 @@ from ..files.text import escape, printable, read_json, read_text
 from ..files.writing import new_folder, write_then_rename
 from ..network.hub import SHARED, upload_checkpoint
 from ..network.state import find_checkpoint
-from .export import ONNX_FILE
+from .export import ONNX_FILE, OPSET, TORCH_FILE, export_onnx, export_torch
 from .networks import open_onnx
 from ..training.config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'SCORES', 'CARD_FILE', 'CARD_MARK', 'data_name', 'model_card', 'write_card', 'pack', 'push_to_hub']
+__all__ = ['UNKNOWN', 'SCORES', 'CARD_FILE', 'CARD_MARK', 'data_name', 'model_card', 'write_card', 'pack', 'push_to_hub',
+           'export_checkpoint']
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export073
 def _read_json(path: Path) -> dict:
@@ -81,13 +83,14 @@ def _about(checkpoint: Path, model: nn.Module, preprocessing: Preprocessing) -> 
     """What the network does, and how to load it."""
     c, p, weights = model.config, preprocessing, sum(tensor.numel() for tensor in model.parameters())
     names = ", ".join(f"{index} {escape(name)}" for index, name in enumerate(p.class_names))
-    return f"""This is QTSeg, a query-token network for 2D medical image segmentation (arXiv 2412.17241). It turns an image of
-{c["in_channels"]} channels into a mask of class indices: {names}. It has {weights:,} parameters (width {c["width"]},
-bridge {c["bridge"]}, decoder {c["decoder"]}). Images are brought to {p.size}×{p.size} pixels ("{p.resize}") in the color space
-{p.color}; all of this stands in `preprocessor_config.json`, and the `Predictor` does it:
+    return f"""This is QTSeg, a query-token network for 2D medical image segmentation (arXiv 2412.17241).
+It turns an image of {c["in_channels"]} channels into a mask of class indices: {names}.
+It has {weights:,} parameters (width {c["width"]}, bridge {c["bridge"]}, decoder {c["decoder"]}).
+Images are brought to {p.size}×{p.size} pixels ("{p.resize}") in the color space {p.color};
+all of this stands in `preprocessor_config.json`, and the `Predictor` does it:
 
 ```python
-from qtseg.inference import Predictor
+from qtseg import Predictor
 predictor = Predictor.from_checkpoint("the folder that holds this file")
 mask = predictor.predict("image.jpg")  # uint8 [H, W], at the image's own size
 ```
@@ -130,7 +133,7 @@ def _interval(score: dict) -> str:
 
 
 def _evaluation(checkpoint: Path) -> str:
-    """A paragraph for each evaluation that `qtseg-evaluate` left in the checkpoint's folder."""
+    """A paragraph for each evaluation that `qtseg evaluate` left in the checkpoint's folder."""
     paragraphs = []
     for path in sorted(checkpoint.glob("evaluation_*/evaluation.json")):
         found = _read_json(path)
@@ -142,7 +145,7 @@ def _evaluation(checkpoint: Path) -> str:
             f"{split} split, {images} images, each at its own size, in percent (95 % bootstrap interval): "
             f"{scores}; {counts}."
         )
-    return "\n\n".join(paragraphs) or "None was found beside this checkpoint; `qtseg-evaluate` writes one."
+    return "\n\n".join(paragraphs) or "None was found beside this checkpoint; `qtseg evaluate` writes one."
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export086
 def _recipe(recipe: TrainConfig | None, metrics: dict) -> str:
@@ -166,14 +169,15 @@ def _recipe(recipe: TrainConfig | None, metrics: dict) -> str:
 def _limits(recipe: TrainConfig | None) -> str:
     """What it must not be used for, and why that is so."""
     data = f"pictures like those of {escape(data_name(recipe.data))}" if recipe else "data that nobody named"
-    return f"""**Not for clinical use.** No clinical study and no regulator has examined it, and nobody watches what it does once
-it is handed out. It learnt from {data}. On other devices, other patients and other findings its errors are unknown, and it cannot
-say "this is no picture of my kind": it answers every image with a mask. A mean score hides the images on which it fails."""
+    return f"""**Not for clinical use.** No clinical study and no regulator has examined it, and nobody watches what it
+does once it is handed out. It learnt from {data}. On other devices, other patients and other findings its errors are
+unknown, and it cannot say "this is no picture of my kind": it answers every image with a mask. A mean score hides the
+images on which it fails."""
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export092
 CARD_FILE = "README.md"
 CARD_MARK = (
-    "<!-- Written by qtseg-export, which writes it anew each time. Delete this line to keep your own changes. -->")
+    "<!-- Written by qtseg export, which writes it anew each time. Delete this line to keep your own changes. -->")
 
 
 def model_card(checkpoint: str | Path) -> str:
@@ -247,3 +251,37 @@ def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, t
     """
     with tempfile.TemporaryDirectory() as folder:
         return upload_checkpoint(pack(checkpoint, Path(folder) / "packed"), repo_id, private=private, token=token)
+
+# %% ../../nbs/reference/prediction_cards.ipynb #d700e20c
+def _written(path: Path, difference: float) -> str:
+    return f"{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1g} of PyTorch's"
+
+
+def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int = OPSET, torch: bool = False,
+                      card: bool = False, folder: str | Path | None = None, repo_id: str | None = None,
+                      public: bool = False) -> Iterator[str]:
+    """Export a checkpoint, describe it, share it: yields a line for each step. Nothing asked for: onnx and card.
+
+    Args:
+        checkpoint: its folder, or the folder of a run.
+        onnx, opset, torch, card: see `export_onnx`, `export_torch`, `write_card`.
+        folder, repo_id: see `pack` and `push_to_hub`.
+        public: whether a repository that has to be created is public.
+
+    Raises:
+        OSError, ValueError, RuntimeError, ModuleNotFoundError: see these functions; what earlier steps wrote stays.
+    """
+    nothing = not (onnx or torch or card or folder or repo_id)
+    checkpoint = find_checkpoint(checkpoint)
+    read_checkpoint(checkpoint)  # refuses now what would be refused in a minute
+    if onnx or nothing:
+        yield "recording, translating and checking the graph takes about a minute"
+        yield _written(checkpoint / ONNX_FILE, export_onnx(checkpoint, opset=opset))
+    if torch:
+        yield _written(checkpoint / TORCH_FILE, export_torch(checkpoint))
+    if card or nothing:
+        yield str(write_card(checkpoint))
+    if folder:
+        yield str(pack(checkpoint, folder))
+    if repo_id:
+        yield push_to_hub(checkpoint, repo_id, private=not public)

@@ -146,7 +146,7 @@ class OnnxNetwork:
     """A network in ONNX Runtime on the CPU: float32 [B, 3, H, W] in [-1, 1] -> logits [B, classes, H, W], torch tensors
     both.
 
-    path: a file that `qtseg-export` wrote (input "images", output "logits"); threads: None means one per core.
+    path: a file that `qtseg export` wrote (input "images", output "logits"); threads: None means one per core.
     `.metadata`: its texts by name. Raises FileNotFoundError, ValueError (no such model), ModuleNotFoundError (no ONNX
     Runtime).
     """
@@ -157,10 +157,10 @@ class OnnxNetwork:
         except ModuleNotFoundError:
             raise ModuleNotFoundError("ONNX models need ONNX Runtime: pip install onnxruntime") from None
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is missing: run `qtseg-export {Path(path).parent}` first")
+            raise FileNotFoundError(f"{path} is missing: run `qtseg export {Path(path).parent}` first")
         if Path(path).stat().st_size > LARGEST_ONNX:
             raise ValueError(f"{path} has more than {LARGEST_ONNX} bytes, which no ONNX file of one piece has: "
-                             "run qtseg-export again")
+                             "run qtseg export again")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         try:  # the bytes, not the path: weights in other files, anywhere on the disk, are not found
@@ -168,10 +168,10 @@ class OnnxNetwork:
                 Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # damaged files raise almost anything
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is no ONNX model that can be run ({reason}): run qtseg-export again") from None
+            raise ValueError(f"{path} is no ONNX model that can be run ({reason}): run qtseg export again") from None
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if [item.name for item in (*inputs, *outputs)] != ["images", "logits"]:
-            raise ValueError(f"{path} does not turn \"images\" into \"logits\": write it with qtseg-export")
+            raise ValueError(f"{path} does not turn \"images\" into \"logits\": write it with qtseg export")
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -183,5 +183,5 @@ def open_onnx(folder: Path) -> OnnxNetwork:
     network = OnnxNetwork(folder / "model.onnx")
     if network.metadata.get("weights_sha256") != weights_sha256(folder):
         raise ValueError(f"{folder / 'model.onnx'} was not exported from the model.safetensors beside it: "
-                         f"run `qtseg-export {folder}` again")
+                         f"run `qtseg export {folder}` again")
     return network
