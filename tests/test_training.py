@@ -26,7 +26,7 @@ import yaml
 from conftest import ROOT, refused_parameters, shared_folder
 from PIL import Image
 
-from qtseg.training import callbacks as training_callbacks, distributed, hardware as training_hardware, loop as training_loop, run_folder, trainer as training_trainer
+from qtseg.training import callbacks as training_callbacks, hardware as training_hardware, loop as training_loop, run_folder, trainer as training_trainer
 from qtseg.training.augmentation import Augmentation
 from qtseg.data.dataset import normalize
 from qtseg.data.segmentation import SegmentationData
@@ -90,7 +90,7 @@ def run_in_a_process(config: TrainConfig, before: str = "") -> subprocess.Popen:
 
 SLOW = """
 import time
-from qtseg import training
+from qtseg.training import trainer as training_trainer
 step = training_trainer.Trainer.step
 def slow(self, batch):
     if (self.progress.epoch, self.progress.step) == (1, 2):
@@ -693,7 +693,9 @@ def test_plateau_watches_the_validation_loss_alone(tiny, monkeypatch):
 
 
 def test_the_host_process_keeps_its_memory_as_it_was(tiny, monkeypatch):
-    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: pytest.fail("fit is a guest in this process"))
+    monkeypatch.setattr(training_hardware, "ctypes", SimpleNamespace(CDLL=lambda name: pytest.fail("fit is a guest in this process")))
+    with pytest.raises(pytest.fail.Exception, match="guest"):
+        training_hardware.keep_freed_memory()
     fit(tiny(size=32, epochs=1))
 
 

@@ -124,8 +124,7 @@ def _is_union(hint) -> bool:
 
 
 def fits_type(value, hint) -> bool:
-    """Is the value of this type? An int counts as a float, a bool never as a number; lists and mappings item by
-    item."""
+    """Is the value of this type? An int counts as a float, a bool is never a number."""
     if _is_union(hint):
         return any(fits_type(value, part) for part in typing.get_args(hint))
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -154,8 +153,7 @@ def shown_value(value) -> str:
 
 
 def _meant(name: str, value) -> str:
-    """What to write instead of a text that stands for another value, as papermill and YAML hand them over; else
-    nothing."""
+    """What to write instead of a text that stands for another value, as papermill delivers them; else ""."""
     text = value.strip() if isinstance(value, str) else ""
     word = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(text.lower())
     if word:

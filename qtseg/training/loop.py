@@ -95,8 +95,7 @@ def _read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
 
 # %% ../../nbs/13_training.ipynb #c109
 def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
-    """Keep a checkpoint for each measure that an epoch, counted from 1, improved; what is no number (NaN) is no
-    improvement."""
+    """Keep a checkpoint for each measure that an epoch, counted from 1, improved; NaN is no improvement."""
     p = trainer.progress
     for name, better in BEST.items():
         if math.isnan(scores[name]):
@@ -107,8 +106,7 @@ def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
 
 # %% ../../nbs/13_training.ipynb #c112
 def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[str]:
-    """Read a step's loss and Dice, the team's means, into the epoch's sums: a step late, so that a GPU never waits for
-    it.
+    """Read a step's loss and Dice, the team's means, into the epoch's sums; a step late, so nothing waits for the GPU.
 
     Returns the batch's ids. FloatingPointError, with them, when the loss is not finite.
     """
@@ -123,10 +121,9 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
     if not math.isfinite(value):
         cause = f", or by the step before it on {printable(', '.join(before))}" if before else ""
         raise FloatingPointError(
-            f"the loss became {value} in epoch {p.epoch + 1} on the images {printable(', '.join(ids))}: caused by them{cause}. Look at "
-            f"these images, or start again, under another name, with a lower lr (now {trainer.config.lr}). Earlier epochs are "
-            f"safe in {trainer.config.folder}."
-        )
+            f"the loss became {value} in epoch {p.epoch + 1} on the images {printable(', '.join(ids))}: caused by them"
+            f"{cause}. Look at these images, or start again, under another name, with a lower lr "
+            f"(now {trainer.config.lr}). Earlier epochs are safe in {trainer.config.folder}.")
     p.sums["loss"] = p.sums.get("loss", 0.0) + value
     p.sums["dice"] = p.sums.get("dice", 0.0) + dice
     return ids
@@ -186,8 +183,14 @@ def _finish_epoch(trainer: Trainer) -> dict:
 # %% ../../nbs/13_training.ipynb #c125
 @dataclass
 class Result:
-    """What `fit` returns: the scores as in metrics.json, the selected checkpoint's folder, a row per epoch, the run's
-    folder."""
+    """What `fit` returns.
+
+    Args:
+        metrics: as in metrics.json.
+        checkpoint_dir: the selected checkpoint's folder.
+        history: a row per epoch.
+        folder: the run's folder.
+    """
 
     metrics: dict
     checkpoint_dir: Path
@@ -196,8 +199,7 @@ class Result:
 
 # %% ../../nbs/13_training.ipynb #c127
 def _final_metrics(trainer: Trainer) -> dict:
-    """Scores of the selected checkpoint in float32 on validation and test split, and everything needed to reproduce
-    them."""
+    """Scores of the selected checkpoint in float32 on both splits, and everything needed to reproduce them."""
     c, p, data = trainer.config, trainer.progress, trainer.data
     if c.select not in p.best:
         raise FloatingPointError(

@@ -94,8 +94,7 @@ def _pixel_mean(losses: Tensor, target: Tensor, ignore_index: int | None) -> Ten
 
 
 def bce_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
-    """Binary cross-entropy, mean over the pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 ->
-    scalar.
+    """Binary cross-entropy, mean over pixels: logits [B, 1 or 2, H, W], int64 [B, H, W] of 0 and 1 -> scalar.
 
     Two channels count by their difference, which equals cross-entropy. `ignore_index`: the label of pixels that count
     nowhere. Raises ValueError for wrong types, shapes or labels.
@@ -120,8 +119,7 @@ def _soft_dice_loss(probability: Tensor, truth: Tensor, smooth: float) -> Tensor
 
 # %% ../../nbs/11_losses.ipynb #c040
 def _dice_mean(probability: Tensor, truth: Tensor, smooth: float, target: Tensor, ignore_index: int | None) -> Tensor:
-    """Dice losses summed over classes, mean over the images that have a pixel that counts: maps [B, C, H, W] ->
-    scalar."""
+    """Dice losses summed over classes, mean over the images with a pixel that counts: [B, C, H, W] -> scalar."""
     if ignore_index is None:
         return _soft_dice_loss(probability, truth, smooth).sum(dim=1).mean()  # [B, C] -> [B] -> scalar
     counted = target != ignore_index  # [B, H, W]
@@ -132,8 +130,7 @@ def _dice_mean(probability: Tensor, truth: Tensor, smooth: float, target: Tensor
 
 def binary_dice_loss(
     logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
-    """Soft Dice loss of class 1, mean over images: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 ->
-    scalar.
+    """Soft Dice loss of class 1, mean over images: logits [B, 1 or 2, H, W], int64 [B, H, W] of 0 and 1 -> scalar.
 
     Probability: sigmoid at one channel, softmax at two. `ignore_index`: the label of pixels that count nowhere.
     Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
@@ -145,8 +142,7 @@ def binary_dice_loss(
 # %% ../../nbs/11_losses.ipynb #c045
 def categorical_dice_loss(
     logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
-    """Soft Dice loss summed over classes, mean over images: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar,
-    0 to C.
+    """Soft Dice loss summed over classes, mean over images: logits [B, C >= 2, H, W], int64 [B, H, W] -> 0 to C.
 
     Background, class 0, is one of the classes. `ignore_index`: the label of pixels that count nowhere.
     Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.

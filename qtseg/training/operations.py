@@ -39,8 +39,7 @@ def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "
 
 
 def noise_of(seed: int, row: int, device: torch.device | str = "cpu") -> Generator:
-    """The generator of one image's noise: its batch's seed, its row in the batch. Whichever thread comes first, it is
-    the same."""
+    """The generator of one image's noise: from its batch's seed and its row, the same whichever thread comes first."""
     return seeded(seed, f"noise {row}", device)
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation021
@@ -53,14 +52,12 @@ Shape = tuple[int, int, int]  # channels, height, width of one image
 
 
 def draw_vertical_flip(random: Generator, strength: float, shape: Shape) -> np.ndarray:
-    """Upside down with probability 0.5: a matrix [3, 3] in pixels about the center. Source: the recipe, imgaug's
-    Flipud."""
+    """Upside down with probability 0.5: a matrix [3, 3] in pixels about the center. Reference: imgaug's Flipud."""
     return np.diag([1.0, -1.0 if uniform(random, 0, 1) < 0.5 * min(strength, 1) else 1.0, 1.0])
 
 
 def draw_horizontal_flip(random: Generator, strength: float, shape: Shape) -> np.ndarray:
-    """Left to right with probability 0.5: a matrix [3, 3] in pixels about the center. Source: the recipe, imgaug's
-    Fliplr."""
+    """Left to right with probability 0.5: a matrix [3, 3] in pixels about the center. Reference: imgaug's Fliplr."""
     return np.diag([-1.0 if uniform(random, 0, 1) < 0.5 * min(strength, 1) else 1.0, 1.0, 1.0])
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation027
@@ -78,23 +75,20 @@ def draw_rotate(random: Generator, strength: float, shape: Shape) -> np.ndarray:
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation029
 def draw_shear(random: Generator, strength: float, shape: Shape) -> np.ndarray:
-    """Upright lines lean by up to 16 degrees: a matrix [3, 3] in pixels about the center. Along x only, unlike
-    imgaug."""
+    """Upright lines lean by up to 16 degrees: a matrix [3, 3] in pixels about the center. Along x only, not as imgaug."""
     angle = math.radians(uniform(random, -16 * strength, 16 * strength))
     return np.array([[1.0, math.tan(angle), 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 
 
 def draw_translate(random: Generator, strength: float, shape: Shape) -> np.ndarray:
-    """A shift of up to 20 % of the width and of the height: a matrix [3, 3] in pixels about the center. Source: the
-    recipe."""
+    """A shift of up to 20 % of the width and of the height: a matrix [3, 3] in pixels about the center."""
     _, height, width = shape
     shift_x, shift_y = (uniform(random, -0.2 * strength, 0.2 * strength) for _ in range(2))
     return np.array([[1.0, 0.0, shift_x * width], [0.0, 1.0, shift_y * height], [0.0, 0.0, 1.0]])
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation032
 def draw_piecewise_affine(random: Generator, strength: float, shape: Shape) -> np.ndarray:
-    """Displacements of 4x4 control points, normal with sigma 0.008 to 0.03: float32 [2 (x, y), 4, 4], shares of the
-    image's size.
+    """Displacements of 4x4 control points, sigma 0.008 to 0.03: float32 [2 (x, y), 4, 4], shares of the image's size.
 
     Source: the recipe; 4x4 is imgaug's default.
     """
@@ -119,8 +113,7 @@ def draw_gaussian_blur(random: Generator, strength: float, shape: Shape) -> floa
 
 
 def gaussian_weights(sigma: float) -> list[float]:
-    """The weights of neighbors from 2 sigma before to 2 sigma after, not yet summing to one: 5 for sigma 1, as in
-    imgaug."""
+    """The weights of neighbors from 2 sigma before to 2 sigma after, not yet summing to one: 5 for sigma 1, as imgaug."""
     radius = math.ceil(2 * sigma)
     return [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
 
@@ -140,8 +133,7 @@ def gaussian_blur(image: Tensor, sigma: float, noise: Generator) -> Tensor:
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation041
 def draw_contrast(random: Generator, strength: float, shape: Shape) -> list[float]:
-    """Factors 0.5 to 1.5: with probability 0.5 one per channel, otherwise one for all. Source: the recipe;
-    LinearContrast."""
+    """Factors 0.5 to 1.5: with probability 0.5 one per channel, otherwise one for all. Reference: LinearContrast."""
     low, high = 1 - 0.5 * strength, 1 + 0.5 * strength
     if uniform(random, 0, 1) < 0.5:
         return [uniform(random, low, high) for _ in range(shape[0])]
@@ -184,8 +176,7 @@ Steps = list[tuple[str, Any]]  # what one image goes through, in order: (name of
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation047
 class Geometry(NamedTuple):
-    """Where an output pixel q looks in the source: before · (p + field(p)) with p = after · q, in pixels about the
-    center."""
+    """Where an output pixel q looks in the source: before · (p + field(p)), p = after · q, in pixels about the center."""
 
     before: np.ndarray  # [3, 3], float64
     field: np.ndarray | None  # [2, 4, 4], shares of the image's size, or None
@@ -198,8 +189,7 @@ class Geometry(NamedTuple):
 
     @property
     def flipped_axes(self) -> tuple[int, ...] | None:
-        """Axes of [C, H, W] to flip where flips are all there is: (), (1,), (2,) or (1, 2); None where a warp is
-        needed."""
+        """Axes of [C, H, W] to flip: (), (1,), (2,) or (1, 2); None where a warp is needed."""
         signs = np.sign(np.diag(self.matrix))
         if self.field is not None or not np.array_equal(self.matrix, np.diag(signs)):
             return None
@@ -207,8 +197,7 @@ class Geometry(NamedTuple):
 
 
 def compose(steps: Steps) -> Geometry:
-    """Put all geometric steps of one image, in their order, into one map from output to source; colors are passed
-    over."""
+    """Put all geometric steps of one image, in their order, into one map from output to source."""
     matrices, field = [np.eye(3), np.eye(3)], None
     for name, numbers in steps:
         if OPERATIONS[name].kind == "affine":
@@ -236,16 +225,14 @@ def centers(size: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def affine_positions(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Send places through a matrix: theta [n, 2, 3], columns x [w], rows y [h] -> [n, 2 (x, y), h, w], all in
-    grid_sample's units."""
+    """Send places through a matrix: theta [n, 2, 3], columns [w], rows [h] -> [n, 2 (x, y), h, w], grid_sample's units."""
     theta = theta[..., None, None]  # [n, 2, 3, 1, 1]
     # a row + a column, so one pass over the places
     return theta[:, :, 0] * x + (theta[:, :, 1] * y[:, None] + theta[:, :, 2])
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation055
 def displace(positions: Tensor, field: Tensor) -> Tensor:
-    """Add to each position the displacement there: [2 (x, y), h, w], field [2, 4, 4] in shares of the image -> [2, h,
-    w]."""
+    """Add to each position the displacement there: [2, h, w], field [2, 4, 4] in shares of the image -> [2, h, w]."""
     # [1, h, w, 2], [1, 2, 4, 4]; images are 2 units wide
     there, field = positions.permute(1, 2, 0)[None], 2 * field[None]
     if positions.device.type == "mps":  # Apple's GPUs have no bicubic grid_sample; the positions are few
@@ -255,8 +242,7 @@ def displace(positions: Tensor, field: Tensor) -> Tensor:
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation058
 def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int, slice]:
-    """Places along one axis from its first pixel to its last or beyond: [n] in grid_sample's units; how many pixels
-    apart; and which of all the pixels that they span are the image's."""
+    """Places along one axis -> [n] in grid_sample's units, pixels between two of them, the image's pixels among all."""
     step = max(size // 32, 1)
     first, number = step // 2, torch.arange((size - 1) // step + 2, device=device)
     # place k: amid the pixels from k * step on
@@ -264,8 +250,7 @@ def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int, slic
 
 
 class BentPositions(NamedTuple):
-    """Where every few pixels read in the source, a bend included. Enlarged by `steps` and cut to `window`, it is where
-    every pixel does."""
+    """Where every few pixels read in the source; enlarged by `steps` and cut to `window`, where every pixel does."""
 
     places: Tensor  # [2 (x, y), h, w], in grid_sample's units
     steps: tuple[int, int]  # rows and columns apart
@@ -283,8 +268,7 @@ def bent_positions(geometry: Geometry, height: int, width: int, device: torch.de
 
 
 def sampling_grid(geometries: list[Geometry], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Where each output pixel reads in the source: [n, H, W, 2 (x, y)], float32, in grid_sample's units
-    (align_corners=False)."""
+    """Where each output pixel reads in the source: float32 [n, H, W, 2 (x, y)], align_corners=False."""
     matrices = np.stack([_normalized(one.matrix, height, width) for one in geometries])
     positions = affine_positions(_on(device, matrices), centers(width, device), centers(height, device))  # [n, 2, H, W]
     for row, one in enumerate(geometries):
@@ -296,8 +280,7 @@ def sampling_grid(geometries: list[Geometry], height: int, width: int, device: t
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation060
 def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Tensor, Tensor]:
-    """Resample images and masks once, at the same positions: [n, C, H, W], [n, H, W]; grid [n, H, W, 2]; fill [C], on
-    the CPU.
+    """Resample images [n, C, H, W] and masks [n, H, W] once, at grid [n, H, W, 2]; fill [C], on the CPU.
 
     Images and fill may be uint8 or float, in one unit. Returns float32 [n, C, H, W] in that unit, interpolated, `fill`
     around them; and float32 [n, H, W], the nearest pixel's class, 0 around.
@@ -318,16 +301,14 @@ def _parts(rows: list[int], device: torch.device) -> list[list[int]]:
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation063
 def _gathered(stack: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a stack: a view where they lie side by side, a copy elsewhere. No index tensor, for which a GPU
-    would wait."""
+    """Some rows of a stack: a view where they lie side by side, else a copy; no index tensor, so no GPU waits."""
     adjacent = rows[-1] - rows[0] == len(rows) - 1
     return stack[rows[0] : rows[-1] + 1] if adjacent else torch.stack([stack[row] for row in rows])
 
 
 def warp_each(
     images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Move images and masks, flips exactly: yields, one by one, float32 [C, H, W] in [-1, 1] and [H, W], memory of
-    their own."""
+    """Move images and masks, flips exactly: yields, one by one, float32 [C, H, W] in [-1, 1] and [H, W]."""
     parts = iter(_parts([row for row, one in enumerate(geometries) if one.flipped_axes is None], images.device))
     warped: dict[int, tuple[Tensor, Tensor]] = {}
     for row, geometry in enumerate(geometries):
@@ -344,8 +325,7 @@ def warp_each(
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation063a
 def _interleave(planes: Tensor, image: Tensor) -> None:
-    """Copy one plane per color into an image whose colors lie side by side, both [C, H, W]; for a CPU, OpenCV is
-    faster."""
+    """Copy one plane per color into an image whose colors lie side by side, both [C, H, W]."""
     if (
         planes.device.type == "cpu"
         and planes.is_contiguous()
@@ -357,8 +337,7 @@ def _interleave(planes: Tensor, image: Tensor) -> None:
 
 
 def empty_batch(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for images and masks as networks and losses want them: float32 [B, C, H, W], channels last, and int64 [B,
-    H, W]."""
+    """Memory for a batch: float32 [B, C, H, W], channels last, and int64 [B, H, W]."""
     return (torch.empty(images.shape, device=images.device, memory_format=torch.channels_last),
             torch.empty(images.shape[:1] + images.shape[2:], dtype=torch.int64, device=images.device))
 
@@ -378,8 +357,7 @@ def apply_geometry(images: Tensor, masks: Tensor, geometries: list[Geometry], fi
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation066
 def recolored(image: Tensor, steps: Steps, noise: Generator) -> Tensor:
-    """The photometric steps of one image, in their drawn order: float [C, H, W] -> the same, whose memory may be
-    used."""
+    """The photometric steps of one image, in their drawn order: float [C, H, W] -> the same; its memory may be used."""
     for name, numbers in steps:
         if OPERATIONS[name].kind == "photometric":
             image = OPERATIONS[name].apply(image, numbers, noise)

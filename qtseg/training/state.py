@@ -53,8 +53,7 @@ def _is_number(value) -> bool:
 
 
 def _alike(found, wanted) -> bool:
-    """Has a value the form of another? Tensors: type, shape, every number stored and finite; else: types, keys,
-    lengths."""
+    """Has a value the form of another? Of tensors: type, shape, all numbers finite; else: types, keys, lengths."""
     if isinstance(wanted, Tensor):
         return (
             isinstance(found, Tensor)
