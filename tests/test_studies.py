@@ -488,6 +488,16 @@ def test_a_killed_worker_loses_nothing_and_nothing_is_completed_twice(stand_in, 
     assert "is gone; Dask repeats waits-seed1 on another" in capfd.readouterr().out
 
 
+def test_a_cancelled_future_means_that_the_scheduler_is_gone(stand_in, tmp_path, cluster):
+    study, future = stand_in("plain", seeds=[1]), cluster.submit(time.sleep, 0.1)
+    cluster.cancel([future])
+    wait_for(future.done)
+    sweep = study_sweep.Sweep(study, str(tmp_path / "runs"), {}, cluster, None, [], study_sweep.Screen())
+    sweep.active[future] = study.runs()[0]
+    with pytest.raises(ConnectionError, match="the scheduler is gone; what is finished is safe"):
+        study_sweep._collect(sweep)
+
+
 @pytest.mark.parametrize("address, options, said", [
     ("tcp://127.0.0.1:9", [], "whoever reaches tcp://127.0.0.1:9 can run code under your name"), ("host.example:8786", [], "whoever reaches host.example"),
     ("tcp://127.0.0.1:9", ["--insecure"], "no Dask scheduler answers at tcp://127.0.0.1:9"),

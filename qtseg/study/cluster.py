@@ -88,14 +88,16 @@ def remote_client(address: str, insecure: bool = False) -> Iterator:
     distributed = require_package("distributed")
     if distributed.comm.parse_address(address)[0] not in ("tls", "inproc") and not insecure:
         raise ValueError(f"whoever reaches {address} can run code under your name: start the scheduler and its workers "
-                         "with TLS (tls://host:port, nbs/reference/study_cluster.ipynb), or allow this with insecure=True (--insecure)")
+                         "with TLS (tls://host:port, nbs/reference/study_cluster.ipynb), or allow this with "
+                         "insecure=True (--insecure)")
     with _quiet("distributed.client"):
         try:
             client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, TimeoutError) as error:
             raise ConnectionError(f"no Dask scheduler answers at {address} ({str(error).splitlines()[0]}): start "
                                   "one with `dask scheduler --protocol tls`, workers with `dask worker ADDRESS "
-                                  "--nthreads 1`, all with the same TLS key in Dask's settings (nbs/reference/study_cluster.ipynb)") from None
+                                  "--nthreads 1`, all with the same TLS key in Dask's settings "
+                                  "(nbs/reference/study_cluster.ipynb)") from None
         with client:
             yield client
 

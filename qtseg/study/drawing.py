@@ -207,14 +207,9 @@ def _bubble(axes: Axes, place: int, cost: float, row: Mapping, measure: str, slo
     axes.errorbar(cost, mean, yerr=None if math.isnan(sd) else sd, color="#777777", linewidth=0.8)
     axes.scatter(cost, mean, s=1200 * row["latency_ms"] / slowest if known else 200, color=_ink(place), alpha=0.4,
                  zorder=2 - 0.01 * place)
-    axes.plot(
-        cost,
-        mean,
-        ".",
-        color=_ink(place),
-        zorder=3,
-        label=f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {format_operations(row['multiply_adds'])}{latency}",
-    )
+    operations = format_operations(row["multiply_adds"])
+    axes.plot(cost, mean, ".", color=_ink(place), zorder=3,
+              label=f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {operations}{latency}")
     corner = ((4, 3), (-9, 3), (4, -10), (-9, -10))[place % 4]  # arms of equal cost and score keep their numbers apart
     axes.annotate(str(place + 1), (cost, mean), corner, textcoords="offset points", fontsize=8, zorder=4)
 

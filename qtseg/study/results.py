@@ -179,9 +179,8 @@ def finished(frame: DataFrame) -> DataFrame:
     """The rows of `read_runs` that have scores. ValueError if there are none."""
     done = frame[frame["state"] == "done"]
     if done.empty:
-        raise ValueError(
-            f"none of the {len(frame)} runs of {distinct_values(frame['study'])} is finished: there is nothing to report"
-        )
+        raise ValueError(f"none of the {len(frame)} runs of {distinct_values(frame['study'])} is finished: there is "
+                         "nothing to report")
     return done
 
 # %% ../../nbs/reference/study_results.ipynb #report046

@@ -55,9 +55,8 @@ def caveats(frame: DataFrame) -> list[str]:
             if (done.groupby("fold", dropna=False)[column].nunique() > 1).any():
                 found.append(f"{study}: arms differ in {what} ({distinct_values(done[column])}).")
         if done["hardware"].nunique() > 1:
-            found.append(
-                f"{study}: trained on different hardware ({distinct_values(done['hardware'])}): seconds cannot be compared."
-            )
+            found.append(f"{study}: trained on different hardware ({distinct_values(done['hardware'])}): seconds "
+                         "cannot be compared.")
     return found
 
 # %% ../../nbs/reference/study_sentences.ipynb #report087
@@ -81,10 +80,8 @@ def describe_scores(summary: DataFrame, measure: str = "dice") -> list[str]:
         if ranges and len(ranked) > 1:
             widest, lead = max(ranges, key=ranges.get), abs(means[0] - means[1])
             relation = "more" if ranges[widest] > lead else "no more"
-            text += (
-                f". Runs of one and the same arm lie up to {ranges[widest]:.2f} points apart ({widest}): {relation} than "
-                f"the {lead:.2f} points between the best arm and the second, {ranked[1].arm}"
-            )
+            text += (f". Runs of one and the same arm lie up to {ranges[widest]:.2f} points apart ({widest}): "
+                     f"{relation} than the {lead:.2f} points between the best arm and the second, {ranked[1].arm}")
         sentences.append(text + ("." if ranges else ". No arm was run twice: how far luck moves a score is unknown."))
     return sentences
 
@@ -126,12 +123,12 @@ def describe_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") 
         cheap, dear = (arms.loc[getattr(arms["multiply_adds"], which)()] for which in ("idxmin", "idxmax"))
         low, high = cheap["multiply_adds"], dear["multiply_adds"]
         if high == low:
-            sentences.append(
-                f"{study}: all arms take {format_operations(low)} multiply-adds: what they differ in costs nothing here."
-            )
+            sentences.append(f"{study}: all arms take {format_operations(low)} multiply-adds: what they differ in "
+                             "costs nothing here.")
             continue
         text = (
-            f"{study}: multiply-adds run from {format_operations(low)} ({cheap['arm']}) to {format_operations(high)} ({dear['arm']}), "
+            f"{study}: multiply-adds run from {format_operations(low)} ({cheap['arm']}) to {format_operations(high)} "
+            f"({dear['arm']}), "
             + (f"{high / low:.1f} times as many." if high >= 2 * low else f"{100 * (high / low - 1):.0f} % more.")
         )
         front, least = [], math.inf

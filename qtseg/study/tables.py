@@ -133,7 +133,8 @@ PUBLISHED = {
     "QTSeg v1": {"parameters": 9.41, "multiply_adds": 2.19, "isic": (math.nan, 92.4, 86.74)},
     "QTSeg v2": {"parameters": 9.21, "multiply_adds": 2.60, "isic": (3.00, 92.45, 86.92), "busi": (3.08, 81.82, 73.46),
                  "bkai": (0.50, 92.71, 88.41), "dsb": (1.94, 91.56, 85.07)}}
-COUNTERPARTS = {"qtseg": "QTSeg v1", "unet": "U-Net", "unetplusplus": "UNet++", "deeplabv3plus": "DeepLabv3+"}  # by model
+COUNTERPARTS = {  # by model
+    "qtseg": "QTSeg v1", "unet": "U-Net", "unetplusplus": "UNet++", "deeplabv3plus": "DeepLabv3+"}
 
 # %% ../../nbs/reference/study_tables.ipynb #report080
 NETWORK_KEYS = ("bridge", "decoder", "position", "encoder", "width", "depths", "heads", "mlp_width")
@@ -188,7 +189,8 @@ def beside_published(frame: DataFrame, table: DataFrame) -> DataFrame:
         model = config.get("model", "qtseg")
         if data is not None and model in COUNTERPARTS:
             ours.setdefault(data, []).append({
-                "method": f"{COUNTERPARTS[model]}: {arm}", "source": f"{study}, {len(done)} run{'s' * (len(done) != 1)}",
+                "method": f"{COUNTERPARTS[model]}: {arm}",
+                "source": f"{study}, {len(done)} run{'s' * (len(done) != 1)}",
                 "size": int(done["size"].iloc[0]), "parameters": cost["parameters"] / 1e6,
                 "multiply_adds": cost["multiply_adds"] / 1e9,
                 **done[["mae", "dice", "iou"]].mean().to_dict(),

@@ -141,10 +141,8 @@ class _TracerState(CachedPanel):
         """One box in words, without its maps."""
         box = self.boxes[place]
         shapes = " + ".join(str(list(shape)) for shape in box.shapes)
-        return (
-            f"{'. ' * box.depth}{box.name or 'the whole network'} ({box.kind}): {shapes}; {box.parameters:,} parameters, "
-            f"{box.multiply_adds / 1e6:,.1f} M multiply-adds"
-        )
+        return (f"{'. ' * box.depth}{box.name or 'the whole network'} ({box.kind}): {shapes}; "
+                f"{box.parameters:,} parameters, {box.multiply_adds / 1e6:,.1f} M multiply-adds")
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-widget
 class ShapeTracer(_TracerState):
