@@ -1238,6 +1238,33 @@ def test_albumentations_take_the_pairs_of_a_split(opened):
     assert torch.equal(image, opened.train[3][0].flip(2)) and torch.equal(mask, opened.train[3][1].flip(1))
 
 
+# progress
+
+def test_progress_is_a_line_for_each_epoch_and_no_bar_where_nothing_is_replaced(tiny, capsys):
+    fit(tiny(size=32, epochs=2, progress=True), data=training_loop.open_data(tiny(size=32)))
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"] and lines[1].endswith("|  00:00 left")
+    assert all("loss" in line and "Dice" in line and "validation" in line for line in lines)
+    assert "%|" not in printed.out + printed.err
+    fit(tiny(size=32, epochs=1, name="silent"))
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_the_time_left_is_that_of_the_epochs_to_come():
+    row = {"epoch": 1, "lr": 1e-3, "train_loss": 1.0, "train_dice": 50.0, "seconds": 10.0, "images_per_second": 2.0, "waited_percent": 0.0}
+    history = [row, row | {"epoch": 2, "valid_loss": 1.0, "valid_dice": 50.0, "valid_iou": 40.0, "valid_seconds": 4.0}]
+    assert training_callbacks.epoch_line(history[:1], 5).endswith("00:40 left")
+    assert training_callbacks.epoch_line(history, 302).endswith("1:00:00 left"), "300 epochs of 12 seconds"
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_stands():
+    bar = training_callbacks.ProgressBar()
+    bar.after_fit(None)  # a run that was refused before it began
+    bar.before_fit(SimpleNamespace(config=SimpleNamespace(epochs=4), history=[{}], steps=5, step=2))
+    assert (bar._bar.n, bar._bar.total) == (7, 20)
+
+
 # the papermill notebook
 
 def papermill(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess, Path]:
