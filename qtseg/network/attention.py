@@ -45,7 +45,7 @@ class Attention(TwoForms):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def weights(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Who looks at whom: [B, heads, Nq, Nk], every row sums to one."""
+        """Attention weights [B, heads, Nq, Nk]; every row sums to one."""
         q, k = self._split(self.query(queries)), self._split(self.key(keys))
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 

@@ -28,7 +28,7 @@ class TwoForms(nn.Module):
 
 # %% ../../nbs/01_blocks.ipynb #c0375
 def watched(*modules: nn.Module) -> bool:
-    """Is there a hook that may keep the input or the output of one of these modules? Then nobody may overwrite them."""
+    """Whether a hook may keep the input or the output of one of these modules, so that neither may be overwritten."""
     return not torch.compiler.is_compiling() and (torch.nn.modules.module._has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks for module in modules))
 
