@@ -22,11 +22,15 @@ def _channel(image: np.ndarray, name: str) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms010
 def best_threshold(images: np.ndarray, masks: np.ndarray) -> tuple[float, str, int, bool]:
-    """Find the one threshold that suits a whole set best: images uint8 [N, H, W, 3], masks [N, H, W], foreground where
-    not 0.
+    """Find the one threshold that suits a whole set best: every value of every channel, foreground above or below.
 
-    Every value of every channel is tried, with the foreground above and below. Returns the mean of the images' Dice in
-    percent, the channel, the threshold t, and whether the foreground is bright (value > t) or dark (value <= t).
+    Args:
+        images: uint8 [N, H, W, 3].
+        masks: [N, H, W], foreground where not 0.
+
+    Returns:
+        The mean of the images' Dice in percent, the channel, the threshold t, and whether the foreground is bright
+        (value > t) or dark (value <= t).
     """
     best = (-1.0, "", 0, False)
     for name in CHANNELS:
@@ -51,8 +55,7 @@ def fit_field(field: np.ndarray, size: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms015
 def noise(rng: np.random.Generator, cells: int | tuple[int, int], size: int) -> np.ndarray:
-    """Smooth random field, float32 [size, size], about -2 to 2: cells x cells (or rows x columns) normal numbers,
-    stretched.
+    """Smooth random field, float32 [size, size], about -2 to 2: few normal numbers, rows x columns, stretched.
 
     The number of random numbers does not depend on the size, so one seed is one picture at every size.
     """
@@ -60,8 +63,8 @@ def noise(rng: np.random.Generator, cells: int | tuple[int, int], size: int) -> 
     return fit_field(rng.standard_normal((rows, columns), dtype=np.float32), size)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms020
-def rough_circle(rng: np.random.Generator, radius: float | np.ndarray, roughness: float, waves: int = 7, points: int = 128,
-            ) -> np.ndarray:
+def rough_circle(rng: np.random.Generator, radius: float | np.ndarray, roughness: float, waves: int = 7,
+                 points: int = 128) -> np.ndarray:
     """Closed curve round the origin, [points, 2] (x, y): a circle whose radius is a Fourier series of the angle.
 
     Lengths are in units of the image's side. Radii [n] give n curves [n, points, 2].
@@ -85,8 +88,7 @@ def stretched(curve: np.ndarray, factor: float | np.ndarray, angle: float | np.n
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms024
 def paint(curves: np.ndarray, size: int, values: np.ndarray | None = None) -> np.ndarray:
-    """Fill curves [n, points, 2], later ones on top: uint8 [size, size]; a pixel at an edge gets its share of both
-    sides.
+    """Fill curves [n, points, 2], later ones on top: uint8 [size, size]; edge pixels get a share of both sides.
 
     Without values: coverage, 255 where a pixel lies wholly inside. Drawn four times finer and averaged, in whole
     numbers, so that every machine paints the same.
@@ -107,8 +109,7 @@ def share(cover: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms028
 def blur(field: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of a float32 field [size, size], sigma in units of the side; done at 64 x 64 where that loses
-    nothing."""
+    """Gaussian blur of a float32 field [size, size], sigma in units of the side; if wide, done at 64 x 64."""
     size = len(field)
     small = cv2.resize(field, (64, 64), interpolation=cv2.INTER_AREA) if sigma > 0.03 and size > 64 else field
     small = cv2.GaussianBlur(small, (0, 0), max(sigma * len(small), 0.3), borderType=cv2.BORDER_REPLICATE)
@@ -122,8 +123,7 @@ def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def color(red: float, green: float, blue: float) -> np.ndarray:
-    """A color as float32 [3, 1, 1], ready to meet a field [size, size]. Colors come first here: that is twenty times
-    faster."""
+    """A color as float32 [3, 1, 1]: times a field [size, size] it is a color picture [3, size, size]."""
     return np.array([red, green, blue], np.float32)[:, None, None]
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms032
@@ -139,8 +139,7 @@ def _skin(rng: np.random.Generator, size: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms034
 def _pigment(rng: np.random.Generator, size: int) -> np.ndarray:
-    """How strongly a lesion absorbs red, green and blue at each pixel, float32 [3, size, size]; below 0: paler than the
-    skin."""
+    """How strongly a lesion absorbs red, green and blue, float32 [3, size, size]; below 0: paler than the skin."""
     network = 0.6 - np.abs(noise(rng, 20, size))  # thin lines where the field passes zero
     pattern = np.maximum(1 + 0.25 * noise(rng, 4, size) + 0.25 * network, 0.5)
     kind = rng.uniform()
@@ -187,8 +186,7 @@ def _dermoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms043
 def speckle(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Speckle, float32 [size, size], mean about 1: mean of two looks, each the length of a complex random number
-    (Rayleigh)."""
+    """Speckle, float32 [size, size], mean about 1: two looks, each the length of a complex random number (Rayleigh)."""
     # [looks, rows, columns]; finer along the beam
     real, imaginary = rng.standard_normal((2, 2, 112, 72), dtype=np.float32)
     looks = np.sqrt(real**2 + imaginary**2) / np.float32(np.sqrt(np.pi / 2))
@@ -208,8 +206,7 @@ def _tissue(rng: np.random.Generator, size: int, dark: float) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms048
 def _shadow(rng: np.random.Generator, inside: np.ndarray) -> np.ndarray:
-    """What reaches the depths, float32 [size, size]: less below a lesion (shadow), at times more (a cyst lets sound
-    pass)."""
+    """What reaches the depths, float32 [size, size]: less below a lesion (shadow), more below a cyst."""
     below = np.maximum.accumulate(inside, axis=0) - inside  # 1 under the lesion, 0 elsewhere
     strength = rng.uniform(0.35, 0.85) if rng.uniform() < 0.8 else rng.uniform(-0.6, -0.2)
     return 1 - strength * blur(below, 0.02)
@@ -226,8 +223,7 @@ def _contact(rng: np.random.Generator, size: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms051
 def _ultrasound(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image float32 [3, size, size] and mask [size, size]: a dark lesion with a bright rim in the gland, its shadow,
-    speckle."""
+    """Image float32 [3, size, size] and mask [size, size]: a dark lesion with a bright rim, its shadow, speckle."""
     dark = rng.uniform(0.08, 0.17)
     curve = stretched(
         rough_circle(rng, rng.uniform(0.17, 0.26), rng.uniform(0.03, 0.25)), rng.uniform(0.9, 1.8), rng.normal(0, 0.2))
@@ -268,8 +264,7 @@ def _ridges(rng: np.random.Generator, size: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms059
 def _surface(rng: np.random.Generator, size: int, label: int) -> np.ndarray:
-    """What a polyp does to the wall's color, float32 [3, size, size]: paler, with spots (1), or browner, with ridges
-    (2)."""
+    """A polyp's color relative to the wall, float32 [3, size, size]: paler with spots (1), browner with ridges (2)."""
     if label == 1:
         tint, marks = color(1.02, 1.14, 1.12), 0.24 * (_pits(rng, size) - 0.1)
     else:
@@ -278,8 +273,7 @@ def _surface(rng: np.random.Generator, size: int, label: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms062
 def _polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
-    """Outlines [1, 128, 2], radii and classes of an image's polyps: none (4 %), one (61 %), or two on opposite
-    sides."""
+    """Outlines [1, 128, 2], radii and classes of an image's polyps: none (4 %), one (61 %), or two."""
     number, angle = int(rng.choice(3, p=[0.04, 0.61, 0.35])), rng.uniform(0, 2 * np.pi)
     polyps = []
     for side in range(number):
@@ -300,8 +294,7 @@ def _gleams(rng: np.random.Generator, size: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms065
 def _endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image float32 [3, size, size] and mask [size, size], 0, 1, 2: polyps on the wall, highlights, at times cut
-    corners."""
+    """Image float32 [3, size, size] and mask [size, size], 0, 1, 2: polyps on the wall, highlights, cut corners."""
     image, mask = _mucosa(rng, size), np.zeros((size, size), np.uint8)
     for curve, radius, label in _polyps(rng):
         cover = paint(curve, size)
@@ -320,8 +313,7 @@ def _endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms068
 def _cells(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nuclei scattered over a jittered grid, a third with a partner that touches it: (stain, coverage), uint8 [size,
-    size]."""
+    """Nuclei on a jittered grid, a third with a partner that touches it: (stain, coverage), uint8 [size, size]."""
     rows = int(rng.integers(4, 7))
     # [rows**2, 2]
     places = (np.indices((rows, rows)).reshape(2, -1).T + rng.uniform(0.1, 0.9, (rows * rows, 2))) / rows
@@ -338,8 +330,7 @@ def _cells(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms070
 def _histology(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
-    """Haematoxylin (blue, in nuclei) and eosin (pink): each dye takes its share of a white light, float32 [3, size,
-    size]."""
+    """Haematoxylin (blue, in nuclei) and eosin (pink) absorb a white light, float32 [3, size, size]."""
     size = len(stain)
     eosin = np.maximum(0.35 + 0.12 * noise(rng, 5, size) + 0.14 * noise(rng, (20, 10), size), 0.05)
     haze = np.clip(noise(rng, 4, size), 0, 1.5)  # cytoplasm that took the blue dye as well
@@ -386,11 +377,18 @@ def check_whole(name: str, value: int, least: int, most: float = float("inf")) -
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms077
 def phantom(family: str, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one phantom: (image uint8 [size, size, 3] RGB, mask uint8 [size, size] of class indices, named in
-    CLASS_NAMES).
+    """Draw one phantom. The same arguments give the same bytes; another size gives the same picture, finer or coarser.
 
-    The same arguments give the same bytes. Another size gives the same picture, finer or coarser.
-    Raises ValueError for an unknown family, a seed below 0 or a size below 32.
+    Args:
+        family: one of FAMILIES.
+        seed: at least 0.
+        size: pixels along each side, at least 32.
+
+    Returns:
+        The image, uint8 RGB [size, size, 3], and the mask, uint8 [size, size] of class indices, named in CLASS_NAMES.
+
+    Raises:
+        ValueError: any other argument.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
