@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from pydicom.pixels import compress
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from qtseg.files import headers, writing
+from qtseg.files import headers, limits, writing
 from qtseg.files.folders import same_form, walk
 from qtseg.files.pictures import is_picture, read_picture
 from qtseg.files.text import csv_cell, escape, printable, read_json, read_table
@@ -573,6 +573,7 @@ READERS = {"Image.open", "json.load", "json.loads", "yaml.load", "torch.load", "
 DECODERS = {"imread", "imdecode", "dcmread", "safe_load", "read_csv", "read_excel", "Unpickler"}  # whatever they are called on
 ALLOWED = {
     ("data/kaggle", "json.loads"): "what a process of our own answers",
+    ("data/sets", "json.loads"): "a list of files, of 1 MB at most, whose every fault is caught",
     ("study/report", "json.loads"): "a table of pandas, in memory",
     ("network/state", "torch.load"): "tensors alone: weights_only=True",
     ("training/state", "torch.load"): "tensors alone: weights_only=True",
@@ -599,6 +600,20 @@ def test_the_search_for_readers_finds_them():
     found = {(path, name) for path in MODULES for name, _ in readers((ROOT / f"qtseg/{path}.py").read_text(encoding="utf-8"))}
     assert found == {("files/pictures", "cv2.imdecode"), ("files/dicom", "dcmread"), ("files/text", "json.loads"), *ALLOWED}
     assert {path.partition("/")[0] for path in MODULES if "/" in path} == {path.parent.name for path in (ROOT / "qtseg").glob("*/__init__.py")}
+
+
+def test_the_security_page_names_modules_and_limits_that_exist():
+    """And every limit that a variable raises, with its default."""
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`qtseg/([\w/]+)\.py`", page)
+    assert {"files/headers", "files/pictures", "files/text"} <= set(named) <= set(MODULES)
+    listed = dict(re.findall(r"^\| `QTSEG_(MAX_\w+)` \| ([^|(]+)", page, re.M))
+    digits = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+    for name, value in vars(limits).items():
+        if name.startswith("MAX_") and name != "MAX_ROW":  # which no variable raises
+            stated = listed.pop(name).strip().replace(",", "").translate(digits)
+            assert value == int(stated) or (stated[0] == "2" and value == 2 ** int(stated[1:])), name
+    assert set(listed) == {"MAX_DOWNLOAD"}  # of data.transfer
 
 
 @pytest.mark.parametrize("path", MODULES)
