@@ -62,8 +62,7 @@ def class_options(codes: Sequence[int]) -> str:
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #masks019
 def _spread(seen: MaskValues, top: int) -> tuple[int, int]:
-    """How many pixels are neither dark nor bright (between an eighth and seven eighths of `top`), and how many are
-    bright."""
+    """How many pixels lie between an eighth and seven eighths of `top`, and how many above."""
     return tuple(sum(count for code, count in seen.counts.items() if low < code <= limit)
                  for low, limit in ((top / 8, top * 7 / 8), (top * 7 / 8, top)))
 

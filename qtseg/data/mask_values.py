@@ -40,8 +40,7 @@ def value_code(value: int | str) -> int:
 
 
 def spell(codes: Iterable[int], most: int = 6, colors: bool = False) -> str:
-    """Codes as a user writes them, in a list: numbers, or colors if one of them is a color (or `colors` asks for
-    them)."""
+    """Codes as a user writes them, in a list: numbers, or colors if one of them is a color or `colors` is set."""
     codes = list(codes)
     if colors or any(code >= COLORED for code in codes):
         words = [f'"#{code - COLORED if code >= COLORED else min(code, 255) * 0x10101:06x}"' for code in codes]

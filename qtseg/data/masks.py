@@ -94,8 +94,7 @@ def _between_note(files: Sequence[MaskValues], total: Counter, between: Sequence
 
 
 def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
-    """The values that fill regions somewhere in the set: one each for black, white, and every flat value between
-    them."""
+    """The values that fill regions somewhere in the set: black, white, and every flat value between them."""
     total, top, exact = total_pixels(files), max(seen.top for seen in files), not any(seen.lossy for seen in files)
     if exact and top < 32:
         return list(total)
@@ -139,8 +138,7 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022p
 def _is_pale(seen: MaskValues, white: int) -> bool:
-    """Whether a mask's foreground is flat, and clearly darker than the white of its set (softened dots are not
-    flat)."""
+    """Whether a mask's foreground is flat, and clearly darker than the white of its set."""
     if not white / 8 < seen.top < white * 3 / 4 or white < 32:
         return False
     bright, flat = (sum(count for code, count in part.items() if code > seen.top * share)
@@ -309,8 +307,7 @@ def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: 
 
 
 def looks_up(masks: str, mask_values: Sequence[int | str] = (), ignore_value: int | str | None = None) -> bool:
-    """Whether a palette's colors count, not its indices: where colors are named, or black and white are wanted and no
-    number is."""
+    """Whether a palette's colors count, not its indices: a color is named, or black and white are wanted."""
     given = [value for value in (*mask_values, ignore_value) if value is not None]
     return any(isinstance(value, str) for value in given) if given else masks == "binary"
 

@@ -35,8 +35,7 @@ RESIZES = ("squash", "pad")
 
 
 def fitted_size(height: int, width: int, size: int, resize: str) -> tuple[int, int]:
-    """How many rows and columns of the size x size square an image of height x width pixels fills; ValueError: unknown
-    `resize`."""
+    """How many rows and columns of the size x size square an image fills; ValueError for an unknown `resize`."""
     if resize not in RESIZES:
         raise ValueError(f"resize must be one of {RESIZES}, got {resize!r}")
     scale = size / max(height, width)
@@ -54,8 +53,7 @@ def resize_image(image: np.ndarray, size: int, resize: str = "squash") -> np.nda
 
 
 def nearest_pixels(mask: np.ndarray, size: int, resize: str = "squash") -> np.ndarray:
-    """Bring a mask (uint8, uint16 or uint32 [H, W]) to what it fills of size x size, by the nearest pixel center; not
-    padded."""
+    """Bring a mask (uint8, uint16 or uint32 [H, W]) to what it fills of size x size, by the nearest pixel center."""
     rows, columns = fitted_size(*mask.shape, size, resize)
     # OpenCV knows no 32-bit masks
     planes = mask.view(np.uint8).reshape(*mask.shape, 4) if mask.dtype == np.uint32 else mask
@@ -80,8 +78,7 @@ def pad_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data049x2
 def outline(picture: np.ndarray, mask: np.ndarray, color: Sequence[int], width: int = 1) -> None:
-    """Draw the border of every class of a mask [H, W] (or of a boolean region) into a picture uint8 [H, W, 3], in
-    place.
+    """Draw the border of every class of a mask [H, W] into a picture uint8 [H, W, 3], in place.
 
     `width` of the line in pixels; it runs over the region's own border pixels, those around holes included.
     """

@@ -26,8 +26,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def _transfer_syntax(head: bytes) -> tuple[str, int]:
-    """How a DICOM file's data set is encoded, and where it begins; ValueError for file meta information that is
-    damaged."""
+    """How a DICOM file's data set is encoded, and where it begins; ValueError if the file meta information is damaged."""
     at, syntax = 132, ""
     for _ in range(64):
         group, element, kind, length = struct.unpack_from("<HH2sH", head, at)
@@ -188,8 +187,7 @@ def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-024
 def _require_few_runs(frame: bytes, pixels: int) -> None:
-    """Raise ValueError for a frame in DICOM's run-length code that becomes far more than its pixels, or holds millions
-    of runs."""
+    """Raise ValueError for a run-length coded frame that becomes far more than its pixels, or holds millions of runs."""
     offsets = struct.unpack_from("<16I", frame)
     left = 128 * limit("MAX_PIECES")
     for at, end in zip(offsets[1:], (*offsets[2:], 0)):
@@ -229,8 +227,7 @@ def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, r
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-025
 def _window(header, values: np.ndarray) -> tuple[float, float]:
-    """Which of a gray DICOM's values are black and white: its (first) window if it states one, else the extremes
-    present."""
+    """Which of a gray DICOM's values are black and white: its first window if it states one, else its extremes."""
     center, width = header.get("WindowCenter"), header.get("WindowWidth")
     if center is None or width is None:
         return values.min(), values.max()
@@ -267,8 +264,7 @@ def _on_screen(values: np.ndarray, header) -> np.ndarray:
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-026
 def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
-    """Gray values of a DICOM [H, W] as they are stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative
-    ones."""
+    """Gray values of a DICOM [H, W] as stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative ones."""
     if values.min() < 0 or values.max() > 65535:
         raise Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read as a mask")
     values = values.astype(np.uint8 if bits <= 8 else np.uint16)

@@ -69,8 +69,7 @@ def rgb_memory(plain: float, peak: float, stored_values: bool) -> tuple[float, f
 
 # %% ../../nbs/reference/files_headers.ipynb #e0d031fa
 def require_plausible_size(width: int, height: int, plain: float, frames: int, size: int) -> None:
-    """Raise ValueError for a large file that is far larger than its pictures: hashing it would take longer than reading
-    them."""
+    """Raise ValueError for a large file that is far larger than its pictures; hashing it would take long."""
     spare = size - int((64 if frames > 1 else 2) * width * height * plain * max(1, frames))
     require_within(
         "MAX_WHOLE_BYTES", spare,
@@ -81,8 +80,7 @@ SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG markers that sta
 
 
 def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
-    """Where the part after the one at `at` begins (0: parts end here), a JPEG's marker or whether it is pixels, and
-    what we need of it."""
+    """Where the next part begins (0: parts end here), a JPEG's marker or whether it is pixels, and what we need of it."""
     source.seek(at)
     head = source.read(8)
     if name == "PNG":
@@ -106,8 +104,7 @@ def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0166
 def require_few_parts(name: str, source: BinaryIO, size: int) -> int:
-    """Raise ValueError for far too many or too large parts beside the pixels of a PNG, JPEG or JPEG 2000, or for an
-    absurd directory.
+    """Raise ValueError for too many or too large parts of a PNG, JPEG or JPEG 2000, or for an absurd directory.
 
     Returns:
         How many values (pixels times channels) a JPEG or JPEG 2000 states; 0 if it states no size.
@@ -164,8 +161,7 @@ def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0164
 def _require_few_blocks(source: BinaryIO, at: int) -> int:
-    """Raise ValueError for a JPEG 2000 of millions of tiles, precincts, code blocks or layers; returns how many values
-    it states."""
+    """How many values a JPEG 2000 states; ValueError for millions of tiles, precincts, code blocks or layers."""
     values = tiles = 0
     for step, (marker, body) in enumerate(_codestream(source, at)):
         require_within("MAX_PIECES", step, f"has {step} markers")
@@ -214,8 +210,7 @@ def _layout(head: bytes) -> tuple[_Layout, int]:
 
 
 def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """A directory, tag -> (count, value or position), and where the next one is; ValueError if it describes far too
-    much."""
+    """A directory, tag -> (count, value or position), and where the next one is; ValueError if it is absurd."""
     source.seek(at)
     count = layout.count.unpack(source.read(layout.count.size))[0]
     require_within("MAX_PIECES", count, f"has a directory of {count} entries")
@@ -273,8 +268,7 @@ def _require_sane_tiff(tags: dict[int, tuple[int, int]]) -> None:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-018
 def _gif_frames(source: BinaryIO, size: int) -> int:
-    """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first of
-    them."""
+    """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first."""
     source.seek(10)
     flags = source.read(3)[0]
     source.seek(13 + (3 << (flags & 7) + 1) * (flags >> 7))
@@ -308,8 +302,7 @@ def require_few_scans(scans: int, samples: int) -> None:
 
 # %% ../../nbs/reference/files_headers.ipynb #files-021
 def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """What can be said without Pillow: a TIFF's first directory, and the frames of a TIFF or GIF (else 0);
-    ValueError."""
+    """Judge a file without Pillow: a TIFF's first directory, and the frames of a TIFF or GIF (else 0); ValueError."""
     if name in ("PNG", "JPEG", "JPEG2000"):
         require_few_parts(name, source, size)
     if name == "TIFF":
