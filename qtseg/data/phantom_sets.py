@@ -99,7 +99,7 @@ def _fill(folder: Path, made_with: dict) -> None:
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms104
 def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: int = 128, seed: int = 0) -> Path:
-    """Write phantoms as a prepared folder, whole or not at all; where the same call has made it before, leave it as it is.
+    """Write phantoms as a prepared folder, whole or not at all; leave it as it is if the same call made it before.
 
     Args:
         family: one of FAMILIES, or "all": the four in turn, masks merged to background and foreground.

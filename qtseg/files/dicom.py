@@ -26,7 +26,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def _transfer_syntax(head: bytes) -> tuple[str, int]:
-    """How a DICOM file's data set is encoded, and where it begins; ValueError if the file meta information is damaged."""
+    """How a DICOM file's data set is encoded, and where it begins; ValueError if that information is damaged."""
     at, syntax = 132, ""
     for _ in range(64):
         group, element, kind, length = struct.unpack_from("<HH2sH", head, at)
@@ -187,7 +187,7 @@ def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-024
 def _require_few_runs(frame: bytes, pixels: int) -> None:
-    """Raise ValueError for a run-length coded frame that becomes far more than its pixels, or holds millions of runs."""
+    """Raise ValueError for a run-length coded frame that swells beyond its pixels, or holds millions of runs."""
     offsets = struct.unpack_from("<16I", frame)
     left = 128 * limit("MAX_PIECES")
     for at, end in zip(offsets[1:], (*offsets[2:], 0)):

@@ -80,7 +80,7 @@ SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG markers that sta
 
 
 def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
-    """Where the next part begins (0: parts end here), a JPEG's marker or whether it is pixels, and what we need of it."""
+    """Where the next part begins (0: none), a JPEG's marker or whether it is pixels, and what we need of it."""
     source.seek(at)
     head = source.read(8)
     if name == "PNG":
