@@ -67,8 +67,7 @@ CACHE_VERSION = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the cached bytes, besides the files; `masks` is settled ("auto" replaced) before anything is
-    cached."""
+    """What decides the cached bytes, besides the files; `masks` is not "auto" any more."""
 
     size: int
     resize: str
@@ -364,25 +363,27 @@ def load_cache(folder: Path) -> Cache | None:
         entries = np.load(folder / "entries.npy")
         images, masks = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("images", "masks"))
         reading = MaskReading(**{**index["reading"], "values": tuple(index["reading"]["values"])})
-        cache = Cache(entries, images, masks, reading, index["ignored"], index["white"], index["notes"],
-                      Path(folder))
+        cache = Cache(
+            entries, images, masks, reading, index["ignored"], index["white"], index["notes"], Path(folder))
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
     return cache if len(entries) == len(images) == len(masks) else None
 
 # %% ../../nbs/reference/data_cache.ipynb #data134
 class DataProblems(ValueError):
-    """Everything that is wrong with a data set, in one exception: `.problems` is the whole list, one sentence per
-    problem.
+    """Everything that is wrong with a data set, one sentence per problem; the message shows the first 100.
 
-    The message shows the first 100. Nothing has been built when it is raised.
+    Nothing has been built when it is raised.
+
+    Args:
+        source: The folder or the name of the set.
+        problems: All of them; kept in `.problems`.
     """
 
     def __init__(self, source: object, problems: Iterable[str]):
         self.problems = list(problems)
         shown = self.problems[:100]
-        more = (
-            [f"  … and {len(self.problems) - len(shown)} more, in .problems"] if len(self.problems) > len(shown) else []
-        )
-        super().__init__(
-            "\n".join([f"{len(self.problems)} problem(s) in {source}:", *(f"  {printable(line)}" for line in shown), *more]))
+        lines = [f"{len(self.problems)} problem(s) in {source}:", *(f"  {printable(line)}" for line in shown)]
+        if len(self.problems) > len(shown):
+            lines.append(f"  … and {len(self.problems) - len(shown)} more, in .problems")
+        super().__init__("\n".join(lines))

@@ -248,18 +248,25 @@ class SegmentationData(OpenedData):
         """Find, check, split and cache a data set.
 
         Args:
-            source: a prepared folder, the official layout, images/ and masks/, a .zip of these, or
-            "phantoms[:family[:n]]". fold, folds, valid_share, seed: see assign_splits and hold_out; size, resize,
-            color: see Preprocessing.
-            masks: as in read_mask; "auto" is "index" for prepared folders and for classes > 2, else "binary".
-            mask_values: the stored value (int) or color ("#rrggbb") of class 0, 1, 2, …
-            ignore_value: the stored value or color that counts nowhere; None: 255 beside 0 … classes - 1.
-            workers: threads; None: one per core. white: as in read_image; None: the least of WHITES that no value
-            exceeds.
+            source: A prepared folder, the official layout, images/ and masks/, a .zip of these, or
+                "phantoms[:family[:n]]".
+            classes: Their number, background included.
+            size, resize, color: See Preprocessing.
+            fold, folds, valid_share, seed: See assign_splits and hold_out.
+            masks: As in read_mask; "auto" is "index" for prepared folders and for classes > 2, else "binary".
+            mask_values: The stored value (int) or color ("#rrggbb") of class 0, 1, 2, …
+            ignore_value: The stored value or color that counts nowhere; None: 255 beside 0 … classes - 1.
+            cache: Where caches go; None: see cache_root.
+            workers: Threads; None: one per core.
             splits: "train", "valid" or "test" for each id, instead of fold and share; other images are in no split.
+            white: As in read_image; None: the least of WHITES that no value exceeds.
             channels: 3, or 1 for a set of gray images; gray images have three equal channels otherwise.
 
-        Raises: DataProblems (everything that is wrong with the set), ValueError, FileNotFoundError, OSError (no space).
+        Raises:
+            DataProblems: Everything that is wrong with the set.
+            ValueError: An impossible argument.
+            FileNotFoundError: No such source.
+            OSError: No space.
         """
         mask_values = () if mask_values is None else tuple(plain(list(mask_values)))
         settings = Settings(size, resize, color, masks, classes, mask_values, ignore_value, white)
@@ -285,8 +292,11 @@ class SegmentationData(OpenedData):
     @classmethod
     def from_prepared(
         cls, folder: str | os.PathLike, fold: int | None = 0, size: int = 512, **options) -> SegmentationData:
-        """Open a prepared folder (one with a manifest.csv); further options as in `open`. ValueError if it is not
-        prepared."""
+        """Open a prepared folder (one with a manifest.csv); further options as in `open`.
+
+        Raises:
+            ValueError: It is not prepared.
+        """
         if not (Path(folder).expanduser() / "manifest.csv").is_file():
             raise ValueError(f"{folder} is not a prepared folder: it has no manifest.csv")
         return cls.open(folder, fold=fold, size=size, **options)
@@ -298,10 +308,11 @@ class SegmentationData(OpenedData):
         """Datasets of your own, as `fit` takes them.
 
         Args:
-            train, valid, test: see `DatasetSplit`, as `classes`, `ignore_index` and `workers`.
-            preprocessing: how their images were prepared, if the trained network is to prepare others in the same way.
+            train, valid, test, classes, ignore_index, workers: See `DatasetSplit`.
+            preprocessing: How their images were prepared, if the trained network is to prepare others in the same way.
 
-        Raises: ValueError: no such Dataset, or images of another number of channels.
+        Raises:
+            ValueError: No such Dataset, or images that differ in their number of channels.
         """
         parts = [None if part is None else DatasetSplit(part, classes, ignore_index, workers)
                  for part in (train, valid, test)]
