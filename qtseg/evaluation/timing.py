@@ -11,7 +11,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,17 +29,24 @@ __all__ = ['interleaved_times', 'timing_lines', 'operation_counter', 'operations
            'box_times', 'memory_growth']
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #c006
-def interleaved_times(jobs: dict[str, Callable], rounds: int = 11, warm_up: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of every call, `rounds` per job, sorted; the jobs take turns, so that all suffer the same
-    disturbances.
+def interleaved_times(jobs: Mapping[Hashable, Callable], rounds: int = 11, warm_up: int = 2) -> dict:
+    """Time several jobs that take turns, so that a disturbance of the machine affects all of them.
 
-    A job that starts work on a GPU has to wait for it itself (`torch.cuda.synchronize`).
+    Args:
+        jobs: by name. A job that starts work on a GPU waits for it itself (`torch.cuda.synchronize`).
+        rounds: each job has one turn in each; every round begins with another job.
+        warm_up: rounds before those that count.
+
+    Returns:
+        milliseconds of every call, sorted, `rounds` of them for each name.
     """
-    times: dict[str, list[float]] = {name: [] for name in jobs}
+    names = list(jobs)
+    times: dict = {name: [] for name in names}
     for turn in range(warm_up + rounds):
-        for name, job in jobs.items():
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            job()
+            jobs[name]()
             if turn >= warm_up:
                 times[name].append(1000 * (time.perf_counter() - start))
     return {name: sorted(values) for name, values in times.items()}

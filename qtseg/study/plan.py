@@ -209,10 +209,15 @@ def _frozen(value):
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments033
 def read_study(source: str | os.PathLike | Mapping) -> Study:
-    """A study from a YAML file, a study.json or a mapping with the same keys, checked.
+    """Read and check a study.
 
-    ValueError names the file and everything that is wrong: unknown keys, arms whose values make no `TrainConfig`, two
-    arms alike, seeds that are no whole numbers, no reference. FileNotFoundError if there is no such file.
+    Args:
+        source: a YAML file, a study.json or a mapping with the same keys.
+
+    Raises:
+        ValueError: names the file and up to ten problems: unknown keys, arms whose values make no `TrainConfig`, two
+            arms alike, seeds that are no whole numbers, no reference.
+        FileNotFoundError: no such file.
     """
     if isinstance(source, Mapping):
         values, where = dict(source), "this mapping"

@@ -34,8 +34,7 @@ __all__ = ['Report', 'build_report', 'report_markdown', 'write_report']
 # %% ../../nbs/reference/study_report.ipynb #report092
 @dataclass
 class Report:
-    """A finished report: tables of `read_runs`, `summarize`, `compare`, `costs`, `beside_published`; sentences and
-    figures."""
+    """A finished report: the tables of `study.results` and `beside_published`, sentences and figures."""
 
     measure: str
     runs: DataFrame
@@ -73,8 +72,16 @@ def build_report(
     size: int | None = None, rounds: int = 20, device: str = "cpu") -> Report:
     """Read finished studies and compute everything that is reported about them; nothing is written.
 
-    measure: what is compared and drawn; reference: the arm that all others are compared with (None: each study's own);
-    size, rounds, device: of `costs`. Errors as `read_runs`, `compare` and `costs`.
+    Args:
+        studies: folders RUNS/STUDY.
+        measure: what is compared and drawn.
+        reference: the arm that all others are compared with; None: each study's own.
+        size: of `costs`.
+        rounds: of `costs`.
+        device: of `costs`.
+
+    Raises:
+        ValueError: damaged files; and what `compare` and `costs` raise.
     """
     runs, pandas = read_runs(studies), report_library("pandas")
     summary, table, curves = (

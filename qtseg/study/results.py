@@ -9,8 +9,8 @@ import copy
 import math
 import os
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from ..evaluation.cost import multiply_adds
 from ..evaluation.metrics import MEASURES
+from ..evaluation.timing import interleaved_times
 from ..files.text import read_json
 from ..network.baselines import load_network
 from .plan import MOST_RUNS, Run, is_folder_name
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COLUMNS', 'read_metrics', 'read_runs', 'distinct_values', 'finished', 'summarize', 'fold_number',
-           'paired_differences', 'compare', 'arm_networks', 'interleaved_seconds', 'costs']
+           'paired_differences', 'compare', 'arm_networks', 'costs']
 
 # %% ../../nbs/reference/study_results.ipynb #report036
 def _read(path: Path, remedy: str) -> dict:
@@ -148,12 +149,19 @@ COLUMNS = (
 
 
 def read_runs(folders: str | os.PathLike | Sequence[str | os.PathLike]) -> DataFrame:
-    """Every run of one or several studies (folders RUNS/STUDY) -> a pandas table, one row per run, columns COLUMNS.
+    """Every planned run of one or several studies.
 
-    state: done, failed (`note` holds its last error), unfinished (begun), waiting; only done rows have scores
-    (percent), taken from the selected checkpoint on `scored_on`, the test split or, where the data has none, the
-    validation split.
-    seconds: training. ValueError names every damaged file at once; FileNotFoundError: no study there.
+    Args:
+        folders: RUNS/STUDY, one or several.
+
+    Returns:
+        a pandas table, a row for each run, columns COLUMNS. state: done, failed (`note` is its last error), unfinished
+        (begun) or waiting. Done rows have scores in percent, of the selected checkpoint on `scored_on`: the test split
+        or, where the data has none, the validation split. seconds: of training.
+
+    Raises:
+        ValueError: names every damaged file.
+        FileNotFoundError: no study there.
     """
     rows, problems = [], []
     for folder in [Path(folders)] if isinstance(folders, (str, os.PathLike)) else map(Path, folders):
@@ -185,11 +193,17 @@ def finished(frame: DataFrame) -> DataFrame:
 
 # %% ../../nbs/reference/study_results.ipynb #report046
 def summarize(frame: DataFrame) -> DataFrame:
-    """Mean, standard deviation (n - 1; NaN for one run), least and greatest of every measure over an arm's finished
-    runs.
+    """Mean and spread of every measure over an arm's finished runs.
 
-    -> a row per study and arm: study, arm, n, planned, seeds, folds (how many different ones), seconds (mean), then
-    MEASURE_mean, _sd, _min, _max in percent. ValueError if no run is finished.
+    Args:
+        frame: of `read_runs`.
+
+    Returns:
+        a row for each study and arm: study, arm, n, planned, seeds and folds (how many different ones), seconds (mean),
+        then MEASURE_mean, _sd (n - 1; NaN for one run), _min, _max in percent.
+
+    Raises:
+        ValueError: no run is finished.
     """
     rows = []
     for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
@@ -210,10 +224,10 @@ def fold_number(cell) -> int | None:
 
 def paired_differences(frame: DataFrame, arm: str, reference: str,
                        measure: str = "dice") -> tuple[dict[tuple, float], list[str]]:
-    """Arm minus reference for each (fold, seed) that both finished, in points, and the names of runs without a partner.
+    """Arm minus reference for each fold and seed that both finished.
 
-    The same seed orders and augments the same images, the same fold asks about the same images: what both share
-    cancels.
+    Returns:
+        the differences in points by (fold, seed), and the names of runs without a partner.
     """
     scores: dict[str, dict[tuple, float]] = {arm: {}, reference: {}}
     for _, run in finished(frame).iterrows():
@@ -245,14 +259,22 @@ def _caution(result: Paired, unit: str) -> str:
 
 # %% ../../nbs/reference/study_results.ipynb #report051
 def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice") -> DataFrame:
-    """Paired differences of every other arm of one study against `reference` (None: the study's own), in points of
-    `measure`.
+    """Paired differences of every arm of one study against the reference, in points.
 
-    The unit of replication is the fold, seeds averaged within, where the finished runs have several folds, and the
-    variance is corrected for their overlap (`paired_interval`); else the seed. -> a row per arm: study, reference, arm,
-    measure, unit, n, difference, sd, low, high (95 %), p, p_holm (over the arms), p_flip (`sign_flip_p`), p_flip_least,
-    unpaired, note.
-    ValueError: several studies, an unknown reference or measure, nothing finished.
+    The unit is the fold, seeds averaged within, where the finished runs have several folds; the variance is then
+    corrected for their overlap. Else it is the seed.
+
+    Args:
+        frame: of `read_runs`, one study.
+        reference: an arm; None: the study's own.
+        measure: one of MEASURES.
+
+    Returns:
+        a row for each arm: study, reference, arm, measure, unit, n, difference, sd, low, high (95 %), p, p_holm (over
+        the arms), p_flip (`sign_flip_p`), p_flip_least, unpaired, note.
+
+    Raises:
+        ValueError: several studies, an unknown reference or measure, nothing finished.
     """
     done = finished(frame)
     reference = done["reference"].iloc[0] if reference is None else reference
@@ -285,7 +307,9 @@ def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice
 def arm_networks(frame: DataFrame) -> dict[tuple[str, str], nn.Module]:
     """The trained network of each arm's first finished run, by (study, arm), in evaluation mode.
 
-    FileNotFoundError, ValueError where a run's selected checkpoint is missing or damaged.
+    Raises:
+        FileNotFoundError: a run's selected checkpoint is missing.
+        ValueError: it is damaged.
     """
     networks = {}
     for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
@@ -296,24 +320,17 @@ def arm_networks(frame: DataFrame) -> dict[tuple[str, str], nn.Module]:
 
 # %% ../../nbs/reference/study_results.ipynb #report055
 @torch.inference_mode()
-def interleaved_seconds(networks: Sequence[nn.Module], size: int, device: str | torch.device = "cpu",
-                        rounds: int = 20) -> np.ndarray:
-    """Seconds of one image of size x size pixels through each network, float64 [rounds, networks], after two warm-up
-    rounds.
+def _latencies(networks: Mapping[tuple, nn.Module], size: int, device: torch.device, rounds: int) -> dict:
+    """Quartiles of the milliseconds of one image of size x size pixels, by network. The networks take turns."""
+    image = torch.zeros(1, 3, size, size, device=device)
 
-    In every round each network has its turn, in an order that moves on by one: what slows the machine down for a while
-    slows all of them. Networks are timed as they are: `fuse` them before.
-    """
-    device, image = torch.device(device), torch.zeros(1, 3, size, size, device=device)
-    seconds = np.zeros((rounds + 2, len(networks)))
-    for turn in range(rounds + 2):
-        for place in ((turn + offset) % len(networks) for offset in range(len(networks))):
-            begin = time.perf_counter()
-            networks[place](image)
-            if device.type in ("cuda", "mps"):
-                getattr(torch, device.type).synchronize()  # the call returns before a GPU is done
-            seconds[turn, place] = time.perf_counter() - begin
-    return seconds[2:]
+    def once(network: nn.Module) -> None:
+        network(image)
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()  # the call returns before a GPU is done
+
+    times = interleaved_times({pair: partial(once, network) for pair, network in networks.items()}, rounds)
+    return {pair: tuple(np.percentile(values, [25, 50, 75]).tolist()) for pair, values in times.items()}
 
 # %% ../../nbs/reference/study_results.ipynb #report056
 def _fused(network: nn.Module, device: torch.device) -> nn.Module:
@@ -322,11 +339,20 @@ def _fused(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device: str = "cpu") -> DataFrame:
-    """What each arm's network costs for one image of size x size pixels (None: the size its runs were trained at).
+    """What each arm's network costs for one image.
 
-    -> a row per study and arm: study, arm, size, parameters, multiply_adds (`evaluation.multiply_adds`), latency_ms
-    with its quartiles latency_low and latency_high (float32, fused, batch 1, all networks of one size interleaved in
-    this process; NaN if rounds = 0), device. Errors as `arm_networks`; ValueError for a device that is not there.
+    Args:
+        frame: of `read_runs`.
+        size: pixels of the image's side; None: the size that the arm was trained at.
+        rounds: of the timing; 0: no latency.
+        device: where it is timed.
+
+    Returns:
+        a row for each study and arm: study, arm, size, parameters, multiply_adds, latency_ms with its quartiles
+        latency_low and latency_high (float32, fused, batch 1; networks of one size take turns), device.
+
+    Raises:
+        ValueError: a device that is not there; and what `arm_networks` raises.
     """
     place, machine = choose_device(device), hardware(torch.device("cpu"))
     named = (
@@ -336,9 +362,8 @@ def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device
     networks = arm_networks(frame)
     quartiles = dict.fromkeys(networks, (math.nan,) * 3)
     for pixels in dict.fromkeys(sizes.values()) if rounds else ():
-        pairs = [pair for pair in networks if sizes[pair] == pixels]
-        taken = 1000 * interleaved_seconds([_fused(networks[pair], place) for pair in pairs], pixels, place, rounds)
-        quartiles |= dict(zip(pairs, np.percentile(taken, [25, 50, 75], axis=0).T.tolist()))
+        alike = {pair: _fused(network, place) for pair, network in networks.items() if sizes[pair] == pixels}
+        quartiles |= _latencies(alike, pixels, place, rounds)
     return report_library("pandas").DataFrame(
         [
             {

@@ -63,10 +63,17 @@ def _open_here(path: Path) -> TextIO:
 
 @contextlib.contextmanager
 def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path` alone: True; with `wait=False`, False if another process holds it.
+    """Hold a lock file alone. The system releases the lock when its process ends, even when it is killed.
 
-    The system releases the lock when its process ends, however it ends: no lock outlives a crash. The file names the
-    process and its host. ModuleNotFoundError on Windows, which has no such locks.
+    Args:
+        path: the lock file; it names the process and its host.
+        wait: until another process releases it.
+
+    Yields:
+        True; with `wait=False`, False if another process holds it.
+
+    Raises:
+        ModuleNotFoundError: on Windows, which has no such locks.
     """
     with _open_here(path) as file:
         if not _lock(file, wait=False):
@@ -140,11 +147,22 @@ def _tidy(folder: Path, keep: str, run: Run) -> None:
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments046
 def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks: Sequence[object] = ()) -> Result:
-    """Train one run of a study, or go on with it, or do nothing if it is complete; returns its result either way.
+    """Train one run of a study, continue it, or do nothing if it is complete.
 
     Its folder RUNS/STUDY/RUN is locked meanwhile: a second process waits, then looks again. At the end it holds
-    config.json, metrics.json, history.csv, run.json and one checkpoint. Errors as `fit`'s; ValueError if the folder
-    holds another run.
+    config.json, metrics.json, history.csv, run.json and one checkpoint.
+
+    Args:
+        study: of `read_study`.
+        run: one of `study.runs()`.
+        runs: the folder of all studies.
+        callbacks: of `fit`.
+
+    Returns:
+        the run's result, read from its folder.
+
+    Raises:
+        ValueError: the folder holds a run with other values; and what `fit` raises.
     """
     config = study.config(run, runs)
     folder, checkpoint = config.folder, f"best_{config.select}"
@@ -241,10 +259,11 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
 
 
 def study_table(study: Study, runs: str | os.PathLike = "runs") -> list[dict]:
-    """The state of every run, from the run folders alone: a row each.
+    """The state of every run, from the run folders alone.
 
-    Keys: run, arm, seed, fold; state ("waiting", "running", "done", "failed"); epoch of epochs; dice (test, percent)
-    and seconds (of training) of finished runs, else None; error: the last error of a failed one, else "".
+    Returns:
+        a row for each run: run, arm, seed, fold; state ("waiting", "running", "done", "failed"); epoch and epochs;
+        dice (test, percent) and seconds (of training), None unless done; error, the last one of a failed run, or "".
     """
     return [run_row(study, run, runs) for run in study.runs()]
 
@@ -271,11 +290,14 @@ def format_duration(seconds: float) -> str:
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments064
 def arm_rows(rows: Sequence[dict], workers: int = 1) -> list[list[str]]:
-    """Rows of `study_table` as a table of texts with a row per arm, head first: what is done, what it scored, what is
-    left.
+    """Rows of `study_table` as a table of texts, head first, a row for each arm.
 
-    The time left counts an arm's mean training time (the mean over all arms where it has none yet) for each of its runs
-    that is not done, less what running ones have behind them, divided by the workers.
+    The time left assumes an arm's mean training time (that of all arms if it has none yet) for each run that is not
+    done, less what running ones have done.
+
+    Args:
+        rows: of `study_table`.
+        workers: by which the time left is divided.
     """
     arms = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
     known = [row["seconds"] for row in rows if row["seconds"] is not None]

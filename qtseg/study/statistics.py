@@ -27,8 +27,16 @@ def report_library(module: str):
 # %% ../../nbs/reference/study_statistics.ipynb #report021
 @dataclass(frozen=True)
 class Paired:
-    """A mean of n paired differences, their standard deviation, the interval of the mean, and the p-value of "no
-    difference"."""
+    """The mean of paired differences.
+
+    Attributes:
+        n: differences.
+        mean: of the differences.
+        sd: their standard deviation (n - 1).
+        low: the interval's lower end.
+        high: its upper end.
+        p: of the test of no difference.
+    """
 
     n: int
     mean: float
@@ -39,13 +47,23 @@ class Paired:
 
 
 def paired_interval(differences: Sequence[float], overlap: float = 0.0, level: float = 95.0) -> Paired:
-    """Student's interval (percent `level`) and two-sided paired t test of differences [n], in the differences' own
-    unit.
+    """Student's interval and two-sided paired t test of a mean difference.
 
-    overlap: held-out images per training image, 1 / (k - 1) for k folds, 0 for independent units: the variance of the
-    mean is sd² * (1 / n + overlap). What n = 1 cannot tell is NaN; so is p where all differences are the same and not
-    0: no spread, no test. ValueError for no difference or one that is not finite. Source: Nadeau and Bengio, Machine
-    Learning 52 (2003), 3.1.
+    Args:
+        differences: finite numbers [n], n >= 1.
+        overlap: held-out images per training image, 1 / (k - 1) for k folds, 0 for independent units. The variance of
+            the mean is sd² · (1 / n + overlap).
+        level: of the interval, in percent.
+
+    Returns:
+        in the unit of the differences. NaN where one difference cannot tell; interval and p are NaN where all
+        differences are equal and not 0.
+
+    Raises:
+        ValueError: no difference, or one that is not finite.
+
+    Reference:
+        C. Nadeau and Y. Bengio, Machine Learning 52 (2003), 3.1.
     """
     values = np.asarray(differences, dtype=np.float64)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
@@ -65,11 +83,21 @@ MOST_FLIPS = 20  # 2^20 sums
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """Exact two-sided p of differences [n]: the share of the 2^n ways to set their signs whose mean is as far from 0,
-    or farther.
+    """Exact two-sided p-value: the share of all sign patterns whose mean is at least as far from 0.
 
-    Assumes only that a difference could as well have come out with the other sign; never below 2^(1 - n).
-    ValueError for more than MOST_FLIPS of them. Source: R. A. Fisher, The Design of Experiments (1935), section 21.
+    Assumes only that each difference could as well have had the other sign.
+
+    Args:
+        differences: numbers [n], 1 <= n <= MOST_FLIPS.
+
+    Returns:
+        at least 2^(1 - n).
+
+    Raises:
+        ValueError: no difference, or too many.
+
+    Reference:
+        R. A. Fisher, The Design of Experiments (1935), section 21.
     """
     values = np.asarray(differences, dtype=np.float64)
     if not 1 <= values.size <= MOST_FLIPS:
@@ -81,11 +109,16 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 # %% ../../nbs/reference/study_statistics.ipynb #report031
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Correct p-values [m] for having asked m questions, so that any false alarm among them stays as rare as one ->
-    float64 [m].
+    """Holm's correction: the chance of any false alarm among m tests stays that of one test.
 
-    NaN, a question that was not asked, stays NaN and costs nothing. Source: S. Holm, Scandinavian Journal of Statistics
-    6 (1979).
+    Args:
+        p: p-values [m]. NaN, a question that was not asked, stays NaN and does not count.
+
+    Returns:
+        corrected p-values, float64 [m].
+
+    Reference:
+        S. Holm, Scandinavian Journal of Statistics 6 (1979).
     """
     values = np.asarray(p, dtype=np.float64)
     order = np.argsort(values)[:np.count_nonzero(~np.isnan(values))]  # NaN is sorted to the end

@@ -28,8 +28,7 @@ __all__ = ['LATEX', 'DATA_SETS', 'PUBLISHED', 'COUNTERPARTS', 'NETWORK_KEYS', 'R
 
 # %% ../../nbs/reference/study_tables.ipynb #report075
 def summary_rows(summary: DataFrame) -> list[list[str]]:
-    """The table of `summarize` as texts, head first: runs, then mean ± sd of every measure in percent, then Dice's
-    range."""
+    """The table of `summarize` as texts, head first: mean ± sd of every measure in percent, and Dice's range."""
     head = ["study", "arm", "runs", *(NAMES[name] for name in MEASURES), "Dice, least to greatest", "training, s"]
     return [
         head,
@@ -44,8 +43,7 @@ def summary_rows(summary: DataFrame) -> list[list[str]]:
 
 
 def comparison_rows(comparison: DataFrame) -> list[list[str]]:
-    """The table of `compare` as texts, head first; the p-values of the sign-flip test stand beside the least that n
-    allows."""
+    """The table of `compare` as texts, head first."""
     head = [
         "study", "arm − reference", "n", "difference", "95 % interval", "p", "p (Holm)", "p (sign flip; least)",
         "remark"]
@@ -105,8 +103,7 @@ def latex_text(text: str) -> str:
 
 
 def latex(rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
-    """A table of texts, head first, as a LaTeX table (package booktabs): special characters escaped, numbers to the
-    right."""
+    """A table of texts, head first, as a LaTeX table (package booktabs); numbers stand to the right."""
     # after the \\ of the row above, [ and * would be that command's arguments
     escaped = ["{}" * (row[0][:1] in ("[", "*")) + " & ".join(map(latex_text, row)) + r" \\" for row in rows]
     sides = "l" + "".join("r" if all(text[:1] in "+−–<[0123456789" for text in column[1:]) else "l"
@@ -142,11 +139,13 @@ RECIPE_KEYS = ("size", "resize", "epochs", "batch", "losses", "optimizer", "lr",
 
 
 def what_differs(config: Mapping, images: Mapping) -> list[str]:
-    """How a run departs from the published experiment: its configuration against TrainConfig's defaults, the paper's
-    recipe.
+    """How a run departs from the published experiment, whose recipe is `TrainConfig`'s defaults.
 
-    config, images: as in metrics.json. Of a baseline only the encoder is named: the paper does not say how it was
-    built.
+    Of a baseline only the encoder is named: the paper does not say how it was built.
+
+    Args:
+        config: as in metrics.json.
+        images: as in metrics.json.
     """
     paper = TrainConfig().to_dict()
     ours = config.get("model", "qtseg") == "qtseg"
@@ -178,8 +177,16 @@ def _published(data: str) -> list[dict]:
 def beside_published(frame: DataFrame, table: DataFrame) -> DataFrame:
     """The paper's results on the data sets of these runs, and under them each arm that has a counterpart there.
 
-    table: of `costs`. -> method, source, size, parameters (M), multiply_adds (G), mae, dice, iou (percent, mean over
-    runs), differs. No rows for data that the paper does not have. Source: see PUBLISHED.
+    Args:
+        frame: of `read_runs`.
+        table: of `costs`.
+
+    Returns:
+        method, source, size, parameters (M), multiply_adds (G), mae, dice, iou (percent, mean over runs), differs. No
+        rows for data that the paper does not have.
+
+    Reference:
+        see PUBLISHED.
     """
     ours: dict[str, list[dict]] = {}
     for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
