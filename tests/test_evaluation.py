@@ -18,14 +18,14 @@ from conftest import shared_folder
 from PIL import Image
 from torch import nn
 
-from qtseg.evaluation import cost as evaluation_cost, evaluate as evaluation_evaluate, results as evaluation_results, runs as evaluation_runs
+from qtseg.evaluation import cost as evaluation_cost, protocol as evaluation_protocol, results as evaluation_results, runs as evaluation_runs
 from qtseg.data.preprocessing import fitted_size
 from qtseg.data.segmentation import SegmentationData
 from qtseg.cli import main
 from qtseg.evaluation.cost import multiply_adds, network_cost
-from qtseg.evaluation.evaluate import (SIZES, Protocol, choose_splits, constant_counts, evaluate_network,
-                                       predict_batch, score_image, stratum_rows, threshold_rows)
+from qtseg.evaluation.evaluate import choose_splits, evaluate_network, predict_batch, stratum_rows, threshold_rows
 from qtseg.evaluation.figures import draw_gallery
+from qtseg.evaluation.protocol import SIZES, Protocol, constant_counts, score_image
 from qtseg.evaluation.results import FILES, replaced_results, require_replaceable, to_dict
 from qtseg.evaluation.run_data import open_for, training_notes
 from qtseg.evaluation.runs import evaluate_checkpoint, find_checkpoints
@@ -44,7 +44,7 @@ from qtseg.training.run_folder import split_table
 from qtseg.training.validation import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # inside MONAI
-needs_monai = pytest.mark.skipif(evaluation_evaluate.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
+needs_monai = pytest.mark.skipif(evaluation_protocol.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
 
 
 # ------------------------------------------------------------------------------------------------ probabilities and decisions
@@ -400,8 +400,8 @@ def test_legacy_touches_the_papers_scores_only():
 
 
 def test_without_monai(monkeypatch):
-    real = evaluation_evaluate.importlib.util.find_spec
-    monkeypatch.setattr(evaluation_evaluate.importlib.util, "find_spec", lambda name: None if name == "monai" else real(name))
+    real = evaluation_protocol.importlib.util.find_spec
+    monkeypatch.setattr(evaluation_protocol.importlib.util, "find_spec", lambda name: None if name == "monai" else real(name))
     assert Protocol().surface is False and Protocol().measures == SCORES[:-2]
     with pytest.raises(ModuleNotFoundError, match="pip install monai"):
         Protocol(surface=True)

@@ -30,7 +30,7 @@ from qtseg.training import callbacks as training_callbacks, hardware as training
 from qtseg.training.augmentation import Augmentation
 from qtseg.data.dataset import normalize
 from qtseg.data.segmentation import SegmentationData
-from qtseg.evaluation.evaluate import SIZES
+from qtseg.evaluation.protocol import SIZES
 from qtseg.evaluation.runs import evaluate_checkpoint
 from qtseg.prediction.export import export_onnx
 from qtseg.prediction.networks import OnnxNetwork

@@ -52,11 +52,13 @@ def _channels(network: nn.Module) -> int:
 # %% ../../nbs/reference/evaluation_cost.ipynb #evaluation098
 def network_cost(network: nn.Module, size: int, *, batch: int = 8, device: str | torch.device = "cpu",
                  budget: float = 0.5) -> dict:
-    """What a network costs at one size: parameters, multiply-adds of an image, latency at batch 1, throughput; device
-    named.
+    """What a network costs at one size: parameters, multiply-adds, latency of one image, throughput, and the device.
 
-    Times are medians after a warm-up, in float32, on the fused form where there is one; `budget`: seconds for each of
-    the two.
+    Args:
+        network: timed in float32, in its fused form where there is one.
+        size: height and width in pixels.
+        batch: images at a time, for the throughput.
+        budget: seconds for each of the two timings, which are medians after a warm-up.
     """
     device = torch.device(device)
     fast = (network.fuse() if hasattr(network, "fuse") else copy.deepcopy(network)).to(device).eval()

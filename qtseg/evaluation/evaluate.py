@@ -5,8 +5,6 @@
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #4e7cec7b
 from __future__ import annotations
 
-import importlib.util
-import math
 import os
 import sys
 from collections import deque
@@ -25,133 +23,21 @@ from tqdm import tqdm
 from ..data.dataset import Split, normalize
 from ..data.segmentation import SegmentationData
 from .metrics import MEASURES, hard_masks, scores_in_percent
-from .scores import (RATES, SCORES, THRESHOLDS, calibration_counts, calibration_error,
-                                     class_probabilities, decide, lesion_counts, mask_scores, own_size_mask,
-                                     rates_in_percent, surface_functions, threshold_counts)
+from .protocol import SIZES, ImageScores, Protocol, score_image
+from .scores import (RATES, SCORES, THRESHOLDS, calibration_error, class_probabilities, decide,
+                                     rates_in_percent, surface_functions)
 from .uncertainty import Units, bootstrap_interval, bootstrap_means, sampling_units
 from ..training.frequencies import class_frequencies
 
 # %% auto #0
-__all__ = ['SIZES', 'PARTS', 'is_wanted', 'Protocol', 'constant_counts', 'ImageScores', 'score_image', 'predict_batch',
-           'choose_splits', 'EvaluationData', 'Evaluation', 'stratum_rows', 'threshold_rows', 'evaluation_mode',
-           'evaluate_network']
+__all__ = ['PARTS', 'predict_batch', 'choose_splits', 'EvaluationData', 'Evaluation', 'stratum_rows', 'threshold_rows',
+           'evaluation_mode', 'evaluate_network']
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation055
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Mean over the defined values, NaN where there is none."""
     defined = (~np.isnan(values)).sum(axis=axis)
     return np.divide(np.nansum(values, axis=axis), defined, out=np.full(defined.shape, np.nan), where=defined > 0)
-
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation058
-def is_wanted(choice: bool | None, module: str, purpose: str) -> bool:
-    """Whether to do what needs an optional module: None means if it is installed; True without it:
-    ModuleNotFoundError."""
-    installed = importlib.util.find_spec(module) is not None
-    if choice and not installed:
-        raise ModuleNotFoundError(f"{purpose} need {module}, which is not installed: pip install {module}")
-    return installed if choice is None else choice
-
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation059
-@dataclass(frozen=True)
-class Protocol:
-    """How masks are made, scored and averaged: see `decide`, `mask_scores`, `lesion_counts` and `bootstrap_means`.
-
-    surface: whether hd95 and nsd are computed, None: if MONAI is installed; tolerance: of nsd, in pixels of the size at
-    hand;
-    lesion_overlap: the share of a lesion's area that must be covered for it to count as found.
-    ValueError for values that can never be right, ModuleNotFoundError for surface=True without MONAI.
-    """
-
-    threshold: float | None = None
-    legacy: bool = False
-    surface: bool | None = None
-    tolerance: float = 2.0
-    lesion_overlap: float = 0.1
-    draws: int = 2000
-    seed: int = 1996
-
-    def __post_init__(self):
-        if self.threshold is not None and not 0 < self.threshold < 1:
-            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold!r}")
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise ValueError(f"tolerance must be a number of pixels of at least 0, got {self.tolerance!r}")
-        if not 0 < self.lesion_overlap <= 1:
-            raise ValueError(
-                f"lesion_overlap is a share of a lesion's area, above 0 and at most 1, got {self.lesion_overlap!r}")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws!r}")
-        # frozen, but None must be settled
-        object.__setattr__(self, "surface", is_wanted(self.surface, "monai", "hd95 and nsd"))
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """The scores that are computed, in the order of SCORES."""
-        return SCORES if self.surface else MEASURES + RATES
-
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation061b
-def constant_counts(
-    frequent: np.ndarray, target: np.ndarray, classes: int, ignore_index: int | None = None) -> np.ndarray:
-    """Counts of masks that look at no image against a target [H, W] -> int64 [classes + 1, classes - 1, 4].
-
-    First, for each class, the mask that holds it everywhere; last `frequent`, the most frequent class of each pixel [H,
-    W].
-    """
-    counted = target if ignore_index is None else target[target != ignore_index]
-    there = np.bincount(counted.ravel(), minlength=classes)  # pixels of each class
-    pixels, true = there.sum(), there[1:]
-    alike = np.arange(classes)[:, None] == np.arange(1, classes)  # [mask, class]
-    tp, fp, fn = np.where(alike, true, 0), np.where(alike, pixels - true, 0), np.where(alike, 0, true)
-    everywhere = np.stack([tp, fp, fn, pixels - tp - fp - fn], axis=2)  # [classes, classes - 1, 4]
-    return np.concatenate(
-        [everywhere, mask_scores(frequent, target, classes, surface=False, ignore_index=ignore_index)[0][None]])
-
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation062
-SIZES = ("training", "own")  # the network's square, the image's own size
-
-
-@dataclass
-class ImageScores:
-    """What is kept of an image, or stacked of many: counts and scores by size, and what the two curves need.
-
-    counts [2, C, 4] and scores [2, C, len(SCORES)] for C foreground classes, sizes in the order of SIZES;
-    lesions [2, C, 4], see `lesion_counts`; constants [2, C + 2, C, 4], see `constant_counts`;
-    calibration [BINS, 3]; thresholds [len(THRESHOLDS), C, 4], both at training size.
-    """
-
-    counts: np.ndarray
-    scores: np.ndarray
-    lesions: np.ndarray
-    constants: np.ndarray
-    calibration: np.ndarray
-    thresholds: np.ndarray
-
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation063
-def score_image(probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray, own_target: np.ndarray, resize: str,
-                protocol: Protocol, frequencies: np.ndarray, ignore_index: int | None = None) -> ImageScores:
-    """Score one image at both sizes.
-
-    Args:
-        probabilities: of the network, float32 [size, size, K].
-        mask, target: class indices at training size, uint8 [size, size].
-        own_target: the target at the image's own size, uint8 [H, W].
-        frequencies: of the classes in the training masks, [size, size, K], see `class_frequencies`.
-        ignore_index: the label of target pixels that count nowhere.
-    """
-    classes, (height, width) = probabilities.shape[2], own_target.shape
-    own = own_size_mask(probabilities, height, width, resize, protocol.threshold)
-    options = dict(
-        legacy=protocol.legacy, surface=protocol.surface, tolerance=protocol.tolerance, ignore_index=ignore_index)
-    pairs = ((mask, target), (own, own_target))
-    counts, scores = zip(*(mask_scores(*pair, classes, **options) for pair in pairs))
-    lesions = [[lesion_counts((found == label) & (true != ignore_index), true == label, protocol.lesion_overlap)
-                for label in range(1, classes)] for found, true in pairs]
-    constants = [constant_counts(frequent, true, classes, ignore_index) for frequent, true in
-                 ((decide(frequencies), target), (own_size_mask(frequencies, height, width, resize), own_target))]
-    counted = target != ignore_index  # everywhere, where no label is ignored
-    foreground = probabilities[..., 1] if classes == 2 else 1 - probabilities[..., 0]
-    return ImageScores(np.stack(counts), np.stack(scores), np.array(lesions), np.array(constants),
-                       calibration_counts(foreground[counted], target[counted]),
-                       threshold_counts(probabilities[counted], target[counted]))
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation066
 @torch.no_grad()
@@ -235,34 +121,27 @@ def choose_splits(data: SegmentationData, split: str | None = None) -> tuple[str
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation073
 @dataclass
 class EvaluationData:
-    """Scores of a network on a split: a row per image, the scores at both sizes in the order of SIZES.
+    """Scores of a network on a split: a row per image; C foreground classes, sizes in the order of SIZES."""
 
-    counts int64 [2, images, C, 4] and scores float64 [2, images, C, len(SCORES)] for C foreground classes;
-    lesions int64 [2, images, C, 4]; constants int64 [2, images, C + 2, C, 4]; calibration [BINS, 3];
-    thresholds [len(THRESHOLDS), images, C, 4]; split: one of PARTS; size: the network's square, in pixels;
-    patients, strata: of each image, "" where it has none; image_sizes: (height, width); frequencies_of: the images
-    whose masks gave the most frequent class of each pixel; cost: rows of `network_cost`; folder: where it was written.
-    """
-
-    split: str
-    size: int
+    split: str  # one of PARTS
+    size: int  # the network's square, in pixels
     class_names: tuple[str, ...]
     ids: list[str]
-    patients: list[str]
+    patients: list[str]  # of each image, "" where it has none
     strata: list[str]
-    image_sizes: list[tuple[int, int]]
+    image_sizes: list[tuple[int, int]]  # (height, width)
     protocol: Protocol
-    counts: np.ndarray
-    scores: np.ndarray
-    lesions: np.ndarray
-    constants: np.ndarray
-    calibration: np.ndarray
-    thresholds: np.ndarray
-    frequencies_of: str
+    counts: np.ndarray  # int64 [2, images, C, 4]
+    scores: np.ndarray  # float64 [2, images, C, len(SCORES)]
+    lesions: np.ndarray  # int64 [2, images, C, 4]
+    constants: np.ndarray  # int64 [2, images, C + 2, C, 4]
+    calibration: np.ndarray  # [BINS, 3]
+    thresholds: np.ndarray  # [len(THRESHOLDS), images, C, 4]
+    frequencies_of: str  # the images whose masks gave the most frequent class of each pixel
     notes: list[str] = field(default_factory=list)
-    cost: list[dict] = field(default_factory=list)
+    cost: list[dict] = field(default_factory=list)  # rows of `network_cost`
     checkpoint: Path | None = None
-    folder: Path | None = None
+    folder: Path | None = None  # where it was written
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation074
 class Evaluation(EvaluationData):
@@ -398,10 +277,16 @@ def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
 def evaluate_network(
     network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
     batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
-    """Score a network, images float [B, 3, size, size] in [-1, 1] -> logits [B, data.classes, size, size], on a split.
+    """Score a network on a split of a data set.
 
-    split: see `choose_splits`. Moves the network to the device. ValueError for a split that is not there,
-    FloatingPointError for logits that are not finite.
+    Args:
+        network: images float [B, C, size, size] in [-1, 1] -> logits [B, data.classes, size, size]; it is moved to the
+            device.
+        split: see `choose_splits`.
+
+    Raises:
+        ValueError: a split that is not there, or data of which every pixel is ignored.
+        FloatingPointError: logits that are not finite.
     """
     name, splits = choose_splits(data, split)
     protocol, device, ignored = protocol or Protocol(), torch.device(device), data.ignore_index

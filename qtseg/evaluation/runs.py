@@ -15,8 +15,9 @@ from torch import nn
 from ..data.preprocessing import Preprocessing, read_preprocessing
 from ..data.segmentation import SegmentationData
 from .cost import network_cost
-from .evaluate import Evaluation, Protocol, choose_splits, evaluate_network, is_wanted
+from .evaluate import Evaluation, choose_splits, evaluate_network
 from .figures import draw_calibration, draw_gallery, draw_thresholds
+from .protocol import Protocol, is_wanted
 from .results import FILES, replaced_results, require_replaceable, write_evaluation
 from .run_data import open_checkpoint_data, training_notes
 from ..files.pictures import hash_file

@@ -58,10 +58,16 @@ def undo_resize(maps: np.ndarray, height: int, width: int, resize: str) -> np.nd
 def decide(probabilities: np.ndarray, threshold: float | None = None) -> np.ndarray:
     """Decide each pixel's class: probabilities [..., K], background first -> class index, uint8 [...].
 
-    K = 2, or K = 1 holding the foreground alone: 1 where its probability is above `threshold` (None: 0.5). K > 2: the
-    most probable class, the first among equals; with a threshold the most probable foreground class wherever all of
-    them together are above it, else 0. With None it agrees with `hard_masks`. ValueError for a threshold outside (0,
-    1).
+    Without a threshold it agrees with `hard_masks`.
+
+    Args:
+        probabilities: K = 2, or K = 1 for the foreground alone: 1 where the foreground is above the threshold.
+            K > 2: the most probable class, the first among equals; with a threshold the most probable foreground class
+            wherever all of them together are above it, else 0.
+        threshold: None means 0.5 where K <= 2.
+
+    Raises:
+        ValueError: a threshold outside (0, 1).
     """
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold must lie between 0 and 1, got {threshold!r}")
@@ -90,9 +96,7 @@ RATES = ("precision", "recall", "specificity")
 def rates_in_percent(counts: Tensor) -> Tensor:
     """Turn counts [..., 4] (TP, FP, FN, TN) into rates [..., 3] (precision, recall, specificity): percent, float64.
 
-    Precision: share of the predicted pixels that are right; recall: share of the target that was found; specificity:
-    share of the background left alone. 0/0 is 100 where prediction and target agree that there is nothing, else NaN:
-    undefined, as where no pixel was counted.
+    0/0 is 100 where prediction and target agree that there is nothing, else NaN, as where no pixel was counted.
     """
     tp, fp, fn, tn = counts.cpu().double().unbind(dim=-1)  # each [...]
 
@@ -126,10 +130,18 @@ SURFACES = ("hd95", "nsd")
 def surface_scores(prediction: np.ndarray, target: np.ndarray, tolerance: float = 2.0) -> tuple[float, float]:
     """95 % Hausdorff distance (pixels) and normalized surface Dice (percent) of two boolean masks [H, W], by MONAI.
 
-    hd95: the larger of the two directed 95th percentiles of the distance from border to border; nsd: the share of both
-    borders that lies within `tolerance` pixels of the other. Both masks empty: 0 and 100. One empty: the image's
-    diagonal, and 0. ModuleNotFoundError without MONAI. Source: monai.metrics; Nikolov et al., arXiv 1809.04430, for
-    nsd, here over pixels.
+    Args:
+        tolerance: in pixels, of the surface Dice.
+
+    Returns:
+        The larger of the two directed 95th percentiles of the distance from border to border, and the share of both
+        borders that lies within the tolerance of the other. Both masks empty: 0 and 100; one: the diagonal and 0.
+
+    Raises:
+        ModuleNotFoundError: without MONAI.
+
+    Reference:
+        monai.metrics; S. Nikolov et al., arXiv 1809.04430, for the surface Dice, here over pixels.
     """
     if not prediction.any() or not target.any():
         return (math.hypot(*target.shape), 0.0) if prediction.any() or target.any() else (0.0, 100.0)

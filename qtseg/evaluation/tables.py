@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 
 from .cost import cost_rows
-from .evaluate import SIZES, Evaluation
+from .evaluate import Evaluation
+from .protocol import SIZES
 from .scores import SCORES
 from ..files.text import escape, printable
 

@@ -63,7 +63,12 @@ SMALLEST_RECORDED = 33  # a side of 32 gives maps of one pixel, which torch.expo
 def record_graph(network: nn.Module, in_channels: int = 3) -> torch.export.ExportedProgram:
     """Record a network as a graph that takes any batch, height and width (from 33 pixels): see `torch.export`.
 
-    network: in evaluation mode; it stays as it is. Where its code lies is not recorded. RuntimeError: PyTorch too old.
+    Args:
+        network: in evaluation mode; it stays as it is. The graph does not say in which files its code lies.
+        in_channels: of its images.
+
+    Raises:
+        RuntimeError: this PyTorch is too old.
     """
     sizes = {0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("height", min=SMALLEST_RECORDED),
              3: torch.export.Dim("width", min=SMALLEST_RECORDED)}
@@ -159,14 +164,21 @@ def _translate(program: torch.export.ExportedProgram, opset: int, metadata: dict
 
 # %% ../../nbs/reference/prediction_export.ipynb #export045
 def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset: int = OPSET) -> float:
-    """Write a checkpoint as one ONNX file, by default <checkpoint>/model.onnx; returns how far its logits are off
-    PyTorch's.
+    """Write a checkpoint as one ONNX file, compared with PyTorch before it gets its name.
 
-    checkpoint: its folder, or the folder of a run (see `find_checkpoint`).
+    Its input is "images", float32 [B, C, H, W] in [-1, 1], its output "logits" [B, classes, H, W]; any H and W from 32.
 
-    Input "images" float32 [B, C, H, W] in [-1, 1], output "logits" [B, classes, H, W]; any B >= 1, any H, W >= 32. The
-    file is compared with PyTorch through ONNX Runtime before it gets its name. Raises FileNotFoundError, ValueError
-    (checkpoint, more than PARITY apart), ModuleNotFoundError (onnx, onnxscript, onnxruntime).
+    Args:
+        checkpoint: its folder, or the folder of a run.
+        path: of the file (<checkpoint>/model.onnx).
+        opset: version of ONNX's operations.
+
+    Returns:
+        The largest difference of a logit from PyTorch's.
+
+    Raises:
+        FileNotFoundError, ValueError: no sound checkpoint, or logits that differ by more than PARITY.
+        ModuleNotFoundError: without onnx, onnxscript or onnxruntime.
     """
     newest = _import_onnx().defs.onnx_opset_version()
     if not 18 <= opset <= newest:
@@ -186,12 +198,20 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
 
 # %% ../../nbs/reference/prediction_export.ipynb #export052
 def export_torch(checkpoint: str | Path, path: str | Path | None = None) -> float:
-    """Write a checkpoint as a torch.export program, by default <checkpoint>/model.pt2; returns how far its logits are
-    off.
+    """Write a checkpoint as a torch.export program, compared with PyTorch before it gets its name.
 
-    Takes float32 [B, C, H, W] in [-1, 1], any B >= 1, any H, W >= 33. `torch.export.load` unpickles: load only files
-    that you wrote yourself. Raises FileNotFoundError, ValueError (checkpoint, more than PARITY apart), RuntimeError
-    (PyTorch too old).
+    It takes float32 [B, C, H, W] in [-1, 1], any H and W from 33.
+
+    Args:
+        checkpoint: its folder, or the folder of a run.
+        path: of the file (<checkpoint>/model.pt2).
+
+    Returns:
+        The largest difference of a logit from PyTorch's.
+
+    Raises:
+        FileNotFoundError, ValueError: no sound checkpoint, or logits that differ by more than PARITY.
+        RuntimeError: this PyTorch is too old.
     """
     checkpoint, difference = find_checkpoint(checkpoint), 0.0
     model, _ = read_checkpoint(checkpoint)

@@ -199,20 +199,16 @@ def _slide_job(predictor: Predictor, options: FileOptions, output: Path, ready: 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference104
 @dataclass
 class Summary:
-    """How a run over files went: images predicted, skipped (done before) and failed; seconds, and those of the network.
-
-    failed: images of which something could not be read or written; ignored: files that are no pictures; stopped:
-    somebody pressed Ctrl-C, and the rest is left for the next run; output: the folder.
-    """
+    """How a run over files went."""
 
     output: Path
-    done: int = 0
-    skipped: int = 0
-    failed: int = 0
-    ignored: int = 0
+    done: int = 0  # images predicted
+    skipped: int = 0  # images that were done before
+    failed: int = 0  # images of which something could not be read or written
+    ignored: int = 0  # files that are no pictures
     seconds: float = 0.0
     network_seconds: float = 0.0
-    stopped: bool = False
+    stopped: bool = False  # by Ctrl-C: the rest is left for the next run
 
     def __str__(self) -> str:
         parts = [f"{self.done} images in {self.seconds:.1f} s"]
@@ -336,17 +332,18 @@ class _Run:
 def predict_files(
     predictor: Predictor, inputs: str | os.PathLike | Iterable[str | os.PathLike], output: str | os.PathLike, **options
 ) -> Summary:
-    """Segment files, folders and patterns (see `find_images`) into a folder, each image at its own size.
+    """Segment files, folders and patterns into a folder, each image at its own size; go on where an earlier run ended.
 
-    For a/b.jpg below the folder that all inputs share: a/b.png, the mask (class index, gray); if asked for (see
-    `FileOptions`) a/b_overlay.jpg and a/b_probability.png (16 bits) or .npz; `name_outputs` says what becomes of equal
-    names. predictions.csv has a row per image (`describe_mask`; note: what else is to be known), errors.csv one per
-    file that could not be read or written, predictions.json the settings. What is done already is skipped, unless
-    `overwrite`; other settings or a foreign folder are refused, and so is a folder to which another run is writing.
     Ctrl-C finishes what is begun, and returns.
 
+    Args:
+        predictor: what predicts.
+        inputs: see `find_images`.
+        output: gets the masks (see `name_outputs`), predictions.csv, errors.csv and predictions.json.
+        **options: the fields of `FileOptions`.
+
     Raises:
-        FileNotFoundError, ValueError: inputs, options or output folder cannot be used.
+        FileNotFoundError, ValueError: inputs, options or output folder cannot be used, or another run is writing to it.
         OSError: nothing can be written (disk full, no permission).
     """
     inputs = [inputs] if isinstance(inputs, (str, bytes, os.PathLike)) else list(inputs)

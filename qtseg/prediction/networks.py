@@ -74,7 +74,22 @@ def check_finite(maps: np.ndarray) -> None:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference036x1
 class NetworkRunner:
-    """The part of a `Predictor` between a batch of bytes and its probabilities."""
+    """The part of a `Predictor` between a batch of bytes and its probabilities.
+
+    Args:
+        network: any callable from float [B, C, h, w] in [-1, 1] to logits [B, classes, h, w]; a torch module is moved to
+            the device and put in evaluation mode.
+        preprocessing: how its training images were prepared.
+        classes: as the network's; 1 means a single sigmoid mask.
+        device: see `choose_device`.
+        amp: mixed precision: "none", "bf16" or "fp16".
+        threshold: see `decide`.
+        tta: average over mirror images.
+        keep_largest: keep one connected piece per class.
+
+    Raises:
+        ValueError: what does not fit together.
+    """
 
     def __init__(
         self, network: Callable[[Tensor], Tensor], preprocessing: Preprocessing, classes: int, *, device: str = "auto",
@@ -143,12 +158,17 @@ LARGEST_ONNX = 2**31 - 1  # bytes; the format's own limit
 
 
 class OnnxNetwork:
-    """A network in ONNX Runtime on the CPU: float32 [B, 3, H, W] in [-1, 1] -> logits [B, classes, H, W], torch tensors
-    both.
+    """A network in ONNX Runtime on the CPU: tensors float32 [B, C, H, W] in [-1, 1] -> logits [B, classes, H, W].
 
-    path: a file that `qtseg export` wrote (input "images", output "logits"); threads: None means one per core.
-    `.metadata`: its texts by name. Raises FileNotFoundError, ValueError (no such model), ModuleNotFoundError (no ONNX
-    Runtime).
+    `metadata` holds the texts of the file by name.
+
+    Args:
+        path: a file that `qtseg export` wrote (input "images", output "logits").
+        threads: None means one per core.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no such model in it.
+        ModuleNotFoundError: without ONNX Runtime.
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None):
