@@ -15,8 +15,9 @@ from .mask_values import COLORED, FEW, MaskReading, MaskValues, brightness, spel
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = ['Judgement', 'total_pixels', 'named', 'values_by_file', 'class_options', 'looks_like_photograph', 'not_masks',
-           'index_remedy', 'lossy_refusal', 'ambiguous_ignore', 'as_brightness']
+__all__ = ['Judgement', 'refused', 'total_pixels', 'named', 'values_by_file', 'class_options', 'looks_like_photograph',
+           'not_masks', 'index_remedy', 'lossy_refusal', 'ambiguous_ignore', 'as_brightness', 'ignored_note',
+           'colored_refusal', 'between_note', 'flat_note']
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #masks017
 class Judgement(NamedTuple):
@@ -25,6 +26,11 @@ class Judgement(NamedTuple):
     reading: MaskReading | None
     problems: list[str]
     notes: list[str]
+
+
+def refused(sentence: str) -> Judgement:
+    """The judgement on masks that cannot be read, and why."""
+    return Judgement(None, [sentence], [])
 
 
 def total_pixels(files: Sequence[MaskValues], part: str = "counts") -> Counter:
@@ -56,7 +62,8 @@ def class_options(codes: Sequence[int]) -> str:
     """The options for a set with these values: each a class, or all foreground."""
     listed = f"[{spell(codes, 12)}]"
     return (
-        f"if each is a class, pass classes={len(codes)} and mask_values={listed} (background first); if all but the background "
+        f"if each is a class, pass classes={len(codes)} and mask_values={listed} (background first); if all but "
+        f"the background "
         f'are foreground, masks="any"; if one of them counts nowhere, name it with ignore_value'
     )
 
@@ -87,22 +94,25 @@ def _looks_numbered(seen: MaskValues) -> bool:
     middle, bright = _spread(seen, seen.top)
     return max(seen.counts) >= COLORED or middle > 0.2 * (middle + bright)
 
-
+# %% ../../nbs/reference/data_mask_doubts.ipynb #ecb8a77c
 def not_masks(files: Sequence[MaskValues]) -> list[str]:
     """A problem for photographs among the masks, or else one for maps of numbered instances."""
     top = max(seen.top for seen in files)
     if photographs := [seen for seen in files if looks_like_photograph(seen, seen.top if not seen.lossy else top)]:
         most = max(len(seen.counts) for seen in photographs)
         return [
-            f"{len(photographs)} of {len(files)} masks look like photographs, not like masks ({named(photographs)}): up to "
-            f"{most} values spread over the whole range; are the folders of images and masks mixed up? Soft masks (probabilities) "
+            f"{len(photographs)} of {len(files)} masks look like photographs, not like masks "
+            f"({named(photographs)}): up to "
+            f"{most} values spread over the whole range; are the folders of images and masks mixed up? Soft masks "
+            f"(probabilities) "
             "must be made black and white first"
         ]
     if numbered := [seen for seen in files if _looks_numbered(seen)]:
         largest = max(total_pixels(files))
         each = f", or classes={largest + 1} if each number is a class" if largest < 255 else ""
         return [
-            f"{len(numbered)} of {len(files)} masks hold many flat values ({named(numbered)}: {spell(numbered[0].counts)}), "
+            f"{len(numbered)} of {len(files)} masks hold many flat values ({named(numbered)}: "
+            f"{spell(numbered[0].counts)}), "
             'as maps of numbered instances do: pass masks="any" to read every number but 0 as foreground '
             f"(qtseg prepare own: --instances){each}"
         ]
@@ -137,8 +147,10 @@ def ambiguous_ignore(
     alone = [seen for seen in marked if seen not in beside]
     white = "" if classes > 2 else f"; if 255 is foreground, correct the values other than 0 and 255 in {named(beside)}"
     return (
-        f"255 stands beside other classes in {len(beside)} masks ({named(beside)}), and alone or only with 0 in {len(alone)} "
-        f"({named(alone)}): if 255 counts nowhere, pass ignore_value=255; if it is a class, pass classes={len(codes)} and "
+        f"255 stands beside other classes in {len(beside)} masks ({named(beside)}), and alone or only with 0 in "
+        f"{len(alone)} "
+        f"({named(alone)}): if 255 counts nowhere, pass ignore_value=255; if it is a class, pass "
+        f"classes={len(codes)} and "
         f"mask_values=[{spell(codes, 12)}]{white}"
     )
 
@@ -149,3 +161,65 @@ def as_brightness(seen: MaskValues) -> MaskValues:
     for code, count in seen.counts.items():
         counts[int(brightness(np.array([code], np.uint32))[0])] += count
     return seen._replace(counts=dict(counts))
+
+# %% ../../nbs/reference/data_mask_doubts.ipynb #c534aef8
+def ignored_note(files: Sequence[MaskValues], marked: Sequence[MaskValues], classes: Sequence[int]) -> str:
+    """What is said where 255 was taken for "ignore"."""
+    share = sum(seen.counts[255] for seen in marked) / sum(seen.pixels for seen in files)
+    return (
+        f'masks: the value 255 beside {spell(classes)} is read as "ignore": {100 * share:.2g} % of all pixels, in '
+        f"{len(marked)} of {len(files)} masks ({named(marked)}), count nowhere, neither in training nor in scores "
+        f"(ignore_value=255); if 255 is a class, pass classes={len(classes) + 1} and "
+        f"mask_values=[{spell([*classes, 255], 12)}]"
+    )
+
+
+def colored_refusal(files: Sequence[MaskValues]) -> str:
+    """The refusal of colored masks."""
+    colored, total = [seen for seen in files if max(seen.counts) >= COLORED], total_pixels(files)
+    codes = sorted(total, key=lambda code: (code > 0, -total[code]))  # black first, then the most frequent
+    if len(codes) > FEW:
+        return (
+            f"{named(colored)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG "
+            f"make them: save "
+            "it with its few exact colors (PNG, nearest neighbor), then name them with mask_values"
+        )
+    gray = total_pixels([seen for seen in files if seen not in colored])
+    if {*gray} - {0}:
+        return (
+            f"{named(colored)}: a colored mask, with the colors {spell(total_pixels(colored), 12)}, while "
+            f"{len(files) - len(colored)} "
+            f"masks hold only {spell(gray)}: save it as they are; or, {class_options(codes)}"
+        )
+    black = (
+        'if this is black background and one color, pass masks="binary"; ' if len(codes) == 2 and codes[0] == 0 else "")
+    return f"{named(colored)}: a colored mask, with the colors {spell(codes, 12)}: {black}{class_options(codes)}"
+
+# %% ../../nbs/reference/data_mask_doubts.ipynb #7dc65f97
+def between_note(files: Sequence[MaskValues], total: Counter, between: Sequence[int]) -> str:
+    """What is said about the few exact values between black and white, which may be edges, dots or borders."""
+    holding, half = [seen for seen in files if not set(between).isdisjoint(seen.counts)], max(total) // 2
+    share = 100 * sum(total[code] for code in between) / sum(total.values())
+    return (
+        f"{'WARNING: ' * (len(between) < 3)}masks: {share:.2g} % of the pixels, in {len(holding)} masks "
+        f"({named(holding)}), hold "
+        f"{spell(between)}, taken for edges: up to {half} they are background, above it foreground; if they count "
+        f"nowhere or are "
+        "a class, name them (ignore_value, mask_values)"
+    )
+
+
+def flat_note(files: Sequence[MaskValues], ends: Sequence[int]) -> list[str]:
+    """What is said about a single gray value that fills regions beside softened edges."""
+    white = max(ends)
+    between = Counter(
+        {code: count for code, count in total_pixels(files, "flat").items() if white / 8 < code < white * 7 / 8})
+    for code, count in between.most_common(1):
+        if count > max(35, 0.5 * sum(between.values())):
+            holding = [seen for seen in files if code in seen.flat]
+            return [
+                f"WARNING: masks: {len(holding)} masks hold flat regions of {code} ({named(holding)}), which are "
+                f"read as "
+                f"{'foreground' if code > white // 2 else 'background'}: is it a class of its own?"
+            ]
+    return []

@@ -5,13 +5,12 @@
 # %% ../../nbs/reference/data_masks.ipynb #9a8141fc
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from .mask_doubts import (Judgement, ambiguous_ignore, as_brightness, class_options, index_remedy,
-                                    looks_like_photograph, lossy_refusal, named, not_masks, total_pixels,
-                                    values_by_file)
+from .mask_doubts import (Judgement, ambiguous_ignore, as_brightness, between_note, class_options,
+                                    colored_refusal, flat_note, ignored_note, index_remedy, looks_like_photograph,
+                                    lossy_refusal, named, not_masks, refused, total_pixels, values_by_file)
 from .mask_values import COLORED, FEW, MaskReading, MaskValues, codes_to_rgb, spell, value_code
 
 # %% auto #0
@@ -21,7 +20,7 @@ __all__ = ['looks_up', 'judge_masks']
 def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) -> Judgement:
     """Every code is a class; 255 beside the classes is ignored."""
     if lossy := [seen for seen in files if seen.lossy]:
-        return Judgement(None, [lossy_refusal(lossy)], [])
+        return refused(lossy_refusal(lossy))
     total = total_pixels(files)
     strays = [code for code in total if code >= classes and code != ignore]
     marked = [seen for seen in files if 255 in seen.counts]
@@ -31,8 +30,8 @@ def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) 
         and (beside := [seen for seen in marked if not {0, 255}.issuperset(seen.counts)])
     ):
         if 10 * (len(marked) - len(beside)) > len(marked):
-            return Judgement(None, [ambiguous_ignore(marked, beside, list(total), classes)], [])
-        note = _ignored_note(files, marked, [code for code in total if code != 255])
+            return refused(ambiguous_ignore(marked, beside, list(total), classes))
+        note = ignored_note(files, marked, [code for code in total if code != 255])
         return Judgement(MaskReading("index", classes, ignore=255), [], [note])
     if not strays:
         return Judgement(MaskReading("index", classes, ignore=ignore), [], [])
@@ -40,59 +39,12 @@ def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) 
     if problems := not_masks(files):
         return Judgement(None, problems, [])
     if strays[-1] >= COLORED:
-        return Judgement(None, [_colored(holding)], [])
-    return Judgement(
-        None,
-        [
-            f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to "
-            f"{classes - 1}: {index_remedy(list(total), classes)}"
-        ],
-        [],
-    )
-
-# %% ../../nbs/reference/data_masks.ipynb #0eb80555
-def _ignored_note(files: Sequence[MaskValues], marked: Sequence[MaskValues], classes: Sequence[int]) -> str:
-    """What is said where 255 was taken for "ignore"."""
-    share = sum(seen.counts[255] for seen in marked) / sum(seen.pixels for seen in files)
-    return (
-        f'masks: the value 255 beside {spell(classes)} is read as "ignore": {100 * share:.2g} % of all pixels, in '
-        f"{len(marked)} of {len(files)} masks ({named(marked)}), count nowhere, neither in training nor in scores "
-        f"(ignore_value=255); if 255 is a class, pass classes={len(classes) + 1} and "
-        f"mask_values=[{spell([*classes, 255], 12)}]"
-    )
-
-# %% ../../nbs/reference/data_masks.ipynb #masks020p
-def _colored(files: Sequence[MaskValues]) -> str:
-    """The refusal of colored masks."""
-    colored, total = [seen for seen in files if max(seen.counts) >= COLORED], total_pixels(files)
-    codes = sorted(total, key=lambda code: (code > 0, -total[code]))  # black first, then the most frequent
-    if len(codes) > FEW:
-        return (
-            f"{named(colored)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG make them: save "
-            "it with its few exact colors (PNG, nearest neighbor), then name them with mask_values"
-        )
-    gray = total_pixels([seen for seen in files if seen not in colored])
-    if {*gray} - {0}:
-        return (
-            f"{named(colored)}: a colored mask, with the colors {spell(total_pixels(colored), 12)}, while {len(files) - len(colored)} "
-            f"masks hold only {spell(gray)}: save it as they are; or, {class_options(codes)}"
-        )
-    black = (
-        'if this is black background and one color, pass masks="binary"; ' if len(codes) == 2 and codes[0] == 0 else "")
-    return f"{named(colored)}: a colored mask, with the colors {spell(codes, 12)}: {black}{class_options(codes)}"
+        return refused(colored_refusal(holding))
+    return refused(
+        f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to "
+        f"{classes - 1}: {index_remedy(list(total), classes)}")
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022
-def _between_note(files: Sequence[MaskValues], total: Counter, between: Sequence[int]) -> str:
-    """What is said about the few exact values between black and white, which may be edges, dots or borders."""
-    holding, half = [seen for seen in files if not set(between).isdisjoint(seen.counts)], max(total) // 2
-    share = 100 * sum(total[code] for code in between) / sum(total.values())
-    return (
-        f"{'WARNING: ' * (len(between) < 3)}masks: {share:.2g} % of the pixels, in {len(holding)} masks ({named(holding)}), hold "
-        f"{spell(between)}, taken for edges: up to {half} they are background, above it foreground; if they count nowhere or are "
-        "a class, name them (ignore_value, mask_values)"
-    )
-
-
 def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     """The values that fill regions somewhere in the set: black, white, and every flat value between them."""
     total, top, exact = total_pixels(files), max(seen.top for seen in files), not any(seen.lossy for seen in files)
@@ -104,34 +56,25 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     exact = exact and len(total) <= FEW
     margin = top // 32 if exact else top // 8
     ends = [min(total), max(total)]
-    noise = [
-        code
-        for code in flat
-        for end in ends
-        if 0 < abs(code - end) <= margin
-        and (
-            not exact
-            or all(
-                seen.counts[code] < min(0.1 * seen.counts.get(end, 0), 0.02 * seen.pixels)
-                for seen in files
-                if code in seen.counts
-            )
-        )
-    ]
+
+    def is_noise(code: int, end: int) -> bool:
+        """Whether a value so near to black or white is rare beside it, wherever it occurs."""
+        holding = [seen for seen in files if code in seen.counts]
+        return not exact or all(seen.counts[code] < min(0.1 * seen.counts.get(end, 0), 0.02 * seen.pixels)
+                                for seen in holding)
+
+    noise = [code for code in flat for end in ends if 0 < abs(code - end) <= margin and is_noise(code, end)]
     if noise and exact:
         notes.append(f"masks: the few pixels of {spell(noise)} are read as noise of {spell(ends)}")
     if exact and (between := [code for code in total if code not in noise and code not in ends]):
-        notes.append(_between_note(files, total, between))
+        notes.append(between_note(files, total, between))
     left = {code: count for code, count in flat.items() if code not in noise and code not in ends}
     least = 0 if exact else max(0.3 * sum(left.values()), 0.002 * sum(total.values()))
     levels = sorted(set(ends))
     while left:
         peak = max(left, key=left.get)
-        size = sum(
-            left.pop(code)
-            for code in list(left)
-            if exact and code == peak or not exact and abs(code - peak) <= top // 16
-        )
+        size = sum(left.pop(code) for code in list(left)
+                   if (code == peak if exact else abs(code - peak) <= top // 16))
         if size > least and size >= 0.05 * total[peak]:
             levels.append(peak)
     return sorted(levels)
@@ -145,21 +88,6 @@ def _is_pale(seen: MaskValues, white: int) -> bool:
                     for part, share in ((seen.counts, 1 / 2), (seen.flat or seen.counts, 7 / 8)))
     return flat > max(8, bright / 4)
 
-
-def _flat_note(files: Sequence[MaskValues], ends: Sequence[int]) -> list[str]:
-    """What is said about a single gray value that fills regions beside softened edges."""
-    white = max(ends)
-    between = Counter(
-        {code: count for code, count in total_pixels(files, "flat").items() if white / 8 < code < white * 7 / 8})
-    for code, count in between.most_common(1):
-        if count > max(35, 0.5 * sum(between.values())):
-            holding = [seen for seen in files if code in seen.flat]
-            return [
-                f"WARNING: masks: {len(holding)} masks hold flat regions of {code} ({named(holding)}), which are read as "
-                f"{'foreground' if code > white // 2 else 'background'}: is it a class of its own?"
-            ]
-    return []
-
 # %% ../../nbs/reference/data_masks.ipynb #masks022a
 def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Two levels in the whole set, of which the darker is background."""
@@ -171,58 +99,33 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     if problems := not_masks(files):
         return Judgement(None, problems, [])
     if lossy and 0 < max(total) < 32:
-        return Judgement(
-            None,
-            [
-                f"{named(files)}: a {files[0].format} whose brightest value is {max(total)}, the noise of an empty "
-                "mask: save it as PNG"
-            ],
-            [],
-        )
+        return refused(
+            f"{named(files)}: a {files[0].format} whose brightest value is {max(total)}, the noise of an empty "
+            "mask: save it as PNG")
     if (lossy or len(total) > FEW) and (pale := [seen for seen in files if _is_pale(seen, max(total))]):
-        return Judgement(
-            None,
-            [
-                f"{named(pale)}: flat regions of {pale[0].top} are the brightest, while the set's white is {max(total)}: "
-                f"save them with {max(total)} if they are foreground; if that value is a class of its own, save all "
-                "masks without softened edges, and name the values with mask_values"
-            ],
-            [],
-        )
+        return refused(
+            f"{named(pale)}: flat regions of {pale[0].top} are the brightest, while the set's white is {max(total)}: "
+            f"save them with {max(total)} if they are foreground; if that value is a class of its own, save all masks "
+            "without softened edges, and name the values with mask_values")
     if (not lossy and 255 in total and 3 < len(total) <= FEW and (last := sorted(total)[-2]) < 32
             and not any({0, 255}.issuperset(seen.counts) for seen in files if seen.top == 255)):
-        return Judgement(
-            None,
-            [
-                f"masks hold {spell(total, 12)} ({values_by_file(files)}): pass classes={last + 1} if 255 counts nowhere; "
-                + class_options(list(total))
-            ],
-            [],
-        )
+        return refused(
+            f"masks hold {spell(total, 12)} ({values_by_file(files)}): pass classes={last + 1} if 255 counts nowhere; "
+            + class_options(list(total)))
     notes: list[str] = []
     levels = _levels(files, notes)
     # beside black and white
     indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= max(total) // 4]
     if indexed or len(levels) > 2:
         levels = sorted({*levels, *(code for seen in indexed for code in seen.counts)})
-        return Judgement(
-            None,
-            [
-                f"masks hold {len(levels)} flat values, which are no black and white ({values_by_file(files)}): "
-                + class_options(levels)
-            ],
-            [],
-        )
+        return refused(
+            f"masks hold {len(levels)} flat values, which are no black and white ({values_by_file(files)}): "
+            + class_options(levels))
     if len(levels) == 2 and levels[0] > (max(total) // 8 if lossy or len(total) > FEW else 0):
-        return Judgement(
-            None,
-            [
-                f"masks hold {spell(levels)} and no 0 ({values_by_file(files)}): if {levels[0]} is the background, pass "
-                f"mask_values=[{spell(levels)}]"
-            ],
-            [],
-        )
-    notes += [] if lossy or len(total) <= FEW else _flat_note(files, list(total))
+        return refused(
+            f"masks hold {spell(levels)} and no 0 ({values_by_file(files)}): if {levels[0]} is the background, pass "
+            f"mask_values=[{spell(levels)}]")
+    notes += [] if lossy or len(total) <= FEW else flat_note(files, list(total))
     return Judgement(MaskReading("binary", 2, threshold=max(total) // 2, ignore=ignore), [], notes)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022b
@@ -258,12 +161,11 @@ def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None) -> Judgem
     top = shades.max(axis=1, keepdims=True)
     # not on the line from black to that color
     if (abs(shades * strongest.max() - top * strongest) > 4 * strongest.max()).any():
-        return Judgement(None, [_colored(files)], [])
+        return refused(colored_refusal(files))
     notes: list[str] = []
     if len(_levels([as_brightness(seen) for seen in files], notes)) > 2:
-        return Judgement(
-            None,
-            [f"masks hold one color in several strengths ({values_by_file(files)}): {class_options(list(total))}"], [])
+        return refused(
+            f"masks hold one color in several strengths ({values_by_file(files)}): {class_options(list(total))}")
     return Judgement(MaskReading("binary", 2, threshold=int(top.max()) // 2, ignore=ignore), [], notes)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023
@@ -278,34 +180,24 @@ def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: 
         share = sum(total[code] for code in codes) / sum(seen.pixels for seen in exact)
         look = any(seen.palette for seen in exact) and max(values) < COLORED
         palette = "these are indices of a palette: name them, or its colors" if look else "add them"
-        return Judgement(
-            None,
-            [
-                f"{named(exact)}: holds {spell(codes)} ({100 * share:.3g} % of the pixels), which "
-                f"mask_values=[{spell(values, 12)}] does not name: {palette}, name one with ignore_value, or save "
-                "the mask without softened edges"
-            ],
-            [],
-        )
+        return refused(
+            f"{named(exact)}: holds {spell(codes)} ({100 * share:.3g} % of the pixels), which "
+            f"mask_values=[{spell(values, 12)}] does not name: {palette}, name one with ignore_value, or save "
+            "the mask without softened edges")
     if strays and (problems := not_masks(strays)):
         return Judgement(None, problems, [])
     flat = total_pixels(strays, "flat")
     far = [code for code in flat if min(abs(code - value) for value in known if value is not None) > 40]
     if sum(flat[code] for code in far) > 0.01 * sum(seen.pixels for seen in strays):
-        return Judgement(
-            None,
-            [
-                f"{named(strays)}: flat regions of {max(far, key=flat.get)}, which mask_values=[{spell(values, 12)}] "
-                "does not name: add it, or name it with ignore_value"
-            ],
-            [],
-        )
+        return refused(
+            f"{named(strays)}: flat regions of {max(far, key=flat.get)}, which mask_values=[{spell(values, 12)}] "
+            "does not name: add it, or name it with ignore_value")
     if strays:
         notes.append(
             f"masks: {named(strays)}: compression changed the values; each pixel takes the nearest of mask_values")
     return Judgement(MaskReading("values", len(values), values, ignore=ignore), [], notes)
 
-
+# %% ../../nbs/reference/data_masks.ipynb #057a850c
 def looks_up(masks: str, mask_values: Sequence[int | str] = (), ignore_value: int | str | None = None) -> bool:
     """Whether a palette's colors count, not its indices: a color is named, or black and white are wanted."""
     given = [value for value in (*mask_values, ignore_value) if value is not None]
@@ -336,9 +228,9 @@ def judge_masks(
     if not judged:
         reading = MaskReading("index", count, ignore=ignore, look_up=look_up)
         return Judgement(reading, [], [])
-    refused, notes = _judge_files(judged, masks, look_up, bool(values), ignore)
-    if refused:
-        return Judgement(None, refused, [])
+    faults, notes = _judge_files(judged, masks, look_up, bool(values), ignore)
+    if faults:
+        return Judgement(None, faults, [])
     if values:
         found = _judge_values(judged, values, ignore)
     elif masks == "binary":
@@ -359,7 +251,8 @@ def _judge_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_valu
     if hidden := [seen for seen in files if seen.hidden]:
         return [
             f"{len(hidden)} masks hold one single value each, while their alpha channel, which is not read, holds "
-            f"{hidden[0].hidden} ({named(hidden)}): if the mask stands in the alpha channel, save that channel as a gray PNG"
+            f"{hidden[0].hidden} ({named(hidden)}): if the mask stands in the alpha channel, save that channel as "
+            f"a gray PNG"
         ], []
     if ignore is not None and not by_value and (lossy := [seen for seen in files if seen.lossy]):
         return [f"{named(lossy)}: a {lossy[0].format}, whose compression changes ignored pixels, too: name every value "
@@ -380,12 +273,14 @@ def _judge_palettes(files: Sequence[MaskValues], masks: str, ignore: int | None)
             (one, first), (other, second), *_ = found.items()
             return [
                 f"masks have palettes that differ: index {index} is {spell([one], 1, True)} in {first.name}, "
-                f"{spell([other], 1, True)} in {second.name}: {names}; if the indices count whatever their colors, mask_values=[{spell(sorted(colors), 12)}]"
+                f"{spell([other], 1, True)} in {second.name}: {names}; if the indices count whatever their colors, "
+                f"mask_values=[{spell(sorted(colors), 12)}]"
             ], []
     black = [index for index, found in colors.items() if 0 in found and index not in (0, 255, ignore)]
     if black and 0 in colors and 0 not in colors[0]:
         return [], [
-            f"WARNING: masks: index 0, the background, is {spell(colors[0], 1, True)} in the palette, and index {black[0]} "
+            f"WARNING: masks: index 0, the background, is {spell(colors[0], 1, True)} in the palette, and index "
+            f"{black[0]} "
             f"is black: if black is the background, {names}"
         ]
     return [], []
@@ -394,19 +289,15 @@ def _judge_palettes(files: Sequence[MaskValues], masks: str, ignore: int | None)
 def _judge_any(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
     """Everything but 0 is foreground."""
     if lossy := [seen for seen in files if seen.lossy]:
-        return Judgement(None, [lossy_refusal(lossy)], [])
+        return refused(lossy_refusal(lossy))
     top = max(seen.top for seen in files)
     photographs = [seen for seen in files if looks_like_photograph(seen, top)]
     if photographs:
         return Judgement(None, not_masks(files), [])
     total = total_pixels(files)
     if len(total) > 1 and min(total) > 0:
-        return Judgement(
-            None,
-            [
-                f"masks hold {spell(total)} and no 0 ({values_by_file(files)}): every pixel would be foreground; if "
-                f"{spell([min(total)])} is the background, pass mask_values=[{spell(total, 12)}] and classes={len(total)}"
-            ],
-            [],
-        )
+        return refused(
+            f"masks hold {spell(total)} and no 0 ({values_by_file(files)}): every pixel would be foreground; if "
+            f"{spell([min(total)])} is the background, pass mask_values=[{spell(total, 12)}] and "
+            f"classes={len(total)}")
     return Judgement(MaskReading("any", 2, ignore=ignore), [], [])

@@ -61,7 +61,8 @@ class _Inflating:
             count -= len(parts[-1])
         if self.at > self.most:
             raise Refusal(
-                f"would swell from {self.size / 1e6:.1f} MB to more than {self.most / 1e6:.0f} MB: set the environment variable "
+                f"would swell from {self.size / 1e6:.1f} MB to more than {self.most / 1e6:.0f} MB: set the "
+                f"environment variable "
                 f"QTSEG_MAX_SWELL to more than {limit('MAX_SWELL')} if you trust this file"
             )
         return b"".join(parts)
@@ -220,7 +221,8 @@ def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, r
     values, scans = require_few_parts(name, source, len(frame)), jpeg_scans(source) if name == "JPEG" else 1
     if not 0 < values <= rows * columns * samples:
         raise Refusal(
-            f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its compressed frame"
+            f"states {columns} x {rows} pixels with {samples} channel(s), and {values} values inside its "
+            f"compressed frame"
         )
     require_few_scans(scans, values)
     return 8 if name == "JPEG2000" else 2 * (scans > 1)

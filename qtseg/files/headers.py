@@ -225,7 +225,7 @@ def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[d
         tag: (many, value >> layout.shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table
     }, following
 
-
+# %% ../../nbs/reference/files_headers.ipynb #8962419f
 def first_directory(source: BinaryIO, size: int) -> dict[int, tuple[int, int]]:
     """The first directory of a TIFF or an EXIF block, with those inside it judged, too; empty if there is none."""
     source.seek(0)

@@ -128,7 +128,8 @@ def _array(picture: Image.Image) -> np.ndarray:
         if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
             remedy = "add an offset that makes them positive" if values.min() < 0 else "divide them"
             raise Refusal(
-                f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: {remedy}, and save "
+                f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: {remedy}, "
+                f"and save "
                 "it with 8 or 16 bits"
             )
         return values.astype(np.uint16)
@@ -136,7 +137,7 @@ def _array(picture: Image.Image) -> np.ndarray:
         return np.array(picture.getchannel(0) if len(picture.getbands()) > 1 else picture).astype(np.uint8, copy=False)
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))  # alpha is dropped, not blended
 
-
+# %% ../../nbs/reference/files_pictures.ipynb #4d92d8bd
 def _values(picture: Image.Image) -> np.ndarray:
     """Decode a picture -> `_array`; a large one is copied in bands of rows, which needs less memory."""
     if picture.format == "TIFF":

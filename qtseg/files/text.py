@@ -121,7 +121,7 @@ def read_text(path: str | os.PathLike, errors: str = "strict", most: str = "MAX_
     except ValueError as error:
         raise ValueError(f"{path} is no text that can be read ({printable(error)[:300]})") from None
 
-
+# %% ../../nbs/reference/files_text.ipynb #b710f9f8
 def read_json(path: str | os.PathLike) -> dict:
     """Read a JSON object.
 
