@@ -254,13 +254,20 @@ BAD_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errn
 
 def unpack(archive: str | os.PathLike, folder: str | os.PathLike, *, wanted: Callable[[str], bool] | None = None,
            progress: bool = True) -> Path:
-    """Unpack a .zip, a .tar (plain, gz, bz2, xz) or, with a tool of this machine, a .rar into `folder`; returns the
-    folder.
+    """Unpack a .zip, a .tar (plain, gz, bz2, xz) or, with a tool of this machine, a .rar into `folder`.
 
-    A folder that exists is finished: it is made under another name and renamed at the very end. wanted: which files, by
-    their name in the archive (default: all). Raises ValueError for archives that reach outside their folder or hold
-    links, devices, passwords, or swell absurdly; DownloadError for damaged ones and for want of space;
-    FileNotFoundError.
+    A folder that exists is finished: it is written under another name and renamed at the very end.
+
+    Args:
+        wanted: Which files, by their name in the archive; None: all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: It reaches outside its folder, holds links, devices or passwords, or swells absurdly.
+        DownloadError: It is damaged, or there is no space.
+        FileNotFoundError: There is no such archive.
     """
     archive, folder = absolute_path(archive), absolute_path(folder)
     with room_explained(folder.parent), one_at_a_time(folder):

@@ -57,9 +57,15 @@ MAX_DOWNLOAD = 50_000_000_000  # bytes of one file, unless its source says other
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be downloaded: address, file name, the page for people, and the limits.
+    """What is to be downloaded, and the limits.
 
-    timeout: seconds without a byte; least: bytes that must arrive in such a time; most: bytes of the whole file.
+    Args:
+        url: The address.
+        name: The file's name.
+        page: Where people find the file.
+        timeout: Read timeout in seconds.
+        least: Bytes that must arrive in such a time.
+        most: Bytes of the whole file.
     """
 
     url: str
