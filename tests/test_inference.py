@@ -1009,7 +1009,7 @@ def test_from_checkpoint_refuses_what_does_not_fit(checkpoint, tmp_path):
 
 
 def small_onnx(checkpoint: Path, path: Path, sha: str) -> None:
-    """An ONNX file that says logits = (0, 10 * first channel), with the metadata that qtseg-export writes."""
+    """An ONNX file that says logits = (0, 10 * first channel), with the metadata that qtseg export writes."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 

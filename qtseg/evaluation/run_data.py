@@ -244,8 +244,8 @@ def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
             ", if these are the same pictures saved anew"),
     ]
     return [
-        f"WARNING: {len(found)} of the {len(scored)} scored images {what} ({_some(found)}): these scores say nothing about "
-        f"new images{when}"
+        f"WARNING: {len(found)} of the {len(scored)} scored images {what} ({_some(found)}): "
+        f"these scores say nothing about new images{when}"
         for found, what, when in counts
         if found
     ]

@@ -100,20 +100,19 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: a checkpoint folder, or a run (its selected checkpoint).
-        data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all of it is
-        scored.
+        data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all is scored.
         output: <checkpoint>/evaluation_<split> unless named; the files of an earlier evaluation there are replaced.
         sizes: for the cost table, in pixels; the checkpoint's own comes first.
         pictures: None means if matplotlib is installed.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint, data, split, logits that are not finite; DataProblems.
-        FileExistsError: output holds something else. ModuleNotFoundError, OSError.
+        FileExistsError: output holds something else.
     """
+    check_sizes(sizes)
     checkpoint = find_checkpoint(checkpoint)
     network, preprocessing = read_checkpoint(checkpoint)
     pictures, place = is_wanted(pictures, "matplotlib", "pictures"), choose_device(device)
-    check_sizes(sizes)
     if not isinstance(data, SegmentationData):
         data, whole = open_checkpoint_data(checkpoint, data, progress, options)
         split = split or whole
@@ -124,16 +123,14 @@ def evaluate_checkpoint(
     try:
         evaluation = evaluate_network(network, data, name, protocol, batch=batch, device=place, progress=progress)
     except FloatingPointError as error:
-        raise ValueError(
-            f"{checkpoint}: {error}; its training diverged or its images have other values: choose another checkpoint"
-        ) from error
+        raise ValueError(f"{checkpoint}: {error}; its training diverged or its images have other values: "
+                         "choose another checkpoint") from error
     evaluation.checkpoint, evaluation.folder, evaluation.class_names = checkpoint, folder, preprocessing.class_names
     evaluation.notes += training_notes(checkpoint, splits)
-    evaluation.cost = [
-        network_cost(network, size, device=place) for size in dict.fromkeys((preprocessing.size, *sizes))]
-    figures = _figures(evaluation, network, data, place) if pictures else {}
+    sizes = dict.fromkeys((preprocessing.size, *sizes))
+    evaluation.cost = [network_cost(network, size, device=place) for size in sizes]
     with replaced_results(folder, "evaluation.json") as private:
-        write_evaluation(evaluation, private, figures)
+        write_evaluation(evaluation, private, _figures(evaluation, network, data, place) if pictures else {})
     return evaluation
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #7a3bc1cb

@@ -23,46 +23,34 @@ LABELS = {"mae": "MAE, %", "acc": "accuracy, %", "dice": "Dice, %", "iou": "IoU,
           "hd95": "HD95, pixels (one mask empty: the diagonal)"}
 
 
-def table_rows(evaluations: dict[str, Evaluation]) -> list[list[str]]:
-    """Evaluations by name as a table of texts, head first: a row per measure, for each evaluation a column per size.
-
-    "mean [low, high]"; with "of" where a score is undefined for some; below, the best constant mask, missed lesions and
-    false alarms. A lesion is missed if less of its area is covered than its evaluation's `Protocol.lesion_overlap`.
-    """
-    columns = [(name, evaluation, size) for name, evaluation in evaluations.items() for size in SIZES]
-    measures = [
-        measure for measure in SCORES if all(measure in evaluation.protocol.measures for _, evaluation, _ in columns)]
-    head = ["", *(f"{name} at {evaluation.size}x{evaluation.size}" if size == "training" else f"{name} at own size"
-                  for name, evaluation, size in columns)]
-    rows = [
-        [LABELS[measure], *(_cell(evaluation, size, measure) for _, evaluation, size in columns)]
-        for measure in measures
-    ]
-    constant = [
-        [
-            f"best constant mask: {LABELS[measure]}",
-            *(f"{evaluation.constant['scores'][size][measure]:.2f}" for _, evaluation, size in columns)]
-        for measure in ("dice", "iou")
-    ]
-    covered = " or ".join(
-        dict.fromkeys(f"{evaluation.protocol.lesion_overlap:.0%}" for evaluation in evaluations.values()))
-    counts = [
-        [
-            title,
-            *(f"{evaluation.missed[size][key]} of {evaluation.missed[size][of]}" for _, evaluation, size in columns)]
-        for title, key, of in (
-            (f"missed lesions (under {covered} of the area covered)", "missed", "lesions"),
-            ("false alarms (regions that touch no lesion)", "false_alarms", "regions"),
-            ("empty targets with a prediction", "marked", "empty"))
-    ]
-    return [head, *rows, *constant, *counts]
-
-
 def _cell(evaluation: Evaluation, size: str, measure: str) -> str:
     """One score as a table shows it."""
     entry, total = evaluation.summary[size]["mean"][measure], evaluation.scores[0, ..., 0].size
     text = f"{entry['mean']:.2f}" + ("" if math.isnan(entry["low"]) else f" [{entry['low']:.2f}, {entry['high']:.2f}]")
     return text if entry["defined"] == total else f"{text}, {entry['defined']} of {total}"
+
+# %% ../../nbs/reference/evaluation_tables.ipynb #426ef42f
+def table_rows(evaluations: dict[str, Evaluation]) -> list[list[str]]:
+    """Evaluations by name as a table of texts, head first: a row per measure, for each evaluation a column per size.
+
+    A cell is "mean [low, high]", with "of" where a score is undefined for some images. Below stand the best constant
+    mask, missed lesions (less of their area is covered than `Protocol.lesion_overlap`) and false alarms.
+    """
+    columns = [(name, evaluation, size) for name, evaluation in evaluations.items() for size in SIZES]
+    measures = [name for name in SCORES if all(name in evaluation.protocol.measures for _, evaluation, _ in columns)]
+    covered = " or ".join(dict.fromkeys(f"{one.protocol.lesion_overlap:.0%}" for one in evaluations.values()))
+    kinds = ((f"missed lesions (under {covered} of the area covered)", "missed", "lesions"),
+             ("false alarms (regions that touch no lesion)", "false_alarms", "regions"),
+             ("empty targets with a prediction", "marked", "empty"))
+    constants = (f"best constant mask: {LABELS[name]}" for name in ("dice", "iou"))
+    table = [["", *(LABELS[name] for name in measures), *constants, *(title for title, *_ in kinds)]]
+    for name, evaluation, size in columns:
+        missed, constant = evaluation.missed[size], evaluation.constant["scores"][size]
+        head = f"{name} at {evaluation.size}x{evaluation.size}" if size == "training" else f"{name} at own size"
+        table.append([head, *(_cell(evaluation, size, measure) for measure in measures),
+                      *(f"{constant[measure]:.2f}" for measure in ("dice", "iou")),
+                      *(f"{missed[key]} of {missed[of]}" for _, key, of in kinds)])
+    return [list(row) for row in zip(*table)]
 
 # %% ../../nbs/reference/evaluation_tables.ipynb #evaluation083
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -77,8 +77,8 @@ class NetworkRunner:
     """The part of a `Predictor` between a batch of bytes and its probabilities.
 
     Args:
-        network: any callable from float [B, C, h, w] in [-1, 1] to logits [B, classes, h, w]; a torch module is moved to
-            the device and put in evaluation mode.
+        network: any callable from float [B, C, h, w] in [-1, 1] to logits [B, classes, h, w]; a torch module is moved
+            to the device and put in evaluation mode.
         preprocessing: how its training images were prepared.
         classes: as the network's; 1 means a single sigmoid mask.
         device: see `choose_device`.
