@@ -8,9 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "network.official": ["load_official"],
     "training.config": ["TrainConfig"],
     "training.loop": ["fit"],
-    "evaluation.evaluate": ["evaluate_network"],
+    "evaluation.evaluate": ["evaluate"],
     "prediction.predictor": ["Predictor"],
     "data.segmentation": ["SegmentationData"],
     "data.phantoms": ["phantom"],
-    "view.figures": ["show_overlay"],
+    "view.figures": ["show_masks"],
 })

@@ -23,7 +23,7 @@ from qtseg.data.preprocessing import fitted_size
 from qtseg.data.segmentation import SegmentationData
 from qtseg.cli import main
 from qtseg.evaluation.cost import multiply_adds, network_cost
-from qtseg.evaluation.evaluate import choose_splits, evaluate_network, predict_batch, stratum_rows, threshold_rows
+from qtseg.evaluation.evaluate import choose_splits, evaluate, predict_batch, stratum_rows, threshold_rows
 from qtseg.evaluation.figures import draw_gallery
 from qtseg.evaluation.protocol import SIZES, Protocol, constant_counts, score_image
 from qtseg.evaluation.results import FILES, replaced_results, require_replaceable, to_dict
@@ -41,7 +41,7 @@ from qtseg.data.phantom_sets import write_prepared
 from qtseg.training.config import TrainConfig
 from qtseg.training.loop import fit, open_data
 from qtseg.training.run_folder import split_table
-from qtseg.training.validation import evaluate
+from qtseg.training.validation import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # inside MONAI
 needs_monai = pytest.mark.skipif(evaluation_protocol.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
@@ -246,7 +246,7 @@ def test_own_size_scores_of_real_images_equal_an_independent_computation(resize,
     folder = real_images(tmp_path / "real", isic)
     data = SegmentationData.open(folder, size=128, resize=resize, cache=tmp_path / "cache", progress=False)
     network = Darkness()
-    result = evaluate_network(network, data, "all")
+    result = evaluate(network, data, "all")
     assert len(result.ids) == 25 + isic and len(set(result.image_sizes)) > 10
     _, splits = choose_splits(data, "all")
     places = [(split, position) for split in splits for position in range(len(split))]
@@ -590,8 +590,8 @@ QUICK = dict(surface=False, draws=50)
 
 def test_training_size_equals_trainings_own_evaluation(endoscopy):
     network = Guess(3)
-    result = evaluate_network(network, endoscopy, "train", Protocol(**QUICK), batch=3)
-    expected = evaluate(network, endoscopy.train, 3)
+    result = evaluate(network, endoscopy, "train", Protocol(**QUICK), batch=3)
+    expected = validate(network, endoscopy.train, 3)
     summary = result.summary["training"]
     for measure in MEASURES:
         assert summary["mean"][measure]["mean"] == pytest.approx(expected[measure], abs=1e-9)
@@ -600,7 +600,7 @@ def test_training_size_equals_trainings_own_evaluation(endoscopy):
 
 
 def test_rows_strata_and_counts_of_three_classes(endoscopy):
-    result = evaluate_network(Guess(3), endoscopy, "all", Protocol(**QUICK), batch=5)
+    result = evaluate(Guess(3), endoscopy, "all", Protocol(**QUICK), batch=5)
     rows = list(result.rows())
     assert len(rows) == 16 * 2 * 2 and [row["size"] for row in rows[:2]] == list(SIZES)
     assert {(row["height"], row["width"]) for row in rows if row["size"] == "own"} == {(96, 96)}
@@ -623,7 +623,7 @@ def test_rows_strata_and_counts_of_three_classes(endoscopy):
 def test_threshold_is_used_at_both_sizes(run):
     data = open_for(run / "best_dice")
     network = QTSeg.from_pretrained(run / "best_dice")
-    bold, shy = (evaluate_network(network, data, "all", Protocol(threshold=threshold, **QUICK)) for threshold in (0.05, 0.95))
+    bold, shy = (evaluate(network, data, "all", Protocol(threshold=threshold, **QUICK)) for threshold in (0.05, 0.95))
     for size in range(2):
         predicted = [(result.counts[size, ..., 0] + result.counts[size, ..., 1]).sum() for result in (bold, shy)]
         assert predicted[0] > predicted[1]
@@ -633,7 +633,7 @@ def test_threshold_is_used_at_both_sizes(run):
 
 def test_batch_size_order_and_mode_do_not_matter(endoscopy):
     network = Guess(3).train()
-    one, many = (evaluate_network(network, endoscopy, "train", Protocol(**QUICK), batch=batch) for batch in (1, 16))
+    one, many = (evaluate(network, endoscopy, "train", Protocol(**QUICK), batch=batch) for batch in (1, 16))
     assert network.training and one.ids == many.ids == endoscopy.train.ids
     np.testing.assert_array_equal(one.counts, many.counts)
 
@@ -645,7 +645,7 @@ def test_splits(endoscopy):
 
 
 def test_the_best_constant_mask_stands_in_every_table(endoscopy):
-    result = evaluate_network(Guess(3), endoscopy, "test", Protocol(**QUICK))
+    result = evaluate(Guess(3), endoscopy, "test", Protocol(**QUICK))
     majority = decide(class_frequencies([endoscopy.train], 3))
     training = [split.batch(range(len(split))).masks.numpy() for split in (endoscopy.train, endoscopy.test)]
     np.testing.assert_array_equal(majority, (training[0][..., None] == np.arange(3)).sum(axis=0).argmax(axis=2))
@@ -673,7 +673,7 @@ def test_logits_that_are_not_finite_are_refused(run, tmp_path, endoscopy):
         with pytest.raises(FloatingPointError, match="not finite"):
             predict_batch(network, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
         with pytest.raises(FloatingPointError, match="not finite"):
-            evaluate_network(network, endoscopy, "test", Protocol(**QUICK))
+            evaluate(network, endoscopy, "test", Protocol(**QUICK))
 
 
 def test_a_checkpoint_whose_logits_overflow_is_named(run, tmp_path, capsys):
@@ -693,7 +693,7 @@ def test_a_checkpoint_whose_logits_overflow_is_named(run, tmp_path, capsys):
 def test_gallery_has_nine_pictures_or_as_many_as_there_are(endoscopy):
     network = Guess(3)
     for split, count in (("all", 9), ("valid", 3 * min(3, len(endoscopy.valid)))):
-        figure = draw_gallery(evaluate_network(network, endoscopy, split, Protocol(**QUICK)), network, endoscopy)
+        figure = draw_gallery(evaluate(network, endoscopy, split, Protocol(**QUICK)), network, endoscopy)
         assert len(figure.axes) == count and all(len(axes.images) == 1 for axes in figure.axes)
 
 
@@ -1171,7 +1171,7 @@ def test_command_answers_wrong_usage_with_2(arguments, capsys):
 
 
 def test_table_says_how_many_scores_are_defined(endoscopy):
-    result = evaluate_network(Guess(3), endoscopy, "all", Protocol(**QUICK))
+    result = evaluate(Guess(3), endoscopy, "all", Protocol(**QUICK))
     table = {row[0]: row[1:] for row in table_rows({"guess": result})}
     undefined = int(np.isnan(result.scores[1, ..., SCORES.index("recall")]).sum())
     assert undefined > 0 and table["recall, %"][1].endswith(f", {32 - undefined} of 32")
@@ -1190,7 +1190,7 @@ def test_names_stay_text_in_tables():
 
 
 def test_formulas_in_names_stay_text_in_csv(endoscopy, tmp_path):
-    result = evaluate_network(Guess(3), endoscopy, "test", Protocol(**QUICK))
+    result = evaluate(Guess(3), endoscopy, "test", Protocol(**QUICK))
     result.ids[0], result.strata[0], result.patients[0] = "=1+1", "@SUM(A1)", "+patient\x1b"
     evaluation_results.write_evaluation(result, tmp_path, {})
     with (tmp_path / "images.csv").open(newline="") as file:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from qtseg.cli import main
 from qtseg.data import phantom_sets, phantoms as data_phantoms
-from qtseg.cli import main
 from qtseg.data.layout import COLUMNS
 from qtseg.data.phantom_sets import write_manifest, write_prepared
 from qtseg.data.phantoms import (CHANNELS, CLASS_NAMES, FAMILIES, best_threshold, paint, phantom, rough_circle, speckle,

@@ -43,7 +43,7 @@ from qtseg.training.callbacks import EMA, EarlyStopping, mask_pictures
 from qtseg.training.config import BEST, OPTIMIZERS, SCHEDULERS, TrainConfig
 from qtseg.training.loop import fit
 from qtseg.training.trainer import Trainer, draw_seed
-from qtseg.training.validation import evaluate
+from qtseg.training.validation import validate
 
 PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
 
@@ -242,7 +242,7 @@ def test_the_best_checkpoint_has_the_best_score(uninterrupted, phantoms):
     for name, better in BEST.items():
         assert best[name]["value"] == better(float(row[f"valid_{name}"]) for row in rows)
     data = SegmentationData.open(str(phantoms), size=64, cache=str(phantoms.parent / "cache"), progress=False)
-    scored = evaluate(QTSeg.from_pretrained(uninterrupted / "best_iou"), data.valid, 2, batch=3)
+    scored = validate(QTSeg.from_pretrained(uninterrupted / "best_iou"), data.valid, 2, batch=3)
     assert scored["iou"] == pytest.approx(best["iou"]["value"], abs=0.05)
 
 
@@ -668,14 +668,14 @@ def test_ignored_pixels_count_in_no_loss_and_no_score(tiny, tmp_path):
         histories.append(timeless(result.history))
         perfect = torch.nn.Identity()
         perfect.forward = lambda images: torch.nn.functional.one_hot(torch.tensor(mask(0, 0)).long(), 2).permute(2, 0, 1)[None].expand(len(images), -1, -1, -1) * 9.0
-        assert evaluate(perfect, data.valid, 2, ignore_index=data.ignore_index)["dice"] == 100
+        assert validate(perfect, data.valid, 2, ignore_index=data.ignore_index)["dice"] == 100
         assert json.loads((result.folder / "config.json").read_text())["ignore_value"] == ignored
     assert histories[0] == histories[1]
 
 
 def test_a_score_that_is_no_number_neither_wins_nor_blocks(tiny, monkeypatch):
     losses = iter([0.5, math.nan, 9.0, 0.4])
-    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: {"loss": next(losses, 0.4), "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
+    monkeypatch.setattr(training_loop, "validate", lambda *_, **__: {"loss": next(losses, 0.4), "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
     assert fit(tiny(size=32, epochs=4, select="loss")).metrics["best"]["loss"] == {"epoch": 4, "value": 0.4}
     losses = iter([math.nan, 9.0, 0.5, math.nan])
     assert fit(tiny(size=32, epochs=4, select="loss", name="first")).metrics["best"]["loss"] == {"epoch": 3, "value": 0.5}
@@ -685,7 +685,7 @@ def test_a_score_that_is_no_number_neither_wins_nor_blocks(tiny, monkeypatch):
 
 
 def test_plateau_watches_the_validation_loss_alone(tiny, monkeypatch):
-    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: {"loss": 1e-9, "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
+    monkeypatch.setattr(training_loop, "validate", lambda *_, **__: {"loss": 1e-9, "mae": 1.0, "acc": 99.0, "dice": 50.0, "iou": 40.0})
     seen, step = [], torch.optim.lr_scheduler.ReduceLROnPlateau.step
     monkeypatch.setattr(torch.optim.lr_scheduler.ReduceLROnPlateau, "step", lambda self, loss, *more: (seen.append(loss), step(self, loss, *more))[1])
     result = fit(tiny(size=32, epochs=5, scheduler="plateau", step_epochs=1, validate_every=2))
@@ -748,7 +748,7 @@ def test_every_baseline_trains_and_comes_back(tiny, name):
     network = load_network(result.checkpoint_dir)
     assert isinstance(network, Baseline) and (network.config["model"], network.config["encoder"]) == (name, encoder)
     data = SegmentationData.open(tiny().data, size=32, cache=tiny().cache, progress=False)
-    assert evaluate(network, data.test, 2, batch=4)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
+    assert validate(network, data.test, 2, batch=4)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
 
 
 def test_dropout_repeats(tiny):
@@ -862,7 +862,7 @@ def test_a_process_that_does_not_lead_writes_and_says_nothing(tiny, capsys):
         rank, size, leads = 1, 2, False
 
         def lead(self, function):  # as if the leader had done it
-            return {"loss": 1.0, "dice": 50.0, "iou": 40.0, "mae": 5.0, "acc": 95.0} if getattr(function, "func", None) is evaluate else None
+            return {"loss": 1.0, "dice": 50.0, "iou": 40.0, "mae": 5.0, "acc": 95.0} if getattr(function, "func", None) is validate else None
 
     config = tiny(epochs=1, progress=True, track=False)
     seen = []
@@ -963,7 +963,7 @@ def test_a_given_network_is_trained_kept_scored_and_resumed_to_the_same_result(t
     network = small_network()
     safetensors.torch.load_model(network, whole.checkpoint_dir / "model.safetensors")
     data = training_loop.open_data(tiny())
-    assert evaluate(network, data.test, 2, batch=4)["dice"] == whole.metrics["test"]["dice"]
+    assert validate(network, data.test, 2, batch=4)["dice"] == whole.metrics["test"]["dice"]
     assert whole.metrics["given"]["model"] == best["class"] and (whole.checkpoint_dir / "preprocessor_config.json").is_file()
     with pytest.raises(Stop):
         fit(tiny(), small_network(), callbacks=[StopAfter(6)])
@@ -1117,7 +1117,7 @@ def test_what_a_callback_does_wrong_costs_no_epoch(tiny, uninterrupted):
 
 def test_early_stopping_counts_validations_since_the_best_and_stays_stopped(tiny, monkeypatch):
     dices = iter([50.0, 60.0, 55.0, math.nan, 58.0, 70.0])
-    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: {"loss": 1.0, "mae": 1.0, "acc": 99.0, "dice": next(dices, 60.0), "iou": 40.0})
+    monkeypatch.setattr(training_loop, "validate", lambda *_, **__: {"loss": 1.0, "mae": 1.0, "acc": 99.0, "dice": next(dices, 60.0), "iou": 40.0})
     config = dict(size=32, epochs=9)
     stopped = fit(tiny(**config), callbacks=[EarlyStopping(patience=3)])
     assert [row["epoch"] for row in stopped.history] == [1, 2, 3, 4, 5] and stopped.metrics["best"]["dice"] == {"epoch": 2, "value": 60.0}
@@ -1192,7 +1192,7 @@ def test_gray_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
     assert torch.equal(three.train[0][0], data.train[0][0].expand(3, -1, -1)) and three.cache_folder == data.cache_folder
     result = fit(config)
     network = load_network(result.checkpoint_dir)
-    assert network.config["in_channels"] == 1 and evaluate(network, data.test or data.valid, 2)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
+    assert network.config["in_channels"] == 1 and validate(network, data.test or data.valid, 2)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
     assert json.loads((result.checkpoint_dir / "preprocessor_config.json").read_text())["channels"] == 1
     path, _ = data.valid.paths[0]
     with torch.no_grad():

@@ -339,8 +339,8 @@ OTHER = np.roll(MASK, 7, axis=0)
 FIGURES = {
     "color_key": lambda: view_pictures.color_key(CLASS_NAMES["endoscopy"]),
     "color_key of 12 long names": lambda: view_pictures.color_key([f"a class with a long name {i}" for i in range(12)]),
-    "show_overlay": lambda: view_figures.show_overlay(IMAGE, MASK, CLASS_NAMES["endoscopy"]),
-    "show_overlay without foreground": lambda: view_figures.show_overlay(IMAGE, 0 * MASK),
+    "show_masks": lambda: view_figures.show_masks(IMAGE, MASK, CLASS_NAMES["endoscopy"]),
+    "show_masks without foreground": lambda: view_figures.show_masks(IMAGE, 0 * MASK),
     "show_errors": lambda: view_figures.show_errors(IMAGE, MASK, torch.from_numpy(OTHER)),
     "show_errors, all kinds": lambda: view_figures.show_errors(np.zeros((500, 900, 3), np.uint8), labels(500, 900, 3), labels(500, 900, 3)),
     "gallery": lambda: view_figures.gallery([IMAGE] * 3, [MASK] * 3, [OTHER] * 3, [80.0] * 3, columns=2, titles="abc"),
@@ -389,10 +389,10 @@ def test_show_errors_counts_every_kind():
                                    f"false negative: {counts[3]} px"]
 
 
-def test_show_overlay_names_the_classes_that_are_there():
-    only = view_figures.show_overlay(IMAGE, (MASK > 0) * 2, CLASS_NAMES["endoscopy"])
-    assert shown_texts(only) == ["neoplastic polyp"] and shown_texts(view_figures.show_overlay(IMAGE, MASK * 0 + 5)) == ["class 5"]
-    assert shown_texts(view_figures.show_overlay(IMAGE, 0 * MASK)) == ["no foreground"]
+def test_show_masks_names_the_classes_that_are_there():
+    only = view_figures.show_masks(IMAGE, (MASK > 0) * 2, CLASS_NAMES["endoscopy"])
+    assert shown_texts(only) == ["neoplastic polyp"] and shown_texts(view_figures.show_masks(IMAGE, MASK * 0 + 5)) == ["class 5"]
+    assert shown_texts(view_figures.show_masks(IMAGE, 0 * MASK)) == ["no foreground"]
 
 
 def test_gallery_has_a_row_per_model_and_a_score_under_each_of_its_panels():
@@ -467,10 +467,10 @@ def test_importing_needs_no_matplotlib_and_figures_say_how_to_get_it():
     code = ("import sys; sys.modules['matplotlib'] = None; from qtseg.view import figures, pictures; import numpy as np\n"
             "picture, mask = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), int)\n"
             "pictures.tile([pictures.overlay(picture, mask), pictures.contours(picture, mask), pictures.error_map(mask, mask), pictures.heat(mask / 2)], 2)\n"
-            "try:\n    figures.show_overlay(picture, mask)\n"
+            "try:\n    figures.show_masks(picture, mask)\n"
             "except ModuleNotFoundError as error:\n    print(error)\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "show_overlay draws with matplotlib: pip install matplotlib", done.stderr
+    assert done.stdout.strip() == "show_masks draws with matplotlib: pip install matplotlib", done.stderr
 
 
 def test_real_images_of_many_sizes():

@@ -31,7 +31,7 @@ from ..training.frequencies import class_frequencies
 
 # %% auto #0
 __all__ = ['PARTS', 'predict_batch', 'choose_splits', 'EvaluationData', 'Evaluation', 'stratum_rows', 'threshold_rows',
-           'evaluation_mode', 'evaluate_network']
+           'evaluation_mode', 'evaluate']
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation055
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
@@ -274,7 +274,7 @@ def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
         network.train(was_training)
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation078
-def evaluate_network(
+def evaluate(
     network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
     batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
     """Score a network on a split of a data set.

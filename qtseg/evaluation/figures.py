@@ -63,7 +63,7 @@ def draw_gallery(
     evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: str | torch.device = "cpu"):
     """Best, median and worst images at own size, target orange and prediction blue -> a matplotlib figure.
 
-    `network`, `data` and `device` as `evaluate_network` had them; the few masks shown are computed anew.
+    `network`, `data` and `device` as `evaluate` had them; the few masks shown are computed anew.
     """
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..data.preprocessing import Preprocessing, read_preprocessing
 from ..data.segmentation import SegmentationData
 from .cost import network_cost
-from .evaluate import Evaluation, choose_splits, evaluate_network
+from .evaluate import Evaluation, choose_splits, evaluate
 from .figures import draw_calibration, draw_gallery, draw_thresholds
 from .protocol import Protocol, is_wanted
 from .results import FILES, replaced_results, require_replaceable, write_evaluation
@@ -121,7 +121,7 @@ def evaluate_checkpoint(
     folder = Path(output or checkpoint / f"evaluation_{name}")
     require_replaceable(folder, "evaluation.json", FILES)
     try:
-        evaluation = evaluate_network(network, data, name, protocol, batch=batch, device=place, progress=progress)
+        evaluation = evaluate(network, data, name, protocol, batch=batch, device=place, progress=progress)
     except FloatingPointError as error:
         raise ValueError(f"{checkpoint}: {error}; its training diverged or its images have other values: "
                          "choose another checkpoint") from error

@@ -37,7 +37,7 @@ from .hardware import choose_device, hardware, versions
 from .run_folder import SPLITS_FILE, clear_disk_errors, split_table, write_history, write_text
 from .state import load_state, save_state
 from .trainer import Team, Trainer, full_name, run_by_leader, step_rate
-from .validation import evaluate
+from .validation import validate
 
 # %% auto #0
 __all__ = ['stop_signals', 'Result', 'open_data', 'fit']
@@ -158,7 +158,7 @@ def _train_epoch(trainer: Trainer, asked: threading.Event) -> bool:
 def _validate(trainer: Trainer, epoch: int) -> dict:
     """Score the validation split after an epoch, counted from 1, and keep the best -> what the epoch's row gets."""
     c, begin = trainer.config, time.perf_counter()
-    score = partial(evaluate, batch=c.valid_batch, device=trainer.device, amp=c.amp, loss=trainer.loss,
+    score = partial(validate, batch=c.valid_batch, device=trainer.device, amp=c.amp, loss=trainer.loss,
                     ignore_index=trainer.data.ignore_index)
     scores = run_by_leader(trainer.team, score, trainer.state.validated, trainer.data.valid, c.classes)
     _keep_best(trainer, scores, epoch)
@@ -206,7 +206,7 @@ def _final_metrics(trainer: Trainer) -> dict:
             f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, under another "
             f"name, with a lower lr (now {c.lr})"
         )
-    score = partial(evaluate, _read_checkpoint(trainer, f"best_{c.select}"), classes=c.classes, batch=c.valid_batch,
+    score = partial(validate, _read_checkpoint(trainer, f"best_{c.select}"), classes=c.classes, batch=c.valid_batch,
                     device=trainer.device, ignore_index=data.ignore_index, loss=trainer.loss)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid

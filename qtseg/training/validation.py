@@ -17,7 +17,7 @@ from ..evaluation.metrics import SegmentationMetrics, hard_masks
 from .losses import weighted_loss
 
 # %% auto #0
-__all__ = ['mixed_precision', 'require_images', 'evaluating', 'evaluate']
+__all__ = ['mixed_precision', 'require_images', 'evaluating', 'validate']
 
 # %% ../../nbs/reference/training_validation.ipynb #c058
 def mixed_precision(device: torch.device, amp: str):
@@ -46,7 +46,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16,
+def validate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16,
              device: str | torch.device = "cpu", amp: str = "none", losses: dict[str, float] | None = None,
              ignore_index: int | None = None,
              loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, float]:

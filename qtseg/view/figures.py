@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['show_overlay', 'show_errors', 'gallery', 'show_features', 'show_attention', 'read_history', 'training_curves',
+__all__ = ['show_masks', 'show_errors', 'gallery', 'show_features', 'show_attention', 'read_history', 'training_curves',
            'stratum_boxes']
 
 # %% ../../nbs/reference/view_figures.ipynb #74d61388
@@ -46,7 +46,7 @@ def _array(values: np.ndarray | Tensor) -> np.ndarray:
 
 # %% ../../nbs/reference/view_figures.ipynb #visualisation058
 @returns_figure
-def show_overlay(image: np.ndarray, mask: np.ndarray | Tensor, class_names: Sequence[str] | None = None,
+def show_masks(image: np.ndarray, mask: np.ndarray | Tensor, class_names: Sequence[str] | None = None,
                  opacity: float = 0.5) -> Figure:
     """The image alone, under its colored mask, and outlined, with the classes named: uint8 [H, W, 3] and [H, W] -> a
     figure."""
