@@ -135,7 +135,7 @@ def draw_differences(comparison: DataFrame) -> Figure:
         _beside(axes, -0.75, ("mean", "95 % interval", "n", "p (Holm)"))
     return figure
 
-
+# %% ../../nbs/reference/study_drawing.ipynb #6e4059d2
 def _whisker(axes: Axes, place: int, row: tuple, limit: float) -> None:
     """One difference: dot, interval, numbers."""
     known = not math.isnan(row.low)

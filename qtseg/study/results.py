@@ -257,6 +257,16 @@ def _caution(result: Paired, unit: str) -> str:
         return "identical scores" if result.mean == 0 else f"the same difference in every {unit}: no spread to judge by"
     return f"two {unit}s: the interval reaches 12.7 standard errors each way" if result.n == 2 else ""
 
+
+def _tested(values: Sequence[float], overlap: float, unit: str) -> dict:
+    """Interval, tests and caution for an arm's differences, as columns of `compare`."""
+    if not values:
+        return {"n": 0, "note": "no pair is finished"}
+    result = paired_interval(values, overlap)
+    return {"n": result.n, "difference": result.mean, "sd": result.sd, "low": result.low, "high": result.high,
+            "p": result.p, "p_flip": sign_flip_p(values) if result.n <= MOST_FLIPS else math.nan,
+            "p_flip_least": 2.0 ** (1 - result.n), "note": _caution(result, unit)}
+
 # %% ../../nbs/reference/study_results.ipynb #report051
 def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice") -> DataFrame:
     """Paired differences of every arm of one study against the reference, in points.
@@ -285,19 +295,12 @@ def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice
         )
     by_fold = done["fold"].nunique() > 1
     unit, overlap = ("fold", float((done["held_out"] / done["train_images"]).mean())) if by_fold else ("seed", 0.0)
+    same = {"study": done["study"].iloc[0], "reference": reference, "measure": measure, "unit": unit}
     rows = []
     for arm in dict.fromkeys(arm for arm in frame["arm"] if arm != reference):
         differences, alone = paired_differences(frame, arm, reference, measure)
-        row = {
-            "study": done["study"].iloc[0], "reference": reference, "arm": arm, "measure": measure, "unit": unit,
-            "n": 0}
-        if values := _units(differences, by_fold):
-            result = paired_interval(values, overlap)
-            row |= {"n": result.n, "difference": result.mean, "sd": result.sd, "low": result.low, "high": result.high,
-                    "p": result.p, "p_flip": sign_flip_p(values) if result.n <= MOST_FLIPS else math.nan,
-                    "p_flip_least": 2.0 ** (1 - result.n)}
-        rows.append(
-            row | {"unpaired": ", ".join(alone), "note": _caution(result, unit) if values else "no pair is finished"})
+        tested = _tested(_units(differences, by_fold), overlap, unit)
+        rows.append(same | {"arm": arm, "unpaired": ", ".join(alone)} | tested)
     table = report_library("pandas").DataFrame(rows, columns=[
         "study", "reference", "arm", "measure", "unit", "n", "difference", "sd", "low", "high", "p", "p_holm", "p_flip",
         "p_flip_least", "unpaired", "note"])

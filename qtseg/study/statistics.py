@@ -45,7 +45,7 @@ class Paired:
     high: float
     p: float
 
-
+# %% ../../nbs/reference/study_statistics.ipynb #ff474e2e
 def paired_interval(differences: Sequence[float], overlap: float = 0.0, level: float = 95.0) -> Paired:
     """Student's interval and two-sided paired t test of a mean difference.
 

@@ -70,30 +70,10 @@ def arm_cost_rows(table: DataFrame) -> list[list[str]]:
                     for row in table.itertuples())]
 
 # %% ../../nbs/reference/study_tables.ipynb #report076
-LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"$<$",
-        ">": r"$>$",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-        "−": r"$-$",
-        "–": "--",
-        "²": r"$^2$",
-        '"': r"{\char34}",
-        "'": "{'}",
-        "`": r"\textasciigrave{}",
-    }
-)
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"\textbar{}", "±": r"$\pm$",
+    "−": r"$-$", "–": "--", "²": r"$^2$", '"': r"{\char34}", "'": "{'}", "`": r"\textasciigrave{}"})
 
 
 def latex_text(text: str) -> str:
@@ -206,7 +186,7 @@ def beside_published(frame: DataFrame, table: DataFrame) -> DataFrame:
         [row for data, rows in ours.items() for row in [*_published(data), *rows]],
         columns=["method", "source", "size", "parameters", "multiply_adds", "mae", "dice", "iou", "differs"])
 
-
+# %% ../../nbs/reference/study_tables.ipynb #ada93440
 def published_rows(table: DataFrame) -> list[list[str]]:
     """The table of `beside_published` as texts, head first."""
     head = ["method", "source", "size", "parameters", "multiply-adds", "MAE", "Dice", "IoU", "what differs"]

@@ -110,8 +110,7 @@ function sender(model) {
 """
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-js-canvas
-# The picture in the browser; it reports pointer (in pixels of the picture), wheel and keys. The wheel counts once it
-# has focus.
+# Reports pointer (in pixels of the picture), wheel (once the picture has focus) and keys
 _CANVAS = _QUEUE + """
 function render({ model, el }) {
   const image = document.createElement("img"), { send, stop } = sender(model);
