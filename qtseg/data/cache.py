@@ -217,7 +217,7 @@ ENTRY = [
     ("span", "u2"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"),
     ("ignored", "u8")]  # then the pixels per class
 
-
+# %% ../../nbs/reference/data_cache.ipynb #f6679e91
 class Read(NamedTuple):
     """What one pass over all pairs found."""
 
@@ -304,7 +304,8 @@ def build_cache(
         ignored = any(entry["ignored"] for entry in read.entries)
         vanished = _write_masks(folder, judged.reading, read, settings, ignored)
         note = (
-            f"WARNING: at size={settings.size} a class vanishes from {len(vanished)} masks ({first_names(vanished)}), because its "
+            f"WARNING: at size={settings.size} a class vanishes from {len(vanished)} masks "
+            f"({first_names(vanished)}), because its "
             "regions are smaller than a pixel there: choose a larger size"
         )
         kind = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),))])

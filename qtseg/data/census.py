@@ -59,7 +59,8 @@ def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
     sizes = Counter(zip(entries["width"].tolist(), entries["height"].tolist()))
     ordered, (often, times) = sorted(sizes, key=lambda size: (size[0] * size[1], size)), sizes.most_common(1)[0]
     facts = {
-        "sizes": f"{ordered[0][0]}x{ordered[0][1]} to {ordered[-1][0]}x{ordered[-1][1]}, most often {often[0]}x{often[1]} "
+        "sizes": f"{ordered[0][0]}x{ordered[0][1]} to {ordered[-1][0]}x{ordered[-1][1]}, most often "
+        "{often[0]}x{often[1]} "
         f"({times})",
         "bits": ", ".join(f"{bits} ({number})" for bits, number in sorted(Counter(entries["bits"].tolist()).items())),
         "values": f"{entries['low'].min()} to {entries['high'].max()}",
@@ -115,14 +116,16 @@ def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
     much = (shares > 0.5) & (shares < 1)
     if much.sum() > len(shares) / 2:
         return [
-            f"foreground fills more than half of {much.sum()} of {len(shares)} masks: if black and white are exchanged, name the "
+            f"foreground fills more than half of {much.sum()} of {len(shares)} masks: if black and white are "
+            "exchanged, name the "
             "background's value first (mask_values; --classes of qtseg prepare own)"
         ]
     usual = np.median(shares[~much]) if much.any() else 0.0
     odd = much & (1 - shares < 2 * usual)
     return (
         [
-            f"foreground fills {100 * shares[odd].mean():.0f} % of {odd.sum()} masks ({first_names([ids[row] for row in np.flatnonzero(odd)])}) "
+            f"foreground fills {100 * shares[odd].mean():.0f} % of {odd.sum()} masks "
+            f"({first_names([ids[row] for row in np.flatnonzero(odd)])}) "
             f"and {100 * usual:.2g} % of the others (median): are black and white exchanged there?"
         ]
         if odd.any()
@@ -138,21 +141,20 @@ def _file_warnings(survey: Survey, entries: np.ndarray, white: int) -> list[str]
     found = []
     if (void := ~entries["pixels"].any(axis=1)).any():
         found.append(
-            f"{void.sum()} masks hold ignored pixels only, and count nowhere, neither in training nor in scores ({ids(void)})"
-        )
+            f"{void.sum()} masks hold ignored pixels only, and count nowhere, neither in training nor in scores "
+            f"({ids(void)})")
     if (turned := entries["turned"] != entries["mask_turned"]).any():
         found.append(
-            f"{turned.sum()} images and their masks carry different EXIF orientations, and each was turned as its own says "
-            f"({ids(turned)}): look whether the masks fit"
+            f"{turned.sum()} images and their masks carry different EXIF orientations, and each was turned as its "
+            f"own says ({ids(turned)}): look whether the masks fit"
         )
-    torn = [
-        [survey.records[row] for row in rows]
-        for rows in identical_files([digest.decode() for digest in entries["hash"]])
-    ]
+    digests = [digest.decode() for digest in entries["hash"]]
+    torn = [[survey.records[row] for row in rows] for rows in identical_files(digests)]
     torn = [" = ".join(record.id for record in same) for same in torn if len({record.patient for record in same}) > 1]
     if torn:
         found.append(
-            f"{len(torn)} image files belong to two patients ({first_names(torn)}): if these are one person, give them one name"
+            f"{len(torn)} image files belong to two patients ({first_names(torn)}): if these are one person, give "
+            "them one name"
         )
     if (several := np.maximum(entries["frames"], entries["mask_frames"]) > 1).any():
         found.append(
@@ -160,17 +162,21 @@ def _file_warnings(survey: Survey, entries: np.ndarray, white: int) -> list[str]
     if (flat := entries["deep"] & (entries["span"] < white / 12)).any():
         found.append(
             f"{flat.sum()} images keep fewer than 22 of 256 levels ({ids(flat)}): nearly all values lie within "
-            f"{entries['span'][flat].max()} of each other, and {white} becomes white; rescale them, or remove stray values"
+            f"{entries['span'][flat].max()} of each other, and {white} becomes white; rescale them, or remove stray "
+            "values"
         )
     if entries["deep"].any() and not entries["deep"].all():
         deep = entries["deep"]
         found.append(f"{deep.sum()} images have more than 8 bits, {(~deep).sum()} have 8 ({ids(deep)}; {ids(~deep)}): "
                      "are they equally bright?")
+    return found + _unread(survey)
+
+# %% ../../nbs/reference/data_census.ipynb #d42afcd1
+def _unread(survey: Survey) -> list[str]:
+    """A sentence about files that could not be taken."""
     usual = ("hidden", "no picture", "no images and masks side by side")
     lost = [f"{name} ({reason})" for name, reason in survey.passed if reason not in usual]
-    if lost:
-        found.append(f"passed over: {first_names(lost)}")
-    return found
+    return [f"passed over: {first_names(lost)}"] if lost else []
 
 # %% ../../nbs/reference/data_census.ipynb #5e17375a
 def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names: Sequence[str]) -> Census:

@@ -275,7 +275,8 @@ def summary(rows: list[dict], done: list[Done], class_names: Sequence[str]) -> l
         f"sizes: {low[0]}x{low[1]} to {high[0]}x{high[1]} pixels, most often {width}x{height} ({count} images)",
         *_values(done),
         f"share of the pixels, mean over images: {', '.join(held)}; {(empty & ~full).sum()} masks are "
-        f"empty, {(full & ~empty).sum()} without background, {ignored.sum()} with ignored pixels, {(empty & full).sum()} ignored altogether",
+        f"empty, {(full & ~empty).sum()} without background, {ignored.sum()} with ignored pixels, "
+        f"{(empty & full).sum()} ignored altogether",
     ]
 
 
@@ -295,13 +296,14 @@ def white_of(done: list[Done]) -> int:
     highest = max((one.seen.high for one in done if one.seen.bits > 8), default=65535)
     return next(white for white in WHITES if white >= highest)
 
-
+# %% ../../nbs/reference/data_conversion.ipynb #87156bd9
 def alarms(
     pairs: list[Pair], done: list[Done], class_names: Sequence[str], turned: dict[Path, int], white: int) -> list[str]:
-    """Warnings: classes that no mask holds, masks without background or inverted, further pages, depths and EXIF that
-    differ.
+    """Warn of missing classes, masks without background or inverted, unread pages, depths and EXIF that differ.
 
-    turned: the EXIF orientations of mask files; white: see white_of.
+    Args:
+        turned: The EXIF orientations of mask files.
+        white: See white_of.
     """
     def named(rows: Iterable[int]) -> str:
         rows = list(rows)
@@ -317,18 +319,15 @@ def alarms(
         found.append(f"{len(paged)} image files hold several pages or frames; the first alone was read: {named(paged)}")
     if len(class_names) == 2:
         found += inverted(pixels[:, 1] / np.maximum(pixels[:, :-1].sum(axis=1), 1), [pair.id for pair in pairs])
-    if odd := [
-        row
-        for row, one in enumerate(done)
-        if turned and {turned.get(path, 0) for path in pairs[row].masks} != {one.seen.turned}
-    ]:
+    if odd := [row for row, one in enumerate(done)
+               if turned and {turned.get(path, 0) for path in pairs[row].masks} != {one.seen.turned}]:
         found.append(
-            f"{len(odd)} images and their masks carry different EXIF orientations, and each was turned as its own says: look "
-            f"whether the masks fit: {named(odd)}"
-        )
+            f"{len(odd)} images and their masks carry different EXIF orientations, and each was turned as its own "
+            f"says: look whether the masks fit: {named(odd)}")
     if flat := [row for row, one in enumerate(done) if one.seen.bits > 8 and one.seen.span < white / 12]:
         found.append(
-            f"{len(flat)} images of more than 8 bits keep fewer than 22 of 256 levels, for {white} becomes white: {named(flat)}"
+            f"{len(flat)} images of more than 8 bits keep fewer than 22 of 256 levels, for {white} becomes white: "
+            f"{named(flat)}"
         )
     depths = Counter(max(one.seen.bits, 8) for one in done)
     if len(depths) > 1:

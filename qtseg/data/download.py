@@ -165,8 +165,7 @@ def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike |
           progress: bool = True, page: str | None = None) -> Path:
     """Download one file over HTTPS. A file that is there already, and unchanged, is not downloaded again.
 
-    What has arrived waits in `<target>.part` and is continued, now or in the next run, if the server has the same
-    version.
+    What has arrived waits in `<target>.part` and is continued if the server still has the same version.
 
     Args:
         checksums: JSON file {file name: SHA-256}, written at the first download, compared later.

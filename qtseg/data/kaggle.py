@@ -55,9 +55,11 @@ def outcome():
     except Exception as error:
         families = {family.__module__.split(".")[0] for family in type(error).__mro__}
         status = getattr(getattr(error, "response", None), "status_code", None)
-        network = isinstance(error, (ConnectionError, TimeoutError)) or families & {"requests", "urllib3", "ssl", "http"}
+        network = isinstance(error, (ConnectionError, TimeoutError))
+        network = network or families & {"requests", "urllib3", "ssl", "http"}
         said = type(error).__name__ + ("" if network else f": {error}")
-        return {"problem": status or ("network" if network else "other"), "said": said, "errno": getattr(error, "errno", None)}
+        problem = status or ("network" if network else "other")
+        return {"problem": problem, "said": said, "errno": getattr(error, "errno", None)}
 
 
 threading.Thread(target=leave_with_parent, daemon=True).start()

@@ -155,7 +155,8 @@ def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
         survey.records.append(Record(name, path, found[0] if found else None, split=split))
     if folders := sorted({name.rpartition("/")[0] for name in below if "/" in name}):
         survey.notes.append(
-            f"{survey.short(images)}/ has {len(folders)} sub-folders with images ({first_names(folders)}): they are parts of the names, no "
+            f"{survey.short(images)}/ has {len(folders)} sub-folders with images ({first_names(folders)}): they are "
+            "parts of the names, no "
             "patients; if each is a patient, prepare the set with qtseg prepare own --patient '^([^/]+)/'"
         )
     for mask in stray:
@@ -206,7 +207,8 @@ def _inside(folder: Path, row: dict[str, str], column: str, problems: list[str])
     elif not os.path.isfile(path):  # False for pipes, devices, folders, and for names that are too long
         problems.append(f"{column} {text[:200]} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
     elif not path.resolve().is_relative_to(folder.resolve()):
-        problems.append(f"{column} {text[:200]} is a link that leads outside the manifest's folder: copy the file into it")
+        problems.append(
+            f"{column} {text[:200]} is a link that leads outside the manifest's folder: copy the file into it")
     else:
         return path
     return None

@@ -35,7 +35,8 @@ __all__ = ['POLYP_RANGES', 'Reader', 'NOBODYS', 'classes_of_colors', 'decoded', 
            'judge', 'slices', 'held_out', 'label']
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation010
-POLYP_RANGES = (  # class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
+# class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
+POLYP_RANGES = (
     (1, (36, 25, 25), (70, 255, 255)),  # green: non-neoplastic
     (2, (0, 100, 20), (10, 255, 255)),  # red, from the circle's beginning: neoplastic
     (2, (160, 100, 20), (179, 255, 255)),  # red, to its end

@@ -226,8 +226,9 @@ def keep_safe(folder: Path) -> None:
                     or path.lstat().st_mtime_ns > made)
     if others:
         names = ", ".join(others[:5]) + ", …" * (len(others) > 5)
-        raise ValueError(f"{folder} holds {len(others)} file(s) that `qtseg prepare` did not write, or that were changed since ({names}): "
-                         "move them elsewhere, or remove the folder yourself, then run this again")
+        raise ValueError(f"{folder} holds {len(others)} file(s) that `qtseg prepare` did not write, or that were "
+                         f"changed since ({names}): move them elsewhere, or remove the folder yourself, then run "
+                         "this again")
 
 
 def set_aside(folder: Path) -> None:
@@ -298,9 +299,19 @@ def report(folder: Path) -> str:
     return "\n".join(map(printable, lines))
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation105
-def prepare_set(dataset: DataSet, root: str | os.PathLike = "data", *, sources: Iterable[str | os.PathLike] | None = None,
-                folds: int | None = None, workers: int | None = None, force: bool = False,
-                download_only: bool = False) -> Path:
+def _require_options(root: Path, folds: int | None, workers: int | None) -> None:
+    """Refuse an impossible option, by its name on the command line."""
+    if folds is not None and (folds < 0 or folds == 1):
+        raise ValueError(f"--folds must be 0 or at least 2, got {folds}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--root must be a folder, and {root} is a file")
+
+# %% ../../nbs/reference/data_preparation.ipynb #663fbe40
+def prepare_set(
+    dataset: DataSet, root: str | os.PathLike = "data", *, sources: Iterable[str | os.PathLike] | None = None,
+    folds: int | None = None, workers: int | None = None, force: bool = False, download_only: bool = False) -> Path:
     """Print the terms of a data set, download it unless `sources` are given, prepare it, print the report.
 
     Args:
@@ -319,13 +330,8 @@ def prepare_set(dataset: DataSet, root: str | os.PathLike = "data", *, sources: 
         OSError: No space, a missing source, or a failed download (DownloadError).
         ModuleNotFoundError: A package that this set needs is not installed.
     """
-    if folds is not None and (folds < 0 or folds == 1):
-        raise ValueError(f"--folds must be 0 or at least 2, got {folds}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {workers}")
     root = Path(root).expanduser().absolute()
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"--root must be a folder, and {root} is a file")
+    _require_options(root, folds, workers)
     print(dataset.terms, flush=True)
     try:
         if download_only:

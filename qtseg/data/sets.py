@@ -190,9 +190,10 @@ ISIC_CITATIONS = {
     2017: "Codella NCF, Gutman D, Celebi ME, et al. Skin lesion analysis toward melanoma detection: a challenge at "
           "ISBI 2017, hosted by ISIC. arXiv:1710.05006.",
     2018: "Codella N, Rotemberg V, Tschandl P, et al. Skin lesion analysis toward melanoma detection 2018. "
-          "arXiv:1902.03368. Tschandl P, Rosendahl C, Kittler H. The HAM10000 dataset. Scientific Data 5, 180161 (2018)."}
-ISIC_OFFICIAL = ("official split: THE TEST IMAGES VALIDATE. The best epoch is chosen on them, so their score is too good; "
-                 "use it only to compare with the paper's figures")
+          "arXiv:1902.03368. Tschandl P, Rosendahl C, Kittler H. The HAM10000 dataset. Scientific Data 5, 180161 "
+          "(2018)."}
+ISIC_OFFICIAL = ("official split: THE TEST IMAGES VALIDATE. The best epoch is chosen on them, so their score is too "
+                 "good; use it only to compare with the paper's figures")
 
 # %% ../../nbs/reference/data_sets.ipynb #8559f946
 def isic_archives(year: int) -> list[str]:

@@ -29,7 +29,7 @@ def _slices(records: list[Record], folds: int) -> list[int | None]:
             fold_of[i] = position // slice_size
     return fold_of
 
-
+# %% ../../nbs/reference/data_splits.ipynb #d42e212b
 def _units(records: Sequence[Record]) -> list[str]:
     """What must stay together: the patient of each record, or the record alone."""
     return [f"patient {record.patient}" if record.patient else f"alone {i}" for i, record in enumerate(records)]
@@ -46,7 +46,8 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     units = [_units(records)[i] for i in pool]
     if len(set(units)) < 2:
         raise ValueError(
-            f"all {len(pool)} images belong to one patient, who cannot train and validate: add other patients, or leave "
+            f"all {len(pool)} images belong to one patient, who cannot train and validate: add other patients, or "
+            "leave "
             "the patient out if that is wrong"
         )
     if len(set(units)) < folds:
@@ -77,11 +78,13 @@ def _small_strata(records: Sequence[Record], fold_of: Sequence[int | None], fold
         if whole < folds:
             of = f" of {whole} patient{'s' * (whole > 1)}" if any(records[i].patient for i in rows) else ""
             found.append(
-                f"{name} ({len(rows)} image{'s' * (len(rows) > 1)}{of}, {f'in {held} of {folds} folds' if held else 'always train'})"
+                f"{name} ({len(rows)} image{'s' * (len(rows) > 1)}{of}, "
+                f"{f'in {held} of {folds} folds' if held else 'always train'})"
             )
     return (
         [
-            f"folds: strata with fewer members than {folds} folds: {first_names(found)}; choose fewer folds, or join strata"
+            f"folds: strata with fewer members than {folds} folds: {first_names(found)}; choose fewer folds, or join "
+            "strata"
         ]
         if found
         else []
@@ -115,12 +118,14 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
     strata = any(record.stratum for record in survey.records)
     if patients:
         notes.append(
-            f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} patients in "
+            f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} "
+            "patients in "
             f"one of them{', strata spread evenly' if strata else ''}"
         )
     else:
         notes.append(
-            f"folds: {folds} equal slices of {sizes[0]} images, sorted by name{', within each stratum' if strata else ''}"
+            f"folds: {folds} equal slices of {sizes[0]} images, sorted by "
+            f"name{', within each stratum' if strata else ''}"
             + (f"; the last {left} always train" if left else "")
         )
     notes += _small_strata(survey.records, fold_of, folds)
@@ -153,7 +158,8 @@ def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records
     chosen = sorted(rows[i] for i in _even_share([records[row] for row in rows], count, seed))
     if len(set(_units([records[row] for row in rows]))) < 2:
         raise ValueError(
-            f"all {len(rows)} training images belong to one patient, who cannot train and validate: add other patients, "
+            f"all {len(rows)} training images belong to one patient, who cannot train and validate: add other "
+            "patients, "
             "or name the split in the manifest"
         )
     if not 0 < len(chosen) < len(rows):
