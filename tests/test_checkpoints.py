@@ -626,7 +626,7 @@ def test_a_network_without_memory_has_the_same_names_shapes_and_types(build):
 
 
 def test_loading_a_checkpoint_imports_no_compiler(model, tmp_path):
-    """It would double the time that qtseg-predict takes to start."""
+    """It would double the time that qtseg predict takes to start."""
     model.save_pretrained(tmp_path)
     code = "import sys; from qtseg.network.baselines import load_network; load_network(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
