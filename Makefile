@@ -18,9 +18,9 @@ help:
 	@echo "make demo   set up, then train on phantom images, evaluate, and name the notebook and the figures to open"
 	@echo "make test   set up, then run everything that must pass"
 	@echo "make audit  look for unsafe code (ruff's S rules) and for requirements with known vulnerabilities (pip-audit, which asks PyPI)"
-	@echo "make lab    set up, then open the front page and the chapters in JupyterLab"
+	@echo "make lab    set up, then open the front page and the lessons in JupyterLab"
 	@echo "make mlflow open the tracked runs (track: true) in the browser"
-	@echo "make sync   after editing a chapter: export modules, clean notebooks, write links and README.md"
+	@echo "make sync   after editing a notebook: export modules, clean notebooks, write links and README.md"
 	@echo "make clean  remove .venv and what the other targets made"
 
 $(READY): pyproject.toml
@@ -65,7 +65,7 @@ test: $(READY)
 	  sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi
 	  $$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends chromium >/dev/null || echo "==> chromium could not be installed: the browser's tests will be skipped"
 	fi
-	echo "==> Running everything that must pass: repository, chapters, network, data, training, evaluation, prediction, export, widgets"
+	echo "==> Running everything that must pass: repository, lessons, reference, network, data, training, evaluation, prediction, export, widgets"
 	# One thread for each process: twice as fast as two for one. Bytecode is kept, for a hundred processes import the package.
 	# logical: a worker for every CPU; auto counts physical cores only, and a virtual machine with two CPUs often has one of them.
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -77,7 +77,7 @@ audit: $(READY)
 	$(BIN)/python tools/audit.py
 
 lab: $(READY)
-	@echo "==> Opening the chapters in JupyterLab; stop with Ctrl-C"
+	@echo "==> Opening the lessons in JupyterLab; stop with Ctrl-C"
 	$(BIN)/jupyter lab $(LAB_OPTIONS) nbs/index.ipynb
 
 mlflow: $(READY)
