@@ -60,8 +60,7 @@ def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
     ordered, (often, times) = sorted(sizes, key=lambda size: (size[0] * size[1], size)), sizes.most_common(1)[0]
     facts = {
         "sizes": f"{ordered[0][0]}x{ordered[0][1]} to {ordered[-1][0]}x{ordered[-1][1]}, most often "
-        "{often[0]}x{often[1]} "
-        f"({times})",
+        f"{often[0]}x{often[1]} ({times})",
         "bits": ", ".join(f"{bits} ({number})" for bits, number in sorted(Counter(entries["bits"].tolist()).items())),
         "values": f"{entries['low'].min()} to {entries['high'].max()}",
     }
