@@ -467,3 +467,10 @@ print(megabytes("VmHWM") - before, time.process_time() - begun)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     megabytes, seconds = map(float, done.stdout.split())
     assert megabytes < 400 and seconds < 5, f"{megabytes} MB, {seconds} s of the processor"
+
+
+def test_255_beside_255_classes_counts_nowhere(tmp_path):
+    """Found by test_fuzz: of 255 classes the last is 254."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    read = read_mask(written(values, tmp_path / "x.png"), "index", 255)
+    assert (read == values).all() and read[-1, -1] == IGNORE
