@@ -254,7 +254,8 @@ def test_engines_take_turns():
     calls = []
     rows = benchmark_engines({"one": lambda batch: calls.append(("one", *batch.shape)), "two": lambda batch: calls.append(("two", *batch.shape))},
                              sizes=(32, 64), batches=(1, 2), rounds=3, in_channels=1)
-    assert calls[:4] == [("one", 1, 1, 32, 32), ("two", 1, 1, 32, 32)] * 2 and len(calls) == 2 * 5 * 4  # two rounds warm up
+    assert [name for name, *_ in calls[:6]] == ["one", "two", "two", "one", "one", "two"], "every round begins with another engine"
+    assert all(call[1:] == (1, 1, 32, 32) for call in calls[:10]) and len(calls) == 2 * 5 * 4  # two rounds warm up
     assert [(row["size"], row["batch"], row["engine"]) for row in rows[:3]] == [(32, 1, "one"), (32, 1, "two"), (32, 2, "one")]
     assert all(row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"]) for row in rows)
 
