@@ -320,7 +320,7 @@ def predict(
     found = find_checkpoint(checkpoint)
     if found != checkpoint:
         print(printable(f"checkpoint: {found}"))
-    predictor = Predictor.from_checkpoint(found, engine=engine, device=device, amp=amp, threshold=threshold, tta=tta,
+    predictor = Predictor(found, engine=engine, device=device, amp=amp, threshold=threshold, tta=tta,
                                           keep_largest=keep_largest)
     if predictor.device.type == "cpu":
         keep_freed_memory()

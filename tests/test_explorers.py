@@ -126,7 +126,7 @@ def test_network_input_is_what_the_predictor_sees(network, color, resize):
     expected = torch.from_numpy(preparing.prepare(picture)).permute(2, 0, 1)[None]
     assert torch.equal(pixels, normalize(expected)) and rgb.shape == (64, 64, 3)
     square = decode_image(predictor, rgb)  # a picture of the network's own size: nothing to undo
-    assert (square.mask == predictor.predict(rgb)).mean() > 0.999
+    assert (square.mask == predictor(rgb)).mean() > 0.999
 
 
 # ---------------------------------------------------------------- TokenExplorer

@@ -157,7 +157,7 @@ def test_the_onnx_file_says_what_it_is_and_nothing_about_the_machine(exported):
 def test_the_predictor_answers_alike_with_both_engines(exported):
     picture, _ = phantom("dermoscopy", 5, 90)
     picture = picture[:70]
-    probabilities = [Predictor.from_checkpoint(exported[0], engine=engine, device="cpu").probabilities(picture) for engine in ("torch", "onnx")]
+    probabilities = [Predictor(exported[0], engine=engine, device="cpu").probabilities(picture) for engine in ("torch", "onnx")]
     assert probabilities[0].shape == (70, 90, 2)
     assert abs(probabilities[0] - probabilities[1]).max() < 1e-4
 
@@ -292,7 +292,7 @@ def test_the_card_says_what_the_run_knows(exported):
     assert result["dataset"] == {"type": "phantoms:dermoscopy:91", "name": "phantoms:dermoscopy:91", "split": "test"}
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {"dice": 87.6543, "iou": 81.5, "acc": 95.75, "mae": 4.25}
     for fact in ("| 87.65 | 81.50 | 95.75 | 4.25 |", "60 train, 20 valid, 11 test", "11 images of the test split", "3 epochs, batch 4", "12.6 minutes",
-                 "A &#124; processor", "torch 2.15.0", "64×64", "ycrcb", weights_sha256(exported[0]), "Not for clinical use", "Predictor.from_checkpoint",
+                 "A &#124; processor", "torch 2.15.0", "64×64", "ycrcb", weights_sha256(exported[0]), "Not for clinical use", "Predictor",
                  "None was found beside this checkpoint"):
         assert fact in card
     assert "unknown" not in card.lower().replace("errors are unknown", "") and "flatter" not in card and "Linux-secret" not in card
@@ -417,7 +417,7 @@ def test_a_packed_folder_holds_what_others_need_and_no_more(checkpoint, tmp_path
     assert sorted(path.name for path in packed.iterdir()) == ["README.md", "config.json", "model.onnx", "model.safetensors", PREPROCESSING_FILE]
     assert (packed / "README.md").read_text(encoding="utf-8") == model_card(checkpoint) and not (checkpoint / "README.md").exists()
     for engine in ("torch", "onnx"):
-        assert Predictor.from_checkpoint(packed, engine=engine, device="cpu").predict(phantom("dermoscopy", 1, 64)[0]).shape == (64, 64)
+        assert Predictor(packed, engine=engine, device="cpu")(phantom("dermoscopy", 1, 64)[0]).shape == (64, 64)
     with pytest.raises(FileExistsError, match="name a new folder"):
         pack(checkpoint, packed)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["packed"]
@@ -582,7 +582,7 @@ def unsafe_weights(path: Path, kind: str, evidence: Path) -> None:
 def test_unsafe_weights_are_one_sentence_and_run_no_code(checkpoint, tmp_path, capsys, kind):
     evidence = tmp_path / "evidence"
     unsafe_weights(checkpoint / "model.safetensors", kind, evidence)
-    for refused in (Predictor.from_checkpoint, export_onnx, export_torch, model_card, lambda folder: pack(folder, tmp_path / "packed")):
+    for refused in (Predictor, export_onnx, export_torch, model_card, lambda folder: pack(folder, tmp_path / "packed")):
         with pytest.raises(ValueError) as caught:
             refused(checkpoint)
         one_sentence(caught, "model.safetensors")
@@ -602,7 +602,7 @@ def test_the_bomb_is_a_real_one(tmp_path):
 def test_settings_that_are_none_are_one_sentence(checkpoint, file, text):
     (checkpoint / file).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError) as caught:
-        Predictor.from_checkpoint(checkpoint)
+        Predictor(checkpoint)
     one_sentence(caught, file)
 
 
@@ -634,7 +634,7 @@ def test_more_tensors_than_the_network_has_are_refused(checkpoint):
     path = checkpoint / "model.safetensors"
     save_file({**load_file(path), "another": torch.zeros(3)}, path)
     with pytest.raises(ValueError) as caught:
-        Predictor.from_checkpoint(checkpoint)
+        Predictor(checkpoint)
     one_sentence(caught, "unexpected", "another")
 
 

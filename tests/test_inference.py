@@ -90,7 +90,7 @@ def table(path: Path) -> list[dict]:
 def test_mask_has_the_images_size_and_place(resize, height, width):
     image = scene(height, width)
     predictor = simple(resize, 128)
-    mask, truth = predictor.predict(image), image[:, :, 0] > 128
+    mask, truth = predictor(image), image[:, :, 0] > 128
     assert mask.shape == (height, width) and mask.dtype == np.uint8
     if min(height, width) >= 31 and (resize == "squash" or max(height, width) < 1000):
         assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.95
@@ -106,7 +106,7 @@ def test_probabilities_sum_to_one_and_decide_the_mask():
     np.testing.assert_allclose(probabilities.sum(axis=2), 1, atol=1e-6)
     for threshold in (None, 0.2, 0.9):
         predictor.threshold = threshold
-        assert (predictor.predict(image) == decide(probabilities, threshold)).all()
+        assert (predictor(image) == decide(probabilities, threshold)).all()
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 6])
@@ -121,7 +121,7 @@ def test_any_number_of_classes(classes):
     batch = normalize(torch.from_numpy(predictor.preprocessing.prepare(image)).permute(2, 0, 1)[None])
     with torch.no_grad():
         square = class_probabilities(model(batch))[0].permute(1, 2, 0).numpy()
-    assert (predictor.predict(image) == own_size_mask(square, 80, 50, "pad")).all()
+    assert (predictor(image) == own_size_mask(square, 80, 50, "pad")).all()
 
 
 @pytest.mark.parametrize("color", ["rgb", "ycrcb"])
@@ -129,7 +129,7 @@ def test_the_network_gets_what_it_was_trained_on(color):
     seen = []
     network = lambda images: seen.append(images) or brightness(images)  # noqa: E731
     image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Predictor(network, Preprocessing(64, "squash", color), 2, device="cpu").predict(image)
+    Predictor(network, Preprocessing(64, "squash", color), 2, device="cpu")(image)
     expected = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb) if color == "ycrcb" else image
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), expected / 127.5 - 1, atol=1e-6)
 
@@ -158,7 +158,7 @@ def test_keep_largest():
     assert not keep_largest_components(np.zeros((5, 5), np.uint8)).any()
     image = np.full((60, 60, 3), 30, np.uint8)
     image[5:15, 5:15], image[30:55, 30:55] = 220, 220
-    assert simple(size=60).predict(image)[10, 10] == 1 and simple(size=60, keep_largest=True).predict(image)[10, 10] == 0
+    assert simple(size=60)(image)[10, 10] == 1 and simple(size=60, keep_largest=True)(image)[10, 10] == 0
 
 
 def test_predict_many_equals_predict_in_order():
@@ -166,7 +166,7 @@ def test_predict_many_equals_predict_in_order():
     images = [scene(40 + 7 * index, 90 - 5 * index, index) for index in range(11)]
     for batch in (1, 4, 50):
         masks = list(predictor.predict_many(iter(images), batch))
-        assert len(masks) == 11 and all((mask == predictor.predict(image)).all() for mask, image in zip(masks, images))
+        assert len(masks) == 11 and all((mask == predictor(image)).all() for mask, image in zip(masks, images))
     with pytest.raises(ValueError, match="batch is a whole number of at least 1"):
         list(predictor.predict_many(images, 0))
 
@@ -209,7 +209,7 @@ def test_wrong_arguments_are_one_sentence():
     with pytest.raises(ValueError, match="needs 3 class names, but its preprocessing names 2"):
         Predictor(brightness, Preprocessing(64), 3, device="cpu")
     with pytest.raises(ValueError, match=r"which is not 3 class\(es\)"):
-        Predictor(brightness, Preprocessing(64, class_names=("a", "b", "c")), 3, device="cpu").predict(scene(50, 50))
+        Predictor(brightness, Preprocessing(64, class_names=("a", "b", "c")), 3, device="cpu")(scene(50, 50))
     with pytest.raises(ValueError, match="cannot be used"):
         Predictor(brightness, Preprocessing(64), 2, device="nonsense")
 
@@ -238,11 +238,11 @@ def test_deep_values_are_read_with_the_checkpoints_white(tmp_path):
     Image.fromarray(deep).save(tmp_path / "deep.png")
     narrow = Predictor(brightness, Preprocessing(64, white=4095), 2, device="cpu")
     for image in (tmp_path / "deep.png", deep, deep[:, :, None].repeat(3, axis=2), Image.fromarray(deep)):
-        np.testing.assert_array_equal(narrow.predict(image), simple().predict(scene(40, 50)))
-        assert not simple().predict(image).any()  # with white=65535 all is nearly black
+        np.testing.assert_array_equal(narrow(image), simple()(scene(40, 50)))
+        assert not simple()(image).any()  # with white=65535 all is nearly black
     np.testing.assert_array_equal(as_rgb(np.array([[0, 2048, 4095, 60000]], np.uint16), white=4095)[0, :, 0], [0, 128, 255, 255])
     predict_files(narrow, tmp_path / "deep.png", tmp_path / "out", progress=False)
-    assert (read_mask(tmp_path / "out/deep.png") == narrow.predict(deep)).all()
+    assert (read_mask(tmp_path / "out/deep.png") == narrow(deep)).all()
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -251,7 +251,7 @@ def test_other_numbers_of_channels_are_refused_before_the_first_image(channels, 
     model.save_pretrained(tmp_path)
     (tmp_path / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64))))
     for build in (
-        lambda: Predictor.from_checkpoint(tmp_path, device="cpu"),
+        lambda: Predictor(tmp_path, device="cpu"),
         lambda: Predictor(model, Preprocessing(64), 2, device="cpu"),
     ):
         with pytest.raises(ValueError, match=rf"takes images of {channels} channel\(s\), and its preprocessing makes 3 of a file"):
@@ -270,10 +270,10 @@ def test_answers_that_are_not_finite_are_refused(value, classes, tmp_path):
 
     predictor = Predictor(spoilt, Preprocessing(64), classes, device="cpu")
     white = np.full((40, 40, 3), 255, np.uint8)
-    for call in (predictor.predict, predictor.probabilities, lambda image: list(predictor.predict_many([image]))):
+    for call in (predictor, predictor.probabilities, lambda image: list(predictor.predict_many([image]))):
         with pytest.raises(ValueError, match="NaN or infinity: its weights are damaged"):
             call(white)
-    assert predictor.predict(scene(40, 40)).any()
+    assert predictor(scene(40, 40)).any()
     for name, image in (("a", scene(40, 40)), ("b", white), ("c", scene(40, 40))):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
     summary = predict_files(predictor, [tmp_path / f"{name}.png" for name in "abc"], tmp_path / "out", progress=False)
@@ -351,8 +351,8 @@ def test_every_kind_of_file(kind, tmp_path):
     np.testing.assert_array_equal(as_rgb(path), pixels)
     with Image.open(path) as picture:
         np.testing.assert_array_equal(as_rgb(picture), pixels)
-    assert simple().predict(path).shape == (48, 32)
-    np.testing.assert_array_equal(simple().predict(str(path)), simple().predict(pixels))
+    assert simple()(path).shape == (48, 32)
+    np.testing.assert_array_equal(simple()(str(path)), simple()(pixels))
 
 
 def write_dicom(path: Path, values: np.ndarray, **tags) -> Path:
@@ -461,10 +461,10 @@ def test_bad_files_are_reported_and_the_rest_is_done(tmp_path, checkpoint, capfd
     rows = table(output / "predictions.csv")
     assert [row["file"] for row in rows] == [f"good{index:02d}.png" for index in range(13)]
     assert [(int(row["width"]), int(row["height"])) for row in rows] == [(40, 50 + index) for index in range(13)]
-    predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+    predictor = Predictor(checkpoint, device="cpu")
     for row in rows:
         mask = read_mask(output / row["mask"])
-        assert (mask == predictor.predict(folder / row["file"])).all()
+        assert (mask == predictor(folder / row["file"])).all()
         assert int(row["foreground_pixels"]) == mask.sum()
     for path in [folder / name for name in bad]:
         path.unlink()
@@ -520,7 +520,7 @@ def test_hostile_files_among_good_ones(tmp_path, monkeypatch, capfd):
         Image.fromarray(scene(40, 50)).save(folder / name, "TIFF" if name.endswith("tif") else "PNG")
     (folder / "notes.txt").write_text("no image")
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail(f"a program was started: {arguments}"))
-    wanted, predictor = simple().predict(scene(40, 50)), simple()
+    wanted, predictor = simple()(scene(40, 50)), simple()
 
     def run(**options):
         return predict_files(predictor, folder, output, progress=False, **options)
@@ -578,7 +578,7 @@ def test_pages_and_links(tmp_path, capfd):
         notes = {Path(row["file"]).name: row["note"] for row in table(tmp_path / f"out{index}/predictions.csv")}
         assert notes == {"stack.tif": "page 1 of 3 was predicted", "film.gif": "page 1 of 3 was predicted", "one.png": ""}
         assert capfd.readouterr().err.count("page 1 of 3") == 2
-    np.testing.assert_array_equal(read_mask(tmp_path / "out0/stack.png"), simple().predict(scene(40, 50, 0)))
+    np.testing.assert_array_equal(read_mask(tmp_path / "out0/stack.png"), simple()(scene(40, 50, 0)))
 
 
 @pytest.mark.parametrize("where", ["real/images/masks", "real/masks/deep"])
@@ -677,7 +677,7 @@ def test_all_outputs(tmp_path):
     assert values.dtype == np.uint16 and values.shape == (90, 60)
     np.testing.assert_allclose(values / 65535, probabilities[..., 1], atol=1e-5)
     overlay = np.asarray(Image.open(output / "image_overlay.jpg")).astype(int)
-    mask = predictor.predict(image)
+    mask = predictor(image)
     assert (
         overlay.shape == image.shape and abs(overlay - image)[mask == 0].mean() < 6 < 15 < abs(overlay - image)[mask == 1].mean()
     )
@@ -922,7 +922,7 @@ def test_one_window_is_a_plain_prediction():
     pytest.importorskip("monai", reason="MONAI is not installed")
     predictor, image = tiny(), np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     np.testing.assert_allclose(np.concatenate(list(predictor.rows(image))), predictor.probabilities(image)[..., 1:], atol=1e-6)
-    assert (predictor.predict_large(image) == predictor.predict(image)).all()
+    assert (predictor.predict_large(image) == predictor(image)).all()
 
 
 @pytest.mark.parametrize("height, width", [(150, 211), (64, 300), (300, 64), (1, 1), (20, 130), (130, 20)])
@@ -1002,10 +1002,10 @@ def test_from_checkpoint_refuses_what_does_not_fit(checkpoint, tmp_path):
         shutil.copytree(checkpoint, folder)
         change(folder)
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-            Predictor.from_checkpoint(folder)
+            Predictor(folder)
         shutil.rmtree(folder, ignore_errors=True)
     with pytest.raises(ValueError, match="engine is one of"):
-        Predictor.from_checkpoint(checkpoint, engine="tensorflow")
+        Predictor(checkpoint, engine="tensorflow")
 
 
 def small_onnx(checkpoint: Path, path: Path, sha: str) -> None:
@@ -1033,18 +1033,18 @@ def test_onnx_engine(checkpoint, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint, folder)
     with pytest.raises(FileNotFoundError, match="run `qtseg export .*copy` first"):
-        Predictor.from_checkpoint(folder, engine="onnx")
+        Predictor(folder, engine="onnx")
     small_onnx(folder, folder / "model.onnx", "0" * 64)
     with pytest.raises(ValueError, match="was not exported from the model.safetensors beside it"):
-        Predictor.from_checkpoint(folder, engine="onnx")
+        Predictor(folder, engine="onnx")
     small_onnx(folder, folder / "model.onnx", networks.weights_sha256(folder))
-    predictor = Predictor.from_checkpoint(folder, engine="onnx", threshold=0.7)
+    predictor = Predictor(folder, engine="onnx", threshold=0.7)
     assert predictor.device.type == "cpu" and predictor.identity.startswith("onnx ")
     (folder / PREPROCESSING_FILE).write_text(json.dumps(asdict(Preprocessing(64))))
     image = scene(70, 90)
-    assert (Predictor.from_checkpoint(folder, engine="onnx").predict(image) == simple().predict(image)).all()
+    assert (Predictor(folder, engine="onnx")(image) == simple()(image)).all()
     with pytest.raises(ValueError, match="computes on the CPU"):
-        Predictor.from_checkpoint(folder, engine="onnx", amp="bf16")
+        Predictor(folder, engine="onnx", amp="bf16")
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(24))
     model = onnx.load(folder / "model.onnx")
@@ -1084,7 +1084,7 @@ def test_the_command_in_a_shell(checkpoint, three, capfd):
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and "--overwrite" in printed.err and not printed.out
     for run in (checkpoint.parent, checkpoint.parent / "../run"):  # a run's folder stands for its best checkpoint
-        assert Predictor.from_checkpoint(run, device="cpu").identity == Predictor.from_checkpoint(checkpoint, device="cpu").identity
+        assert Predictor(run, device="cpu").identity == Predictor(checkpoint, device="cpu").identity
     assert main(["predict", str(checkpoint.parent), *words[1:3], f"{output}2", "--no-progress"]) == 0
     assert f"checkpoint: {checkpoint}" in capfd.readouterr().out
 
@@ -1135,7 +1135,7 @@ def test_prediction_from_files_equals_evaluation_from_the_cache(tmp_path):
         with torch.no_grad():
             square = class_probabilities(model(normalize(data.train.batch([index]).images)))[0].permute(1, 2, 0).numpy()
         height, width = data.train.original_sizes[index]
-        assert (predictor.predict(data.train.paths[index][0]) == own_size_mask(square, height, width, "pad")).all()
+        assert (predictor(data.train.paths[index][0]) == own_size_mask(square, height, width, "pad")).all()
 
 
 def test_real_images_of_the_shared_folder(tmp_path):

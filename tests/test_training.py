@@ -1197,7 +1197,7 @@ def test_gray_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
     path, _ = data.valid.paths[0]
     with torch.no_grad():
         logits = network(normalize(data.valid.batch([0]).images))
-    mask = Predictor.from_checkpoint(result.checkpoint_dir, device="cpu").predict(path)
+    mask = Predictor(result.checkpoint_dir, device="cpu")(path)
     assert (mask == logits.argmax(dim=1)[0].numpy()).all()
     scored = evaluate_checkpoint(result.folder, device="cpu")
     assert scored.dice(SIZES[0]).mean() == pytest.approx(result.metrics["test"]["dice"], abs=1e-4) and scored.ids == data.valid.ids

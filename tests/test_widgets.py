@@ -393,7 +393,7 @@ def test_a_split_a_predictor_and_what_it_wrote(tmp_path):
     predictor = Predictor(Bright(), Preprocessing(size=32, class_names=("background", "lesion")), 2, device="cpu")
     live = MaskExplorer(data.test, predictor)
     assert live.album.class_names == ("background", "lesion")
-    assert np.array_equal(live.masks[0], predictor.predict(data.test.paths[0][0])) and np.array_equal(live.target, data.test.original_mask(0))
+    assert np.array_equal(live.masks[0], predictor(data.test.paths[0][0])) and np.array_equal(live.target, data.test.original_mask(0))
     folder = tmp_path / "set" / "images"
     predict_files(predictor, folder, tmp_path / "hard", progress=False)
     predict_files(predictor, folder, tmp_path / "soft", progress=False, probability="npz")

@@ -63,8 +63,8 @@ def constant_counts(
     frequent: np.ndarray, target: np.ndarray, classes: int, ignore_index: int | None = None) -> np.ndarray:
     """Counts of masks that look at no image against a target [H, W] -> int64 [classes + 1, classes - 1, 4].
 
-    First, for each class, the mask that holds it everywhere; last `frequent`, the most frequent class of each pixel [H,
-    W].
+    First, for each class, the mask that holds it everywhere; last `frequent`, the most frequent class of each pixel
+    [H, W].
     """
     counted = target if ignore_index is None else target[target != ignore_index]
     there = np.bincount(counted.ravel(), minlength=classes)  # pixels of each class

@@ -91,8 +91,8 @@ all of this stands in `preprocessor_config.json`, and the `Predictor` does it:
 
 ```python
 from qtseg import Predictor
-predictor = Predictor.from_checkpoint("the folder that holds this file")
-mask = predictor.predict("image.jpg")  # uint8 [H, W], at the image's own size
+predictor = Predictor("the folder that holds this file")
+mask = predictor("image.jpg")  # uint8 [H, W], at the image's own size
 ```
 
 SHA-256 of `model.safetensors`: `{weights_sha256(checkpoint)}`"""

@@ -35,8 +35,8 @@ __all__ = ['SMALLEST_RECORDED', 'PARITY', 'PARITY_SHAPES', 'ONNX_FILE', 'TORCH_F
 
 # %% ../../nbs/reference/prediction_export.ipynb #export022
 class AnySize(nn.Module):
-    """A network that is padded and cropped around by recorded operations: images [B, C, H, W] -> logits [B, classes, H,
-    W].
+    """A network that is padded and cropped around by recorded operations: images [B, C, H, W] -> logits
+    [B, classes, H, W].
 
     The network pads behind an `if`, and a graph holds only the branch that its example took. Here the padding is always
     done, by a computed number of pixels, which may be 0. Same values as the network alone.

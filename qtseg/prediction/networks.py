@@ -38,8 +38,8 @@ def flip_average(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference029
 def keep_largest_components(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest connected piece of each foreground class, the rest becomes background: uint8 [H, W] -> uint8 [H,
-    W].
+    """Keep the largest connected piece of each foreground class, the rest becomes background: uint8 [H, W] -> uint8
+    [H, W].
 
     Pixels that touch at a corner are connected. Of pieces of one size the first one stays, counted from the top.
     """

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from numbers import Integral
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..data.cache import in_order
-from ..data.preprocessing import read_preprocessing
+from ..data.preprocessing import Preprocessing, read_preprocessing
 from ..evaluation.runs import weights_sha256
 from ..evaluation.scores import decide, undo_resize
 from ..network.baselines import load_network
@@ -33,23 +34,29 @@ ENGINES = ("torch", "onnx")
 
 # %% ../../nbs/reference/prediction_predictor.ipynb #477458d0
 class Predictor(NetworkRunner):
-    """Masks for images of any size, from a trained network; arguments as those of `NetworkRunner`."""
+    """Masks for images of any size, from a trained network.
 
-    @classmethod
-    def from_checkpoint(cls, folder: str | os.PathLike, *, engine: str = "torch", **options) -> Predictor:
-        """From the folder of a checkpoint or of a run.
+    Args:
+        source: the folder of a run or of a checkpoint (see `find_checkpoint`), or a network, [B, C, H, W] in [-1, 1] to
+            logits [B, classes, H, W].
+        preprocessing, classes: of a network; a folder says them itself.
+        engine: "torch", or "onnx" for the folder's model.onnx on the CPU.
+        **options: device, amp, threshold, tta, keep_largest; see `NetworkRunner`.
 
-        Args:
-            folder: see `find_checkpoint`.
-            engine: "torch", or "onnx" for the checkpoint's model.onnx on the CPU.
-            **options: device, amp, threshold, tta, keep_largest.
+    Raises:
+        FileNotFoundError, ValueError: a folder that is incomplete, damaged or at odds with itself.
+    """
 
-        Raises:
-            FileNotFoundError, ValueError: a folder that is incomplete, damaged or at odds with itself.
-        """
+    def __init__(self, source: str | os.PathLike | Callable[[Tensor], Tensor], preprocessing: Preprocessing | None = None,
+                 classes: int | None = None, *, engine: str = "torch", **options):
         if engine not in ENGINES:
             raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
-        folder = find_checkpoint(folder)
+        if not isinstance(source, (str, os.PathLike)):
+            if preprocessing is None or classes is None or engine != "torch":
+                raise ValueError("a network needs its preprocessing and its number of classes, and engine=\"torch\"")
+            super().__init__(source, preprocessing, classes, **options)
+            return
+        folder = find_checkpoint(source)
         model, preprocessing = load_network(folder), read_preprocessing(folder)
         check_channels(model, preprocessing.channels)
         if engine == "onnx":
@@ -57,9 +64,8 @@ class Predictor(NetworkRunner):
                 raise ValueError("ONNX Runtime computes on the CPU in its file's precision: leave device and amp alone")
             options["device"] = "cpu"
         network = model.fuse() if engine == "torch" else open_onnx(folder)
-        predictor = cls(network, preprocessing, model.config["classes"], **options)
-        predictor.identity = f"{engine} {weights_sha256(folder)}"
-        return predictor
+        super().__init__(network, preprocessing, model.config["classes"], **options)
+        self.identity = f"{engine} {weights_sha256(folder)}"
 
     def prepare(self, image: AnyImage) -> tuple[np.ndarray, tuple[int, int]]:
         """Before the network: uint8 [size, size, C] and the image's own (height, width). Threads may run it."""
@@ -90,7 +96,7 @@ class Predictor(NetworkRunner):
         [(maps, (height, width))] = self.through_network([self.prepare(image)], 1)
         return self.undo(maps, height, width)
 
-    def predict(self, image: AnyImage) -> np.ndarray:
+    def __call__(self, image: AnyImage) -> np.ndarray:
         """An image -> its mask at its own size, class index uint8 [H, W]."""
         return self.decide(self._maps(image))
 
@@ -99,7 +105,7 @@ class Predictor(NetworkRunner):
         return with_background(self._maps(image))
 
     def predict_many(self, images: Iterable[AnyImage], batch: int = 8) -> Iterator[np.ndarray]:
-        """`predict` for each image, in order; threads read ahead and finish behind, about five batches are in memory.
+        """Masks of many images, in order; threads read ahead and finish behind, about five batches are in memory.
 
         An image that cannot be read ends it, when it is that image's turn; `predict_files` goes on instead.
         """
@@ -115,7 +121,7 @@ class Predictor(NetworkRunner):
 
     def predict_large(self, image: AnyImage, window: int | None = None, overlap: float = 0.25,
                       batch: int = 4) -> np.ndarray:
-        """`predict` by a sliding window, without resizing: uint8 [H, W]; see `window_rows`."""
+        """The mask by a sliding window, without resizing: uint8 [H, W]; see `window_rows`."""
         return self.join(self.rows(image, window, overlap, batch))[0]
 
     def join(self, rows: Iterable[np.ndarray], keep_maps: bool = False) -> tuple[np.ndarray, np.ndarray | None]:

@@ -135,7 +135,8 @@ class ProgressBar:
         self._bar = None
 
     def before_fit(self, state: FitState) -> None:
-        replaceable = sys.stdout.isatty() or "ipykernel" in sys.modules
+        notebook = sys.modules.get("IPython")  # imported elsewhere too, but only a kernel has a shell
+        replaceable = sys.stdout.isatty() or (notebook is not None and notebook.get_ipython() is not None)
         self._bar = tqdm(total=state.config.epochs * state.steps, initial=len(state.history) * state.steps + state.step,
                          unit="step", file=sys.stdout, disable=not replaceable, mininterval=0.5, dynamic_ncols=True)
 

@@ -154,7 +154,7 @@ def as_cases(items: Any) -> list[Case]:
 def as_source(given: Any) -> Any:
     """A network, a `Predictor` or another object as it is; the path of a checkpoint or of a run as the `Predictor` that
     it gives."""
-    return Predictor.from_checkpoint(given) if isinstance(given, (str, os.PathLike)) else given
+    return Predictor(given) if isinstance(given, (str, os.PathLike)) else given
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-answers
 def _answering(folder: str | os.PathLike) -> Any:

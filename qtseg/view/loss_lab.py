@@ -123,8 +123,8 @@ def loss_along(size: int, target: Tensor, y: float, radius: float, confidence: f
 
 
 def draw_lines(lines: Mapping[str, np.ndarray], side: int, mark: float) -> np.ndarray:
-    """Curves on white, each from 0 to its own largest value, with a key and an upright mark at 0..1: uint8 [side, side,
-    3]."""
+    """Curves on white, each from 0 to its own largest value, with a key and an upright mark at 0..1: uint8
+    [side, side, 3]."""
     sheet = np.full((side, side, 3), 255, np.uint8)
     column = round(mark * (side - 1))
     cv2.line(sheet, (column, 0), (column, side - 1), (150, 150, 150), 1)

@@ -192,8 +192,8 @@ GROUND: Color = (40, 40, 40)  # round and between pictures: seen as "no picture"
 
 
 def fit_to(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Make an image as large as fits into height x width pixels, centered on GROUND: uint8 [h, w, 3] -> [height, width,
-    3].
+    """Make an image as large as fits into height x width pixels, centered on GROUND: uint8 [h, w, 3] ->
+    [height, width, 3].
 
     Keeps the aspect; area average where it shrinks, linear where it grows. A mask [h, w] stays a mask: nearest pixel
     center, background round it.
