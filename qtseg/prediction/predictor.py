@@ -32,6 +32,21 @@ __all__ = ['ENGINES', 'Predictor']
 # %% ../../nbs/reference/prediction_predictor.ipynb #inference069
 ENGINES = ("torch", "onnx")
 
+# %% ../../nbs/reference/prediction_predictor.ipynb #cc8a8e84
+def _from_folder(source: str | os.PathLike, engine: str, options: dict) -> tuple:
+    """Network, preprocessing, classes, identity and options of the checkpoint in a folder."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
+    folder = find_checkpoint(source)
+    model, preprocessing = load_network(folder), read_preprocessing(folder)
+    check_channels(model, preprocessing.channels)
+    if engine == "onnx":
+        if options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu"):
+            raise ValueError("ONNX Runtime computes on the CPU in its file's precision: leave device and amp alone")
+        options = {**options, "device": "cpu"}
+    network = model.fuse() if engine == "torch" else open_onnx(folder)
+    return network, preprocessing, model.config["classes"], f"{engine} {weights_sha256(folder)}", options
+
 # %% ../../nbs/reference/prediction_predictor.ipynb #477458d0
 class Predictor(NetworkRunner):
     """Masks for images of any size, from a trained network.
@@ -47,25 +62,16 @@ class Predictor(NetworkRunner):
         FileNotFoundError, ValueError: a folder that is incomplete, damaged or at odds with itself.
     """
 
-    def __init__(self, source: str | os.PathLike | Callable[[Tensor], Tensor], preprocessing: Preprocessing | None = None,
-                 classes: int | None = None, *, engine: str = "torch", **options):
-        if engine not in ENGINES:
-            raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
-        if not isinstance(source, (str, os.PathLike)):
-            if preprocessing is None or classes is None or engine != "torch":
-                raise ValueError("a network needs its preprocessing and its number of classes, and engine=\"torch\"")
-            super().__init__(source, preprocessing, classes, **options)
-            return
-        folder = find_checkpoint(source)
-        model, preprocessing = load_network(folder), read_preprocessing(folder)
-        check_channels(model, preprocessing.channels)
-        if engine == "onnx":
-            if options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu"):
-                raise ValueError("ONNX Runtime computes on the CPU in its file's precision: leave device and amp alone")
-            options["device"] = "cpu"
-        network = model.fuse() if engine == "torch" else open_onnx(folder)
-        super().__init__(network, preprocessing, model.config["classes"], **options)
-        self.identity = f"{engine} {weights_sha256(folder)}"
+    def __init__(
+            self, source: str | os.PathLike | Callable[[Tensor], Tensor], preprocessing: Preprocessing | None = None,
+            classes: int | None = None, *, engine: str = "torch", **options):
+        identity = ""
+        if isinstance(source, (str, os.PathLike)):
+            source, preprocessing, classes, identity, options = _from_folder(source, engine, options)
+        elif preprocessing is None or classes is None or engine != "torch":
+            raise ValueError("a network needs its preprocessing and its number of classes, and engine=\"torch\"")
+        super().__init__(source, preprocessing, classes, **options)
+        self.identity = identity
 
     def prepare(self, image: AnyImage) -> tuple[np.ndarray, tuple[int, int]]:
         """Before the network: uint8 [size, size, C] and the image's own (height, width). Threads may run it."""
