@@ -211,7 +211,7 @@ class DatasetSplit(Dataset):
         labels = mask[mask != self.ignore_index] if self.ignore_index is not None else mask
         wrong = labels[(labels < 0) | (labels >= max(self.classes, 2))]
         return (f"its mask holds {int(wrong[0])}, where class indices 0 to {max(self.classes, 2) - 1} are needed; "
-                "pixels that count nowhere have the label ignore_value") if len(wrong) else ""
+                "pixels that count nowhere have the label ignore_index") if len(wrong) else ""
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """Read the pairs at some positions, in the order asked for."""
