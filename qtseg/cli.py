@@ -57,6 +57,8 @@ def _status(name: str, function: Callable, given: dict, expected: tuple) -> int:
         status, said = 130, str(stop) or "stopped; the same command goes on"
     except expected as error:
         status, said = 1, error
+        if isinstance(error, OSError) and error.strerror and error.filename:  # Python's own: "[Errno 2] No such …"
+            said = f"{error.filename}: {error.strerror}"
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
             raise
@@ -320,8 +322,8 @@ def predict(
     found = find_checkpoint(checkpoint)
     if found != checkpoint:
         print(printable(f"checkpoint: {found}"))
-    predictor = Predictor(found, engine=engine, device=device, amp=amp, threshold=threshold, tta=tta,
-                                          keep_largest=keep_largest)
+    predictor = Predictor(
+        found, engine=engine, device=device, amp=amp, threshold=threshold, tta=tta, keep_largest=keep_largest)
     if predictor.device.type == "cpu":
         keep_freed_memory()
     summary = predict_files(predictor, files, output, overlay=overlay, probability=probability, batch=batch,

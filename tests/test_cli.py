@@ -62,6 +62,7 @@ class OutOfMemoryError(RuntimeError):
 
 @pytest.mark.parametrize("error, status, said", [
     (ValueError("a \x1b[2J name\nof two lines"), 1, "a \\x1b[2J name\\nof two lines"), (FileNotFoundError("no file"), 1, "no file"),
+    (FileNotFoundError(2, "No such file or directory", "nope.yaml"), 1, "nope.yaml: No such file or directory"),
     (ModuleNotFoundError("pip install x"), 1, "pip install x"), (FloatingPointError("nan"), 1, "nan"),
     (OutOfMemoryError("CUDA"), 1, "the device has too little memory: choose a smaller batch"), (KeyboardInterrupt(), 130, "stopped; the same command goes on"),
     (KeyboardInterrupt("stopped in epoch 3"), 130, "stopped in epoch 3")])
@@ -117,3 +118,8 @@ def test_train_takes_what_papermill_takes_and_says_where_everything_is(tmp_path,
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (config["epochs"], config["lr"], config["depths"]) == (1, 3e-4, [1, 1, 1])
     assert f"everything is in {tmp_path / 'one'}" in capsys.readouterr().out and (tmp_path / "one" / "metrics.json").is_file()
+
+
+def test_options_that_need_another_are_refused(tmp_path, capsys):
+    assert main(["export", str(tmp_path), "--card", "--public"]) == 1
+    assert capsys.readouterr().err == "qtseg export: a public repository needs a name: --public goes with --push USER/NAME\n"

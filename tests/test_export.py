@@ -352,6 +352,9 @@ def test_a_card_tells_of_evaluations(checkpoint):
     card = model_card(checkpoint)
     assert "Test split, 11 images" in card and "Dice 86.50 (80.25 to 91.12), IoU undefined; lesions 10, missed 2, false alarms 1." in card
     assert "/home/me" not in card
+    scores["own"]["mean"]["dice"] = score(86.5, None, None)
+    (checkpoint / "evaluation_test" / "evaluation.json").write_text(json.dumps(found))
+    assert "Dice 86.50 (no interval)" in model_card(checkpoint), "images of one patient have no interval"
     (checkpoint / "evaluation_test" / "evaluation.json").write_text('{"split": "test"}')
     with pytest.raises(ValueError) as caught:
         model_card(checkpoint)

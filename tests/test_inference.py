@@ -758,6 +758,12 @@ def test_other_settings_are_refused(three, tmp_path):
     ):
         with pytest.raises(ValueError, match="holds other work .*overwrite"):
             predict_files(simple(**options), folder, output, progress=False)
+    occupied = folder.parent / "file.txt"
+    occupied.write_text("kept")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="file.txt is a file, and the results need a folder"):
+            predict_files(simple(), folder, occupied, progress=False, overwrite=overwrite)
+    assert occupied.read_text() == "kept"
     other = simple()
     other.identity = "torch 1234"
     with pytest.raises(ValueError, match="network: '' there, 'torch 1234' now"):

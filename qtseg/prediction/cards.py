@@ -129,7 +129,10 @@ def _scores(recipe: TrainConfig | None, metrics: dict) -> str:
 # %% ../../nbs/reference/prediction_cards.ipynb #export085
 def _interval(score: dict) -> str:
     """A mean with its interval; undefined where no image defines it."""
-    return "undefined" if score["mean"] is None else f"{score['mean']:.2f} ({score['low']:.2f} to {score['high']:.2f})"
+    if score["mean"] is None:
+        return "undefined"
+    bounds = "no interval" if score["low"] is None else f"{score['low']:.2f} to {score['high']:.2f}"  # of one patient
+    return f"{score['mean']:.2f} ({bounds})"
 
 
 def _evaluation(checkpoint: Path) -> str:
@@ -271,6 +274,8 @@ def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int 
     Raises:
         OSError, ValueError, RuntimeError, ModuleNotFoundError: see these functions; what earlier steps wrote stays.
     """
+    if public and not repo_id:
+        raise ValueError("a public repository needs a name: --public goes with --push USER/NAME")
     nothing = not (onnx or torch or card or folder or repo_id)
     checkpoint = find_checkpoint(checkpoint)
     read_checkpoint(checkpoint)  # refuses now what would be refused in a minute

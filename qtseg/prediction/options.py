@@ -70,7 +70,9 @@ def _short(value: object) -> str:
 def check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
     """May earlier results in this folder stay? ValueError, in one sentence, if they are other work and not to be
     overwritten."""
-    if not output.exists() or (output.is_dir() and all(path.name == LOCK_FILE for path in output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file, and the results need a folder: choose another output")
+    if not output.exists() or all(path.name == LOCK_FILE for path in output.iterdir()):
         return False
     try:
         earlier = read_json(output / SETTINGS_FILE)
