@@ -31,8 +31,6 @@ from qtseg.network.model import QTSeg
 from qtseg.data.phantoms import phantom
 from qtseg.training.config import TrainConfig
 
-torch.set_num_threads(1)
-
 SMALL = dict(width=4, depths=[1, 1, 1], heads=2, mlp_width=16)
 SHAPES = [(1, 32, 32), (2, 32, 45), (3, 100, 77), (1, 64, 128), (4, 33, 95)]
 METRICS = {"test": {"loss": 0.3, "mae": 4.25, "acc": 95.75, "dice": 87.654321, "iou": 81.5}, "test_is": "the test split", "selected_by": "dice",

@@ -45,7 +45,6 @@ from qtseg.prediction.tiles import window_starts
 from qtseg.network.model import QTSeg
 from qtseg.data.phantom_sets import write_prepared
 
-torch.set_num_threads(1)
 
 
 def brightness(images: torch.Tensor) -> torch.Tensor:

@@ -82,10 +82,16 @@ def timeless(history: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.endswith(("seconds", "second", "waited_percent"))} for row in history]
 
 
+def same_threads() -> dict[str, str]:
+    """The environment of a process that adds up in the order of this one: results are compared to the last digit."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def run_in_a_process(config: TrainConfig, before: str = "") -> subprocess.Popen:
     code = (f"import json, sys\n{before}\nfrom qtseg.training.config import TrainConfig; from qtseg.training.loop import fit\n"
             f"fit(TrainConfig.from_dict(json.loads({json.dumps(json.dumps(config.to_dict()))})))")
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=same_threads())
 
 
 SLOW = """
@@ -906,7 +912,7 @@ def test_mlflow_holds_parameters_metrics_and_pictures(tiny):
             "client = mlflow.MlflowClient()\n"
             "print(json.dumps([run.info.status, run.data.params['lr'], sorted(run.data.metrics), "
             "[a.path for a in client.list_artifacts(run.info.run_id, 'masks')], [m.step for m in client.get_metric_history(run.info.run_id, 'lr')]]))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=config.runs, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.runs, capture_output=True, text=True, timeout=300, env=same_threads())
     assert done.returncode == 0, done.stderr[-2000:]
     status, lr, metrics, pictures, steps = json.loads(done.stdout.strip().splitlines()[-1])
     assert status == "FINISHED" and lr == "0.001" and {"lr", "train_loss", "valid_dice", "test_dice"} <= set(metrics)
