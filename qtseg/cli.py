@@ -278,7 +278,7 @@ def evaluate(
         sizes: Annotated[list[int] | None, Option(metavar="PIXELS", help="further sizes for the cost table")] = None,
         no_progress: _NoProgress = False) -> None:
     """Score a checkpoint or a run, at training size and at the images' own size."""
-    from qtseg.evaluation.evaluate import Protocol
+    from qtseg.evaluation.protocol import Protocol
     from qtseg.evaluation.runs import evaluate_run
     from qtseg.evaluation.tables import report
     from qtseg.training.hardware import keep_freed_memory

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files.text import printable, read_json
+from ..files.text import read_json
 from .inputs import SETTINGS_FILE
 from .outputs import clear_write_errors
 from .predictor import Predictor
 from .tiles import check_window
+from ..training.config import shown_value
 
 # %% auto #0
 __all__ = ['LOCK_FILE', 'FileOptions', 'prediction_settings', 'check_settings', 'only_writer']
@@ -62,11 +63,6 @@ def prediction_settings(predictor: Predictor, options: FileOptions, root: Path) 
         "preprocessing": json.loads(json.dumps(asdict(predictor.preprocessing)))}  # tuples become lists, as in the file
 
 
-def _short(value: object) -> str:
-    text = printable(repr(value))
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
 def check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
     """May earlier results in this folder stay? ValueError, in one sentence, if they are other work and not to be
     overwritten."""
@@ -77,7 +73,7 @@ def check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
     try:
         earlier = read_json(output / SETTINGS_FILE)
         different = [
-            f"{name}: {_short(earlier.get(name))} there, {_short(value)} now"
+            f"{name}: {shown_value(earlier.get(name))} there, {shown_value(value)} now"
             for name, value in settings.items()
             if earlier.get(name) != value
         ]

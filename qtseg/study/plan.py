@@ -13,11 +13,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..files.text import read_json
 from ..files.yaml import read_yaml
-from ..training.config import RESUMABLE, TrainConfig
+from ..training.config import RESUMABLE, TrainConfig, shown_value
 
 # %% auto #0
 __all__ = ['MOST_ARMS', 'MOST_RUNS', 'LARGEST_SEED', 'Run', 'Study', 'is_folder_name', 'grid_arms', 'read_study']
@@ -91,10 +92,7 @@ def _is(value, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _brief(value) -> str:
-    """A value as a message shows it: on one line, control characters escaped, not longer than 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
+_brief = partial(shown_value, most=100)  # a value as a message shows it
 
 
 def _word(value) -> str:

@@ -143,13 +143,13 @@ def fits_type(value, hint) -> bool:
     return isinstance(value, kind)
 
 # %% ../../nbs/reference/training_config.ipynb #c027x1
-def shown_value(value) -> str:
-    """A value in an error, whatever it is: on one line, and not endless."""
+def shown_value(value, most: int = 200) -> str:
+    """A value in an error, whatever it is: on one line, of at most so many characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # Python does not print whole numbers of more than 4300 digits
         return f"a very long {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _meant(name: str, value) -> str:
