@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from .channels import every_channel, read_samples
 from .dicom import read_dicom
 from .headers import (FORMATS, first_directory, format_of, jpeg_scans, read_structure, require_few_scans,
                                  require_memory, require_plausible_size, rgb_memory)
@@ -31,7 +32,7 @@ __all__ = ['SLOW', 'UPRIGHT', 'OTHERS', 'Picture', 'is_picture', 'hash_file', 'r
 class Picture(NamedTuple):
     """One decoded file: its first page or frame, upright."""
 
-    # uint8 or uint16, [H, W] (gray, bits 0 and 1, palette index) or [H, W, 3] (RGB; alpha is dropped)
+    # uint8 or uint16, [H, W] (gray, bits 0 and 1, palette index), [H, W, 3] (RGB; alpha is dropped), or every channel
     values: np.ndarray
     palette: np.ndarray | None  # uint8 [256, 3] where the values are palette indices
     format: str  # "PNG", "JPEG", "TIFF", "DICOM", …; "WEBP lossless" is told from "WEBP"
@@ -209,9 +210,14 @@ def _indices(picture: Image.Image) -> np.ndarray | None:
     return np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-0211
-def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tuple:
-    """The first fields of the Picture of a file of one of FORMATS."""
+def _raster(source: BinaryIO, name: str, size: int, stored_values: bool, channels: int | None) -> tuple:
+    """The first fields of the Picture of a file of one of FORMATS; `channels`: None, or read every one of so many."""
     tags, frames = read_structure(name, source, size)
+    if channels and name == "TIFF" and tags.get(277, (1, 1))[1] == channels:  # SamplesPerPixel
+        values, orientation = read_samples(source, tags, channels, size), tags.get(0x0112, (1, 1))[1]
+        turn = UPRIGHT.get(orientation)
+        values = np.ascontiguousarray(turn(values)) if turn else values
+        return values, None, name, 8 * values.itemsize, frames, orientation if turn else 0, None
     with _open_header(source, name) as picture:
         bits = _depth(picture, source)
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
@@ -219,7 +225,11 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool) -> tupl
         _judge(picture, deep, frames, source, size, stored_values)
         highest = (
             picture.tile[0][3][1:] if name == "PPM" and picture.tile and isinstance(picture.tile[0][3], tuple) else ())
-        values = _deep_color(source) if deep else _values(picture)
+        if channels:
+            values = every_channel(picture, source, channels, deep, size)
+            frames = 1 if len(picture.getbands()) == 1 else frames
+        else:
+            values = _deep_color(source) if deep else _values(picture)
         if stored_values and highest:  # Pillow has brought them to the full range
             values = np.rint(values * (highest[0] / np.iinfo(values.dtype).max)).astype(values.dtype)
         bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
@@ -241,7 +251,7 @@ OTHERS = {
     "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
 
 
-def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
+def _decode(source: BinaryIO, size: int, stored_values: bool, channels: int | None) -> tuple:
     """What `_raster` or `read_dicom` reads from a file; ValueError in one sentence, whatever a decoder raises."""
     head = source.read(132)
     name = format_of(head)
@@ -251,9 +261,14 @@ def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
             "no image, or damaged at its very beginning")
         raise Refusal(f"cannot be read ({other}): images are {', '.join(FORMATS)} and DICOM files")
     try:
-        return (
-            read_dicom(source, size, stored_values) if name == "DICOM" else _raster(source, name, size, stored_values))
+        if name != "DICOM":
+            return _raster(source, name, size, stored_values, channels)
+        if channels:
+            raise Refusal(f"is a DICOM file, of which gray or RGB is read, where channels={channels} is asked for")
+        return read_dicom(source, size, stored_values)
     except ModuleNotFoundError as error:
+        if name != "DICOM":
+            raise
         raise ModuleNotFoundError('is a DICOM file, which needs pydicom: pip install "pydicom>=3"') from error
     except Refusal:
         raise
@@ -268,7 +283,7 @@ def _decode(source: BinaryIO, size: int, stored_values: bool) -> tuple:
         raise ValueError(f"cannot be read {'as DICOM' if name == 'DICOM' else 'to its end'} ({reason})") from error
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-0271
-def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Picture:
+def read_picture(path: str | os.PathLike, stored_values: bool = False, channels: int = 3) -> Picture:
     """Read one image file, whatever its name.
 
     Args:
@@ -276,6 +291,8 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Pictur
         stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must.
         Otherwise the
             picture is judged by its size as RGB.
+        channels: 1 or 3: gray or RGB, as the file has it. Another number: the file must have so many, and all are
+            read, alpha too.
 
     Returns:
         The `Picture`. Unless `stored_values` is set, gray DICOM values are brought to 8 bits as a screen would show
@@ -283,13 +300,13 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False) -> Pictur
 
     Raises:
         ValueError: The file is refused or damaged; the sentence continues "FILE ", which the caller puts in front.
-        ModuleNotFoundError: It is a DICOM file and pydicom is missing.
+        ModuleNotFoundError: It is a DICOM file or a TIFF of many samples, and pydicom or tifffile is missing.
         OSError: It cannot be opened.
     """
     with open_regular(path) as file:
         try:
             source, size = _source(file)
-            decoded = _decode(source, size, stored_values)
+            decoded = _decode(source, size, stored_values, None if channels in (1, 3) else channels)
         except Refusal as error:
             raise ValueError(str(error)) from error.__cause__
         return Picture(*decoded, hash_file(source, hashlib.blake2b(digest_size=12)).hexdigest())
