@@ -17,6 +17,7 @@ import zlib
 
 import hostile
 import mistune
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, one_sentence
@@ -570,7 +571,7 @@ def test_the_sweep_leaves_alone_what_it_did_not_make(tmp_path):
 # Nobody goes round the gate
 
 READERS = {"Image.open", "json.load", "json.loads", "yaml.load", "torch.load", "np.load", "pickle.load", "pickle.loads"}
-DECODERS = {"imread", "imdecode", "dcmread", "safe_load", "read_csv", "read_excel", "Unpickler"}  # whatever they are called on
+DECODERS = {"imread", "imdecode", "dcmread", "safe_load", "read_csv", "read_excel", "Unpickler", "TiffFile"}  # whatever they are called on
 ALLOWED = {
     ("data/kaggle", "json.loads"): "what a process of our own answers",
     ("data/sets", "json.loads"): "a list of files, of 1 MB at most, whose every fault is caught",
@@ -598,7 +599,8 @@ def readers(source: str) -> list[tuple[str, ast.Call]]:
 def test_the_search_for_readers_finds_them():
     """The gate itself reads; every exception still has its reason, and every room is searched."""
     found = {(path, name) for path in MODULES for name, _ in readers((ROOT / f"qtseg/{path}.py").read_text(encoding="utf-8"))}
-    assert found == {("files/pictures", "cv2.imdecode"), ("files/dicom", "dcmread"), ("files/text", "json.loads"), *ALLOWED}
+    assert found == {("files/pictures", "cv2.imdecode"), ("files/channels", "cv2.imdecode"),
+                     ("files/channels", "tifffile.TiffFile"), ("files/dicom", "dcmread"), ("files/text", "json.loads"), *ALLOWED}
     assert {path.partition("/")[0] for path in MODULES if "/" in path} == {path.parent.name for path in (ROOT / "qtseg").glob("*/__init__.py")}
 
 
@@ -636,3 +638,41 @@ def test_notebooks_show_names_of_strangers_as_text(path):
             for value in values:
                 shown = ast.unparse(value.value)
                 assert value.format_spec or shown.startswith("escape(") or re.match(r"(size|row\['(height|width)'\])", shown), shown
+
+
+# Every channel
+
+def test_every_channel_of_a_file_is_read_or_the_file_refused(tmp_path):
+    """PNG with alpha, TIFF pages and TIFF samples, 8 and 16 bits; another number of channels is one sentence."""
+    tifffile = pytest.importorskip("tifffile", reason="TIFF files of many samples")
+    deep = np.random.default_rng(0).integers(0, 65536, (20, 30, 6), dtype=np.uint16)
+    flat = (deep // 256).astype(np.uint8)
+    save(tmp_path / "rgba.png", flat[..., :4])
+    assert cv2.imwrite(str(tmp_path / "rgba16.png"), deep[..., [2, 1, 0, 3]])
+    save(tmp_path / "la.png", Image.merge("LA", [Image.fromarray(flat[..., 0]), Image.fromarray(flat[..., 1])]))
+    for name, values, options in (("samples", deep, {}), ("packed", flat, {"compression": "zlib"}), ("two", deep[..., :2], {})):
+        tifffile.imwrite(tmp_path / f"{name}.tif", values, planarconfig="contig", photometric="minisblack", **options)
+    tifffile.imwrite(tmp_path / "planes.tif", np.moveaxis(deep, 2, 0), planarconfig="separate", photometric="minisblack")
+    tifffile.imwrite(tmp_path / "pages.tif", np.moveaxis(deep[..., :5], 2, 0), photometric="minisblack")
+    expected = {"rgba.png": flat[..., :4], "rgba16.png": deep[..., :4], "la.png": flat[..., :2], "samples.tif": deep, "packed.tif": flat,
+                "two.tif": deep[..., :2], "planes.tif": deep, "pages.tif": deep[..., :5]}
+    for name, values in expected.items():
+        read = read_picture(tmp_path / name, channels=values.shape[2])
+        assert read.frames == 1 and read.values.dtype == values.dtype and np.array_equal(read.values, values), name
+        with pytest.raises(ValueError, match="asked for|cannot be read"):
+            read_picture(tmp_path / name, channels=7)
+    save(tmp_path / "gray.png", flat[..., 0])
+    with pytest.raises(ValueError, match=r"has 1 channel\(s\), where channels=4 is asked for"):
+        read_picture(tmp_path / "gray.png", channels=4)
+    tifffile.imwrite(tmp_path / "float.tif", deep.astype(np.float32), planarconfig="contig", photometric="minisblack")
+    with pytest.raises(ValueError, match="6 samples a pixel in a form that is not read"):
+        read_picture(tmp_path / "float.tif", channels=6)
+
+
+def test_a_piece_of_a_tiff_that_could_swell_is_refused(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile", reason="TIFF files of many samples")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((256, 256, 5), np.uint8), planarconfig="contig", photometric="minisblack", compression="zlib")
+    assert read_picture(tmp_path / "a.tif", channels=5).values.shape == (256, 256, 5)
+    monkeypatch.setenv("QTSEG_MAX_FREE_BYTES", "100000")
+    with pytest.raises(ValueError, match="swell|form that is not read"):
+        read_picture(tmp_path / "a.tif", channels=5)

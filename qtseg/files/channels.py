@@ -37,7 +37,8 @@ def read_samples(source: BinaryIO, tags: dict[int, tuple[int, int]], channels: i
     """
     require_memory(tags[256][1], tags[257][1], 2 * channels, 6 * channels, size)
     source.seek(0)
-    page = import_optional("tifffile", f"a TIFF of {channels} samples a pixel").TiffFile(source).pages[0]
+    tifffile = import_optional("tifffile", f"a TIFF of {channels} samples a pixel")
+    page = tifffile.TiffFile(source).pages[0]
     # without imagecodecs, tifffile unpacks as much as a piece holds, and that is up to 1032 times its bytes
     bomb = page.compression != 1 and 1100 * max(page.databytecounts, default=0) > limit("MAX_FREE_BYTES")
     measured = page.photometric in (1, 2) and page.dtype in (np.uint8, np.uint16) and page.imagedepth == 1
