@@ -5,6 +5,7 @@
 # %% ../../nbs/12_metrics.ipynb #68bec68d
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..training.losses import check_labels
 
 # %% auto #0
-__all__ = ['MEASURES', 'hard_masks', 'confusion_counts', 'scores_in_percent', 'SegmentationMetrics']
+__all__ = ['MEASURES', 'hard_masks', 'foreground_weights', 'confusion_counts', 'scores_in_percent', 'SegmentationMetrics']
 
 # %% ../../nbs/12_metrics.ipynb #metrics015
 def hard_masks(logits: Tensor) -> Tensor:
@@ -52,6 +53,16 @@ def _check_classes(classes: int) -> None:
     """Raise ValueError unless classes is an integer >= 1."""
     if not isinstance(classes, Integral) or classes < 1:
         raise ValueError(f"classes must be an integer >= 1, got {classes!r}")
+
+
+def foreground_weights(class_weights: Sequence[float], classes: int) -> list[float]:
+    """The foreground's part of one weight per class, summing to 1. ValueError for other weights, or if all are 0."""
+    weights = [float(weight) for weight in class_weights]
+    sound = len(weights) == max(classes, 2) and all(0 <= weight < float("inf") for weight in weights)
+    if not sound or not any(weights[1:]):
+        raise ValueError(f"class_weights are {max(classes, 2)} numbers, one for each class, none below 0 and a "
+                         f"foreground class's above it, got {class_weights}")
+    return [weight / sum(weights[1:]) for weight in weights[1:]]
 
 # %% ../../nbs/12_metrics.ipynb #metrics028
 def confusion_counts(masks: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
@@ -128,7 +139,7 @@ def _refuse_strays(strays: list[Tensor], undecided: list[Tensor], classes: int) 
             )
 
 # %% ../../nbs/12_metrics.ipynb #metrics056
-def _named_means(per_image: Tensor, classes: int) -> dict[str, float]:
+def _named_means(per_image: Tensor, classes: int, weights: Sequence[float] | None = None) -> dict[str, float]:
     """Average scores [images, foreground classes, 4] over images, then over classes, and name the results.
 
     An image in which no pixel counts has no score and is left out; ValueError if that is every image.
@@ -138,8 +149,11 @@ def _named_means(per_image: Tensor, classes: int) -> dict[str, float]:
         raise ValueError("every pixel of every image is ignored: there is nothing to score")
     scores = dict(zip(MEASURES, per_class.mean(dim=0).tolist()))
     if classes > 2:
-        for label, row in enumerate(per_class.tolist(), start=1):
-            scores |= {f"{measure}_{label}": value for measure, value in zip(MEASURES, row)}
+        rows = {str(label): row for label, row in enumerate(per_class, start=1)}
+        if weights is not None:
+            rows["weighted"] = per_class.T @ per_class.new_tensor(weights)
+        for name, row in rows.items():
+            scores |= {f"{measure}_{name}": value for measure, value in zip(MEASURES, row.tolist())}
     return scores
 
 # %% ../../nbs/12_metrics.ipynb #metrics059
@@ -152,11 +166,14 @@ class SegmentationMetrics:
         classes: as the model's; 1 or 2 mean one foreground class.
         legacy: adds the official code's quirk, see `scores_in_percent`.
         ignore_index: the label of target pixels that count nowhere.
+        class_weights: one for each class, for a weighted mean over the foreground classes beside the plain one.
     """
 
-    def __init__(self, classes: int, legacy: bool = False, ignore_index: int | None = None):
+    def __init__(self, classes: int, legacy: bool = False, ignore_index: int | None = None,
+                 class_weights: Sequence[float] | None = None):
         _check_classes(classes)
         self.classes, self.legacy, self.ignore_index = classes, legacy, ignore_index
+        self.weights = None if class_weights is None else foreground_weights(class_weights, classes)
         self.reset()
 
     def reset(self) -> None:
@@ -190,5 +207,6 @@ class SegmentationMetrics:
         return scores_in_percent(torch.cat(self._counts), self.legacy)
 
     def compute(self) -> dict[str, float]:
-        """Mean scores in percent: mae, acc, dice, iou; for classes > 2 also mae_1, acc_1, … per foreground class."""
-        return _named_means(self.per_image(), self.classes)
+        """Mean scores in percent: mae, acc, dice, iou; for classes > 2 also those of each class, mae_1, …, and
+        weighted, mae_weighted, …"""
+        return _named_means(self.per_image(), self.classes, self.weights)

@@ -5,15 +5,15 @@
 # %% ../../nbs/11_losses.ipynb #bff4eb21
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOSSES', 'check_labels', 'cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss', 'focal_loss',
-           'ce_dice_loss', 'weighted_loss']
+__all__ = ['LOSSES', 'SMOOTHED', 'check_labels', 'cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss',
+           'focal_loss', 'ce_dice_loss', 'weighted_loss']
 
 # %% ../../nbs/11_losses.ipynb #c019
 def check_labels(target: Tensor, classes: int, ignore_index: int | None = None, name: str = "target") -> None:
@@ -63,19 +63,58 @@ def _checked(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None =
         logits = logits.masked_fill((target == ignore_index)[:, None], 0)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums over 512 x 512 pixels overflow float16
 
-# %% ../../nbs/11_losses.ipynb #c024
-def cross_entropy_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
-    """Cross-entropy, mean over all pixels that count: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar.
+# %% ../../nbs/11_losses.ipynb #c019x2
+def _per_class(class_weights: Sequence[float] | None, logits: Tensor) -> Tensor | None:
+    """The weights [C] on the logits' device, of one channel [2]. ValueError unless there is one for each class."""
+    if class_weights is None:
+        return None
+    classes, weights = max(logits.shape[1], 2), torch.as_tensor(class_weights, dtype=logits.dtype)
+    if weights.shape != (classes,) or not (weights.isfinite().all() and weights.min() >= 0 and weights.any()):
+        raise ValueError(f"class_weights are {classes} numbers, one for each class, none below 0 and one above it, got "
+                         f"{class_weights}")
+    return weights.to(logits.device, non_blocking=True)
 
-    `ignore_index`: the label of pixels that count nowhere; 0 if no pixel counts. Raises ValueError for wrong types,
-    shapes or labels, and for one channel, whose softmax is always 1. Source: the training recipe of the official
-    repository (release v0.1.0).
+
+def _amounts(target: Tensor, ignore_index: int | None, weights: Tensor | None) -> Tensor | None:
+    """What each pixel counts in a mean: the weight of its class, 0 if it is ignored; [B, H, W]. None: all the same."""
+    if ignore_index is None:
+        return None if weights is None else weights[target]
+    counted = target != ignore_index
+    return counted if weights is None else weights[target * counted] * counted
+
+
+def _divided(total: Tensor, amounts: Tensor) -> Tensor:
+    """A sum over pixels, divided by what they count together; 0 if none counts."""
+    amount = amounts.sum().to(total.dtype)
+    return total * (amount > 0) / amount.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _pixel_mean(losses: Tensor, amounts: Tensor | None) -> Tensor:
+    return losses.mean() if amounts is None else _divided((losses * amounts).sum(), amounts)
+
+# %% ../../nbs/11_losses.ipynb #c024
+def cross_entropy_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None,
+                       class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, mean over pixels: logits [B, C >= 2, H, W], target [B, H, W] int64 -> scalar.
+
+    Args:
+        ignore_index: the label of pixels that count nowhere.
+        class_weights: what a pixel of each class counts.
+        label_smoothing: the share of each label that is spread evenly over all classes.
+
+    Raises:
+        ValueError: wrong types, shapes or labels; one channel, whose softmax is always 1.
+
+    Reference: the training recipe of the official repository (release v0.1.0).
     """
     logits = _checked(logits, target, fewest=2, ignore_index=ignore_index)
-    if ignore_index is None:
-        return F.cross_entropy(logits, target)
-    total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-    return total / (target != ignore_index).sum().clamp(min=1)
+    weights = _per_class(class_weights, logits)
+    amounts = _amounts(target, ignore_index, weights)
+    if amounts is None:
+        return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    total = F.cross_entropy(logits, target, weights, ignore_index=-100 if ignore_index is None else ignore_index,
+                            reduction="sum", label_smoothing=label_smoothing)
+    return _divided(total, amounts)
 
 # %% ../../nbs/11_losses.ipynb #c029
 def _lesion_logit(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
@@ -85,24 +124,21 @@ def _lesion_logit(logits: Tensor, target: Tensor, ignore_index: int | None = Non
     return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 # %% ../../nbs/11_losses.ipynb #c032
-def _pixel_mean(losses: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
-    """Mean over the pixels that count, 0 if none does: losses [B, H, W], target [B, H, W] -> scalar."""
-    if ignore_index is None:
-        return losses.mean()
-    counted = target != ignore_index
-    return (losses * counted).sum() / counted.sum().clamp(min=1)
-
-
-def bce_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
+def bce_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None,
+             class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Tensor:
     """Binary cross-entropy, mean over pixels: logits [B, 1 or 2, H, W], int64 [B, H, W] of 0 and 1 -> scalar.
 
-    Two channels count by their difference, which equals cross-entropy. `ignore_index`: the label of pixels that count
-    nowhere. Raises ValueError for wrong types, shapes or labels.
-    Source: official repository (release v0.1.0) at one channel; two channels are an addition of this project.
+    It equals `cross_entropy_loss` of the logits 0 and z, and has its options; two channels count by their difference.
+
+    Reference: official repository (release v0.1.0) at one channel; two channels are an addition of this project.
     """
     logit = _lesion_logit(logits, target, ignore_index)
+    if class_weights is not None or label_smoothing:
+        return cross_entropy_loss(torch.stack([torch.zeros_like(logit), logit], dim=1), target,
+                                  ignore_index=ignore_index, class_weights=class_weights,
+                                  label_smoothing=label_smoothing)
     losses = F.binary_cross_entropy_with_logits(logit, (target == 1).to(logit.dtype), reduction="none")
-    return _pixel_mean(losses, target, ignore_index)
+    return _pixel_mean(losses, _amounts(target, ignore_index, None))
 
 # %% ../../nbs/11_losses.ipynb #c037
 def _soft_dice_loss(probability: Tensor, truth: Tensor, smooth: float) -> Tensor:
@@ -118,49 +154,64 @@ def _soft_dice_loss(probability: Tensor, truth: Tensor, smooth: float) -> Tensor
     return 1 - (2 * overlap + smooth) / (total + smooth)
 
 # %% ../../nbs/11_losses.ipynb #c040
-def _dice_mean(probability: Tensor, truth: Tensor, smooth: float, target: Tensor, ignore_index: int | None) -> Tensor:
+def _dice_mean(probability: Tensor, truth: Tensor, smooth: float, target: Tensor, ignore_index: int | None,
+               weights: Tensor | None = None) -> Tensor:
     """Dice losses summed over classes, mean over the images with a pixel that counts: [B, C, H, W] -> scalar."""
-    if ignore_index is None:
-        return _soft_dice_loss(probability, truth, smooth).sum(dim=1).mean()  # [B, C] -> [B] -> scalar
-    counted = target != ignore_index  # [B, H, W]
-    # 0 for an image without pixels
-    losses = _soft_dice_loss(probability * counted[:, None], truth & counted[:, None], smooth)
+    counted = None if ignore_index is None else target != ignore_index  # [B, H, W]
+    if counted is not None:  # 0 for an image without pixels
+        probability, truth = probability * counted[:, None], truth & counted[:, None]
+    losses = _soft_dice_loss(probability, truth, smooth)  # [B, C]
+    if weights is not None:  # the weighted mean times the number of classes: equal weights change nothing
+        losses = losses * (weights * len(weights) / weights.sum())
+    if counted is None:
+        return losses.sum(dim=1).mean()  # [B, C] -> [B] -> scalar
     return losses.sum() / counted.flatten(1).any(dim=1).sum().clamp(min=1)
 
 
-def binary_dice_loss(
-    logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
+def binary_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None,
+                     class_weights: Sequence[float] | None = None) -> Tensor:
     """Soft Dice loss of class 1, mean over images: logits [B, 1 or 2, H, W], int64 [B, H, W] of 0 and 1 -> scalar.
 
-    Probability: sigmoid at one channel, softmax at two. `ignore_index`: the label of pixels that count nowhere.
-    Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
-    Source: official repository (release v0.1.0); Milletari et al. 2016 (V-Net), without the squares of its denominator.
+    Probability: sigmoid at one channel, softmax at two. `class_weights` change nothing: there is one class.
+
+    Raises:
+        ValueError: wrong types, shapes, labels or weights, or a smooth that is not above 0.
+
+    Reference: official repository (release v0.1.0); Milletari et al. 2016 (V-Net), without the squares below the line.
     """
-    probability = _lesion_logit(logits, target, ignore_index).sigmoid()  # [B, H, W]
-    return _dice_mean(probability[:, None], (target == 1)[:, None], smooth, target, ignore_index)
+    logit = _lesion_logit(logits, target, ignore_index)
+    _per_class(class_weights, logits)
+    return _dice_mean(logit.sigmoid()[:, None], (target == 1)[:, None], smooth, target, ignore_index)
 
 # %% ../../nbs/11_losses.ipynb #c045
-def categorical_dice_loss(
-    logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None) -> Tensor:
+def categorical_dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-6, ignore_index: int | None = None,
+                          class_weights: Sequence[float] | None = None) -> Tensor:
     """Soft Dice loss summed over classes, mean over images: logits [B, C >= 2, H, W], int64 [B, H, W] -> 0 to C.
 
-    Background, class 0, is one of the classes. `ignore_index`: the label of pixels that count nowhere.
-    Raises ValueError for wrong types, shapes or labels, and unless smooth > 0.
-    Source: official repository (release v0.1.0), the sum over classes included.
+    Background, class 0, is one of the classes. With `class_weights` it is C times the weighted mean over classes.
+
+    Raises:
+        ValueError: wrong types, shapes, labels or weights, or a smooth that is not above 0.
+
+    Reference: official repository (release v0.1.0), the sum over classes included.
     """
-    probability = _checked(logits, target, fewest=2, ignore_index=ignore_index).softmax(dim=1)  # [B, C, H, W]
+    logits = _checked(logits, target, fewest=2, ignore_index=ignore_index)
     classes = torch.arange(logits.shape[1], device=target.device)
     truth = target[:, None] == classes[:, None, None]  # one-hot: [B, 1, H, W] against [C, 1, 1] -> [B, C, H, W]
-    return _dice_mean(probability, truth, smooth, target, ignore_index)
+    weights = _per_class(class_weights, logits)
+    return _dice_mean(logits.softmax(dim=1), truth, smooth, target, ignore_index, weights)
 
 # %% ../../nbs/11_losses.ipynb #c060
 def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0,
-               ignore_index: int | None = None) -> Tensor:
-    """Focal loss, mean over the pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
+               ignore_index: int | None = None, class_weights: Sequence[float] | None = None) -> Tensor:
+    """Focal loss, mean over pixels: logits [B, 1 or 2, H, W], target [B, H, W] of 0 and 1, int64 -> scalar.
 
-    Weight alpha where the label is 1, 1 - alpha where it is 0. `ignore_index`: the label of pixels that count nowhere.
-    Raises ValueError for wrong types, shapes or labels, alpha outside [0, 1] or negative gamma.
-    Source: Lin et al. 2017; official repository (release v0.1.0) at one channel, two are an addition.
+    Factor alpha where the label is 1, 1 - alpha where it is 0; `class_weights` weight the mean besides.
+
+    Raises:
+        ValueError: wrong types, shapes, labels or weights, alpha outside [0, 1], or a negative gamma.
+
+    Reference: Lin et al. 2017; official repository (release v0.1.0) at one channel, two are an addition.
     """
     if not (0 <= alpha <= 1 and gamma >= 0):
         raise ValueError(f"alpha must lie in [0, 1] and gamma must not be negative: got {alpha} and {gamma}")
@@ -168,22 +219,24 @@ def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
     truth = (target == 1).to(logit.dtype)
     signed = (2 * truth - 1) * logit  # positive where the answer is right
     focus = torch.exp(gamma * F.logsigmoid(-signed))  # (1 - p_t)^gamma, with a finite slope for every gamma
-    weight = alpha * truth + (1 - alpha) * (1 - truth)
-    return -_pixel_mean(weight * focus * F.logsigmoid(signed), target, ignore_index)
+    losses = -(alpha * truth + (1 - alpha) * (1 - truth)) * focus * F.logsigmoid(signed)
+    return _pixel_mean(losses, _amounts(target, ignore_index, _per_class(class_weights, logits)))
 
 # %% ../../nbs/11_losses.ipynb #c069
-def ce_dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None) -> Tensor:
+def ce_dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = None,
+                 class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0) -> Tensor:
     """The recipe of QTSeg, cross-entropy plus Dice: logits [B, C, H, W], target [B, H, W] int64 -> scalar.
 
     C = 2: binary Dice; C > 2: categorical Dice, summed over classes; C = 1: BCE and binary Dice, an addition of this
-    project. `ignore_index`: the label of pixels that count nowhere. Raises ValueError for wrong types, shapes or
-    labels.
-    Source: official repository (release v0.1.0).
+    project. The options are those of the two parts.
+
+    Reference: official repository (release v0.1.0).
     """
     logits = _checked(logits, target, ignore_index=ignore_index)
     pixelwise = bce_loss if logits.shape[1] == 1 else cross_entropy_loss
     overlap = categorical_dice_loss if logits.shape[1] > 2 else binary_dice_loss
-    return pixelwise(logits, target, ignore_index=ignore_index) + overlap(logits, target, ignore_index=ignore_index)
+    options = {"ignore_index": ignore_index, "class_weights": class_weights}
+    return pixelwise(logits, target, label_smoothing=label_smoothing, **options) + overlap(logits, target, **options)
 
 # %% ../../nbs/11_losses.ipynb #c074
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -194,21 +247,33 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "focal": focal_loss,
     "ce_dice": ce_dice_loss,
 }
+SMOOTHED = ("ce", "bce", "ce_dice")  # those that smooth labels
 
 # %% ../../nbs/11_losses.ipynb #c076
-def weighted_loss(weights: dict[str, float], ignore_index: int | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def weighted_loss(weights: dict[str, float], ignore_index: int | None = None,
+                  class_weights: Sequence[float] | None = None,
+                  label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
     """A weighted sum of losses by name: {name in LOSSES: weight} -> a function (logits, target) -> scalar.
 
-    `ignore_index`: the label of pixels that count in none of them.
-    Raises ValueError for unknown names, which lists the known ones, and for no name at all.
+    Args:
+        ignore_index, class_weights: of each of them.
+        label_smoothing: of those in SMOOTHED.
+
+    Raises:
+        ValueError: unknown names, no name at all, or label_smoothing without one of SMOOTHED.
     """
     unknown = [name for name in weights if name not in LOSSES]
     if unknown or not weights:
         raise ValueError(f"{f'unknown losses {unknown}' if unknown else 'no loss named'}; known: {', '.join(LOSSES)}")
-    terms = [(weight, LOSSES[name]) for name, weight in weights.items()]
-    options = {} if ignore_index is None else {"ignore_index": ignore_index}  # a loss added to LOSSES may do without
+    if label_smoothing and not set(SMOOTHED) & set(weights):
+        raise ValueError(f"label_smoothing belongs to {', '.join(SMOOTHED)}, not to {', '.join(weights)}")
+    options = {"ignore_index": ignore_index, "class_weights": class_weights}  # a loss added to LOSSES may do without
+    options = {name: value for name, value in options.items() if value is not None}
+    smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+    terms = [(weight, LOSSES[name], options | (smoothing if name in SMOOTHED else {}))
+             for name, weight in weights.items()]
 
     def weighted_sum(logits: Tensor, target: Tensor) -> Tensor:
-        return sum(weight * loss(logits, target, **options) for weight, loss in terms)
+        return sum(weight * loss(logits, target, **options) for weight, loss, options in terms)
 
     return weighted_sum
