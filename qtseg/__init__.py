@@ -5,6 +5,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "network.model": ["QTSeg"],
+    "network.baselines": ["pretrained"],
     "network.official": ["load_official"],
     "training.config": ["TrainConfig"],
     "training.loop": ["fit"],

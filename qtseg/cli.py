@@ -278,8 +278,8 @@ def evaluate(
         sizes: Annotated[list[int] | None, Option(metavar="PIXELS", help="further sizes for the cost table")] = None,
         no_progress: _NoProgress = False) -> None:
     """Score a checkpoint or a run, at training size and at the images' own size."""
-    from qtseg.evaluation.protocol import Protocol
     from qtseg.evaluation.runs import evaluate_run
+    from qtseg.evaluation.scores import Protocol
     from qtseg.evaluation.tables import report
     from qtseg.training.hardware import keep_freed_memory
 
@@ -291,10 +291,10 @@ def evaluate(
         ignore_value=ignore_value, fold=fold, folds=folds)))
 
 # %% ../nbs/reference/cli.ipynb #44faae79
-@subcommand(app, "  qtseg predict runs/mine photo.jpg --output masks\n"
+@subcommand(app, "  qtseg predict phantoms photo.jpg --output masks\n"
                  "  qtseg predict runs/mine/best_dice my_images \"more/*.tif\" --output masks --overlay --tta")
 def predict(
-        checkpoint: Annotated[Path, Argument(help=_RUN)],
+        checkpoint: Annotated[str, Argument(help=f"{_RUN}; phantoms (in this package); or USER/NAME on the Hub")],
         files: Annotated[list[str], Argument(metavar="INPUT", help=(
             "image files, folders (searched to the bottom) or patterns in quotes"))],
         output: Annotated[Path, Option("--output", "-o", help="folder for masks, predictions.csv and errors.csv")],
@@ -320,7 +320,7 @@ def predict(
     from qtseg.training.hardware import keep_freed_memory
 
     found = find_checkpoint(checkpoint)
-    if found != checkpoint:
+    if found != Path(checkpoint):
         print(printable(f"checkpoint: {found}"))
     predictor = Predictor(
         found, engine=engine, device=device, amp=amp, threshold=threshold, tta=tta, keep_largest=keep_largest)

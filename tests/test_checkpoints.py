@@ -14,11 +14,13 @@ import torch
 from conftest import one_sentence
 from safetensors.torch import load_file, save_file
 
+import qtseg
 from qtseg.network import checkpoints as network_checkpoints, encoders as network_encoders
-from qtseg.network.baselines import Baseline, load_network
+from qtseg.network.baselines import Baseline, pretrained
+from qtseg.network.checkpoints import init_from
 from qtseg.network.model import QTSeg
 from qtseg.network.official import load_official, to_official
-from qtseg.network.state import find_checkpoint, shapes_only
+from qtseg.network.state import SHIPPED, find_checkpoint, shapes_only
 from qtseg.evaluation.timing import memory_growth
 
 SMALL = dict(classes=3, in_channels=1, width=8, depths=(1, 1, 2), mlp_width=32)
@@ -160,7 +162,7 @@ def test_the_folder_of_a_run_gives_the_checkpoint_it_selected(model, tmp_path):
     assert find_checkpoint(run) == run / "best_dice", "no best_iou"
     model.save_pretrained(run / "best_iou")
     assert find_checkpoint(str(run)) == run / "best_iou" and find_checkpoint(run / "last") == run / "last"
-    for load in (QTSeg.from_pretrained, load_network):
+    for load in (QTSeg.from_pretrained, pretrained):
         assert same_weights(load(run), model) and same_weights(load(run / "last"), other)
     assert same_weights(QTSeg(**SMALL).load_encoder(run).encoder, model.encoder)
     for select in ("../../elsewhere", 5, None, ["iou"]):
@@ -172,9 +174,9 @@ def test_folders_without_a_checkpoint(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"select": "loss"}')
-    cases = {"nowhere": "RUN/best_dice", "empty": "config.json is missing", "run": "best_loss", "checkpoint/config.json": "no folder"}
+    cases = {"nowhere": "RUN/best_dice", "empty": "neither config.json", "run": "best_loss", "checkpoint/config.json": "no folder"}
     for name, words in cases.items():
-        for load in (find_checkpoint, load_network):
+        for load in (find_checkpoint, pretrained):
             with pytest.raises(FileNotFoundError) as caught:
                 load(tmp_path / name)
             one_sentence(caught, name, words)
@@ -235,7 +237,7 @@ def test_a_gigantic_config_gets_no_memory(folder, changes):
     """Refused by its shapes: the networks are built on the meta device first, encoders of other packages as well."""
     change_config(folder, **changes)
     with pytest.raises(ValueError, match="does not fit this network"):
-        load_network(folder)
+        pretrained(folder)
 
 
 def test_a_config_older_than_the_choice_of_encoder(model, folder):
@@ -278,7 +280,7 @@ def test_a_network_from_the_hub(model, folder, monkeypatch, tmp_path):
     """Only the three files of a checkpoint are asked for, and what comes is checked like any other folder."""
     hub = Hub(folder)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    for load in (QTSeg.from_pretrained, load_network):
+    for load in (QTSeg.from_pretrained, pretrained):
         assert same_weights(load("someone/skin"), model)
     assert same_weights(QTSeg.from_pretrained("someone/skin", revision="v1", cache=tmp_path), model)
     files = ["config.json", "model.safetensors", "preprocessor_config.json"]
@@ -296,7 +298,7 @@ def test_a_path_asks_nothing_of_the_hub(model, folder, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     wrong = [Path("someone/skin"), "runs/typo", "skin", "a/b/c", "../up", str(tmp_path / "nowhere"), "checkpoint/config.json"]
     for name in wrong:
-        for load in (QTSeg.from_pretrained, load_network):
+        for load in (QTSeg.from_pretrained, pretrained):
             with pytest.raises(FileNotFoundError) as caught:
                 load(name)
             one_sentence(caught, str(name), "no folder")
@@ -318,6 +320,122 @@ def test_a_network_goes_to_the_hub(model, monkeypatch):
     assert same_weights(hub.uploaded, model)
 
 
+# --- the checkpoint in this package -----------------------------------------------------------------------------------
+
+
+def test_a_name_in_this_package(model, folder, monkeypatch, tmp_path):
+    """From anywhere, without a request; a folder of the same name is meant by a path."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(SHIPPED, "phantoms", folder)
+    monkeypatch.chdir(tmp_path)
+    other = small_model(classes=2)
+    other.save_pretrained("phantoms")
+    for load in (QTSeg.from_pretrained, pretrained, qtseg.pretrained):
+        assert same_weights(load("phantoms"), model) and same_weights(load("./phantoms"), other)
+    assert same_weights(pretrained(Path("phantoms")), other)
+    monkeypatch.setitem(SHIPPED, "phantoms", tmp_path / "lost")
+    with pytest.raises(FileNotFoundError) as caught:
+        pretrained("phantoms")
+    one_sentence(caught, "phantoms is no folder")
+
+
+@pytest.mark.skipif(not SHIPPED["phantoms"].is_dir(), reason="qtseg/weights/phantoms is not trained yet")
+def test_the_shipped_checkpoint():
+    folder = SHIPPED["phantoms"]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    halves = load_file(folder / "model.safetensors").values()
+    assert {tensor.dtype for tensor in halves if tensor.is_floating_point()} == {torch.float16}
+    network = qtseg.pretrained("phantoms")
+    assert {p.dtype for p in network.parameters()} == {torch.float32} and not network.training
+    mask = qtseg.Predictor("phantoms", device="cpu")(qtseg.phantom("dermoscopy", 1, 128)[0])
+    truth = qtseg.phantom("dermoscopy", 1, 128)[1]
+    assert (mask == (truth > 0)).mean() > 0.9
+
+
+# --- starting from other weights ---------------------------------------------------------------------------------------
+
+
+def start(source: Path, **changes) -> tuple[QTSeg, dict, str]:
+    """A new network, its drawn weights, and what `init_from` said."""
+    torch.manual_seed(5)
+    network = QTSeg(**{**SMALL, **changes})
+    drawn = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    return network, drawn, init_from(network, source)
+
+
+def test_all_weights_are_kept(model, folder):
+    for source in (folder, str(folder)):
+        network, _, said = start(source)
+        assert same_weights(network, model) and network.training and said == f"started from {folder}: all kept"
+
+
+@pytest.mark.parametrize("decoder, classes, theirs, words", [
+    ("mqm", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn"), ("mqm", 2, slice(0, 2), "classes 0, 1 kept"), ("mqm", 1, slice(1, 2), "classes 1 kept"),
+    ("conv", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn"), ("mqm_single", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn")])
+def test_tokens_of_common_classes_are_kept(tmp_path, decoder, classes, theirs, words):
+    """A single class is the foreground. What holds a row per class is the tokens, their MLPs and a fixed readout."""
+    model = small_model(decoder=decoder)
+    network, drawn, said = start(model.save_pretrained(tmp_path), decoder=decoder, classes=classes)
+    assert said == f"started from {tmp_path}: {words}"
+    rows, mine = 0, slice(0, min(classes, 3))
+    for name, tensor in network.state_dict().items():
+        given = model.state_dict()[name]
+        if tensor.shape == given.shape:
+            assert torch.equal(tensor, given)
+        else:
+            rows += 1
+            assert tensor.shape[1:] == given.shape[1:] and torch.equal(tensor[mine], given[theirs])
+            assert torch.equal(tensor[mine.stop:], drawn[name][mine.stop:])
+    assert rows == {"mqm": 19, "mqm_single": 7, "conv": 2}[decoder]
+
+
+def test_one_class_becomes_the_foreground_of_two(tmp_path):
+    model = small_model(classes=1)
+    network, drawn, said = start(model.save_pretrained(tmp_path), classes=2)
+    assert said == f"started from {tmp_path}: classes 1 kept, 0 drawn"
+    tokens = network.decoder.mask_tokens.weight
+    assert torch.equal(tokens[1], model.decoder.mask_tokens.weight[0]) and torch.equal(tokens[0], drawn["decoder.mask_tokens.weight"][0])
+
+
+@pytest.mark.parametrize("given, wanted", [(3, 1), (1, 3), (3, 4), (4, 3), (2, 5)])
+@pytest.mark.parametrize("build", [lambda channels: small_model(in_channels=channels), lambda channels: Baseline("unet", "resnet18", in_channels=channels).eval()],
+                         ids=["qtseg", "unet"])
+def test_input_channels_that_are_all_equal_give_the_same(tmp_path, build, given, wanted):
+    model, network = build(given), build(wanted)
+    said = init_from(network, model.save_pretrained(tmp_path))
+    assert said == f"started from {tmp_path}: all kept, {given} input channels brought to {wanted}"
+    gray = torch.rand(1, 1, 64, 64) * 2 - 1
+    with torch.no_grad():
+        before, after = (one(gray.expand(-1, channels, -1, -1)) for one, channels in ((model, given), (network, wanted)))
+    assert torch.allclose(before, after, atol=1e-3 * before.abs().max())
+
+
+@pytest.mark.parametrize("changes, words", [({"width": 16}, "width 8 instead of 16"), ({"encoder": "resnet18"}, "encoder fpn instead of resnet18"),
+                                            ({"heads": 4, "bridge": "identity"}, "bridge mlff instead of identity"), ({"depths": (1, 1, 1)}, "depths")])
+def test_another_network_gives_no_weights(folder, changes, words):
+    network = QTSeg(**{**SMALL, **changes})
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        init_from(network, folder)
+    one_sentence(caught, str(folder), words)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_damaged_weights_start_nothing(model, folder, baseline_folder):
+    for source, words in ((baseline_folder, "a baseline, not a qtseg"), (folder.parent / "nowhere", "no folder")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            init_from(small_model(), source)
+    with pytest.raises(ValueError, match="fused copy"):
+        init_from(model.fuse(), folder)
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "encoder.down2.conv.weight": state["encoder.down2.conv.weight"] * torch.nan}, folder / "model.safetensors")
+    network = QTSeg(**{**SMALL, "classes": 2})
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match="not finite"):
+        init_from(network, folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
 # --- other networks --------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +448,7 @@ def test_each_class_refuses_the_other_ones_folder(folder, baseline_folder):
     for network, wrong, words in ((QTSeg, baseline_folder, "a baseline, not a qtseg"), (Baseline, folder, "a qtseg, not a baseline")):
         with pytest.raises(ValueError) as caught:
             network.from_pretrained(wrong)
-        one_sentence(caught, "config.json", words, "load_network")
+        one_sentence(caught, "config.json", words, "pretrained reads both")
     assert json.loads((baseline_folder / "config.json").read_text()) == {
         "model_type": "baseline", "model": "unet", "encoder": "resnet18", "classes": 2, "in_channels": 3}
 
@@ -343,7 +461,7 @@ def test_impossible_baseline(baseline_folder, tmp_path, changes):
     config = json.loads((baseline_folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ValueError) as caught:
-        load_network(tmp_path)
+        pretrained(tmp_path)
     one_sentence(caught, "config.json")
 
 
@@ -388,7 +506,7 @@ def test_wrapped_weights(model, folder, tmp_path, prefix):
     torch.save({prefix + name: tensor for name, tensor in official(model).items()}, tmp_path / "model.pt")
     encoder = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
     torch.save({prefix + name: tensor for name, tensor in encoder.items()}, tmp_path / "fpn-nano.pth")
-    for loaded in (QTSeg.from_pretrained(folder), load_network(folder), load_official(tmp_path / "model.pt")):
+    for loaded in (QTSeg.from_pretrained(folder), pretrained(folder), load_official(tmp_path / "model.pt")):
         assert same_weights(model, loaded)
     for source in (folder, tmp_path / "fpn-nano.pth"):
         assert same_weights(model.encoder, QTSeg(**SMALL).load_encoder(source).encoder)
@@ -427,7 +545,7 @@ def test_numbers_that_are_no_weights(model, folder, tmp_path, change, words):
     encoder = {name: tensor for name, tensor in official(model).items() if name.startswith("image_encoder.")}
     torch.save(changed(encoder, "image_encoder.conv_0.conv.weight"), tmp_path / "encoder.pth")
     other = small_model()
-    loads = {"model.safetensors": lambda: load_network(folder), "state.pt": lambda: load_official(tmp_path / "state.pt"),
+    loads = {"model.safetensors": lambda: pretrained(folder), "state.pt": lambda: load_official(tmp_path / "state.pt"),
              "checkpoint": lambda: other.load_encoder(folder), "encoder.pth": lambda: other.load_encoder(tmp_path / "encoder.pth")}
     for name, load in loads.items():
         with pytest.raises(ValueError) as caught:
@@ -440,11 +558,11 @@ def test_halves_are_weights_and_variances_are_not_below_zero(model, folder):
     path = folder / "model.safetensors"
     state = load_file(path)
     save_file({name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, path)
-    assert load_network(folder).encoder.down2.conv.weight.dtype == torch.float32
+    assert pretrained(folder).encoder.down2.conv.weight.dtype == torch.float32
     state["encoder.down4.norm.running_var"][3] = -1e-3
     save_file(state, path)
     with pytest.raises(ValueError) as caught:
-        load_network(folder)
+        pretrained(folder)
     one_sentence(caught, "encoder.down4.norm.running_var", "below zero")
 
 
@@ -628,7 +746,7 @@ def test_a_network_without_memory_has_the_same_names_shapes_and_types(build):
 def test_loading_a_checkpoint_imports_no_compiler(model, tmp_path):
     """It would double the time that qtseg predict takes to start."""
     model.save_pretrained(tmp_path)
-    code = "import sys; from qtseg.network.baselines import load_network; load_network(sys.argv[1]); print(*sys.modules)"
+    code = "import sys; from qtseg.network.baselines import pretrained; pretrained(sys.argv[1]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert not {"torch._dynamo", "sympy"} & set(done.stdout.split())
 
@@ -708,12 +826,12 @@ def test_archives_that_pytorch_did_not_write(model, tmp_path, damage):
 def test_weights_larger_than_the_limit(model, folder, tmp_path, monkeypatch):
     torch.save(official(model), tmp_path / "model.pt")
     monkeypatch.setenv("QTSEG_MAX_FILE_BYTES", "1000")
-    for load, name in ((lambda: load_network(folder), "model.safetensors"), (lambda: load_official(tmp_path / "model.pt"), "model.pt")):
+    for load, name in ((lambda: pretrained(folder), "model.safetensors"), (lambda: load_official(tmp_path / "model.pt"), "model.pt")):
         with pytest.raises(ValueError) as caught:
             load()
         one_sentence(caught, name, "QTSEG_MAX_FILE_BYTES=")
     monkeypatch.setenv("QTSEG_MAX_FILE_BYTES", str(10**9))
-    assert same_weights(load_network(folder), load_official(tmp_path / "model.pt"))
+    assert same_weights(pretrained(folder), load_official(tmp_path / "model.pt"))
 
 
 # --- the encoder alone ----------------------------------------------------------------------------------------------

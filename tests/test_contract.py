@@ -11,7 +11,7 @@ from qtseg.network.attention import POSITIONS
 from qtseg.network.bridge import BRIDGES
 from qtseg.network.decoders import DECODERS
 from qtseg.training.losses import ce_dice_loss
-from qtseg.network.baselines import BASELINES, NETWORKS, Baseline, load_network
+from qtseg.network.baselines import BASELINES, NETWORKS, Baseline, pretrained
 from qtseg.network.model import QTSeg
 
 SMALL = functools.partial(QTSeg, width=8, depths=(1, 1, 1), mlp_width=32)
@@ -20,6 +20,7 @@ MODELS = {
     "projection, one stage, learned position": functools.partial(SMALL, bridge="projection", decoder="mqm_single", position="learned"),
     "one level, convolutions": functools.partial(SMALL, bridge="single", decoder="conv"),
     "resnet18, no position": functools.partial(SMALL, encoder="resnet18", position="none"),
+    "efficientnet_lite0": functools.partial(SMALL, encoder="efficientnet_lite0"),
     "mit_b0, identity": functools.partial(SMALL, encoder="mit_b0", bridge="identity"),
     **{name: functools.partial(Baseline, name, "mit_b0" if name == "segformer" else "resnet18") for name in BASELINES},
 }
@@ -128,7 +129,7 @@ def test_forms_agree_in_logits_and_gradients(name, build):
 def test_save_and_load_give_the_same_model(build, tmp_path):
     model = build(classes=3).eval()
     model.save_pretrained(tmp_path)
-    loaded = load_network(tmp_path)
+    loaded = pretrained(tmp_path)
     assert type(loaded) is type(model) and not loaded.training
     assert loaded.config == model.config and list(loaded.state_dict()) == list(model.state_dict())
     with torch.no_grad():

@@ -27,6 +27,7 @@ from qtseg.evaluation.runs import weights_sha256
 from qtseg.prediction.networks import OnnxNetwork
 from qtseg.prediction.predictor import Predictor
 from qtseg.network.hub import download_checkpoint
+from qtseg.network.state import find_checkpoint
 from qtseg.network.model import QTSeg
 from qtseg.data.phantoms import phantom
 from qtseg.training.config import TrainConfig
@@ -435,7 +436,7 @@ class Hub:
     """Stands for huggingface_hub: notes what is asked of it, fails as told."""
 
     def __init__(self, token=None, error=None):
-        self.stored, self.error, self.asked = token, error, []
+        self.stored, self.error, self.asked, self.found = token, error, [], None
 
     def get_token(self):
         return self.stored
@@ -457,7 +458,7 @@ class Hub:
         self.asked.append(("download", name, revision, cache_dir, sorted(allow_patterns)))
         if self.error:
             raise self.error
-        return "/somewhere"
+        return self.found
 
 
 TOKEN = "hf_VerySecretToken123"
@@ -516,14 +517,15 @@ def test_a_folder_wins_over_the_hub(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     shutil.copytree(checkpoint, tmp_path / "me" / "skin")
     monkeypatch.chdir(tmp_path)
-    assert download_checkpoint("me/skin") == Path("me/skin") and hub.asked == []
-    with pytest.raises(FileNotFoundError, match="is no folder"):
-        download_checkpoint("me/other")  # beside a folder that exists it is a path, mistyped
+    assert find_checkpoint("me/skin") == Path("me/skin") and hub.asked == []
+    for typo in ("me/other", tmp_path / "nowhere"):  # beside a folder that exists it is a path, mistyped
+        with pytest.raises(FileNotFoundError, match="is no folder"):
+            find_checkpoint(typo)
     assert hub.asked == []
-    assert download_checkpoint("you/other", revision="v1", cache=tmp_path) == Path("/somewhere")
+    hub.found = checkpoint
+    assert find_checkpoint("you/other", revision="v1", cache=tmp_path) == checkpoint
     assert hub.asked == [("download", "you/other", "v1", tmp_path, sorted(["config.json", "model.safetensors", PREPROCESSING_FILE]))]
-    with pytest.raises(FileNotFoundError, match="is no folder"):
-        download_checkpoint(tmp_path / "nowhere")
+    assert Predictor("you/other", device="cpu").identity == Predictor(checkpoint, device="cpu").identity
 
 
 def test_the_real_library_offline_is_one_sentence(tmp_path):

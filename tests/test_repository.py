@@ -113,7 +113,7 @@ def test_modules_are_short():
 
 
 def test_the_names_that_people_need_come_from_the_package_itself():
-    wanted = {"QTSeg", "load_official", "TrainConfig", "fit", "evaluate", "Predictor", "SegmentationData", "phantom", "show_masks"}
+    wanted = {"QTSeg", "load_official", "pretrained", "TrainConfig", "fit", "evaluate", "Predictor", "SegmentationData", "phantom", "show_masks"}
     assert set(qtseg.__all__) == wanted and all(callable(getattr(qtseg, name)) for name in wanted)
 
 
@@ -154,7 +154,9 @@ def test_the_wheel_holds_only_the_package(tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names} == {"qtseg", f"qtseg-{INI['version']}.dist-info"}
-    assert {name for name in names if name.startswith("qtseg/")} == {path.relative_to(ROOT).as_posix() for path in (ROOT / "qtseg").rglob("*.py")}
+    weights = [path for path in (ROOT / "qtseg" / "weights").rglob("*") if path.is_file()]
+    wanted = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "qtseg").rglob("*.py"), *weights]}
+    assert {name for name in names if name.startswith("qtseg/")} == wanted and sum(path.stat().st_size for path in weights) <= 6e6
 
 
 def test_runtime_requirements_resolve_in_colab(tmp_path):

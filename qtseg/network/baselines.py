@@ -9,13 +9,14 @@ from pathlib import Path
 
 from torch import nn, Tensor
 
-from .encoders import check_encoder, fold_batchnorms, segmentation_models
-from .hub import download_checkpoint
+from ..files.optional import import_optional
+from .efficientnet import LITES, EfficientNetLite
+from .encoders import check_encoder, check_imagenet, fold_batchnorms
 from .model import QTSeg, Segmenter
 from .state import checked_whole, choose_part, find_checkpoint, read_config
 
 # %% auto #0
-__all__ = ['BASELINES', 'NETWORKS', 'Baseline', 'load_network']
+__all__ = ['BASELINES', 'NETWORKS', 'Baseline', 'pretrained']
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-baselines
 BASELINES = {  # name -> class of segmentation-models-pytorch
@@ -38,31 +39,42 @@ class Baseline(Segmenter):
 
     Args:
         model: a name in BASELINES.
-        encoder: one of the package's encoders.
+        encoder: "efficientnet_lite0", 1 or 2, or one of the package's encoders.
         classes: with the background, 1 to 256.
         in_channels: of the images.
+        encoder_weights: what `load_encoder` takes, such as "imagenet".
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        ModuleNotFoundError: a package is not installed.
         ValueError: an unknown name, or an encoder that the model cannot use.
     """
 
     model_type, encoder_prefix = "baseline", "net.encoder."
 
-    def __init__(self, model: str = "unet", encoder: str = "resnet34", classes: int = 2, in_channels: int = 3):
+    def __init__(self, model: str = "unet", encoder: str = "resnet34", classes: int = 2, in_channels: int = 3,
+                 encoder_weights: str | Path | None = None):
         super().__init__()
-        network = getattr(segmentation_models(), choose_part("baseline", model, BASELINES))
         classes, in_channels = checked_whole("classes", classes, most=256), checked_whole("in_channels", in_channels)
-        check_encoder(encoder, in_channels)
+        lite = isinstance(encoder, str) and encoder in LITES
+        theirs = f"tu-tf_{encoder}" if lite else encoder
+        network = getattr(import_optional("segmentation_models_pytorch", f"network {model}"),
+                          choose_part("baseline", model, BASELINES))
+        check_encoder(theirs, in_channels)
+        if encoder_weights == "imagenet":
+            check_imagenet(encoder)
         self.config = dict(model=model, encoder=encoder, classes=classes, in_channels=in_channels)
         try:
-            self.net = network(encoder_name=encoder, encoder_weights=None, in_channels=in_channels, classes=classes)
+            self.net = network(encoder_name=theirs, encoder_weights=None, in_channels=in_channels, classes=classes)
         except Exception as error:  # each encoder has its own way to say that it cannot be dilated, tapped, …
             raise ValueError(f"{model} cannot be built on the encoder {encoder} ({error})") from None
+        if lite:  # the same network, faster
+            self.net.encoder = EfficientNetLite(encoder, in_channels, self.net.encoder.output_stride)
+        if encoder_weights is not None:
+            self.load_encoder(encoder_weights, strict=False)
 
     @property
     def encoder(self) -> nn.Module:
-        """The package's encoder."""
+        """The encoder: the package's or `EfficientNetLite`."""
         return self.net.encoder
 
     def forward(self, images: Tensor) -> Tensor:
@@ -72,15 +84,22 @@ class Baseline(Segmenter):
         return self.net(self.prepare(images))[..., : images.shape[-2], : images.shape[-1]]  # [B, classes, H, W]
 
     def fold(self) -> None:
-        """Fold the package's batch normalizations in place, for inference."""
+        """Fold the batch normalizations in place, for inference."""
         fold_batchnorms(self.net, self.config["in_channels"])
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-load
-def load_network(name: str | Path) -> QTSeg | Baseline:
+def pretrained(source: str | Path, **options) -> QTSeg | Baseline:
     """The network of any kind that a checkpoint holds, in evaluation mode.
 
-    Arguments and errors are those of `Segmenter.from_pretrained`.
+    Args:
+        source: "phantoms", a network trained on synthetic images that comes with this package; the folder of a
+            checkpoint or a run; or a repository on the Hugging Face Hub, "user/name".
+        options: `revision` and `cache` of `find_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing or does not fit; the message names it.
+        PermissionError, ConnectionError: of the Hub.
     """
-    folder = find_checkpoint(download_checkpoint(name))
+    folder = find_checkpoint(source, **options)
     kind, _ = read_config(folder)
     return {"qtseg": QTSeg, "baseline": Baseline}[kind].from_pretrained(folder)

@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,10 +26,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..files.limits import limit
 from ..files.text import first_names, printable, read_json
+from .hub import HUB_NAME, download_checkpoint
 
 # %% auto #0
-__all__ = ['RANDOM_FILLS', 'check_state', 'read_config', 'find_checkpoint', 'choose_part', 'checked_whole', 'shapes_only',
-           'read_safetensors', 'copy_into', 'plain_state', 'read_official']
+__all__ = ['SHIPPED', 'RANDOM_FILLS', 'check_state', 'read_config', 'find_checkpoint', 'choose_part', 'checked_whole',
+           'shapes_only', 'read_safetensors', 'copy_into', 'plain_state', 'read_official']
 
 # %% ../../nbs/reference/network_state.ipynb #9f7195b5
 def _kind(tensor: Tensor) -> str:
@@ -102,46 +104,44 @@ def read_config(folder: Path) -> tuple[str, dict]:
     return kind, config
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-find
-def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The checkpoint folder that a path names: the folder itself, or in a run's folder the checkpoint that the run
-    selected.
+SHIPPED = {"phantoms": Path(str(files("qtseg"))) / "weights" / "phantoms"}  #: name -> checkpoint inside this package
+
+
+def find_checkpoint(source: str | os.PathLike, *, revision: str | None = None, cache: str | Path | None = None) -> Path:
+    """The folder of the checkpoint that `source` names.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or the folder of a training run.
+        source: a name in SHIPPED; a folder that `save_pretrained` wrote; the folder of a training run; or a repository
+            of the Hugging Face Hub, USER/NAME as a string. If the parent folder exists, it is a path: nothing is
+            requested.
+        revision, cache: see `download_checkpoint`.
 
     Returns:
         The folder with config.json and model.safetensors. In a run: best_<select>, else best_dice, else last.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no checkpoint in it.
+        FileNotFoundError: there is no such folder or repository, or no checkpoint in it.
         ValueError: the run's config.json cannot be read.
+        PermissionError, ConnectionError: of the Hub.
     """
-    path = Path(path)
+    path = SHIPPED.get(source) or Path(source)
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} is no folder: name a checkpoint that save_pretrained wrote (RUN/best_dice, RUN/last), "
-            "or the folder of a run"
-        )
+        if not isinstance(source, str) or not HUB_NAME.fullmatch(source) or path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{source} is no folder: name a checkpoint that save_pretrained wrote (RUN/best_dice, RUN/last), the "
+                f"folder of a run, a repository on the Hugging Face Hub (USER/NAME), or {', '.join(SHIPPED)}")
+        path = download_checkpoint(source, revision=revision, cache=cache)
     if (path / "model.safetensors").exists():
         return path
-    inside = [name for name in ("best_dice", "last") if (path / name / "model.safetensors").is_file()]
-    if not (path / "config.json").is_file() and not inside:
-        raise FileNotFoundError(f"{path / 'config.json'} is missing: name a folder that save_pretrained wrote, "
-                                "or the folder of a run")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "model_type" in config:  # a checkpoint whose weights are missing, which its reader will say
         return path
-    selected = f"best_{config.get('select')}"
-    if selected.isidentifier() and (path / selected / "model.safetensors").is_file():
-        return path / selected
-    if not inside:
-        raise FileNotFoundError(
-            printable(
-                f"{path} is a run without a checkpoint (neither {selected} nor best_dice nor last): "
-                "name another run, or train it first"
-            )
-        )
-    return path / inside[0]
+    names = list(dict.fromkeys((f"best_{config.get('select', 'dice')}", "best_dice", "last")))
+    for name in names:
+        if name.isidentifier() and (path / name / "model.safetensors").is_file():
+            return path / name
+    raise FileNotFoundError(f"{path} holds no checkpoint: neither config.json and model.safetensors, nor, as a run "
+                            f"would, {first_names(names)}")
 
 # %% ../../nbs/reference/network_state.ipynb #051b1465
 def choose_part(kind: str, name: str, choices: Mapping[str, type]) -> type:

@@ -19,7 +19,7 @@ from ..data.cache import in_order
 from ..data.preprocessing import Preprocessing, read_preprocessing
 from ..evaluation.runs import weights_sha256
 from ..evaluation.scores import decide, undo_resize
-from ..network.baselines import load_network
+from ..network.baselines import pretrained
 from ..network.state import find_checkpoint
 from .networks import (WORKERS, NetworkRunner, check_channels, check_finite, keep_largest_components,
                                        open_onnx, with_background)
@@ -38,7 +38,7 @@ def _from_folder(source: str | os.PathLike, engine: str, options: dict) -> tuple
     if engine not in ENGINES:
         raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
     folder = find_checkpoint(source)
-    model, preprocessing = load_network(folder), read_preprocessing(folder)
+    model, preprocessing = pretrained(folder), read_preprocessing(folder)
     check_channels(model, preprocessing.channels)
     if engine == "onnx":
         if options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu"):

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..evaluation.cost import multiply_adds
+from ..evaluation.timing import multiply_adds
 from ..evaluation.metrics import MEASURES
 from ..evaluation.timing import interleaved_times
 from ..files.text import read_json
-from ..network.baselines import load_network
+from ..network.baselines import pretrained
 from .plan import MOST_RUNS, Run, is_folder_name
 from .runs import last_error
 from .statistics import MOST_FLIPS, Paired, holm, paired_interval, report_library, sign_flip_p
@@ -318,7 +318,7 @@ def arm_networks(frame: DataFrame) -> dict[tuple[str, str], nn.Module]:
     for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
         folder = Path(done["folder"].iloc[0])
         selected = read_metrics(folder / "metrics.json").get("selected_by", "dice")
-        networks[study, arm] = load_network(folder / f"best_{selected}")
+        networks[study, arm] = pretrained(folder / f"best_{selected}")
     return networks
 
 # %% ../../nbs/reference/study_results.ipynb #report055
