@@ -17,52 +17,16 @@ from .operations import (OPERATIONS, Shape, Steps, collect_batch, compose, noise
                                        warp_each)
 
 # %% auto #0
-__all__ = ['Augmentation']
+__all__ = ['Augmentation', 'random_crops']
 
-# %% ../../nbs/reference/training_augmentation.ipynb #augmentation069
-def _check_settings(operations: tuple[str, ...], most: int, strength: float, fill: tuple[int, ...]) -> None:
-    """Raise ValueError for the first setting that makes no sense."""
-    if not isinstance(operations, (tuple, list)) or len(set(operations)) != len(operations):
-        raise ValueError(f"operations must be a tuple of different names, got {operations!r}")
-    unknown = [name for name in operations if name not in OPERATIONS]
-    if unknown:
-        raise ValueError(f"unknown operations {unknown}; known are {list(OPERATIONS)}")
-    if isinstance(most, bool) or not isinstance(most, int) or most < 0:
-        raise ValueError(f"most must be an integer >= 0, got {most!r}")
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 2:
-        raise ValueError(f"strength must be a number from 0 (no change) to 2, got {strength!r}")
-    bytes_only = isinstance(fill, (tuple, list)) and all(
-        isinstance(one, (int, np.integer)) and 0 <= one <= 255 for one in fill)
-    if not bytes_only or not fill:
-        raise ValueError(f"fill must be one integer of 0..255 per channel, got {fill!r}")
-
-
-def _fill_for(fill: tuple[int, ...], channels: int) -> Tensor:
-    """The fill as uint8 [C]; equal values fit any number of channels. ValueError where the numbers do not fit."""
-    fill = fill[:1] * channels if len(set(fill)) == 1 else fill
-    if len(fill) != channels:
-        raise ValueError(f"fill has {len(fill)} values, the images have {channels} channels")
-    return torch.tensor(fill, dtype=torch.uint8)
-
-# %% ../../nbs/reference/training_augmentation.ipynb #augmentation070
-def _check_batch(images: Tensor, masks: Tensor) -> None:
-    """Raise ValueError unless images are uint8 [B, C, H, W], masks uint8 or int64 [B, H, W], of one size, together."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
-        raise ValueError(f"images must be uint8 [B, C, H, W], got {_described(images)}")
-    if not isinstance(masks, Tensor) or masks.dtype not in (torch.uint8, torch.int64) or masks.ndim != 3:
-        raise ValueError(f"masks must be uint8 or int64 [B, H, W], got {_described(masks)}")
-    if masks.shape != images.shape[:1] + images.shape[2:] or masks.device != images.device:
-        raise ValueError(
-            f"images and masks must have one size on one device, got {_described(images)} and {_described(masks)}")
-
-
+# %% ../../nbs/reference/training_augmentation.ipynb #augmentation073
 def _described(value: Any) -> str:
     """What came instead, for an error."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     return f"{value.dtype} {tuple(value.shape)} on {value.device}"
 
-# %% ../../nbs/reference/training_augmentation.ipynb #augmentation073
+
 @dataclass(frozen=True)
 class Augmentation:
     """The recipe: for each image between 0 and `most` of `operations`, drawn without replacement, in random order.
@@ -71,7 +35,8 @@ class Augmentation:
         operations: names of OPERATIONS.
         most: the most operations that an image gets.
         strength: scales every range: 0 changes nothing, 1 is the recipe, 2 the limit.
-        fill: the color outside the image, 0 to 255 per channel, in the stored color space.
+        fill: the color outside the image, 0 to 255 per channel, in the stored color space; equal values fit any number
+            of channels.
 
     Raises:
         ValueError: settings without sense.
@@ -85,21 +50,30 @@ class Augmentation:
     fill: tuple[int, ...] = (0, 0, 0)
 
     def __post_init__(self):
-        _check_settings(self.operations, self.most, self.strength, self.fill)
         for name in ("operations", "fill"):  # lists, as parameter files have them, are welcome
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise ValueError(f"{name} must be a tuple, got {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        unknown = [name for name in self.operations if name not in OPERATIONS]
+        if unknown or len(set(self.operations)) != len(self.operations):
+            raise ValueError(f"operations must be a tuple of different names, got {self.operations!r}; known are "
+                             f"{list(OPERATIONS)}")
+        if type(self.most) is not int or self.most < 0:
+            raise ValueError(f"most must be an integer >= 0, got {self.most!r}")
+        if type(self.strength) not in (int, float) or not 0 <= self.strength <= 2:
+            raise ValueError(f"strength must be a number from 0 (no change) to 2, got {self.strength!r}")
+        if not self.fill or not all(isinstance(one, (int, np.integer)) and 0 <= one <= 255 for one in self.fill):
+            raise ValueError(f"fill must be one integer of 0..255 per channel, got {self.fill!r}")
 
     def draw(self, count: int, shape: Shape, seed: int) -> list[Steps]:
         """Decide what happens to each of `count` images of `shape` (channels, height, width)."""
-        random = seeded(seed)
-        return [self._draw_one(shape, random) for _ in range(count)]
-
-    def _draw_one(self, shape: Shape, random: Generator) -> Steps:
-        most = min(self.most, len(self.operations)) if self.strength > 0 else 0
-        chosen = int(torch.randint(most + 1, (), generator=random))
-        order = torch.randperm(len(self.operations), generator=random)[:chosen].tolist()
-        names = [self.operations[position] for position in order]
-        return [(name, OPERATIONS[name].draw(random, self.strength, shape)) for name in names]
+        random, known = seeded(seed), len(self.operations)
+        most, drawn = min(self.most, known) if self.strength > 0 else 0, []
+        for _ in range(count):
+            chosen = int(torch.randint(most + 1, (), generator=random))
+            names = [self.operations[place] for place in torch.randperm(known, generator=random)[:chosen].tolist()]
+            drawn.append([(name, OPERATIONS[name].draw(random, self.strength, shape)) for name in names])
+        return drawn
 
     @torch.no_grad()
     def __call__(self, images: Tensor, masks: Tensor, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -116,17 +90,60 @@ class Augmentation:
             float32 [B, C, H, W] in [-1, 1], and int64 [B, H, W], class 0 where nothing was seen.
 
         Raises:
-            ValueError: other types or sizes.
+            ValueError: other types or sizes. No pixel is read for that, so a GPU is not waited for.
         """
-        _check_batch(images, masks)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
+            raise ValueError(f"images must be uint8 [B, C, H, W], got {_described(images)}")
+        if not isinstance(masks, Tensor) or masks.dtype not in (torch.uint8, torch.int64) or masks.ndim != 3:
+            raise ValueError(f"masks must be uint8 or int64 [B, H, W], got {_described(masks)}")
+        if masks.shape != images.shape[:1] + images.shape[2:] or masks.device != images.device:
+            raise ValueError(f"images and masks must have one size on one device, got {_described(images)} and "
+                             f"{_described(masks)}")
+        if type(first) is not int or first < 0:
             raise ValueError(f"first must be a row of the whole batch, an integer >= 0, got {first!r}")
-        fill = _fill_for(self.fill, images.shape[1])
+        channels, colors = images.shape[1], len(self.fill)
+        if colors != channels and len(set(self.fill)) > 1:
+            raise ValueError(f"fill has {colors} values, the images have {channels} channels")
+        fill = torch.tensor(self.fill if colors == channels else self.fill[:1] * channels, dtype=torch.uint8)
         steps = self.draw(first + len(images), tuple(images.shape[1:]), seed)[first:]
         noises = [noise_of(seed, first + row, images.device) for row in range(len(steps))]
-        opencv_can = images.shape[1] in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1
+        opencv_can = channels in (1, 3, 4) and max(images.shape[2:]) < 2**15 - 1
         if images.device.type == "cpu" and OPENCV_IS_EXACT and opencv_can:
             return augment_on_cpu(images, masks, steps, fill, noises)
         moved = warp_each(images, masks, [compose(one) for one in steps], fill)
         colored = ((recolored(image, *rest).clamp_(-1, 1), mask) for (image, mask), *rest in zip(moved, steps, noises))
         return collect_batch(colored, images)
+
+# %% ../../nbs/reference/training_augmentation.ipynb #crops02
+@torch.no_grad()
+def random_crops(images: Tensor, masks: Tensor, size: int, seed: int, first: int = 0, *, foreground: float = 0.0,
+                 ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """A random square of each image, on its device: [B, C, H, W], [B, H, W] -> [B, C, size, size], [B, size, size].
+
+    Args:
+        seed, first: as `Augmentation` has them.
+        foreground: the probability that a square is placed over a foreground pixel, where its image has one.
+        ignore_index: the label of pixels that are no foreground.
+
+    Raises:
+        ValueError: a size beyond that of the images.
+    """
+    (height, width), device = images.shape[2:], images.device
+    if not 1 <= size <= min(height, width):
+        raise ValueError(f"crops of {size} pixels do not fit into images of {height} x {width}")
+    draws = torch.rand((first + len(images), 6), generator=seeded(seed, "crops"), dtype=torch.float64)[first:]
+    limits = torch.tensor([height - size + 1, width - size + 1, size, size])
+    top, left, above, before = (draws[:, :4] * limits).long().to(device, non_blocking=True).T  # each [B]
+    if foreground:
+        share = draws[:, 4:5].float().to(device, non_blocking=True)
+        marked = masks > 0 if ignore_index is None else (masks > 0) & (masks != ignore_index)
+        passed = marked.flatten(1).cumsum(1, dtype=torch.int32)  # [B, H * W], foreground pixels up to each pixel
+        amount = passed[:, -1:]
+        place = torch.searchsorted(passed, ((share * amount).int() + 1).clamp(max=amount))[:, 0]
+        chosen = (draws[:, 5] < foreground).to(device, non_blocking=True) & (amount[:, 0] > 0)
+        top = torch.where(chosen, (place // width - above).clamp(0, height - size), top)
+        left = torch.where(chosen, (place % width - before).clamp(0, width - size), left)
+    pixels = torch.arange(size, device=device)
+    at = (torch.arange(len(images), device=device)[:, None, None], (top[:, None] + pixels)[:, :, None],
+          (left[:, None] + pixels)[:, None])
+    return images.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2), masks[at]
