@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .layout import Record, Survey
-from .mask_values import IGNORE, MaskReading, MaskValues, look_at, stored_values
+from .mask_values import IGNORE, MASKS, MaskReading, MaskValues, look_at, stored_values, value_code
 from .masks import judge_masks, looks_up
-from .preprocessing import nearest_pixels, pad_mask, resize_image, to_color
+from .preprocessing import (COLORS, LARGEST_SIZE, RESIZES, fitted_size, is_whole_number, nearest_pixels,
+                                      resize_image, to_color)
 from .reading import WHITES, rgb_of, value_span
 from ..files.pictures import Picture, read_picture
 from ..files.text import first_names, printable, read_json
@@ -30,7 +32,7 @@ from ..files.writing import require_space
 
 # %% auto #0
 __all__ = ['UNPACKING_TABLES', 'CACHE_VERSION', 'ENTRY', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key',
-           'cache_root', 'Prepared', 'in_order', 'Read', 'build_cache', 'identical_files', 'leave_out_twins', 'Cache',
+           'cache_root', 'Prepared', 'in_order', 'build_cache', 'identical_files', 'leave_out_twins', 'Cache',
            'load_cache', 'DataProblems']
 
 # %% ../../nbs/reference/data_cache.ipynb #data090
@@ -46,14 +48,9 @@ def pack_mask(mask: np.ndarray, bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(flat << (bits * np.arange(per_byte, dtype=np.uint8)), axis=1)
 
 # %% ../../nbs/reference/data_cache.ipynb #data093
-def _unpacking_table(bits: int) -> np.ndarray:
-    """For each of the 256 bytes its 8 // bits pixels, side by side in one integer: [256]."""
-    per_byte = 8 // bits
-    pixels = np.arange(256)[:, None] >> (bits * np.arange(per_byte)) & (2 ** bits - 1)  # [256, pixels in a byte]
-    return np.ascontiguousarray(pixels, dtype=np.uint8).view(f"u{per_byte}")[:, 0]
-
-
-UNPACKING_TABLES = {bits: _unpacking_table(bits) for bits in (1, 2, 4, 8)}
+UNPACKING_TABLES = {  # bits -> for each of the 256 bytes its 8 // bits pixels, side by side in one integer: [256]
+    bits: (np.arange(256)[:, None] >> bits * np.arange(8 // bits) & 2**bits - 1).astype(np.uint8)
+    .view(f"u{8 // bits}")[:, 0] for bits in (1, 2, 4, 8)}
 
 
 def unpack_masks(packed: np.ndarray, bits: int, size: int) -> np.ndarray:
@@ -62,12 +59,13 @@ def unpack_masks(packed: np.ndarray, bits: int, size: int) -> np.ndarray:
     return pixels[:, :size * size].reshape(-1, size, size)
 
 # %% ../../nbs/reference/data_cache.ipynb #data096
-CACHE_VERSION = 3
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What decides the cached bytes, besides the files; `masks` is not "auto" any more."""
+    """What decides the cached bytes, besides the files. Its arguments are those of `SegmentationData.open`.
+
+    Raises:
+        ValueError: naming the argument, for what can never be right.
+    """
 
     size: int
     resize: str
@@ -77,6 +75,38 @@ class Settings:
     mask_values: tuple[int | str, ...] = ()
     ignore_value: int | str | None = None
     white: int | None = None  # of images with more than 8 bits; None: what the set itself suggests
+    channels: int = 3
+
+    def __post_init__(self):
+        for name, choices in (("resize", RESIZES), ("color", tuple(COLORS)), ("masks", MASKS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in (("size", 32), ("classes", 1), ("channels", 1), ("white", 1)):
+            value = getattr(self, name)
+            if not is_whole_number(value, least) and (name, value) != ("white", None):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.size > LARGEST_SIZE:
+            raise ValueError(f"size must be at most {LARGEST_SIZE} pixels, got {self.size}")
+        if self.color != "rgb" and self.channels != 3:
+            raise ValueError(f"color={self.color!r} needs channels=3, got {self.channels}")
+        if self.classes > 256 - (self.ignore_value is not None):
+            raise ValueError("classes and the ignored pixels must be at most 256 together, one byte per pixel, got "
+                             f"classes={self.classes}")
+        codes = [value_code(value) for value in self.mask_values]
+        if codes and len(codes) != max(self.classes, 2):
+            raise ValueError(f"mask_values names {len(codes)} values, but classes={self.classes}: pass "
+                             f"classes={len(codes)}")
+        if len(set(codes)) < len(codes):
+            raise ValueError(f"mask_values names a value twice: {list(self.mask_values)}")
+        if codes and self.masks in ("binary", "any"):
+            raise ValueError(f"mask_values says which value is which class, and masks={self.masks!r} says otherwise: "
+                             "leave one of them out")
+        if self.ignore_value is not None and value_code(self.ignore_value) in codes:
+            raise ValueError(f"ignore_value={self.ignore_value!r} is one of mask_values: a value is a class or is "
+                             "ignored, not both")
+
+# %% ../../nbs/reference/data_cache.ipynb #data097
+CACHE_VERSION = 4
 
 
 def cache_key(survey: Survey, settings: Settings) -> str:
@@ -91,7 +121,7 @@ def cache_key(survey: Survey, settings: Settings) -> str:
     text = json.dumps([CACHE_VERSION, asdict(settings), files])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-# %% ../../nbs/reference/data_cache.ipynb #data097
+
 def cache_root(cache: str | os.PathLike | None = None) -> Path:
     """Where caches go: the argument, else the environment variable QTSEG_CACHE, else ~/.cache/qtseg."""
     return Path(cache or os.environ.get("QTSEG_CACHE") or "~/.cache/qtseg").expanduser().absolute()
@@ -100,86 +130,65 @@ def cache_root(cache: str | os.PathLike | None = None) -> Path:
 class Prepared(NamedTuple):
     """One pair, ready to be written, and what is wrong with it."""
 
-    image: np.ndarray | None  # [size, size, 3]
+    image: np.ndarray | None  # [size, size, C]
     codes: np.ndarray | None  # stored values, [rows, columns] that the mask fills of the square
     seen: MaskValues | None  # the values at the mask's own size
-    entry: dict  # a row of ENTRY, without the counts of the mask's pixels
+    entry: dict  # a row of entries.npy, without the counts of the mask's pixels
     problems: list[str]
 
-# %% ../../nbs/reference/data_cache.ipynb #7c5689af
-def _attempt(what: str, problems: list[str], function: Callable, *arguments) -> object | None:
-    """Call a reader; its complaint becomes a problem that names the file."""
-    try:
-        return function(*arguments)
-    except MemoryError:
-        problems.append(f"{what}: needs more memory than there is")
-    except (ValueError, OSError, ImportError) as error:
-        problems.append(f"{what}: {printable(error)}")
-    return None
+# %% ../../nbs/reference/data_cache.ipynb #data115a
+def _shrunk(picture: Picture, white: int, settings: Settings, entry: dict) -> np.ndarray:
+    """A decoded image at the set's size, uint8 [size, size, C]; the moments of its channels go to the entry."""
+    small = resize_image(rgb_of(picture, white), settings.size, settings.resize)
+    if settings.channels == 1:
+        if (small[..., 1:] != small[..., :1]).any():
+            raise ValueError("holds colors: open the set with channels=3")
+        small = small[..., :1]
+    small = to_color(small, settings.color)
+    rows, columns = fitted_size(*picture.values.shape[:2], settings.size, settings.resize)
+    filled = small[:rows, :columns] / np.float32(255)
+    entry["mean"], entry["square"] = filled.mean(axis=(0, 1), dtype=float), np.square(filled).mean((0, 1), dtype=float)
+    return small
 
-# %% ../../nbs/reference/data_cache.ipynb #355f06c1
-class _Mask(NamedTuple):
-    """What is kept of a mask: its stored values at the set's size, its own height and width, and what was seen in the
-    file."""
+# %% ../../nbs/reference/data_cache.ipynb #c-prep
+def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
+    """Read, check and resize one pair; threads run it, because decoding and resizing release Python's lock."""
+    problems, seen, codes, shape, entry = [], None, None, None, {"mask_frames": 1, "mask_turned": 0}
 
-    small: np.ndarray
-    shape: tuple[int, int]
-    frames: int
-    turned: int
-    seen: MaskValues
+    def attempt(path: Path, function: Callable, *arguments) -> object | None:
+        """Call a reader; its complaint becomes a problem that names the file."""
+        try:
+            return function(*arguments)
+        except MemoryError:
+            problems.append(f"{survey.short(path)}: needs more memory than there is")
+        except (ValueError, OSError, ImportError) as error:
+            problems.append(f"{survey.short(path)}: {printable(error)}")
 
-
-def _read_mask(survey: Survey, settings: Settings, record: Record, problems: list[str]) -> _Mask | None:
-    """Read and shrink a mask; None, with a problem, if it cannot be read."""
-    name, look_up = survey.short(record.mask), looks_up(settings.masks, settings.mask_values, settings.ignore_value)
-    mask = _attempt(name, problems, read_picture, record.mask, True)
-    codes = None if mask is None else _attempt(name, problems, stored_values, mask, look_up)
-    if codes is None:
-        return None
-    seen = look_at(name, codes, mask)
-    return _Mask(nearest_pixels(codes, settings.size, settings.resize), codes.shape, mask.frames, mask.turned, seen)
-
-
-def _check_sizes(survey: Survey, record: Record, image: Picture, mask: _Mask | None, problems: list[str]) -> None:
-    """A problem where image and mask, or image and manifest, differ in size."""
+    if record.mask and (mask := attempt(record.mask, read_picture, record.mask, True)):
+        look_up = looks_up(settings.masks, settings.mask_values, settings.ignore_value)
+        if (whole := attempt(record.mask, stored_values, mask, look_up)) is not None:
+            seen, shape = look_at(survey.short(record.mask), whole, mask), whole.shape
+            codes = nearest_pixels(whole, settings.size, settings.resize)
+        entry |= {"mask_frames": mask.frames, "mask_turned": mask.turned}
+        del mask, whole  # only what is kept is in memory while the image is decoded
+    image = attempt(record.image, read_picture, record.image, False, settings.channels)
+    if image is None:
+        return Prepared(None, codes, seen, entry, problems)
     height, width = image.values.shape[:2]
-    if mask is not None and mask.shape != (height, width):
-        turned = (
-            "; one of the two carries an EXIF rotation that the other lacks?" if mask.shape == (width, height) else "")
+    entry |= {"hash": image.digest, "height": height, "width": width, "bits": image.bits,
+              "deep": image.values.dtype == np.uint16, "low": int(image.values.min()),
+              "high": int(image.values.max()), "frames": image.frames,
+              "turned": image.turned}
+    entry["span"] = value_span(image.values) if entry["deep"] else 0
+    if shape and shape != (height, width):
+        turned = "; one of the two carries an EXIF rotation that the other lacks?" if shape == (width, height) else ""
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but {survey.short(record.mask)} is "
-                        f"{mask.shape[1]}x{mask.shape[0]}{turned}")
+                        f"{shape[1]}x{shape[0]}{turned}")
     if record.size and set(record.size) != {height, width}:
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but manifest.csv says "
                         f"{record.size[1]}x{record.size[0]}")
-
-# %% ../../nbs/reference/data_cache.ipynb #data115a
-def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
-    """Read, check and resize one pair; runs in several threads at once (decoding and resizing release Python's
-    lock)."""
-    problems: list[str] = []
-    of_mask: list[str] = []
-    # the mask first: only what is kept of it is in memory while the image is decoded
-    mask = _read_mask(survey, settings, record, of_mask) if record.mask else None
-    image = _attempt(survey.short(record.image), problems, read_picture, record.image)
-    problems += of_mask
-    seen = mask and mask.seen
-    if image is None:
-        return Prepared(None, None, seen, {}, problems)
-    height, width = image.values.shape[:2]
-    entry = {
-        "hash": image.digest, "height": height, "width": width, "bits": image.bits,
-        "deep": image.values.dtype == np.uint16, "low": int(image.values.min()), "high": int(image.values.max()),
-        "frames": image.frames, "turned": image.turned, "mask_frames": mask.frames if mask else 1,
-        "mask_turned": mask.turned if mask else 0}
-    entry["span"] = value_span(image.values) if entry["deep"] else 0
-    _check_sizes(survey, record, image, mask, problems)
-    if problems or mask is None:
-        return Prepared(None, None, seen, entry, problems)
-    small = _attempt(survey.short(record.image), problems,
-                     lambda: resize_image(rgb_of(image, white), settings.size, settings.resize))
-    if small is None:
-        return Prepared(None, None, seen, entry, problems)
-    return Prepared(to_color(small, settings.color), mask.small, seen, entry, [])
+    small = None if problems or codes is None else attempt(record.image, _shrunk, image, white, settings, entry)
+    return Prepared(small, codes, seen, entry, problems)
 
 # %% ../../nbs/reference/data_cache.ipynb #data118
 def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -202,46 +211,27 @@ def _start_array(path: Path, shape: Sequence[int]):
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
     return file
 
-
-def _keep_one_channel(path: Path) -> None:
-    """Rewrite a gray set's [N, size, size, 3] file as [N, size, size, 1]."""
-    images = np.load(path, mmap_mode="r")
-    with _start_array(path.with_suffix(".gray"), (*images.shape[:3], 1)) as file:
-        for image in images:
-            file.write(image[:, :, :1].tobytes())
-    path.with_suffix(".gray").replace(path)
-
 # %% ../../nbs/reference/data_cache.ipynb #data124
 ENTRY = [
     ("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
     ("span", "u2"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"),
-    ("ignored", "u8")]  # then the pixels per class
+    ("ignored", "u8")]  # then the pixels per class, and the mean and mean square of each channel in [0, 1]
 
 # %% ../../nbs/reference/data_cache.ipynb #f6679e91
-class Read(NamedTuple):
-    """What one pass over all pairs found."""
+def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, workers: int,
+              progress: bool) -> tuple[list[dict], list[MaskValues], list[str], bool]:
+    """Check every pair; write images.npy and, one after the other, the stored values of the small masks.
 
-    entries: list[dict]
-    seen: list[MaskValues]
-    problems: list[str]
-    gray: bool
-
-
-def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, workers: int, progress: bool) -> Read:
-    """Check every pair; write images.npy and, one after the other, the stored values of the small masks
-    (masks.stored)."""
+    Returns entries, what was seen of the masks, problems, and whether three channels are alike in every image.
+    """
     count, size = len(survey.records), settings.size
-    entries, seen, problems, gray = [], [], [], settings.color == "rgb"
-    with (
-        _start_array(folder / "images.npy", (count, size, size, 3)) as images,
-        open(folder / "masks.stored", "wb") as stored,
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(
-            total=count, desc=f"checking and caching {printable(survey.name)} at {size}x{size}", unit="image",
-            file=sys.stdout, disable=not progress) as bar,
-    ):
-        for done in in_order(
-            pool, lambda record: _prepare(survey, settings, white, record), survey.records, 4 * workers):
+    entries, seen, problems, gray = [], [], [], settings.color == "rgb" and settings.channels == 3
+    with (_start_array(folder / "images.npy", (count, size, size, settings.channels)) as images,
+          open(folder / "masks.stored", "wb") as stored, ThreadPoolExecutor(workers) as pool,
+          tqdm(total=count, desc=f"checking and caching {printable(survey.name)} at {size}x{size}", unit="image",
+               file=sys.stdout, disable=not progress) as bar):
+        prepare = partial(_prepare, survey, settings, white)
+        for done in in_order(pool, prepare, survey.records, 4 * workers):
             bar.update()
             entries.append(done.entry)
             seen += [done.seen] if done.seen else []
@@ -250,71 +240,70 @@ def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, work
                 images.write(done.image.tobytes())
                 np.lib.format.write_array(stored, done.codes)
                 gray = gray and (done.image[:, :, :1] == done.image[:, :, 1:]).all()
-    return Read(entries, seen, problems, bool(gray))
-
-
-def _white_of(entries: list[dict]) -> int:
-    """The value that becomes 255 in images with more than 8 bits: the first of WHITES that nothing in the set
-    exceeds."""
-    deep = [entry for entry in entries if entry.get("deep")]
-    highest = max(
-        (max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0) for entry in deep), default=0)
-    return next(white for white in WHITES if highest <= white) if highest else 65535
+    return entries, seen, problems, bool(gray)
 
 # %% ../../nbs/reference/data_cache.ipynb #data124p
-def _write_masks(folder: Path, reading: MaskReading, read: Read, settings: Settings, ignored: bool) -> list[str]:
+def _write_masks(folder: Path, reading: MaskReading, entries: list[dict], seen: list[MaskValues],
+                 settings: Settings) -> tuple[bool, list[str]]:
     """Translate the stored values of all masks into packed class indices, masks.npy; ignored ones follow the last
     class.
 
-    Returns the names of the masks in which a class vanishes, because all its regions are smaller than a pixel.
+    Returns whether any pixel is ignored, and a warning if a class vanishes, all its regions being smaller than a pixel.
     """
-    classes = max(settings.classes, 2)
-    bits, size, vanished = mask_bits(classes + ignored), settings.size, []
+    classes, size, vanished = max(settings.classes, 2), settings.size, []
+    for entry, mask in zip(entries, seen):
+        entry["pixels"], entry["ignored"] = reading.pixels(mask)
+    ignored = any(entry["ignored"] for entry in entries)
+    bits = mask_bits(classes + ignored)
     with (open(folder / "masks.stored", "rb") as stored,
-          _start_array(folder / "masks.npy", (len(read.seen), -(-size * size * bits // 8))) as masks):
-        for seen, entry in zip(read.seen, read.entries):
-            mask = reading.classes_of(np.lib.format.read_array(stored), seen.lossy, reading.top_of(seen))
+          _start_array(folder / "masks.npy", (len(seen), -(-size * size * bits // 8))) as masks):
+        for values, entry in zip(seen, entries):
+            mask = reading.classes_of(np.lib.format.read_array(stored), values.lossy, reading.top_of(values))
             left = np.bincount(mask.reshape(-1), minlength=classes)
-            vanished += [seen.name] * any(pixels and not left[index] for index, pixels in enumerate(entry["pixels"]))
+            vanished += [values.name] * any(pixels and not left[index] for index, pixels in enumerate(entry["pixels"]))
             if ignored:
                 mask[mask == IGNORE] = classes
-            masks.write(pack_mask(pad_mask(mask, size), bits).tobytes())
+            square = np.pad(mask, [(0, size - side) for side in mask.shape])
+            masks.write(pack_mask(square, bits).tobytes())
     (folder / "masks.stored").unlink()
-    return vanished
+    note = (f"WARNING: at size={size} a class vanishes from {len(vanished)} masks ({first_names(vanished)}), because "
+            "its regions are smaller than a pixel there: choose a larger size")
+    return ignored, [note] * bool(vanished)
 
 # %% ../../nbs/reference/data_cache.ipynb #data124q
 def build_cache(
     folder: Path, survey: Survey, settings: Settings, workers: int, progress: bool) -> tuple[list[str], list[str]]:
     """Check every pair and write images.npy, masks.npy, entries.npy and, last, index.json; returns the images' hashes
     and problems."""
-    # three channels, the mask as stored, the mask packed
-    require_space(folder, len(survey.records) * settings.size ** 2 * 5)
+    # the image, the mask as stored, the mask packed
+    require_space(folder, len(survey.records) * settings.size ** 2 * (settings.channels + 2))
     white, wanted = None, settings.white or 65535
     while wanted != white:
         white = wanted
-        read = _read_all(folder, survey, settings, white, workers, progress)
-        wanted = settings.white or (_white_of(read.entries) if not read.problems else white)
-    judged = judge_masks(read.seen, settings.masks, settings.classes, settings.mask_values, settings.ignore_value)
-    problems = read.problems + judged.problems
+        entries, seen, problems, gray = _read_all(folder, survey, settings, white, workers, progress)
+        # the least of WHITES that no value in images with more than 8 bits exceeds
+        highest = max((max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0)
+                       for entry in entries if entry.get("deep")), default=0)
+        if not settings.white and not problems:
+            wanted = next(level for level in WHITES if highest <= level) if highest else 65535
+    judged = judge_masks(seen, settings.masks, settings.classes, settings.mask_values, settings.ignore_value)
+    problems += judged.problems
     if not problems and not survey.problems:
-        if read.gray:
-            _keep_one_channel(folder / "images.npy")
-        for entry, seen in zip(read.entries, read.seen):
-            entry["pixels"], entry["ignored"] = judged.reading.pixels(seen)
-        ignored = any(entry["ignored"] for entry in read.entries)
-        vanished = _write_masks(folder, judged.reading, read, settings, ignored)
-        note = (
-            f"WARNING: at size={settings.size} a class vanishes from {len(vanished)} masks "
-            f"({first_names(vanished)}), because its "
-            "regions are smaller than a pixel there: choose a larger size"
-        )
-        kind = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),))])
-        rows = [tuple(entry[name] for name in kind.names) for entry in read.entries]
-        np.save(folder / "entries.npy", np.array(rows, kind))
+        if gray:  # one channel says it all
+            images = np.load(folder / "images.npy", mmap_mode="r")
+            with _start_array(folder / "images.gray", (*images.shape[:3], 1)) as file:
+                for image in images:
+                    file.write(image[:, :, :1].tobytes())
+            (folder / "images.gray").replace(folder / "images.npy")
+        ignored, vanished = _write_masks(folder, judged.reading, entries, seen, settings)
+        kinds = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),)),
+                          *((name, "f8", (settings.channels,)) for name in ("mean", "square"))])
+        rows = [tuple(entry[name] for name in kinds.names) for entry in entries]
+        np.save(folder / "entries.npy", np.array(rows, kinds))
         index = {"settings": asdict(settings), "reading": asdict(judged.reading), "ignored": ignored, "white": white,
-                 "notes": judged.notes + [note] * bool(vanished)}
+                 "notes": judged.notes + vanished}
         (folder / "index.json").write_text(json.dumps(index))
-    return [entry.get("hash", "") for entry in read.entries], problems
+    return [entry.get("hash", "") for entry in entries], problems
 
 # %% ../../nbs/reference/data_cache.ipynb #data127
 def identical_files(hashes: Sequence[str]) -> list[list[int]]:
@@ -343,7 +332,7 @@ class Cache(NamedTuple):
     """A finished cache."""
 
     entries: np.ndarray  # of ENTRY, one for each pair
-    images: np.ndarray  # [N, size, size, 1 or 3]
+    images: np.ndarray  # [N, size, size, C]; one channel where all three are alike
     masks: np.ndarray  # [N, bytes], packed
     reading: MaskReading
     ignored: bool  # whether any mask holds ignored pixels

@@ -99,9 +99,9 @@ class Split(Dataset):
 
     dtype = torch.uint8
 
-    def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings, channels: int = 3):
+    def __init__(self, records: list[Record], cache: Cache, rows: Sequence[int], settings: Settings):
         self._rows, self._cache, self._settings = np.asarray(rows, dtype=np.int64), cache, settings
-        self.shape = channels, settings.size, settings.size
+        self.shape = settings.channels, settings.size, settings.size
         self.ids = [records[row].id for row in rows]
         self.patients = [records[row].patient for row in rows]
         self.strata = [records[row].stratum for row in rows]

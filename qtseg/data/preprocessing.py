@@ -7,28 +7,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from ..colors import PREDICTION, TARGET
 from ..files.text import read_json
 
 # %% auto #0
 __all__ = ['RESIZES', 'COLORS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'resample', 'fitted_size', 'resize_image', 'nearest_pixels',
-           'resize_pair', 'pad_mask', 'outline', 'to_color', 'to_rgb', 'is_whole_number', 'Preprocessing',
+           'resize_pair', 'outline', 'outline_masks', 'to_color', 'to_rgb', 'is_whole_number', 'Preprocessing',
            'read_preprocessing']
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data038
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Area average along each axis that shrinks, linear along each that grows: [h, w, C] -> [height, width, C], C <= 4.
+    """Area average along each axis that shrinks, linear along each that grows: [h, w(, C)] -> [height, width(, C)].
 
     OpenCV's INTER_AREA alone falls back to linear for *both* axes as soon as one of them grows.
     """
+    if image.ndim == 3 and image.shape[2] > 4:  # OpenCV averages four channels at most
+        parts = [resample(image[..., first:first + 4], height, width) for first in range(0, image.shape[2], 4)]
+        return np.concatenate([part.reshape(height, width, -1) for part in parts], axis=2)
     smaller = min(height, image.shape[0]), min(width, image.shape[1])
-    image = cv2.resize(image, smaller[::-1], interpolation=cv2.INTER_AREA)
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    small = cv2.resize(np.ascontiguousarray(image), smaller[::-1], interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data045
 RESIZES = ("squash", "pad")
@@ -43,13 +47,14 @@ def fitted_size(height: int, width: int, size: int, resize: str) -> tuple[int, i
 
 
 def resize_image(image: np.ndarray, size: int, resize: str = "squash") -> np.ndarray:
-    """Bring an image to size x size pixels: uint8 [H, W, 3] -> [size, size, 3]; area average, linear where enlarged.
+    """Bring an image to size x size pixels: uint8 [H, W, C] -> [size, size, C]; area average, linear where enlarged.
 
     "squash" (the paper's v1) ignores the aspect; "pad" (v2) brings the longest side to `size` and fills zeros at the
     bottom or right. ValueError for an unknown `resize`.
     """
     rows, columns = fitted_size(*image.shape[:2], size, resize)
-    return np.pad(resample(image, rows, columns), ((0, size - rows), (0, size - columns), (0, 0)))
+    small = resample(image, rows, columns).reshape(rows, columns, -1)  # OpenCV drops the axis of a single channel
+    return np.pad(small, ((0, size - rows), (0, size - columns), (0, 0)))
 
 
 def nearest_pixels(mask: np.ndarray, size: int, resize: str = "squash") -> np.ndarray:
@@ -63,28 +68,41 @@ def nearest_pixels(mask: np.ndarray, size: int, resize: str = "squash") -> np.nd
 
 def resize_pair(
     image: np.ndarray, mask: np.ndarray, size: int, resize: str = "squash") -> tuple[np.ndarray, np.ndarray]:
-    """Bring a pair to size x size pixels: uint8 [H, W, 3] and [H, W] -> [size, size, 3] and [size, size].
+    """Bring a pair to size x size pixels: uint8 [H, W, C] and [H, W] -> [size, size, C] and [size, size].
 
     Image: see `resize_image`. Mask: nearest pixel center. ValueError for sizes that differ and for an unknown `resize`.
     """
-    if image.shape != (*mask.shape, 3):
-        raise ValueError(f"the image must be [H, W, 3] over the mask's [H, W], got {image.shape} and {mask.shape}")
-    return resize_image(image, size, resize), pad_mask(nearest_pixels(mask, size, resize), size)
-
-
-def pad_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """Fill a mask up to [size, size] with background, at the bottom or right."""
-    return np.pad(mask, ((0, size - mask.shape[0]), (0, size - mask.shape[1])))
+    if image.ndim != 3 or image.shape[:2] != mask.shape:
+        raise ValueError(f"the image must be [H, W, C] over the mask's [H, W], got {image.shape} and {mask.shape}")
+    small = nearest_pixels(mask, size, resize)
+    return resize_image(image, size, resize), np.pad(small, [(0, size - side) for side in small.shape])
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data049x2
-def outline(picture: np.ndarray, mask: np.ndarray, color: Sequence[int], width: int = 1) -> None:
+def outline(picture: np.ndarray, mask: np.ndarray, color: Sequence[int], width: int = 1, edge: int = 0) -> None:
     """Draw the border of every class of a mask [H, W] into a picture uint8 [H, W, 3], in place.
 
-    `width` of the line in pixels; it runs over the region's own border pixels, those around holes included.
+    Args:
+        width: of the line, in pixels; it runs over the region's own border pixels, those around holes included.
+        edge: pixels of black on both sides of the line.
     """
     for label in range(1, int(mask.max()) + 1):
         lines, _ = cv2.findContours((mask == label).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        if edge:
+            cv2.drawContours(picture, lines, -1, (0, 0, 0), width + 2 * edge)
         cv2.drawContours(picture, lines, -1, color, width)
+
+
+def outline_masks(image: np.ndarray, target: np.ndarray | None = None, prediction: np.ndarray | None = None,
+                  width: int = 1) -> np.ndarray:
+    """A copy of an image uint8 [H, W, 3] with the outlines of a target, white, and of a prediction, sky blue.
+
+    Masks are class indices [H, W]. Lines are `width` pixels wide, their black edges half as wide, at least a pixel.
+    """
+    picture = image.copy()
+    for mask, color in ((target, TARGET), (prediction, PREDICTION)):
+        if mask is not None:
+            outline(picture, mask, color, width, max(1, width // 2))
+    return picture
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data048
 COLORS = {"rgb": (0, 0, 0), "ycrcb": (0, 128, 128)}  # color space -> its black, which padding has
@@ -95,8 +113,13 @@ def to_color(image: np.ndarray, color: str) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb) if color == "ycrcb" else image
 
 
-def to_rgb(image: np.ndarray, color: str) -> np.ndarray:
-    """The stored color space -> RGB, uint8 [H, W, 3], to be looked at; within 1 of what it was."""
+def to_rgb(image: np.ndarray, color: str = "rgb") -> np.ndarray:
+    """A stored image [H, W, C] -> uint8 RGB [H, W, 3] to be looked at.
+
+    From YCrCb it is within 1 of what it was. Of more than three channels the first three are shown, of fewer the first.
+    """
+    if image.shape[2] != 3:
+        return np.ascontiguousarray(image[..., :3] if image.shape[2] > 3 else image[..., :1].repeat(3, axis=2))
     return cv2.cvtColor(image, cv2.COLOR_YCrCb2RGB) if color == "ycrcb" else image
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data049b
@@ -118,7 +141,8 @@ class Preprocessing:
         color: a key of COLORS.
         class_names: two or more.
         white: the stored value that becomes 255 in images with more than 8 bits; see `read_image`.
-        channels: 3, or 1 for a network that is given gray images.
+        channels: of the network's input: 3, 1 (gray), or another number that the image files have.
+        mean, std: of each channel over the training images, from 0 to 1, the padding left out; empty: not known.
 
     Raises:
         ValueError: for anything else.
@@ -130,6 +154,8 @@ class Preprocessing:
     class_names: tuple[str, ...] = ("background", "foreground")
     white: int = 65535
     channels: int = 3
+    mean: tuple[float, ...] = field(default=(), compare=False)
+    std: tuple[float, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
         if not is_whole_number(self.size, 32, LARGEST_SIZE) or self.resize not in RESIZES or self.color not in COLORS:
@@ -137,19 +163,27 @@ class Preprocessing:
                              f"{tuple(COLORS)}; got {self.size!r}, {self.resize!r}, {self.color!r}")
         if not is_whole_number(self.white, 1, 65535):
             raise ValueError(f"white is a whole number from 1 to 65535, got {self.white!r}")
-        if self.channels not in (1, 3) or (self.channels == 1 and self.color != "rgb"):
-            raise ValueError(f"channels is 3, or 1 with color rgb; got {self.channels!r} with {self.color!r}")
+        if not is_whole_number(self.channels, 1, 1024) or (self.channels != 3 and self.color != "rgb"):
+            raise ValueError("channels is a whole number from 1 to 1024, and 3 with another color than rgb; got "
+                             f"{self.channels!r} with {self.color!r}")
         if len(self.class_names) < 2 or not all(isinstance(name, str) for name in self.class_names):
             raise ValueError(f"class_names are two texts or more, the background's first; got {self.class_names!r}")
+        for name in ("mean", "std"):
+            values = tuple(getattr(self, name))
+            if len(values) not in (0, self.channels) or not all(isinstance(v, float) and 0 <= v <= 1 for v in values):
+                raise ValueError(f"{name} is a number from 0 to 1 for each of {self.channels} channel(s), got {values}")
+            object.__setattr__(self, name, values)
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """uint8 RGB [H, W, 3] -> uint8 [size, size, channels] in the stored color space, as in the cache."""
+        """What `read_image` returns -> uint8 [size, size, channels] in the stored color space, as in the cache."""
         return self.stored(resize_image(image, self.size, self.resize))
 
     def stored(self, image: np.ndarray) -> np.ndarray:
-        """uint8 RGB [H, W, 3] -> uint8 [H, W, channels] in the stored color space; of one channel, the luminance."""
-        if self.channels == 1:
+        """uint8 RGB, or every channel, [H, W, C] -> uint8 [H, W, channels], stored colors; of one, the luminance."""
+        if self.channels == 1 and image.shape[2] == 3:
             return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+        if image.shape[2] != self.channels:
+            raise ValueError(f"an image of {self.channels} channel(s) is needed, got {image.shape[2]}")
         return to_color(image, self.color)
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data049c

@@ -23,7 +23,10 @@ WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 b
 
 
 def rgb_of(picture: Picture, white: int = 65535) -> np.ndarray:
-    """A decoded picture -> uint8 RGB [H, W, 3]; `white`: the stored value that becomes 255, for more than 8 bits."""
+    """A decoded picture -> uint8 RGB [H, W, 3], or every channel where so read.
+
+    `white`: the stored value that becomes 255, for more than 8 bits.
+    """
     values = picture.values
     if picture.palette is not None:
         return picture.palette[values]
@@ -35,28 +38,29 @@ def rgb_of(picture: Picture, white: int = 65535) -> np.ndarray:
     return values if values.ndim == 3 else np.repeat(values[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
 
 # %% ../../nbs/reference/data_reading.ipynb #data019
-def read_named_picture(path: str | os.PathLike, stored_values: bool = False) -> Picture:
-    """`read_picture`; ValueError names the file."""
+def read_named_picture(path: str | os.PathLike, stored_values: bool = False, channels: int = 3) -> Picture:
+    """`read_picture`; ValueError names the file, also where a reader is missing."""
     try:
-        return read_picture(path, stored_values)
+        return read_picture(path, stored_values, channels)
     except MemoryError:
         raise ValueError(f"{path}: needs more memory than there is") from None
     except (ValueError, ImportError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_image(path: str | os.PathLike, white: int = 65535) -> np.ndarray:
-    """Read any image file -> uint8 RGB [H, W, 3], upright; alpha is dropped; the first frame of several.
+def read_image(path: str | os.PathLike, white: int = 65535, channels: int = 3) -> np.ndarray:
+    """Read any image file -> uint8 [H, W, 3] (RGB) or [H, W, channels], upright; the first frame of several.
 
     Args:
         path: the file: 1-bit, gray, RGB, palette, CMYK, DICOM.
         white: the stored value that becomes 255, for files with more than 8 bits (4095 for 12 bits in 16).
+        channels: 1 or 3: RGB, alpha is dropped. Another number: the file must have so many, see `read_picture`.
 
     Raises:
-        ValueError: naming the file: damaged, no picture, or float or 32-bit pixels.
+        ValueError: naming the file: damaged, no picture, other channels, or float or 32-bit pixels.
         OSError: it cannot be opened.
     """
-    return rgb_of(read_named_picture(path), white)
+    return rgb_of(read_named_picture(path, channels=channels), white)
 
 # %% ../../nbs/reference/data_reading.ipynb #data115
 def value_span(values: np.ndarray) -> int:

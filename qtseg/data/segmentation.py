@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from .cache import (Cache, DataProblems, Settings, build_cache, cache_key, cache_root, identical_files,
@@ -19,156 +20,68 @@ from .cache import (Cache, DataProblems, Settings, build_cache, cache_key, cache
 from .census import Census, take_census
 from .dataset import DatasetSplit, Split
 from .layout import SPLITS, Record, Survey, survey_folder
-from .mask_values import IGNORE, MASKS, value_code
-from .preprocessing import COLORS, LARGEST_SIZE, RESIZES, Preprocessing, is_whole_number
+from .mask_values import IGNORE, value_code
+from .preprocessing import COLORS, Preprocessing, is_whole_number
 from .sources import find_source
 from .splits import assign_splits
 from ..files.text import plain
 from ..files.writing import new_folder
 
 # %% auto #0
-__all__ = ['OpenedData', 'SegmentationData']
+__all__ = ['twice_and_torn', 'OpenedData', 'SegmentationData']
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data073
-def _duplicates(survey: Survey) -> list[str]:
-    """Ids that occur more than once: in one part, or worse, in two."""
+def twice_and_torn(survey: Survey) -> list[str]:
+    """A problem for every id that occurs twice, and for every patient whose images are in two folds or splits."""
     by_id: dict[str, list[Record]] = {}
+    by_patient: dict[str, dict[str, list[str]]] = {}
     for record in survey.records:
         by_id.setdefault(record.id, []).append(record)
+        part = f"fold {record.fold}" if record.fold is not None else record.split or "train"
+        by_patient.setdefault(record.patient, {}).setdefault(part, []).append(record.id)
     problems = []
     for name, records in by_id.items():
         if len(records) > 1:
-            two = len({record.split for record in records}) > 1
             files = ", ".join(survey.short(record.image) for record in records)
+            two = len({record.split for record in records}) > 1
             problems.append(f"id {name!r} is in two splits: {files}" if two else f"duplicate id {name!r}: {files}")
-    return problems
-
-
-def _torn_patients(survey: Survey) -> list[str]:
-    """A problem for every patient whose images the manifest puts into two folds or two splits."""
-    parts: dict[str, dict[str, list[Record]]] = {}
-    for record in survey.records if any(record.patient for record in survey.records) else ():
-        part = f"fold {record.fold}" if record.fold is not None else record.split or "train"
-        parts.setdefault(record.patient, {}).setdefault(part, []).append(record)
-    problems = []
-    for patient, by_part in parts.items():
-        if patient and len(by_part) > 1:
-            where = "; ".join(f"{part}: {', '.join(record.id for record in records[:3])}{', …' * (len(records) > 3)}"
-                              for part, records in by_part.items())
-            problems.append(
-                f"patient {patient!r} is in {len(by_part)} parts ({where}): give all images of a patient one fold "
-                "or split"
-            )
-    return problems
-
-# %% ../../nbs/reference/data_segmentation.ipynb #8d219ec9
-def _leaks(survey: Survey, hashes: Sequence[str]) -> list[str]:
-    """A problem for every picture that the folder itself puts into two splits, under two ids (see _duplicates for
-    one)."""
-    problems = []
-    for records in ([survey.records[row] for row in rows] for rows in identical_files(hashes)):
-        if len({record.split or "train" for record in records}) > 1 and len({record.id for record in records}) > 1:
-            files = ", ".join(f"{survey.short(record.image)} ({record.split or 'train'})" for record in records)
-            problems.append(f"one image in two splits: the files {files} are identical; keep one of them")
+    for patient, parts in by_patient.items():
+        if patient and len(parts) > 1:
+            where = "; ".join(f"{part}: {', '.join(ids[:3])}{', …' * (len(ids) > 3)}" for part, ids in parts.items())
+            problems.append(f"patient {patient!r} is in {len(parts)} parts ({where}): give all images of a patient one "
+                            "fold or split")
     return problems
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data135
-def _refuse(survey: Survey, more: list[str]) -> None:
-    """Raise DataProblems if there are any, those of the names first."""
-    if survey.problems or more:
-        raise DataProblems(survey.folder, survey.problems + more)
+def _cached(survey: Survey, settings: Settings, folder: Path, workers: int, progress: bool) -> Cache:
+    """The cache: taken if it is there, else built. DataProblems lists everything that is wrong, names first."""
 
+    def refuse(hashes: Sequence[str], problems: Sequence[str] = ()) -> None:
+        """Raise, also for pictures that the folder itself puts into two splits under two ids."""
+        found = [*survey.problems, *problems]
+        for records in ([survey.records[row] for row in rows] for rows in identical_files(hashes)):
+            if len({record.split or "train" for record in records}) > 1 and len({record.id for record in records}) > 1:
+                files = ", ".join(f"{survey.short(record.image)} ({record.split or 'train'})" for record in records)
+                found.append(f"one image in two splits: the files {files} are identical; keep one of them")
+        if found:
+            raise DataProblems(survey.folder, found)
 
-def _check_and_cache(survey: Survey, settings: Settings, folder: Path, workers: int, progress: bool) -> Cache:
-    """Everything that can be wrong in one list, or the cache: taken if it is there, else built. Raises DataProblems."""
-    ready = None
-    if folder.is_dir() and (ready := load_cache(folder)) is None:
-        shutil.rmtree(folder)  # damaged
+    ready = load_cache(folder) if folder.is_dir() else None
     if ready is None:
+        if folder.is_dir():  # damaged
+            shutil.rmtree(folder)
         with new_folder(folder) as private:
-            hashes, found = build_cache(private, survey, settings, workers, progress)
-            _refuse(survey, found + _leaks(survey, hashes))
+            refuse(*build_cache(private, survey, settings, workers, progress))
         ready = load_cache(folder)
-    _refuse(survey, _leaks(survey, ready.hashes))  # a manifest can change its splits without touching a picture
+    refuse(ready.hashes)  # a manifest can change its splits without touching a picture
     return ready
 
-# %% ../../nbs/reference/data_segmentation.ipynb #data145
-def _check_numbers(
-    settings: Settings, fold: int | None, folds: int | None, valid_share: float, workers: int | None) -> None:
-    """Raise ValueError, naming the argument, for a number or a choice that can never be right."""
-    for name, value, choices in (("resize", settings.resize, RESIZES), ("color", settings.color, tuple(COLORS)),
-                                 ("masks", settings.masks, MASKS)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    for name, value, least in (("size", settings.size, 32), ("classes", settings.classes, 1), ("folds", folds, 2),
-                               ("fold", fold, 0), ("workers", workers, 1), ("white", settings.white, 1)):
-        optional = name in ("folds", "fold", "workers", "white")
-        if not (optional and value is None) and not is_whole_number(value, least):
-            raise ValueError(
-                f"{name} must be a whole number of at least {least}{', or None' * optional}, got {value!r}")
-    if settings.size > LARGEST_SIZE:
-        raise ValueError(f"size must be at most {LARGEST_SIZE} pixels, got {settings.size}")
-    if settings.classes > 256 - (settings.ignore_value is not None):
-        raise ValueError("classes and the ignored pixels must be at most 256 together, one byte per pixel, got "
-                         f"classes={settings.classes}")
-    if not 0 < valid_share < 1:
-        raise ValueError(f"valid_share must lie between 0 and 1, got {valid_share!r}")
-    _check_values(settings)
-
-
-def _check_values(settings: Settings) -> None:
-    """Raise ValueError for mask_values and ignore_value that contradict each other, the classes or `masks`."""
-    codes = [value_code(value) for value in settings.mask_values]
-    if settings.mask_values and len(codes) != max(settings.classes, 2):
-        raise ValueError(
-            f"mask_values names {len(codes)} values, but classes={settings.classes}: pass classes={len(codes)}")
-    if len(set(codes)) < len(codes):
-        raise ValueError(f"mask_values names a value twice: {list(settings.mask_values)}")
-    if settings.mask_values and settings.masks in ("binary", "any"):
-        raise ValueError(
-            f"mask_values says which value is which class, and masks={settings.masks!r} says otherwise: leave one "
-            "of them out"
-        )
-    if settings.ignore_value is not None and value_code(settings.ignore_value) in codes:
-        raise ValueError(
-            f"ignore_value={settings.ignore_value!r} is one of mask_values: a value is a class or is ignored, not both")
-
 # %% ../../nbs/reference/data_segmentation.ipynb #data146
-def _check_channels(survey: Survey, cache: Cache, channels: int) -> None:
-    """Raise ValueError unless the cached images can be had with so many channels."""
-    if channels not in (1, 3):
-        raise ValueError(f"channels is 1 or 3, got {channels!r}: for others, give fit a Dataset of your own")
-    if channels < cache.images.shape[3]:
-        raise ValueError(f"{survey.folder} holds images in color: open it with channels=3")
-
-
-def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
-    """One name per class: those of dataset.json if they fit, else made-up ones."""
-    count = max(settings.classes, 2)
-    if len(survey.class_names) == count and (settings.masks != "any" or count == 2):
-        return survey.class_names
-    if survey.class_names:
-        names = ", ".join(survey.class_names)
-        notes.append(f"{len(survey.class_names)} classes ({names}) are read as {count}, with masks={settings.masks!r}")
-    return (
-        ("background", "foreground") if count == 2 else ("background", *(f"class {index}" for index in range(1, count)))
-    )
-
-# %% ../../nbs/reference/data_segmentation.ipynb #data147
-def _settle_masks(settings: Settings, survey: Survey) -> Settings:
-    """Replace masks="auto" by what it means for this folder; pixels that dataset.json ignores are ignored unless told
-    otherwise."""
-    by_layout = "index" if survey.prepared or settings.classes > 2 or settings.mask_values else "binary"
-    named = settings.ignore_value is not None or survey.ignore in map(value_code, settings.mask_values)
-    return replace(settings, masks=by_layout if settings.masks == "auto" else settings.masks,
-                   ignore_value=settings.ignore_value if named else survey.ignore)
-
-
 def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float, seed: int,
           splits: Mapping[str, str] | None) -> tuple[dict[str, list[int]], list[str]]:
     """The splits given by id, else assign_splits; where problems with the names may be why it fails, its complaint
     joins them."""
-    survey.problems += _duplicates(survey) + _torn_patients(survey)
+    survey.problems += twice_and_torn(survey)
     if splits is not None:
         return {part: [row for row, record in enumerate(survey.records) if splits.get(record.id) == part]
                 for part in SPLITS}, list(survey.notes)
@@ -180,13 +93,16 @@ def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: floa
         survey.problems += [str(error)] * bool(survey.records)
         return {}, []
 
-# %% ../../nbs/reference/data_segmentation.ipynb #data148dp
-def _white_note(cache: Cache) -> list[str]:
-    """What is said about images with more than 8 bits, if there are any."""
-    highest = cache.entries["high"][cache.entries["deep"]].max(initial=0)
-    why = (
-        "because no value exceeds it" if highest <= cache.white else f"as asked; so does all above it, up to {highest}")
-    return [f"images with more than 8 bits: {cache.white} becomes white, {why}"] if highest else []
+
+def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
+    """One name per class: those of dataset.json if they fit, else made-up ones."""
+    count = max(settings.classes, 2)
+    if len(survey.class_names) == count and (settings.masks != "any" or count == 2):
+        return survey.class_names
+    if survey.class_names:
+        names = ", ".join(survey.class_names)
+        notes.append(f"{len(survey.class_names)} classes ({names}) are read as {count}, with masks={settings.masks!r}")
+    return "background", *(["foreground"] if count == 2 else [f"class {index}" for index in range(1, count)])
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data149
 @dataclass(repr=False)
@@ -234,6 +150,28 @@ class OpenedData:
             f"{self.color})"
         )
 
+    @classmethod
+    def from_datasets(cls, train: Dataset, valid: Dataset, test: Dataset | None = None, *, classes: int = 2,
+                      ignore_index: int | None = None, workers: int = 0,
+                      preprocessing: Preprocessing | None = None) -> SegmentationData:
+        """Datasets of your own, as `fit` takes them.
+
+        Args:
+            train, valid, test, classes, ignore_index, workers: See `DatasetSplit`.
+            preprocessing: How their images were prepared, if the trained network is to prepare others in the same way.
+
+        Raises:
+            ValueError: No such Dataset, or images that differ in their number of channels.
+        """
+        parts = [None if part is None else DatasetSplit(part, classes, ignore_index, workers)
+                 for part in (train, valid, test)]
+        channels = [str(part.shape[0]) for part in parts if part]
+        if len(set(channels)) > 1:
+            raise ValueError(f"the Datasets' images differ in their channels: {', '.join(channels)}")
+        names = ("foreground",) if classes <= 2 else tuple(f"class {index}" for index in range(1, classes))
+        return cls(type(train).__name__, classes, ("background", *names), parts[0].shape[1], "squash", "rgb",
+                   COLORS["rgb"], [], None, None, *parts, ignore_index, 65535, Census([], []), preprocessing)
+
 # %% ../../nbs/reference/data_segmentation.ipynb #data150
 class SegmentationData(OpenedData):
     """A data set, opened with `open` or `from_prepared`; its attributes are those of OpenedData."""
@@ -260,7 +198,7 @@ class SegmentationData(OpenedData):
             workers: Threads; None: one per core.
             splits: "train", "valid" or "test" for each id, instead of fold and share; other images are in no split.
             white: As in read_image; None: the least of WHITES that no value exceeds.
-            channels: 3, or 1 for a set of gray images; gray images have three equal channels otherwise.
+            channels: 3 (gray images have three equal ones), 1 for a set of gray images, or as many as all files have.
 
         Raises:
             DataProblems: Everything that is wrong with the set.
@@ -268,26 +206,37 @@ class SegmentationData(OpenedData):
             FileNotFoundError: No such source.
             OSError: No space.
         """
+        for name, value, least in (("folds", folds, 2), ("fold", fold, 0), ("workers", workers, 1)):
+            if value is not None and not is_whole_number(value, least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, or None, got {value!r}")
+        if not 0 < valid_share < 1:
+            raise ValueError(f"valid_share must lie between 0 and 1, got {valid_share!r}")
         mask_values = () if mask_values is None else tuple(plain(list(mask_values)))
-        settings = Settings(size, resize, color, masks, classes, mask_values, ignore_value, white)
-        _check_numbers(settings, fold, folds, valid_share, workers)
+        settings = Settings(size, resize, color, masks, classes, mask_values, ignore_value, white, channels)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
-        settings, (parts, notes) = (
-            _settle_masks(settings, survey), _plan(survey, fold, folds, valid_share, seed, splits))
+        parts, notes = _plan(survey, fold, folds, valid_share, seed, splits)
+        by_layout = "index" if survey.prepared or classes > 2 or mask_values else "binary"
+        named = ignore_value is not None or survey.ignore in map(value_code, mask_values)
+        settings = replace(settings, masks=by_layout if masks == "auto" else masks,
+                           ignore_value=ignore_value if named else survey.ignore)
         names = _class_names(survey, settings, notes)
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
-        cached = _check_and_cache(survey, settings, folder, workers or os.cpu_count() or 1, progress)
-        _check_channels(survey, cached, channels)
+        cached = _cached(survey, settings, folder, workers or os.cpu_count() or 1, progress)
         parts = leave_out_twins(survey, cached.hashes, parts, notes)
         census = take_census(survey, cached, parts, names)
-        notes += (
-            _white_note(cached) + [note for note in cached.notes if not note.startswith("WARNING: ")] + census.warnings)
-        train, valid, test = (Split(survey.records, cached, parts[part], settings, channels) for part in SPLITS)
+        if highest := cached.entries["high"][cached.entries["deep"]].max(initial=0):
+            why = f"as asked; so does all above it, up to {highest}"
+            notes.append(f"images with more than 8 bits: {cached.white} becomes white, "
+                         f"{'because no value exceeds it' if highest <= cached.white else why}")
+        notes += [*(note for note in cached.notes if not note.startswith("WARNING: ")), *census.warnings]
+        train, valid, test = (Split(survey.records, cached, parts[part], settings) for part in SPLITS)
+        mean, square = (cached.entries[name][parts["train"]].mean(axis=0) for name in ("mean", "square"))
+        std = np.sqrt(np.maximum(square - mean**2, 0))
         return cls(
-            survey.name, classes, names, size, resize, color, COLORS[color], notes, survey.folder, folder, train, valid,
-            test or None, IGNORE if cached.ignored else None, cached.white, census,
-            Preprocessing(size, resize, color, names, cached.white, channels))
+            survey.name, classes, names, size, resize, color, COLORS[color], notes, survey.folder,
+            folder, train, valid, test or None, IGNORE if cached.ignored else None, cached.white, census,
+            Preprocessing(size, resize, color, names, cached.white, channels, mean.tolist(), std.tolist()))
 
     @classmethod
     def from_prepared(
@@ -300,25 +249,3 @@ class SegmentationData(OpenedData):
         if not (Path(folder).expanduser() / "manifest.csv").is_file():
             raise ValueError(f"{folder} is not a prepared folder: it has no manifest.csv")
         return cls.open(folder, fold=fold, size=size, **options)
-
-    @classmethod
-    def from_datasets(cls, train: Dataset, valid: Dataset, test: Dataset | None = None, *, classes: int = 2,
-                      ignore_index: int | None = None, workers: int = 0,
-                      preprocessing: Preprocessing | None = None) -> SegmentationData:
-        """Datasets of your own, as `fit` takes them.
-
-        Args:
-            train, valid, test, classes, ignore_index, workers: See `DatasetSplit`.
-            preprocessing: How their images were prepared, if the trained network is to prepare others in the same way.
-
-        Raises:
-            ValueError: No such Dataset, or images that differ in their number of channels.
-        """
-        parts = [None if part is None else DatasetSplit(part, classes, ignore_index, workers)
-                 for part in (train, valid, test)]
-        channels = [str(part.shape[0]) for part in parts if part]
-        if len(set(channels)) > 1:
-            raise ValueError(f"the Datasets' images differ in their channels: {', '.join(channels)}")
-        names = ("foreground",) if classes <= 2 else tuple(f"class {index}" for index in range(1, classes))
-        return cls(type(train).__name__, classes, ("background", *names), parts[0].shape[1], "squash", "rgb",
-                   COLORS["rgb"], [], None, None, *parts, ignore_index, 65535, Census([], []), preprocessing)

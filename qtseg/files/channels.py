@@ -43,8 +43,8 @@ def read_samples(source: BinaryIO, tags: dict[int, tuple[int, int]], channels: i
     bomb = page.compression != 1 and 1100 * max(page.databytecounts, default=0) > limit("MAX_FREE_BYTES")
     measured = page.photometric in (1, 2) and page.dtype in (np.uint8, np.uint16) and page.imagedepth == 1
     if bomb or not measured or page.compression not in COMPRESSIONS:
-        raise Refusal(f"is a TIFF of {channels} samples a pixel in a form that is not read: save it uncompressed with 8 "
-                      "or 16 bits, or each channel as a page")
+        raise Refusal(f"is a TIFF of {channels} samples a pixel in a form that is not read: save it uncompressed with "
+                      "8 or 16 bits, or each channel as a page")
     values = page.asarray(maxworkers=1)
     return np.ascontiguousarray(np.moveaxis(values, 0, 2) if page.planarconfig == 2 else values)
 
