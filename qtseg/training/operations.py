@@ -24,7 +24,7 @@ __all__ = ['Shape', 'MIDDLE_GRAY', 'OPERATIONS', 'Steps', 'seeded', 'noise_of', 
            'draw_gaussian_noise', 'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_weights', 'gaussian_blur',
            'draw_contrast', 'change_contrast', 'Operation', 'Geometry', 'compose', 'centers', 'affine_positions',
            'displace', 'BentPositions', 'bent_positions', 'sampling_grid', 'warp', 'warp_each', 'empty_batch',
-           'collect_batch', 'apply_geometry', 'recolored', 'apply_photometry']
+           'collect_batch', 'apply_geometry', 'recolored']
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation019
 def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "cpu") -> Generator:
@@ -241,14 +241,6 @@ def displace(positions: Tensor, field: Tensor) -> Tensor:
     return positions + bend.to(positions)
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation058
-def _every_few(size: int, device: torch.device | str) -> tuple[Tensor, int, slice]:
-    """Places along one axis -> [n] in grid_sample's units, pixels between two of them, the image's pixels among all."""
-    step = max(size // 32, 1)
-    first, number = step // 2, torch.arange((size - 1) // step + 2, device=device)
-    # place k: amid the pixels from k * step on
-    return (step * (2 * number + 1) - 2 * first) / size - 1, step, slice(first, first + size)
-
-
 class BentPositions(NamedTuple):
     """Where every few pixels read in the source; enlarged by `steps` and cut to `window`, where every pixel does."""
 
@@ -259,7 +251,14 @@ class BentPositions(NamedTuple):
 
 def bent_positions(geometry: Geometry, height: int, width: int, device: torch.device | str = "cpu") -> BentPositions:
     """Follow a map with a bend, at every few pixels."""
-    (y, down, rows), (x, right, columns) = _every_few(height, device), _every_few(width, device)
+    def every_few(size: int) -> tuple[Tensor, int, slice]:
+        """Places along one axis in grid_sample's units, pixels between two of them, the image's pixels among all."""
+        step = max(size // 32, 1)
+        first, number = step // 2, torch.arange((size - 1) // step + 2, device=device)
+        # place k: amid the pixels from k * step on
+        return (step * (2 * number + 1) - 2 * first) / size - 1, step, slice(first, first + size)
+
+    (y, down, rows), (x, right, columns) = every_few(height), every_few(width)
     # [2, 3]
     after, before = (_on(device, _normalized(matrix, height, width)) for matrix in (geometry.after, geometry.before))
     there = displace(affine_positions(after[None], x, y)[0], _on(device, geometry.field))
@@ -293,23 +292,15 @@ def warp(images: Tensor, masks: Tensor, grid: Tensor, fill: Tensor) -> tuple[Ten
     masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return images if colors is None else images.add_(colors[:, None, None]), masks[:, 0]
 
-# %% ../../nbs/10_augmentation.ipynb #augmentation071b
-def _parts(rows: list[int], device: torch.device) -> list[list[int]]:
-    """Which images to warp at a time: all of them on a GPU; on a CPU one per thread, which its cache can hold."""
-    size = torch.get_num_threads() if device.type == "cpu" else max(len(rows), 1)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
 # %% ../../nbs/10_augmentation.ipynb #augmentation063
-def _gathered(stack: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a stack: a view where they lie side by side, else a copy; no index tensor, so no GPU waits."""
-    adjacent = rows[-1] - rows[0] == len(rows) - 1
-    return stack[rows[0] : rows[-1] + 1] if adjacent else torch.stack([stack[row] for row in rows])
-
-
 def warp_each(images: Tensor, masks: Tensor, geometries: list[Geometry],
               fill: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Move images and masks, flips exactly: yields, one by one, float32 [C, H, W] in [-1, 1] and [H, W]."""
-    parts = iter(_parts([row for row, one in enumerate(geometries) if one.flipped_axes is None], images.device))
+    """Move images and masks, flips exactly: yields, one by one, float32 [C, H, W] in [-1, 1] and [H, W].
+
+    A GPU warps all of them at once, a CPU one per thread, which its cache can hold.
+    """
+    left = [row for row, one in enumerate(geometries) if one.flipped_axes is None]
+    at_once = torch.get_num_threads() if images.device.type == "cpu" else len(left)
     warped: dict[int, tuple[Tensor, Tensor]] = {}
     for row, geometry in enumerate(geometries):
         axes = geometry.flipped_axes  # of [C, H, W]; a mask [H, W] lacks the first
@@ -317,22 +308,14 @@ def warp_each(images: Tensor, masks: Tensor, geometries: list[Geometry],
             yield normalize(images[row].flip(axes)), masks[row].flip([axis - 1 for axis in axes])
             continue
         if row not in warped:
-            part = next(parts)
+            part, left = left[:at_once], left[at_once:]
             grid = sampling_grid([geometries[one] for one in part], *images.shape[2:], device=images.device)
-            new_images, new_masks = warp(_gathered(images, part), _gathered(masks, part), grid, fill)
+            pair = (torch.stack([stack[one] for one in part]) for stack in (images, masks))  # no index: no GPU waits
+            new_images, new_masks = warp(*pair, grid, fill)
             warped = dict(zip(part, zip(normalize(new_images), new_masks)))
         yield warped[row]
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation063a
-def _interleave(planes: Tensor, image: Tensor) -> None:
-    """Copy one plane per color into an image whose colors lie side by side, both [C, H, W]."""
-    alike = (planes.dtype, planes.shape) == (image.dtype, image.shape)
-    if planes.device.type == "cpu" and planes.is_contiguous() and alike:
-        cv2.merge([plane.numpy() for plane in planes], image.permute(1, 2, 0).numpy())
-    else:
-        image.copy_(planes)
-
-
 def empty_batch(images: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for a batch: float32 [B, C, H, W], channels last, and int64 [B, H, W]."""
     return (torch.empty(images.shape, device=images.device, memory_format=torch.channels_last),
@@ -343,7 +326,10 @@ def collect_batch(pairs: Iterable[tuple[Tensor, Tensor]], images: Tensor) -> tup
     """Collect images [C, H, W] and masks [H, W], one by one, in the two tensors of a batch."""
     new_images, new_masks = empty_batch(images)
     for row, (image, mask) in enumerate(pairs):
-        _interleave(image, new_images[row])
+        if image.device.type == "cpu" and image.is_contiguous() and image.dtype == torch.float32:
+            cv2.merge([plane.numpy() for plane in image], new_images[row].permute(1, 2, 0).numpy())
+        else:
+            new_images[row] = image
         new_masks[row] = mask
     return new_images, new_masks
 
@@ -359,10 +345,3 @@ def recolored(image: Tensor, steps: Steps, noise: Generator) -> Tensor:
         if OPERATIONS[name].kind == "photometric":
             image = OPERATIONS[name].apply(image, numbers, noise)
     return image
-
-
-def apply_photometry(images: Tensor, steps: list[Steps], noise: Generator) -> Tensor:
-    """Change colors in place: float [B, C, H, W], one list of steps per image."""
-    for row, one in enumerate(steps):
-        images[row] = recolored(images[row], one, noise)
-    return images

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..training.augmentation import Augmentation
-from ..training.operations import OPERATIONS, Steps, apply_geometry, apply_photometry, compose, noise_of, seeded
+from ..training.operations import OPERATIONS, Steps, apply_geometry, compose, noise_of, recolored, seeded
 from .album import as_cases
 from .canvas import captioned
 from .controls import Setting, between, one_of, yes_or_no
@@ -128,8 +128,8 @@ class _PlaygroundSteps(_PlaygroundState):
         image = torch.from_numpy(self.source()).permute(2, 0, 1)[None]  # [1, 3, H, W]
         fill = torch.zeros(3, dtype=torch.uint8)
         images, masks = apply_geometry(image, torch.from_numpy(self.mask)[None], [compose(steps)], fill)
-        images = apply_photometry(images, [steps], noise_of(self.seed, 0)).clamp_(-1, 1)
-        pixels = ((images[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)  # [H, W, 3]
+        changed = recolored(images[0], steps, noise_of(self.seed, 0)).clamp_(-1, 1)
+        pixels = ((changed + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)  # [H, W, 3]
         return np.ascontiguousarray(pixels.numpy()), masks[0].numpy().astype(np.uint8)
 
 # %% ../../nbs/reference/view_playground.ipynb #playground-controls
