@@ -6,185 +6,49 @@
 from __future__ import annotations
 
 import io
-import os
-import re
 import struct
-import zlib
 from typing import BinaryIO
 
 import numpy as np
 
 from .headers import (format_of, jpeg_scans, require_few_parts, require_few_scans, require_memory,
-                                 require_plausible_size, rgb_memory)
-from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
+                                 require_plausible_size)
+from .limits import Refusal, limit, require_within
+from .optional import import_optional
 
 # %% auto #0
-__all__ = ['DEFLATED', 'read_dicom']
+__all__ = ['NEEDED', 'read_dicom']
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-023
-DEFLATED = "1.2.840.10008.1.2.1.99"
+NEEDED = [  # elements that describe the pixels
+    "BitsAllocated", "BitsStored", "BluePaletteColorLookupTableData", "BluePaletteColorLookupTableDescriptor",
+    "Columns", "GreenPaletteColorLookupTableData", "GreenPaletteColorLookupTableDescriptor", "HighBit",
+    "ModalityLUTSequence", "NumberOfFrames", "PhotometricInterpretation", "PixelRepresentation",
+    "PlanarConfiguration", "RedPaletteColorLookupTableData", "RedPaletteColorLookupTableDescriptor",
+    "RescaleIntercept", "RescaleSlope", "RescaleType", "Rows", "SamplesPerPixel",
+    "SegmentedBluePaletteColorLookupTableData", "SegmentedGreenPaletteColorLookupTableData",
+    "SegmentedRedPaletteColorLookupTableData", "WindowCenter", "WindowWidth"]
 
 
-def _transfer_syntax(head: bytes) -> tuple[str, int]:
-    """How a DICOM file's data set is encoded, and where it begins; ValueError if that information is damaged."""
-    at, syntax = 132, ""
-    for _ in range(64):
-        group, element, kind, length = struct.unpack_from("<HH2sH", head, at)
-        if group != 2:
-            return syntax, at
-        at += 8
-        if kind in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"OD", b"OF", b"OL", b"OV", b"UC", b"UR"):
-            length, at = struct.unpack_from("<I", head, at)[0], at + 4
-        if element == 0x10:
-            syntax = head[at:at + length].rstrip(b"\0 ").decode("ascii")
-        at += length
-        if not kind.isalpha() or at > len(head):
-            break
-    raise Refusal("cannot be read as DICOM (its file meta information is damaged)")
+class _Guard:
+    """A file of which only so many bytes can be read, in so many pieces; `what` begins the sentence about bytes."""
 
-# %% ../../nbs/reference/files_dicom.ipynb #files-0231
-class _Inflating:
-    """Reads forward through a compressed DICOM data set, which is never in memory as a whole."""
+    def __init__(self, source: BinaryIO, most: int, what: str):
+        self.source, self.pieces, self.left, self.what = source, 0, most, what
+        self.seek, self.tell = source.seek, source.tell
 
-    def __init__(self, source: BinaryIO, size: int):
-        self.source, self.size, self.at, self.inflater = source, size, 0, zlib.decompressobj(-zlib.MAX_WBITS)
-        self.most = max(MAX_WHOLE_BYTES, limit("MAX_SWELL") * size)
-
-    def read(self, count: int) -> bytes:
-        parts = []
-        while count > 0 and not self.inflater.eof:
-            given = self.inflater.unconsumed_tail or self.source.read(2**12)
-            parts.append(self.inflater.decompress(given, count))
-            if not given and not parts[-1]:
-                break
-            self.at += len(parts[-1])
-            count -= len(parts[-1])
-        if self.at > self.most:
-            raise Refusal(
-                f"would swell from {self.size / 1e6:.1f} MB to more than {self.most / 1e6:.0f} MB: set the "
-                f"environment variable "
-                f"QTSEG_MAX_SWELL to more than {limit('MAX_SWELL')} if you trust this file"
-            )
-        return b"".join(parts)
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, count: int, _: int) -> None:
-        end = self.at + count
-        while self.at < end and self.read(min(end - self.at, 2**20)):
-            pass
-
-# %% ../../nbs/reference/files_dicom.ipynb #files-0255
-class _Elements:
-    """Walks over the elements of a DICOM data set without keeping them, so that no header is too large or too deep.
-
-    pydicom would build every sequence that a header holds. It gets a copy without them.
-    """
-
-    LONG = (b"OB", b"OW", b"SQ", b"UN", b"UT", b"OD", b"OF", b"OL", b"OV", b"UC", b"UR", b"SV", b"UV")
-    OPEN, ITEM, ITEM_END, SEQUENCE_END = 0xFFFFFFFF, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-
-    def __init__(self, source: BinaryIO, syntax: str):
-        self.source, self.steps, self.kept = source, 0, bytearray()
-        self.implicit, self.order = syntax == "1.2.840.10008.1.2", "<>"[syntax == "1.2.840.10008.1.2.2"]
-
-    def _read(self, count: int) -> bytes:
+    def read(self, count: int = -1) -> bytes:
+        if count < 0:  # pydicom reads no other data set at once
+            raise Refusal("is a DICOM file that is compressed as a whole (deflated): save it in another form")
+        self.pieces, self.left = self.pieces + 1, self.left - count
+        pieces = self.pieces // 4  # pydicom reads an element, or a fragment of a frame, in up to four pieces
+        require_within("MAX_PIECES", pieces, f"has {pieces} elements or fragments of pixels")
+        if self.left < 0:
+            raise Refusal(f"{self.what} is far larger than its pixels can need")
         data = self.source.read(count)
-        self.kept += data
-        if len(self.kept) > 2**22:
-            raise Refusal("describes its pixels in more than 4 MB")
+        if data and len(data) < count:
+            raise Refusal("cannot be read as DICOM (it ends too early)")
         return data
-
-    def head(self) -> tuple[int, str, int] | None:
-        """Tag, kind of value and length of the element that begins here; None at the end of the file."""
-        self.steps += 1
-        require_within("MAX_PIECES", self.steps, f"has {self.steps} elements or fragments of pixels")
-        data = self._read(8)
-        if len(data) < 8:
-            return None
-        group, element, kind, length = struct.unpack(self.order + "HH2sH", data)
-        tag = group << 16 | element
-        if self.implicit or group == 0xFFFE or not re.fullmatch(rb"[A-Z]{2}", kind):
-            return tag, "", struct.unpack(self.order + "I", data[4:])[0]
-        return tag, kind.decode(), struct.unpack(self.order + "I", self._read(4))[0] if kind in self.LONG else length
-
-    def value(self, length: int, keep: bool) -> None:
-        """Pass over a value, or keep it."""
-        if length == self.OPEN:
-            self._sequence(keep)
-        elif keep:
-            self._read(min(length, 2**22 + 1))
-        else:
-            self.source.seek(length, os.SEEK_CUR)
-
-    def _sequence(self, keep: bool) -> None:
-        """Pass over a sequence of unknown length, whatever is nested in it."""
-        depth = 1
-        while depth and (found := self.head()):
-            tag, _, length = found
-            if tag in (self.ITEM_END, self.SEQUENCE_END):
-                depth -= 1
-            elif length == self.OPEN:
-                depth += 1
-            else:
-                self.value(length, keep)
-
-    def fragments(self) -> list[tuple[int, int]]:
-        """Where the fragments of compressed pixels are, and how long; the first is a table of frames."""
-        found = []
-        while (head := self.head()) and head[0] == self.ITEM:
-            found.append((self.source.tell(), head[2]))
-            self.source.seek(head[2], os.SEEK_CUR)
-        return found
-
-# %% ../../nbs/reference/files_dicom.ipynb #files-0256
-def _describe(source: BinaryIO, size: int) -> tuple[bytes, _Elements, tuple[int, str, int]]:
-    """Walk over a DICOM file's elements up to its pixels; ValueError if there are too many, or no pixels.
-
-    Returns:
-        A DICOM file of what describes the pixels, the walk, and tag, kind and length of the pixels, which come next.
-    """
-    source.seek(0)
-    syntax, begin = _transfer_syntax(source.read(2**16))
-    source.seek(0)
-    head = source.read(begin)
-    if syntax == DEFLATED:
-        source, head = _Inflating(source, size), head.replace(DEFLATED.encode(), (DEFLATED[:-3] + "\0\0\0").encode())
-    walk, kept = _Elements(source, syntax), 0
-    while found := walk.head():
-        tag, _, length = found
-        if tag >= 0x7FE00008:
-            return head + walk.kept[:kept], walk, found
-        walk.value(length, keep := tag >> 16 == 0x28)
-        kept = len(walk.kept) if keep else kept
-        del walk.kept[kept:]
-    raise Refusal("cannot be read as DICOM (it holds no pixels)")
-
-# %% ../../nbs/reference/files_dicom.ipynb #files-0257
-def _first_frame(walk: _Elements, frames: int, most: int) -> bytes:
-    """The compressed first frame of a DICOM, whose fragments come next; ValueError if it has more than `most` bytes."""
-    source, fragments = walk.source, walk.fragments()
-    if len(fragments) < 2:
-        raise Refusal("cannot be read as DICOM (it holds no compressed frame)")
-    table, length = fragments.pop(0)
-    source.seek(table)
-    end = struct.unpack("<II", source.read(8))[1] if length >= 8 else 0  # where the second frame begins
-    first = []
-    for at, length in fragments:
-        if end and at - fragments[0][0] >= end:
-            break
-        first.append((at, length))
-        source.seek(at + max(0, length - 10))
-        if not end and frames > 1 and (frames == len(fragments) or b"\xff\xd9" in source.read(min(length, 10))):
-            break
-    total = sum(length for _, length in first)
-    if total > most:
-        raise Refusal(f"holds a compressed frame of {total} bytes, far more than its pixels")
-    parts = [source.read(length) for at, length in first if source.seek(at) >= 0]
-    if sum(map(len, parts)) < total:
-        raise Refusal("cannot be read as DICOM (its pixel data are cut off)")
-    return b"".join(parts)
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-024
 def _require_few_runs(frame: bytes, pixels: int) -> None:
@@ -228,43 +92,30 @@ def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, r
     return 8 if name == "JPEG2000" else 2 * (scans > 1)
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-025
-def _window(header, values: np.ndarray) -> tuple[float, float]:
-    """Which of a gray DICOM's values are black and white: its first window if it states one, else its extremes."""
-    center, width = header.get("WindowCenter"), header.get("WindowWidth")
-    if center is None or width is None:
-        return values.min(), values.max()
-    center, width = (float(np.atleast_1d(item)[0]) for item in (center, width))
-    if not np.isfinite([center, width]).all():
-        raise Refusal(f"states a window (center {center}, width {width}) that no screen can show")
-    return center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2  # DICOM part 3, C.11.2.1.2
-
-
 def _on_screen(values: np.ndarray, header) -> np.ndarray:
     """Gray values of a DICOM [H, W] -> uint8 [H, W]: rescaled, its window from black to white, MONOCHROME1 inverted."""
     from pydicom.pixels import apply_modality_lut
 
-    low, table = 0, values
-    # each possible value once, which is faster and smaller
-    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
-        low = int(values.min())
-        table = np.arange(low, int(values.max()) + 1, dtype=values.dtype)
-    rescaled = apply_modality_lut(table, header).astype(np.float64)
-    present = rescaled
-    if table is not values:
-        seen = np.zeros(len(table), bool)
-        for row in values:
-            seen[row.astype(np.int32) - low] = True
-        present = rescaled[seen]
-    black, white = _window(header, present)
-    shown = np.clip((rescaled - black) / max(white - black, 1e-9), 0, 1) * 255
-    if not np.isfinite(shown).all():
-        raise Refusal("holds values that are not finite")
-    shown = np.rint(255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown).astype(np.uint8)
-    if table is values:
-        return shown
-    return np.stack([shown[row.astype(np.int32) - low] for row in values])
+    step = max(1, 2**20 // values.shape[1])  # rows at a time, which needs less memory
+    blocks = [values[top:top + step] for top in range(0, len(values), step)]
+    rescaled = lambda block: apply_modality_lut(block, header).astype(np.float64)
+    center, width = header.get("WindowCenter"), header.get("WindowWidth")
+    if center is None or width is None:  # from its lowest value to its highest
+        black, white = (choose([choose(rescaled(block)) for block in blocks]) for choose in (np.amin, np.amax))
+    else:
+        center, width = (float(np.atleast_1d(item)[0]) for item in (center, width))
+        if not np.isfinite([center, width]).all():
+            raise Refusal(f"states a window (center {center}, width {width}) that no screen can show")
+        black, white = center - 0.5 - (width - 1) / 2, center - 0.5 + (width - 1) / 2  # DICOM part 3, C.11.2.1.2
+    shown = np.empty(values.shape, np.uint8)
+    for top, block in zip(range(0, len(values), step), blocks):
+        gray = np.clip((rescaled(block) - black) / max(white - black, 1e-9), 0, 1) * 255
+        if not np.isfinite(gray).all():
+            raise Refusal("holds values that are not finite")
+        shown[top:top + step] = np.rint(255 - gray if header.PhotometricInterpretation == "MONOCHROME1" else gray)
+    return shown
 
-# %% ../../nbs/reference/files_dicom.ipynb #files-026
+
 def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
     """Gray values of a DICOM [H, W] as stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative ones."""
     if values.min() < 0 or values.max() > 65535:
@@ -275,33 +126,40 @@ def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
 # %% ../../nbs/reference/files_dicom.ipynb #files-0261
 def read_dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
     """The first fields of the Picture of a DICOM file; needs pydicom 3."""
+    import_optional("pydicom", "is a DICOM file, which")
     from pydicom import dcmread
-    from pydicom.encaps import encapsulate
+    from pydicom.encaps import encapsulate, get_frame
     from pydicom.pixels import apply_color_lut, pixel_array
     from pydicom.uid import RLELossless
 
-    head, walk, (tag, kind, length) = _describe(source, size)
-    header = dcmread(io.BytesIO(head))
+    source.seek(0)
+    header = dcmread(_Guard(source, 2**22, "what describes it"), stop_before_pixels=True, specific_tags=NEEDED)
     rows, columns, samples, stored, allocated = (
         int(header[key].value) for key in ("Rows", "Columns", "SamplesPerPixel", "BitsStored", "BitsAllocated"))
     each = samples * -(-allocated // 8)  # bytes of a pixel
     most, syntax = rows * columns * each, header.file_meta.TransferSyntaxUID
-    require_memory(columns, rows, *rgb_memory(each, 2 * each + (24 if allocated > 16 else 2), stored_values), size)
+    require_memory(columns, rows, each, 2 * each + 2, size, stored_values)
     frames = int(header.get("NumberOfFrames") or 1)
     require_plausible_size(columns, rows, each, frames, size)
+    order = "<" if syntax.is_little_endian else ">"
+    group, element, kind, length = struct.unpack(order + "HH2sH", source.read(8).ljust(8, b"\0"))
+    if group != 0x7FE0:
+        raise Refusal("cannot be read as DICOM (it holds no pixels)")
+    implicit = syntax.is_implicit_VR  # then the length takes the place of the kind
+    length = struct.unpack(order + "I", struct.pack(order + "2sH", kind, length) if implicit else source.read(4))[0]
     if syntax.is_encapsulated:
-        frame = _first_frame(walk, frames, 2 * most + 2**20)
+        frame = get_frame(_Guard(source, 2 * most + 2**20, "a compressed frame"), 0, number_of_frames=frames)
         extra = samples * _require_honest_frame(frame, rows, columns, samples, syntax == RLELossless)
-        require_memory(columns, rows, *rgb_memory(each, 4 * each + extra, stored_values), size)
+        require_memory(columns, rows, each, 4 * each + extra, size, stored_values)
         frame = encapsulate([frame])
-    elif length == walk.OPEN:
+    elif length == 0xFFFFFFFF:
         raise Refusal("cannot be read as DICOM (it states no length of its pixel data)")
     else:  # the first frame is enough
         needed = min(most, -(-length // max(1, frames)))
-        frame = walk.source.read(needed)
+        frame = source.read(needed)
         if len(frame) < needed:
             raise Refusal(f"cannot be read as DICOM (its pixel data are cut off: {len(frame)} of {length} bytes)")
-    header.add_new(tag, kind or "OW", frame)
+    header.add_new((group, element), "OW" if implicit else kind.decode(), frame)
     header.NumberOfFrames = 1
     values = pixel_array(header, index=0)  # YBR has become RGB
     if header.PhotometricInterpretation == "PALETTE COLOR":

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
 # %% auto #0
-__all__ = ['SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'format_of', 'require_memory', 'rgb_memory', 'require_plausible_size',
+__all__ = ['SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'format_of', 'require_memory', 'require_plausible_size',
            'require_few_parts', 'first_directory', 'jpeg_scans', 'require_few_scans', 'read_structure']
 
 # %% ../../nbs/reference/files_headers.ipynb #files-010
@@ -46,14 +46,17 @@ def format_of(head: bytes) -> str | None:
     return next((name for name, pattern in SIGNATURES.items() if re.match(pattern, head, re.S)), None)
 
 # %% ../../nbs/reference/files_headers.ipynb #9b5ca7a7
-def require_memory(width: int, height: int, plain: float, peak: float, size: int) -> None:
+def require_memory(width: int, height: int, plain: float, peak: float, size: int, stored_values: bool = True) -> None:
     """Raise ValueError for too many pixels, or for a picture that is large in memory and tiny in its file.
 
     Args:
         plain: bytes of a pixel in the result.
         peak: bytes of a pixel while it is decoded.
         size: of the file, in bytes.
+        stored_values: False for what is read as an image: it becomes RGB, with three bytes a pixel.
     """
+    if not stored_values and plain < 3:
+        plain, peak = 3, peak + 3
     pixels = width * height
     require_within("MAX_PIXELS", pixels, f"has {width} x {height} = {pixels} pixels")
     if pixels * peak > limit("MAX_FREE_BYTES"):
@@ -61,11 +64,6 @@ def require_memory(width: int, height: int, plain: float, peak: float, size: int
         require_within(
             "MAX_SWELL", swell,
             f"would swell from {size / 1e6:.1f} MB to {pixels * plain / 1e6:.0f} MB, by a factor of {swell}")
-
-
-def rgb_memory(plain: float, peak: float, stored_values: bool) -> tuple[float, float]:
-    """The same numbers for what is read as an image: it becomes RGB, with three bytes a pixel."""
-    return (plain, peak) if stored_values or plain >= 3 else (3, peak + 3)
 
 # %% ../../nbs/reference/files_headers.ipynb #e0d031fa
 def require_plausible_size(width: int, height: int, plain: float, frames: int, size: int) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from .channels import every_channel, read_samples
 from .dicom import read_dicom
 from .headers import (FORMATS, first_directory, format_of, jpeg_scans, read_structure, require_few_scans,
-                                 require_memory, require_plausible_size, rgb_memory)
+                                 require_memory, require_plausible_size)
 from .limits import MAX_WHOLE_BYTES, Refusal, require_within
 from .text import open_regular, printable
 
@@ -91,7 +91,7 @@ def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size
     width, height = picture.size
     scans = jpeg_scans(source) if picture.format in ("JPEG", "MPO") else 1
     plain, peak = _memory(picture, deep, scans)
-    require_memory(width, height, *rgb_memory(plain, peak, stored_values), size)
+    require_memory(width, height, plain, peak, size, stored_values)
     require_plausible_size(width, height, plain, frames, size)
     samples = width * height * len(picture.getbands())
     if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
@@ -266,11 +266,7 @@ def _decode(source: BinaryIO, size: int, stored_values: bool, channels: int | No
         if channels:
             raise Refusal(f"is a DICOM file, of which gray or RGB is read, where channels={channels} is asked for")
         return read_dicom(source, size, stored_values)
-    except ModuleNotFoundError as error:
-        if name != "DICOM":
-            raise
-        raise ModuleNotFoundError('is a DICOM file, which needs pydicom: pip install "pydicom>=3"') from error
-    except Refusal:
+    except (Refusal, ModuleNotFoundError):
         raise
     except Exception as error:  # decoders of damaged files raise almost anything
         if isinstance(error, OSError) and error.errno is not None:
