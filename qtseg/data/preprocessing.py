@@ -143,6 +143,7 @@ class Preprocessing:
         white: the stored value that becomes 255 in images with more than 8 bits; see `read_image`.
         channels: of the network's input: 3, 1 (gray), or another number that the image files have.
         mean, std: of each channel over the training images, from 0 to 1, the padding left out; empty: not known.
+        window: side of the crops of `size` that the network was trained on, and is slid over; None: whole images.
 
     Raises:
         ValueError: for anything else.
@@ -156,11 +157,14 @@ class Preprocessing:
     channels: int = 3
     mean: tuple[float, ...] = field(default=(), compare=False)
     std: tuple[float, ...] = field(default=(), compare=False)
+    window: int | None = None
 
     def __post_init__(self):
         if not is_whole_number(self.size, 32, LARGEST_SIZE) or self.resize not in RESIZES or self.color not in COLORS:
             raise ValueError(f"size is a whole number from 32 to {LARGEST_SIZE}, resize one of {RESIZES}, color one of "
                              f"{tuple(COLORS)}; got {self.size!r}, {self.resize!r}, {self.color!r}")
+        if self.window is not None and not is_whole_number(self.window, 32, self.size):
+            raise ValueError(f"window is a whole number from 32 to size, {self.size}, or None; got {self.window!r}")
         if not is_whole_number(self.white, 1, 65535):
             raise ValueError(f"white is a whole number from 1 to 65535, got {self.white!r}")
         if not is_whole_number(self.channels, 1, 1024) or (self.channels != 3 and self.color != "rgb"):
