@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn, Tensor
@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from ..data.dataset import DatasetSplit, Split, network_input
 from ..evaluation.metrics import SegmentationMetrics, hard_masks
+from ..files.optional import import_optional
 from .losses import weighted_loss
 
 # %% auto #0
-__all__ = ['mixed_precision', 'require_images', 'evaluating', 'validate']
+__all__ = ['mixed_precision', 'require_images', 'slide_window', 'evaluating', 'validate']
 
 # %% ../../nbs/reference/training_validation.ipynb #c058
 def mixed_precision(device: torch.device, amp: str):
@@ -31,6 +32,24 @@ def require_images(split: Split, what: str) -> Split:
     if split is None or not len(split):
         raise ValueError(f"there are no {what} images: check the data folder, fold and valid_share")
     return split
+
+# %% ../../nbs/reference/training_validation.ipynb #windows02
+def slide_window(network: Callable[[Tensor], Tensor], images: Tensor, window: int | None = None,
+                 overlap: float = 0.25, batch: int = 4) -> Tensor:
+    """Logits [B, classes, H, W] of images [B, C, H, W], in windows where they are larger than one.
+
+    Args:
+        window: its side in pixels; None: the network gets whole images.
+        overlap: the share of a window that neighbors have in common.
+        batch: windows at a time.
+
+    Raises:
+        ModuleNotFoundError: windows without MONAI.
+    """
+    if window is None or max(images.shape[2:]) <= window:
+        return network(images)
+    slide = import_optional("monai.inferers.utils", "a sliding window").sliding_window_inference
+    return slide(images, (window, window), batch, network, overlap, mode="gaussian", cval=-1.0)  # -1: black
 
 # %% ../../nbs/reference/training_validation.ipynb #c065
 @contextlib.contextmanager
@@ -47,30 +66,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def validate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16,
-             device: str | torch.device = "cpu", amp: str = "none", losses: dict[str, float] | None = None,
-             ignore_index: int | None = None,
-             loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, float]:
+             device: str | torch.device = "cpu", amp: str = "none", ignore_index: int | None = None,
+             loss: Callable[[Tensor, Tensor], Tensor] | None = None, window: int | None = None,
+             class_weights: Sequence[float] | None = None) -> dict[str, float]:
     """Scores at training size, in percent (see `SegmentationMetrics`), and the mean "loss".
 
     Args:
         model: images [B, C, H, W] -> logits [B, classes, H, W]; in evaluation mode meanwhile.
         split: a part of a `SegmentationData`, or a Dataset, see `DatasetSplit`.
         classes: how many, the background included.
-        losses: names and weights, see `weighted_loss`.
         ignore_index: the label of pixels that count nowhere, the data's own.
-        loss: instead of `losses`, a function (logits, labels) -> scalar.
+        loss: a function (logits, labels) -> scalar; None: `ce_dice_loss`.
+        window: see `slide_window`.
+        class_weights: for a weighted mean of the scores over classes, see `SegmentationMetrics`; not of the loss.
 
     Raises:
         ValueError: for an empty split.
     """
     split = split if split is None or hasattr(split, "batches") else DatasetSplit(split, classes, ignore_index)
-    metrics, total = SegmentationMetrics(classes, ignore_index=ignore_index), 0.0
-    loss, device = loss or weighted_loss(losses or {"ce_dice": 1.0}, ignore_index), torch.device(device)
+    metrics, total = SegmentationMetrics(classes, ignore_index=ignore_index, class_weights=class_weights), 0.0
+    loss, device = loss or weighted_loss({"ce_dice": 1.0}, ignore_index), torch.device(device)
     with evaluating(model):
         for part in require_images(split, "validation").batches(batch, device=device):
             target = part.masks.long()
             with mixed_precision(device, amp):
-                logits = model(network_input(part.images))
+                logits = slide_window(model, network_input(part.images), window)
             total += float(loss(logits.float(), target)) * len(target)
             metrics.update_masks(hard_masks(logits.float()), target)  # where they are NaN, the loss says so
     return {"loss": total / len(split), **metrics.compute()}
