@@ -7,34 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from importlib import import_module
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+
+import torch
+
+from ..files.optional import import_optional
+from ..files.yaml import read_yaml
 
 # %% auto #0
-__all__ = ['CONNECT_SECONDS', 'require_package', 'local_client', 'remote_client', 'slurm_client']
-
-# %% ../../nbs/reference/study_cluster.ipynb #experiments018
-def require_package(name: str) -> ModuleType:
-    """Import an optional package, or say in one sentence how to install it."""
-    try:
-        return import_module(name)
-    except ImportError:
-        package = {"dask_jobqueue": "dask-jobqueue", "distributed": '"distributed>=2024.8"'}.get(name, name)
-        raise ModuleNotFoundError(f"this needs {name}: pip install {package}") from None
-
-# %% ../../nbs/reference/study_cluster.ipynb #experiments085
-def _deaf_to_interrupts():
-    """A plugin for the workers of a local cluster: Ctrl-C reaches every process of a terminal, and they shall go on."""
-    class Deaf(require_package("distributed").WorkerPlugin):
-        def setup(self, worker):
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Deaf()
+__all__ = ['CONNECT_SECONDS', 'local_client', 'remote_client', 'slurm_client', 'connected_client']
 
 # %% ../../nbs/reference/study_cluster.ipynb #experiments086
 # Dask's web servers, which know no TLS key, tell nothing
@@ -43,35 +29,38 @@ _NO_PAGES = {"distributed.scheduler.http.routes": [], "distributed.worker.http.r
 
 def _temporary_security():
     """TLS for scheduler, workers and client, with a key that exists in memory only."""
-    require_package("cryptography")
-    return require_package("distributed").Security.temporary()
+    import_optional("cryptography", "a study")
+    return import_optional("distributed", "a study").Security.temporary()
 
 
 @contextlib.contextmanager
-def local_client(workers: int) -> Iterator:
-    """A Dask client with a cluster on this machine, closed to other users: so many processes, one thread each."""
-    dask, distributed = require_package("dask"), require_package("distributed")
+def local_client(workers: int, threads: int = 1, devices: Sequence[str] = ()) -> Iterator:
+    """A Dask client with a cluster on this machine, closed to other users.
+
+    Args:
+        workers: processes, each for one run at a time.
+        threads: of a run.
+        devices: GPUs that the workers share, as CUDA_VISIBLE_DEVICES names them.
+    """
+    dask, distributed = import_optional("dask", "a study"), import_optional("distributed", "a study")
+
+    class Local(distributed.WorkerPlugin):
+        def setup(self, worker):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if devices:
+                os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.name) % len(devices)]
+
     with dask.config.set(_NO_PAGES), tempfile.TemporaryDirectory(prefix="qtseg-") as private, distributed.LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, security=_temporary_security(),
-            dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False}, local_directory=private,
+            env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False}, local_directory=private,
             silence_logs=logging.CRITICAL) as cluster, distributed.Client(cluster) as client:
-        client.register_plugin(_deaf_to_interrupts())
+        client.register_plugin(Local())
         yield client
 
 # %% ../../nbs/reference/study_cluster.ipynb #experiments088
 CONNECT_SECONDS = 10.0  # how long a scheduler may take to answer
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without the log messages of a logger: what they tell in a traceback, we say in one sentence."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -85,12 +74,12 @@ def remote_client(address: str, insecure: bool = False) -> Iterator:
         ValueError: no TLS, and not allowed
         ConnectionError: no scheduler answers there
     """
-    distributed = require_package("distributed")
+    distributed = import_optional("distributed", "a study")
     if distributed.comm.parse_address(address)[0] not in ("tls", "inproc") and not insecure:
-        raise ValueError(f"whoever reaches {address} can run code under your name: start the scheduler and its workers "
-                         "with TLS (tls://host:port, nbs/reference/study_cluster.ipynb), or allow this with "
+        raise ValueError(f"other users who reach {address} can run code under your name: start the scheduler and its "
+                         "workers with TLS (tls://host:port, nbs/reference/study_cluster.ipynb), or allow this with "
                          "insecure=True (--insecure)")
-    with _quiet("distributed.client"):
+    with distributed.utils.silence_logging_cmgr(logging.CRITICAL):
         try:
             client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError, TimeoutError) as error:
@@ -103,16 +92,21 @@ def remote_client(address: str, insecure: bool = False) -> Iterator:
 
 # %% ../../nbs/reference/study_cluster.ipynb #experiments089
 @contextlib.contextmanager
-def slurm_client(values: Mapping, workers: int, folder: Path) -> Iterator:
+def slurm_client(values: Mapping, workers: int, folder: Path, threads: int | None = None) -> Iterator:
     """A Dask client whose workers are SLURM jobs, as dask_jobqueue.SLURMCluster describes them in `values`.
 
     TLS with a temporary key. It lies meanwhile in files in `folder` that only this user may read; the jobs see them.
+
+    Args:
+        threads: of a run. None: the cores of a job, shared by its processes.
     """
     dask, jobqueue, distributed = (
-        require_package("dask"), require_package("dask_jobqueue"), require_package("distributed"))
+        import_optional(name, "a study with SLURM") for name in ("dask", "dask_jobqueue", "distributed"))
     settings = _NO_PAGES | {"distributed.scheduler.allowed-failures": 20}  # reaching a time limit is no failure
     options = {"dashboard": False, "dashboard_address": "127.0.0.1:0"} | dict(values.get("scheduler_options") or {})
-    prologue = [*(values.get("job_script_prologue") or []), "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'"]
+    threads = threads or max(1, values.get("cores", 1) // values.get("processes", 1))
+    prologue = [*(values.get("job_script_prologue") or []), "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES='[]'",
+                f"export OMP_NUM_THREADS={threads} MKL_NUM_THREADS={threads}"]
     own = {"security": _temporary_security(), "protocol": "tls://", "shared_temp_directory": str(folder),
            "scheduler_options": options, "job_script_prologue": prologue}
     with dask.config.set(settings):
@@ -123,3 +117,30 @@ def slurm_client(values: Mapping, workers: int, folder: Path) -> Iterator:
         with cluster, distributed.Client(cluster) as client:
             cluster.adapt(minimum=workers, maximum=workers)  # scale() would not replace a job that has ended
             yield client
+
+# %% ../../nbs/reference/study_cluster.ipynb #cluster-connect
+def connected_client(folder: Path, most: int, *, workers: int | None = None, threads: int | None = None, scheduler=None,
+                     slurm: Mapping | str | os.PathLike | None = None,
+                     insecure: bool = False) -> contextlib.AbstractContextManager:
+    """A context with the Dask client that the arguments of `run_study` ask for.
+
+    Args:
+        folder: of the study.
+        most: runs that are left to do.
+    """
+    if scheduler is not None and (slurm, workers, threads) != (None, None, None):
+        raise ValueError("scheduler excludes slurm, workers and threads: a scheduler brings its own workers, which "
+                         "take their threads from OMP_NUM_THREADS")
+    if min(workers or 1, threads or 1) < 1 or 0 in (workers, threads):
+        raise ValueError("workers and threads are at least 1")
+    if isinstance(scheduler, str):
+        return remote_client(scheduler, insecure)
+    if scheduler is not None:
+        return contextlib.nullcontext(scheduler)
+    if slurm is not None:
+        return slurm_client(slurm if isinstance(slurm, Mapping) else read_yaml(slurm), workers or 1, folder, threads)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [*map(str, range(torch.cuda.device_count()))] if named is None else [*filter(None, named.split(","))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or len(devices) or cores
+    return local_client(min(workers, most), threads or max(1, cores // workers), devices)

@@ -5,122 +5,59 @@
 # %% ../../nbs/reference/study_plan.ipynb #2a9b95c1
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..files.text import read_json
 from ..files.yaml import read_yaml
 from ..training.config import RESUMABLE, TrainConfig, shown_value
 
 # %% auto #0
-__all__ = ['MOST_ARMS', 'MOST_RUNS', 'LARGEST_SEED', 'Run', 'Study', 'is_folder_name', 'grid_arms', 'read_study']
+__all__ = ['MOST_ARMS', 'MOST_RUNS', 'LARGEST_SEED', 'FolderName', 'Number', 'Numbers', 'Run', 'grid_arms', 'Study',
+           'first_problems', 'validation_problems', 'parse_study', 'read_study']
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments012
-@dataclass(frozen=True)
+MOST_ARMS, MOST_RUNS, LARGEST_SEED = 1000, 10_000, 2**63 - 1
+
+
+def _named(text: str) -> str:
+    if len(text) > 100 or not re.fullmatch(r"[A-Za-z0-9][\w.,=+-]*", text):
+        raise ValueError("needs a name of at most 100 letters, digits and . , = + - _")
+    return text
+
+
+def _distinct(numbers: list[int]) -> list[int]:
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError("lists a number twice" if numbers else "lists at least one whole number")
+    return numbers
+
+
+FolderName = Annotated[str, AfterValidator(_named)]  # of one folder, on every system
+Number = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Numbers = Annotated[list[Number], AfterValidator(_distinct)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Run:
     """One run of a study: an arm, trained once from this seed and, where the study has folds, on this fold."""
 
-    arm: str
-    seed: int
-    fold: int | None = None
+    arm: FolderName
+    seed: Number
+    fold: Number | None = None
 
     @property
     def name(self) -> str:
         """The name of its folder."""
         return f"{self.arm}-seed{self.seed}" + ("" if self.fold is None else f"-fold{self.fold}")
-
-# %% ../../nbs/reference/study_plan.ipynb #experiments015
-@dataclass(frozen=True)
-class Study:
-    """A question, and the runs that answer it: every arm with every seed on every fold. `read_study` makes and checks
-    one.
-
-    `common`: the `TrainConfig` values that all arms share; `arms`: what each of them changes; `reference`: the arm that
-    the others are compared with; `folds`: None where the data has no folds; `folds_of`: how many folds are made where
-    it brings none.
-    """
-
-    name: str
-    common: dict
-    arms: dict[str, dict]
-    reference: str
-    seeds: list[int]
-    folds: list[int] | None = None
-    folds_of: int | None = None
-    question: str = ""
-
-    def runs(self) -> list[Run]:
-        """All runs, the first seed of every arm before the second of any: a half-finished study is then a small whole
-        one."""
-        return [
-            Run(arm, seed, fold) for seed, fold, arm in itertools.product(self.seeds, self.folds or [None], self.arms)]
-
-    def config(self, run: Run, runs: str | os.PathLike = "runs") -> TrainConfig:
-        """The configuration of a run whose folder is RUNS/STUDY/RUN. ValueError if its values make none."""
-        own = {"seed": run.seed, "fold": run.fold, "folds": self.folds_of, "runs": str(Path(runs) / self.name),
-               "name": run.name, "resume": True}
-        return TrainConfig.from_dict(self.common | self.arms[run.arm] | own)
-
-    def to_dict(self) -> dict:
-        """Plain values, as study.json keeps them and `read_study` takes them."""
-        values = dataclasses.asdict(self)
-        return {"study": values.pop("name"), "question": values.pop("question")} | values
-
-# %% ../../nbs/reference/study_plan.ipynb #experiments023
-_FORM = {"study": str, "question": str, "common": dict, "arms": dict, "grid": dict, "reference": str, "seeds": list,
-         "folds": list, "folds_of": int}
-_KINDS = {str: "a text", dict: "a mapping", list: "a list", int: "a whole number"}
-_OWN = {"seed": "seeds", "fold": "folds", "folds": "folds_of", "runs": "the runs folder", "name": "the arm's name",
-        "resume": "the sweep"}  # what a study decides itself, and by which of its keys
-MOST_ARMS, MOST_RUNS, LARGEST_SEED = 1000, 10_000, 2**63 - 1
-
-
-def is_folder_name(text) -> bool:
-    """Whether a value can name one folder on every system: at most 100 letters, digits and . , = + - _."""
-    return isinstance(text, str) and len(text) <= 100 and re.fullmatch(r"[A-Za-z0-9][\w.,=+-]*", text) is not None
-
-
-def _is(value, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-_brief = partial(shown_value, most=100)  # a value as a message shows it
-
-
-def _word(value) -> str:
-    """A key or name as a message shows it: without quotes, where it needs none."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 100 else _brief(value)
-
-# %% ../../nbs/reference/study_plan.ipynb #experiments024
-def _numbers(values: dict, key: str) -> list[str]:
-    """What is wrong with a list of seeds or folds."""
-    given = values.get(key)
-    if given is None:
-        return [] if key == "folds" else [f"{key} lists at least one whole number"]
-    wrong = [_brief(item) for item in given if not _is(item, int) or not 0 <= item <= LARGEST_SEED]
-    return ([f"{key} lists at least one whole number"] if not given else []) + (
-        [f"{key} are whole numbers from 0, not {', '.join(wrong[:10])}"] if wrong else
-        [f"{key} lists a number twice: {_brief(given)}"] if len(set(given)) < len(given) else [])
-
-
-def _ill_formed(values: dict) -> list[str]:
-    """What is wrong with the keys of a study and with the kinds of their values."""
-    unknown = [_word(key) for key in values if key not in _FORM]
-    found = [f"unknown keys: {', '.join(unknown[:10])}; known: {', '.join(_FORM)}"] if unknown else []
-    found += [f"{key} is {_KINDS[kind]}, not {_brief(values[key])}" for key, kind in _FORM.items()
-              if values.get(key) is not None and not _is(values[key], kind)]
-    found += [f"{key} is missing" for key in ("study", "reference", "seeds") if values.get(key) is None]
-    if not values.get("arms") and not values.get("grid"):
-        found.append("arms (or a grid) are missing")
-    return found
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments027
 def _short(value) -> str:
@@ -133,10 +70,10 @@ def _short(value) -> str:
 
 
 def grid_arms(grid: Mapping[str, Sequence]) -> dict[str, dict]:
-    """Every combination of a grid's values as an arm, named by them: {"heads": [4, 8]} -> "heads=4" and "heads=8".
+    """Every combination of a grid's values as an arm, named by them.
 
     Raises:
-        ValueError: more than MOST_ARMS arms, or two of the same name.
+        ValueError: more than MOST_ARMS arms, two of the same name, or a name that no folder can have.
     """
     count = math.prod(len(values) for values in grid.values())
     if count > MOST_ARMS:
@@ -145,67 +82,117 @@ def grid_arms(grid: Mapping[str, Sequence]) -> dict[str, dict]:
     arms = {",".join(f"{key}={_short(value)}" for key, value in arm.items()): arm for arm in combinations}
     if len(arms) < count:
         raise ValueError("the grid lists a value twice, or two values that give an arm the same name")
+    for name in arms:
+        try:
+            _named(name)
+        except ValueError as error:
+            raise ValueError(f"the grid's arm {shown_value(name, 100)} {error}: list it under arms") from None
     return arms
 
-# %% ../../nbs/reference/study_plan.ipynb #experiments028
-def _arms(values: dict, problems: list[str]) -> dict[str, dict]:
-    """The arms of `arms` and of `grid` together; what is wrong with their form is added to `problems`."""
-    arms, grid = values.get("arms") or {}, values.get("grid") or {}
-    problems += [f"grid: {_word(key)} lists its values, not {_brief(choices)}" for key, choices in grid.items()
-                 if not isinstance(choices, list) or not choices]
-    problems += [f"the arm {_word(name)} is a mapping of what it changes, not {_brief(changes)}"
-                 for name, changes in arms.items() if changes is not None and not isinstance(changes, dict)]
-    try:
-        made = grid_arms(grid) if grid and not problems else {}
-    except ValueError as error:
-        problems.append(str(error))
-        made = {}
-    form = "needs a name of at most 100 letters, digits and . , = + - _"
-    problems += [f"the arm {_brief(name)} {form} (a number in quotes)" for name in arms if not is_folder_name(name)]
-    problems += [f"the arm {_brief(name)}, made by grid, {form}: list it under arms" for name in made
-                 if not is_folder_name(name)]
-    problems += [f"the arm {name} stands in arms and in grid" for name in arms if name in made]
-    return {} if problems else {name: dict(changes or {}) for name, changes in arms.items()} | made
-
-# %% ../../nbs/reference/study_plan.ipynb #experiments032
-def _unusable(study: Study) -> list[str]:
-    """What is wrong with the content of a well-formed study."""
-    found = []
-    for place, values in [("common", study.common), *((f"the arm {name}", arm) for name, arm in study.arms.items())]:
-        found += [f"{place} sets {key}, which {_OWN[key]} of the study decide" if _OWN[key].endswith("s") else
-                  f"{place} sets {key}, which {_OWN[key]} decides" for key in values if key in _OWN]
-        found += [f"{place} has the key {_brief(key)}, which is no text" for key in values if not isinstance(key, str)]
-    if study.reference not in study.arms:
-        known = ", ".join(list(study.arms)[:10])
-        found.append(f"reference names the arm {_brief(study.reference)}, which is not there: {known}")
-    if len({name.casefold() for name in study.arms}) < len(study.arms):
-        found.append("two arms' names differ in nothing but capitals, which some file systems do not tell apart")
-    if len(study.arms) > MOST_ARMS or len(study.arms) * len(study.seeds) * len(study.folds or [None]) > MOST_RUNS:
-        found.append(f"more than {MOST_ARMS:,} arms or {MOST_RUNS:,} runs: make several studies of it")
-    return found or _alike_or_unusable(study)
+# %% ../../nbs/reference/study_plan.ipynb #experiments015
+_OWN = ("seed", "fold", "folds", "runs", "name", "resume")  # keys of TrainConfig that a study decides
+_Changes = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
 
 
-def _alike_or_unusable(study: Study) -> list[str]:
-    """Arms whose values make no configuration, and arms that do not differ from another."""
-    found, first = [], {}
-    for arm in study.arms:
-        try:
-            values = study.config(Run(arm, study.seeds[0], study.folds and study.folds[0])).to_dict()
-        except ValueError as error:
-            found.append(f"the arm {arm}: {error}")
-            continue
-        same = first.setdefault(_frozen({key: value for key, value in values.items() if key not in RESUMABLE}), arm)
-        found += [f"the arms {same} and {arm} are alike"] * (same != arm)
-    return found
+class Study(BaseModel):
+    """A question, and the runs that answer it: every arm with every seed on every fold. `read_study` reads one.
 
+    Args:
+        study: its name, and that of its folder; afterwards the attribute `name`.
+        common: the `TrainConfig` values that all arms share.
+        arms: what each of them changes.
+        grid: more arms, see `grid_arms`.
+        reference: the arm that the others are compared with.
+        folds: None where the data has none.
+        folds_of: how many folds are made where the data brings none.
+    """
 
-def _frozen(value):
-    """Equal for equal configurations, and hashable: each arm is looked up once instead of compared with all others."""
-    if isinstance(value, Mapping):
-        return frozenset((key, _frozen(item)) for key, item in value.items())
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: FolderName = Field(alias="study")
+    question: str = ""
+    common: dict[str, Any] = {}
+    arms: dict[FolderName, _Changes] = {}
+    grid: dict[str, Annotated[list, Field(min_length=1)]] = Field({}, exclude=True)
+    reference: str
+    seeds: Numbers
+    folds: Numbers | None = None
+    folds_of: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        return {key: one for key, one in values.items() if one is not None} if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        made = grid_arms(self.grid) if self.grid else {}
+        found = [f"the arm {name} stands in arms and in grid" for name in self.arms if name in made]
+        self.grid = {}
+        self.arms |= made
+        for place, values in [("common", self.common), *((f"the arm {name}", arm) for name, arm in self.arms.items())]:
+            found += [f"{place} sets {key}, which the study decides" for key in _OWN if key in values]
+        if not self.arms:
+            found.append("arms (or a grid) are missing")
+        elif self.reference not in self.arms:
+            known = ", ".join([*self.arms][:10])
+            found.append(f"reference names the arm {shown_value(self.reference, 100)}, which is not there: {known}")
+        if len({name.casefold() for name in self.arms}) < len(self.arms):
+            found.append("two arms' names differ in nothing but capitals, which some file systems do not tell apart")
+        if len(self.arms) > MOST_ARMS or len(self.arms) * len(self.seeds) * len(self.folds or [None]) > MOST_RUNS:
+            found.append(f"more than {MOST_ARMS:,} arms or {MOST_RUNS:,} runs: make several studies of it")
+        if found:
+            raise ValueError(first_problems(found))
+        return self
+
+    def runs(self) -> list[Run]:
+        """All runs, the first seed of every arm before the second of any."""
+        return [
+            Run(arm, seed, fold) for seed, fold, arm in itertools.product(self.seeds, self.folds or [None], self.arms)]
+
+    def config(self, run: Run, runs: str | os.PathLike = "runs") -> TrainConfig:
+        """The configuration of a run whose folder is RUNS/STUDY/RUN. ValueError if its values make none."""
+        own = {"seed": run.seed, "fold": run.fold, "folds": self.folds_of, "runs": str(Path(runs) / self.name),
+               "name": run.name, "resume": True}
+        return TrainConfig.from_dict(self.common | self.arms[run.arm] | own)
+
+    def to_dict(self) -> dict:
+        """Plain values, as study.json keeps them and `read_study` takes them."""
+        return self.model_dump(by_alias=True)
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments033
+def first_problems(problems: Sequence[str]) -> str:
+    """Up to ten problems as one sentence."""
+    return "; ".join([*problems[:10]] + [f"and {len(problems) - 10} more"] * (len(problems) > 10))
+
+
+_PROBLEMS = {"missing": "is missing", "extra_forbidden": "is an unknown key", "too_short": "is empty",
+             "invalid_key": "is no text"}
+
+
+def validation_problems(error: ValidationError) -> str:
+    """What pydantic found, in one sentence that names keys and values."""
+    found = []
+    for one in error.errors(include_url=False, include_context=False):
+        place = ".".join(part if isinstance(part, str) and part.isprintable() and len(part) <= 100
+                         else shown_value(part, 100) for part in one["loc"] if part != "[key]")
+        said = one["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if one["type"] in _PROBLEMS:
+            said = _PROBLEMS[one["type"]]
+        elif one["type"] != "value_error":
+            said += f", not {shown_value(one['input'], 100)}"
+        found.append(f"{place} {said}".strip())
+    return first_problems(found)
+
+
+def parse_study(values: Mapping, source: str | os.PathLike = "this mapping") -> Study:
+    """A study from plain values; `source` is what an error names. Its arms' configurations are not checked."""
+    try:
+        return Study.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError(f"{source} is no study: {validation_problems(error)}") from None
+
+
 def read_study(source: str | os.PathLike | Mapping) -> Study:
     """Read and check a study.
 
@@ -213,27 +200,23 @@ def read_study(source: str | os.PathLike | Mapping) -> Study:
         source: a YAML file, a study.json or a mapping with the same keys.
 
     Raises:
-        ValueError: names the file and up to ten problems: unknown keys, arms whose values make no `TrainConfig`, two
-            arms alike, seeds that are no whole numbers, no reference.
+        ValueError: names the file and up to ten problems: of form, arms whose values make no `TrainConfig`, arms alike.
         FileNotFoundError: no such file.
     """
     if isinstance(source, Mapping):
-        values, where = dict(source), "this mapping"
+        study, source = parse_study(source), "this mapping"
     else:
-        values, where = (read_json if Path(source).suffix == ".json" else read_yaml)(source), str(source)
-    problems = _ill_formed(values)
-    if not problems:
-        for key in ("seeds", "folds"):
-            problems += _numbers(values, key)
-        if not is_folder_name(values["study"]):
-            problems.append("study is the name of one folder (at most 100 letters, digits and . , = + - _), "
-                            f"not {_brief(values['study'])}")
-        arms = _arms(values, problems)
-    if not problems:
-        study = Study(values["study"], values.get("common") or {}, arms, values["reference"], list(values["seeds"]),
-                      values.get("folds"), values.get("folds_of"), values.get("question") or "")
-        problems = _unusable(study)
+        study = parse_study((read_json if Path(source).suffix == ".json" else read_yaml)(source), source)
+    problems, first = [], {}
+    for arm in study.arms:
+        try:
+            values = study.config(Run(arm, study.seeds[0], study.folds and study.folds[0])).to_dict()
+        except ValueError as error:
+            problems.append(f"the arm {arm}: {error}")
+            continue
+        recipe = json.dumps({key: value for key, value in values.items() if key not in RESUMABLE}, sort_keys=True)
+        if (same := first.setdefault(recipe, arm)) != arm:
+            problems.append(f"the arms {same} and {arm} are alike")
     if problems:
-        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError(f"{where} is no study: " + "; ".join(problems[:10] + more))
+        raise ValueError(f"{source} is no study: {first_problems(problems)}")
     return study

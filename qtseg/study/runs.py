@@ -5,147 +5,130 @@
 # %% ../../nbs/reference/study_runs.ipynb #d760c2cc
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import socket
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..data.dataset import normalize
 from ..data.segmentation import SegmentationData
-from ..evaluation.cost import multiply_adds
+from ..evaluation.timing import multiply_adds
 from ..evaluation.metrics import hard_masks
 from ..files.text import printable, read_json
 from ..files.writing import write_then_rename
-from ..network.baselines import load_network
-from .plan import Run, Study
+from ..network.baselines import pretrained
+from .plan import Run, Study, validation_problems
 from ..training.callbacks import mask_pictures
-from ..training.config import BEST, RESUMABLE, TrainConfig, recipe_changes
+from ..training.config import BEST, RESUMABLE, TrainConfig, read_stored_config, recipe_changes
 from ..training.loop import Result, fit
 from ..training.trainer import build_network
 from ..view.figures import read_history
 
 # %% auto #0
-__all__ = ['exclusive', 'locked', 'config_differences', 'read_run_metrics', 'run_arm', 'config_rows', 'network_rows',
-           'score_rows', 'validation_masks', 'last_error', 'run_row', 'study_table', 'state_rows', 'format_duration',
-           'arm_rows']
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments036
-def _lock(file: TextIO, *, wait: bool, shared: bool = False) -> bool:
-    """Lock an open file for this process; False if another process holds it and `wait` is False."""
-    try:
-        import fcntl
-    except ImportError:
-        raise ModuleNotFoundError(
-            "sweeps need Linux or macOS (on Windows: WSL): their runs are guarded by POSIX locks") from None
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments037
-def _open_here(path: Path) -> TextIO:
-    """Open a file to append to, or make it. OSError for a link, which would change a file elsewhere."""
-    if path.is_symlink():
-        raise FileExistsError(f"{path} is a link to another file: delete the link")
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock file alone. The system releases the lock when its process ends, even when it is killed.
-
-    Args:
-        path: the lock file; it names the process and its host.
-        wait: until another process releases it.
-
-    Yields:
-        True; with `wait=False`, False if another process holds it.
-
-    Raises:
-        ModuleNotFoundError: on Windows, which has no such locks.
-    """
-    with _open_here(path) as file:
-        if not _lock(file, wait=False):
-            if not wait:
-                yield False
-                return
-            print(f"another process is at work in {path.parent}: waiting until it ends", flush=True)
-            _lock(file, wait=True)
-        file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()}\n")
-        file.flush()
-        yield True
+__all__ = ['Finite', 'locked', 'Scores', 'TrainingFacts', 'ImageCounts', 'Recipe', 'Machine', 'Metrics', 'read_metrics',
+           'require_same_values', 'run_arm', 'config_rows', 'network_rows', 'score_rows', 'validation_masks',
+           'last_error', 'run_row', 'study_table', 'state_rows']
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments038
 def locked(path: Path) -> bool:
-    """Does a process hold this lock file?"""
-    if not path.is_file():
-        return False
-    with path.open(encoding="utf-8") as file:
-        return not _lock(file, wait=False, shared=True)
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments031
-def config_differences(now: TrainConfig, stored: dict, folder: Path) -> list[str]:
-    """What decides a run and differs from what it was made with, as "epochs: 3 -> 5"; ValueError if that is no
-    configuration."""
-    try:
-        return recipe_changes(now, TrainConfig.from_dict(stored))
-    except ValueError as error:
-        raise ValueError(f"{folder} holds no configuration of a run ({error}): delete it to repeat this run") from None
+    """Whether a process holds this lock file; False where it may not be opened."""
+    if path.is_file():
+        try:
+            with FileLock(path, blocking=False):
+                pass
+        except Timeout:
+            return True
+        except PermissionError:
+            pass
+    return False
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments041
-def read_run_metrics(folder: Path) -> dict:
-    """metrics.json of a finished run, with the parts that a study needs. ValueError names it if it is damaged."""
-    path = folder / "metrics.json"
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-(2**53), le=2**53)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Scores(_Part):
+    """Mean scores of a split, in percent."""
+
+    mae: Finite
+    acc: Finite
+    dice: Finite
+    iou: Finite
+
+
+class TrainingFacts(_Part):
+    """How long a run was trained."""
+
+    seconds: Finite
+    epochs: int
+
+
+class ImageCounts(_Part):
+    """Images of each split."""
+
+    train: int
+    valid: int
+    test: int
+
+
+class Recipe(_Part, extra="allow"):
+    """The run's `TrainConfig`, whose other keys are kept as they are."""
+
+    size: int
+    seed: int
+    fold: int | None = None
+    operations: list[str] = []
+
+
+class Machine(_Part):
+    """Where a run was trained."""
+
+    device: str
+    processor: str = "cpu"
+
+
+class Metrics(_Part):
+    """What a study needs of a run's metrics.json."""
+
+    test: Scores
+    train: TrainingFacts
+    images: ImageCounts
+    config: Recipe
+    hardware: Machine
+    selected_by: Literal[tuple(BEST)] = "dice"
+
+
+def read_metrics(folder: str | os.PathLike) -> Metrics:
+    """metrics.json of a finished run. ValueError names the file, and the remedy, if it lacks what a study needs."""
+    path = Path(folder, "metrics.json")
     try:
-        metrics = read_json(path)
+        return Metrics.model_validate(read_json(path))
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged ({validation_problems(error)}): delete {folder} to repeat this run"
+                         ) from None
     except ValueError as error:
         raise ValueError(f"{error}: delete {folder} to repeat this run") from None
-    numbers = [metrics.get(part, {}).get(key) if isinstance(metrics.get(part, {}), dict) else None
-               for part, key in (("test", "dice"), ("train", "seconds"))]
-    if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(metrics.get("config"), dict):
-        raise ValueError(f"{path} lacks test.dice, train.seconds or config: delete {folder} to repeat this run")
-    return metrics
-
-
-def _trained(config: TrainConfig) -> bool:
-    """Has this very run come to its end? ValueError if another one has, under the same name."""
-    if not (config.folder / "metrics.json").is_file():
-        return False
-    changed = config_differences(config, read_run_metrics(config.folder)["config"], config.folder)
-    if changed:
-        raise ValueError(f"{config.folder} holds a finished run with other values ({'; '.join(changed)}): "
-                         "give the study another name, or delete that folder")
-    return True
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments043
-def _note(folder: Path, event: str) -> None:
-    """Add a line to RUNS/STUDY/log.txt: when, which run, what happened, where. Short appends never mix."""
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {folder.name} {event} {socket.gethostname()} {os.getpid()}\n"
-    with _open_here(folder.parent / "log.txt") as file:
-        file.write(line)
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments044
-def _tidy(folder: Path, keep: str, run: Run) -> None:
-    """Write run.json, which says that the run is complete, then remove what only a continuation would need."""
-    text = json.dumps(dataclasses.asdict(run)) + "\n"
-    write_then_rename(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
-    for name in {"last", *(f"best_{measure}" for measure in BEST)} - {keep}:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "resume.pt").unlink(missing_ok=True)
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments046
+def require_same_values(config: TrainConfig) -> None:
+    """Raise ValueError if the run's folder holds a run, finished or half-way, that was made with other values."""
+    if any((config.folder / name).is_file() for name in ("metrics.json", "resume.pt")):
+        if changed := recipe_changes(config, read_stored_config(config.folder / "config.json")):
+            raise ValueError(f"{config.folder} holds a run with other values ({'; '.join(changed)}): "
+                             "give the study or the arm another name, or delete that folder")
+
+
 def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks: Sequence[object] = ()) -> Result:
     """Train one run of a study, continue it, or do nothing if it is complete.
 
@@ -165,18 +148,24 @@ def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks:
         ValueError: the folder holds a run with other values; and what `fit` raises.
     """
     config = study.config(run, runs)
-    folder, checkpoint = config.folder, f"best_{config.select}"
+    folder, lock, checkpoint = config.folder, config.folder / ".lock", f"best_{config.select}"
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / ".lock"):
-        if not _trained(config):
-            begun = (folder / "resume.pt").is_file()
-            if not begun:  # killed while it wrote its first epoch: nothing that could go on
+    if lock.is_symlink():
+        raise FileExistsError(f"{lock} is a link to another file: delete the link")
+    if locked(lock):
+        print(f"another process is at work in {folder}: waiting until it ends", flush=True)
+    with FileLock(lock):
+        require_same_values(config)
+        if not (folder / "metrics.json").is_file():
+            if not (folder / "resume.pt").is_file():  # killed while it wrote its first epoch: nothing that could go on
                 (folder / "history.csv").unlink(missing_ok=True)
-            _note(folder, "continued" if begun else "begun")
             fit(config, callbacks=callbacks)
-            _note(folder, "trained")
-        _tidy(folder, checkpoint, run)
-    return Result(read_run_metrics(folder), folder / checkpoint, read_history(folder), folder)
+        text = json.dumps(dataclasses.asdict(run)) + "\n"
+        write_then_rename(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+        for name in {"last", *(f"best_{measure}" for measure in BEST)} - {checkpoint}:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "resume.pt").unlink(missing_ok=True)
+    return Result(read_json(folder / "metrics.json"), folder / checkpoint, read_history(folder), folder)
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments049
 def config_rows(study: Study, arm: str) -> list[list[str]]:
@@ -201,63 +190,45 @@ def network_rows(study: Study, arm: str) -> list[list[str]]:
 # %% ../../nbs/reference/study_runs.ipynb #experiments051
 def score_rows(metrics: Mapping) -> list[list[str]]:
     """The scores of a run's metrics.json as a table of texts, head first: a row per split."""
-    names = [name for name in metrics["valid"] if name != "loss"]
-    return [
-        ["split", "images", *names],
-        *(
-            [
-                part, str(metrics["images"][part] or metrics["images"]["valid"]),
-                *(f"{metrics[part][name]:.2f}" for name in names)]
-            for part in ("valid", "test")
-        ),
-    ]
+    names, images = [name for name in metrics["valid"] if name != "loss"], metrics["images"]
+    return [["split", "images", *names], *(
+        [part, str(images[part] or images["valid"]), *(f"{metrics[part][name]:.2f}" for name in names)]
+        for part in ("valid", "test"))]
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments054
 @torch.no_grad()
 def validation_masks(result: Result, data: SegmentationData, images: int = 6) -> np.ndarray:
-    """Validation images from all over the split, target in orange, the checkpoint's mask in blue: uint8 [size, n·size,
+    """Validation images from all over the split, target in white, the checkpoint's mask in blue: uint8 [size, n·size,
     3]."""
     chosen = np.linspace(0, len(data.valid) - 1, min(images, len(data.valid))).astype(int)
     batch = data.valid.batch(chosen)
-    return mask_pictures(batch, hard_masks(load_network(result.checkpoint_dir)(normalize(batch.images))), data.color)
+    return mask_pictures(batch, hard_masks(pretrained(result.checkpoint_dir)(normalize(batch.images))), data.color)
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments057
-def _complete(folder: Path) -> bool:
-    """Is everything there that a finished run leaves? An error that came after training counts, too."""
-    return all((folder / name).is_file() for name in ("metrics.json", "run.json", "notebook.ipynb")) and not (
-        folder / "error.txt").exists()
-
-
 def last_error(folder: Path) -> str:
     """The first line of a failed run's error.txt, fit for a terminal."""
     with (folder / "error.txt").open(encoding="utf-8", errors="replace") as file:
         return printable(file.readline(2000).rstrip("\n"))
 
 
-def _state(folder: Path) -> str:
-    if _complete(folder):
-        return "done"
-    return "running" if locked(folder / ".lock") else "failed" if (folder / "error.txt").is_file() else "waiting"
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments058
 def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
     """A run's row of `study_table`."""
     config = study.config(run, runs)
     folder, history = config.folder, config.folder / "history.csv"
-    row = {
-        "run": run.name, "arm": run.arm, "seed": run.seed, "fold": run.fold, "state": _state(folder),
-        "epochs": config.epochs, "epoch": 0, "dice": None, "seconds": None, "error": ""}
+    row = {"run": run.name, "arm": run.arm, "seed": run.seed, "fold": run.fold, "state": "waiting",
+           "epochs": config.epochs, "epoch": 0, "dice": None, "seconds": None, "error": ""}
     if history.is_file():
         with history.open("rb") as file:
             row["epoch"] = max(0, sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) - 1)
-    if row["state"] == "done":
-        metrics = read_run_metrics(folder)
-        row |= {"dice": metrics["test"]["dice"], "seconds": metrics["train"]["seconds"]}
-    if row["state"] == "failed":
-        row["error"] = last_error(folder)
-    return row
+    failed = (folder / "error.txt").is_file()  # an error that came after training counts, too
+    if not failed and all((folder / name).is_file() for name in ("metrics.json", "run.json", "notebook.ipynb")):
+        metrics = read_metrics(folder)
+        return row | {"state": "done", "dice": metrics.test.dice, "seconds": metrics.train.seconds}
+    if locked(folder / ".lock"):
+        return row | {"state": "running"}
+    return row | {"state": "failed", "error": last_error(folder)} if failed else row
 
-
+# %% ../../nbs/reference/study_runs.ipynb #experiments058
 def study_table(study: Study, runs: str | os.PathLike = "runs") -> list[dict]:
     """The state of every run, from the run folders alone.
 
@@ -267,55 +238,9 @@ def study_table(study: Study, runs: str | os.PathLike = "runs") -> list[dict]:
     """
     return [run_row(study, run, runs) for run in study.runs()]
 
-# %% ../../nbs/reference/study_runs.ipynb #experiments059
+
 def state_rows(rows: Sequence[dict]) -> list[list[str]]:
     """Rows of `study_table` as a table of texts with a row per run, head first."""
-    return [
-        ["run", "state", "epoch", "Dice", "last error"],
-        *(
-            [
-                row["run"], row["state"], f"{row['epoch']}/{row['epochs']}",
-                "-" if row["dice"] is None else f"{row['dice']:.2f}", row["error"]]
-            for row in rows
-        ),
-    ]
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments063
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
-
-# %% ../../nbs/reference/study_runs.ipynb #experiments064
-def arm_rows(rows: Sequence[dict], workers: int = 1) -> list[list[str]]:
-    """Rows of `study_table` as a table of texts, head first, a row for each arm.
-
-    The time left assumes an arm's mean training time (that of all arms if it has none yet) for each run that is not
-    done, less what running ones have done.
-
-    Args:
-        rows: of `study_table`.
-        workers: by which the time left is divided.
-    """
-    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
-    known = [row["seconds"] for row in rows if row["seconds"] is not None]
-    table, total = [["arm", "done", "running", "failed", "mean Dice", "time left"]], 0.0
-    for arm, own in arms.items():
-        done, running = ([row for row in own if row["state"] == state] for state in ("done", "running"))
-        seconds = [row["seconds"] for row in done] or known
-        left = sum(1 - row["epoch"] / row["epochs"] for row in own if row["state"] in ("waiting", "running"))
-        left *= sum(seconds) / len(seconds) / workers if seconds else 0.0
-        total += left
-        epochs = ", ".join(f"epoch {row['epoch']}/{row['epochs']}" for row in running)
-        dice = f"{sum(row['dice'] for row in done) / len(done):.2f}" if done else "-"
-        table.append(
-            [
-                arm, f"{len(done)}/{len(own)}", epochs or "-", str(sum(row["state"] == "failed" for row in own)), dice,
-                format_duration(left) if known else "?"]
-        )
-    count = [sum(row["state"] == state for row in rows) for state in ("done", "running", "failed")]
-    return [
-        *table,
-        ["all", f"{count[0]}/{len(rows)}", str(count[1]), str(count[2]), "", format_duration(total) if known else "?"]]
+    return [["run", "state", "epoch", "Dice", "last error"], *(
+        [row["run"], row["state"], f"{row['epoch']}/{row['epochs']}",
+         "-" if row["dice"] is None else f"{row['dice']:.2f}", row["error"]] for row in rows)]

@@ -5,228 +5,154 @@
 # %% ../../nbs/reference/study_sweep.ipynb #6aa5baf1
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import sys
+import tempfile
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
-import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from ..evaluation.tables import aligned
-from ..files.text import read_json, read_text
+from ..files.optional import import_optional
+from ..files.text import printable
 from ..files.writing import write_then_rename
-from ..files.yaml import read_yaml
-from .cluster import local_client, remote_client, require_package, slurm_client
+from .cluster import connected_client
 from .plan import Run, Study, read_study
-from .process import STOPPED, Job, describe_failure, execute_run
-from .runs import (arm_rows, config_differences, exclusive, format_duration, read_run_metrics, run_row,
-                              study_table)
+from .runs import require_same_values, run_row, study_table
 
 # %% auto #0
-__all__ = ['GONE', 'NOTEBOOKS', 'Screen', 'Sweep', 'find_notebooks', 'run_study']
+__all__ = ['NOTEBOOKS', 'execute_run', 'error_text', 'running_kernels', 'find_notebooks', 'run_study']
 
-# %% ../../nbs/reference/study_sweep.ipynb #experiments067
-class Screen:
-    """Where a sweep tells of itself: a table redrawn in place in a terminal or a notebook, single lines in a log
-    file."""
+# %% ../../nbs/reference/study_sweep.ipynb #sweep-execute
+def execute_run(notebook: str, parameters: dict, folder: Path, directory: str, session: str) -> None:
+    """On a worker: one run through papermill, in a kernel of its own. Raises what went wrong in the notebook.
 
-    def __init__(self):
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython else None
-        self.notebook = shell is not None and hasattr(shell, "kernel")
-        self.terminal = not self.notebook and sys.stdout.isatty()
-        self._shown, self._handle = "", None
+    Args:
+        notebook: its file.
+        parameters: of the notebook.
+        folder: of the run; it gets the executed notebook.ipynb.
+        directory: where the kernel works.
+        session: a word by which `running_kernels` finds the kernel.
+    """
+    papermill, traitlets = (import_optional(name, "a study") for name in ("papermill", "traitlets.config"))
+    os.environ["PYTHONSAFEPATH"] = "1"  # the kernel inherits it: no modules from the folder where it works
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"qtseg-{session}-") as private:
+        made = Path(private, "notebook.ipynb")
+        config = traitlets.Config(KernelManager={  # files: network ports chosen by many kernels at once can collide
+            "transport": "ipc", "ip": f"{private}/kernel", "connection_file": f"{private}/kernel.json"})
+        try:
+            executed = papermill.execute_notebook(
+                notebook, str(made), parameters, kernel_name="python3", progress_bar=False, start_timeout=120,
+                cwd=directory, config=config)
+        finally:
+            if made.is_file():
+                write_then_rename(folder / "notebook.ipynb", lambda path: shutil.copyfile(made, path))
+    left = [cell for cell in executed.cells
+            if cell.cell_type == "code" and cell.metadata.papermill.status != "completed"]
+    if left:
+        raise RuntimeError(f"the notebook ended before {len(left)} of its cells had run")
+    if not all((folder / name).is_file() for name in ("metrics.json", "run.json")):
+        raise RuntimeError(f"{notebook} ran to its end but left no finished run: it has to call run_arm")
 
-    def line(self, text: str) -> None:
-        """Say something that stays."""
-        shown, self._shown = self._shown, ""
-        self._erase(shown)
-        print(text, flush=True)
-        if shown:
-            self.table(shown)
 
-    def table(self, text: str) -> None:
-        """Show the table as it is now; nothing where nothing can be redrawn."""
-        if self.terminal:  # a line that wraps would be two to erase
-            text = "\n".join(line[: shutil.get_terminal_size().columns - 1] for line in text.splitlines())
-        if text == self._shown or not (self.notebook or self.terminal):
-            return
-        if self.terminal:
-            self._erase(self._shown)
-            print(text, flush=True)
-        elif self._handle:
-            self._handle.update({"text/plain": text}, raw=True)
-        else:
-            from IPython.display import display
-            self._handle = display({"text/plain": text}, raw=True, display_id=True)
-        self._shown = text
-
-    def _erase(self, shown: str) -> None:
-        if shown and self.terminal:
-            print(f"\x1b[{shown.count(chr(10)) + 1}F\x1b[J", end="")
-
-# %% ../../nbs/reference/study_sweep.ipynb #887ceed7
-_ASKED: set[int] = set()  # kernels that were asked to stop; on a worker
+def error_text(error: BaseException) -> str:
+    """Why a run failed: name and sentence in one line, then, from within a notebook, the traceback without colors."""
+    name, sentence = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    if name == "DeadKernelError":
+        sentence = "the kernel died: killed, out of memory, or crashed in compiled code"
+    details = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(getattr(error, "traceback", [])))
+    return f"{name}: {' '.join(sentence.split())}\n" + (f"\n{details}\n" if details else "")
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments082
-def _interrupt(session: str, folders: Sequence[str]) -> None:
-    """On a worker: begin nothing more for this session, and ask the kernels of these runs, once each, to save and
-    stop."""
-    STOPPED.add(session)
-    children = {child.pid for child in require_package("psutil").Process().children()}
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            owner, host = read_text(Path(folder, ".lock")).split()
-            if host == socket.gethostname() and int(owner) in children - _ASKED:
-                _ASKED.add(int(owner))
-                os.kill(int(owner), signal.SIGINT)
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments084
-def _devices() -> list[str]:
-    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        [name for name in named.split(",") if name]
-        if named is not None
-        else list(map(str, range(torch.cuda.device_count())))
-    )
+def running_kernels(session: str, interrupt: bool = False) -> int:
+    """On a worker: how many kernels of a session it has; `interrupt`: ask them to save and stop."""
+    psutil = import_optional("psutil", "a study")
+    count = 0
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any(f"qtseg-{session}-" in word for word in child.cmdline()):
+                count += 1
+                if interrupt:
+                    child.send_signal(signal.SIGINT)
+    return count
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments092
-@dataclass
-class Sweep:
-    """A sweep at work: what waits, what runs where, what is known of every run."""
-
-    study: Study
-    runs: str
-    notebooks: dict[str, Path]
-    client: object
-    threads: int | None
-    devices: list[str]
-    screen: Screen
-    session: str = field(default_factory=lambda: uuid.uuid4().hex)
-    active: dict = field(default_factory=dict)  # future -> run
-    workers: dict[str, list[str]] = field(default_factory=dict)  # address -> the names of the runs that it has
-    fresh: float = 0.0  # when the table was last made
-
-    def __post_init__(self):
-        self.rows = {row["run"]: row for row in study_table(self.study, self.runs)}
-        self.todo = deque(run for run in self.study.runs() if self.rows[run.name]["state"] != "done")
-
-    @property
-    def root(self) -> Path:
-        return Path(self.runs) / self.study.name
-
-    def job(self, run: Run) -> Job:
-        """What a worker is told about a run."""
-        return Job(
-            str(self.notebooks[run.arm]), str(self.root / "study.json"), run, self.runs, os.getcwd(), self.session,
-            self.threads, self.devices)
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments094
-GONE = "the scheduler is gone; what is finished is safe: start the same command again to go on"
-
-
-def _watch_workers(sweep: Sweep) -> None:
-    """Who is there, and with which run; one line for each worker that has gone, and what becomes of its run."""
-    names = {future.key: run.name for future, run in sweep.active.items()}
-    try:
-        processing = sweep.client.processing()
-    except (OSError, TimeoutError):
-        raise ConnectionError(GONE) from None
-    busy = {address: [names[key] for key in keys if key in names] for address, keys in processing.items()}
-    for address in set(sweep.workers) - set(busy):
-        lost = [name for name in sweep.workers[address] if name in names.values()]
-        then = f"; Dask repeats {', '.join(lost)} on another" if lost else ""
-        sweep.screen.line(f"the worker {address} is gone{then}")
-    if not busy and (sweep.workers or not sweep.fresh):
-        sweep.screen.line("waiting for a worker")
-    sweep.workers = busy
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments095
-def _submit(sweep: Sweep) -> None:
-    """Hand out runs while there are workers without one. The rest waits here, where an interruption costs nothing."""
-    while sweep.todo and len(sweep.active) < len(sweep.workers):
-        run = sweep.todo.popleft()
-        future = sweep.client.submit(execute_run, sweep.job(run), key=f"{run.name}-{sweep.session}", pure=False)
-        sweep.active[future] = run
-        sweep.rows[run.name] |= {"state": "running", "error": ""}
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments097
-def _collect(sweep: Sweep) -> None:
-    """Take in what has ended. ConnectionError if the scheduler is gone."""
-    for future in [future for future in sweep.active if future.done()]:
-        run = sweep.active.pop(future)
-        folder = sweep.root / run.name
-        if future.status in ("cancelled", "lost"):  # as Dask spells it
-            raise ConnectionError(GONE)
-        if future.status == "error":  # nothing that the run raised, but that it could not be run: say, its workers died
-            name, text = describe_failure(future.exception())
-            folder.mkdir(parents=True, exist_ok=True)
-            write_then_rename(folder / "error.txt", lambda path: path.write_text(text, encoding="utf-8"))
-        row = sweep.rows[run.name] = run_row(sweep.study, run, sweep.runs)
-        _tell(sweep, row)
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments098
-def _tell(sweep: Sweep, row: dict) -> None:
-    """One line for a run that has ended."""
-    done = sum(other["state"] == "done" for other in sweep.rows.values())
-    if row["state"] == "done" and not (sweep.screen.terminal or sweep.screen.notebook):  # there, the table says so
-        seconds = format_duration(row["seconds"])
-        sweep.screen.line(f"{done}/{len(sweep.rows)} {row['run']}: Dice {row['dice']:.2f}, trained for {seconds}")
-    if row["state"] == "failed":
-        sweep.screen.line(f"failed: {row['run']}: {row['error']}")
-
-
-def _show(sweep: Sweep) -> None:
-    """The table, at most once a second."""
-    if time.monotonic() - sweep.fresh < 1:
-        return
-    sweep.fresh = time.monotonic()
-    for run in sweep.active.values():
-        sweep.rows[run.name] |= {"epoch": run_row(sweep.study, run, sweep.runs)["epoch"]}
-    sweep.screen.table(aligned(arm_rows(list(sweep.rows.values()), max(1, len(sweep.workers)))))
+def _stop(client, futures: Mapping, session: str, patience: float = 60.0) -> None:
+    """Let the running kernels save and stop; a second Ctrl-C, or a minute, leaves them to the cluster's end."""
+    tqdm.write("stopping: running notebooks are saved first (Ctrl-C again: at once)", file=sys.stdout)
+    end, interrupt = time.monotonic() + patience, True
+    with contextlib.suppress(KeyboardInterrupt, OSError, TimeoutError):
+        client.cancel([*futures])
+        while time.monotonic() < end and any(
+                client.run(running_kernels, session, interrupt, on_error="ignore").values()):
+            interrupt = False
+            time.sleep(0.5)
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments100
-def _sweep(sweep: Sweep) -> None:
-    """Until every run has ended, well or not. KeyboardInterrupt (Ctrl-C): the running ones save and stop first."""
-    try:
-        while sweep.todo or sweep.active:
-            _watch_workers(sweep)
-            _submit(sweep)
-            _show(sweep)
-            time.sleep(0.2)
-            _collect(sweep)
-        sweep.fresh = 0.0
-        _show(sweep)
-    except KeyboardInterrupt:
-        _stop(sweep)
-        raise
+def _finish(study: Study, run: Run, runs: Path, future) -> dict:
+    """The row of a run that has ended, after its error was written down. ConnectionError if the scheduler is gone."""
+    if future.status in ("cancelled", "lost"):
+        raise ConnectionError("the scheduler is gone; what is finished is safe: start the same command again to go on")
+    if future.status == "error":  # of the notebook, or Dask's own: it gives a run up after several dead workers
+        folder, text = runs / study.name / run.name, error_text(future.exception())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_then_rename(folder / "error.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    return run_row(study, run, runs)
 
-# %% ../../nbs/reference/study_sweep.ipynb #experiments101
-def _stop(sweep: Sweep, patience: float = 60.0) -> None:
-    """Let the running kernels save and stop; a second Ctrl-C, or a minute, leaves them to the cluster's end."""
-    sweep.screen.line("stopping: what runs is saved first (Ctrl-C again: at once)")
-    folders, end = [str(sweep.root / run.name) for run in sweep.active.values()], time.monotonic() + patience
-    with contextlib.suppress(KeyboardInterrupt, OSError, TimeoutError):
-        while time.monotonic() < end and not all(future.done() for future in sweep.active):
-            sweep.client.run(_interrupt, sweep.session, folders, on_error="ignore")
-            time.sleep(0.5)
-    for future in sweep.active:
-        future.cancel()
+
+def _show(bar: tqdm, rows: Mapping[str, dict]) -> None:
+    """Put epochs and states of all runs into the progress bar."""
+    count = collections.Counter(row["state"] for row in rows.values())
+    bar.set_postfix_str(f"{count['done']}/{len(rows)} runs, {count['running']} running, {count['failed']} failed", False)
+    bar.n = sum(row["epochs" if row["state"] == "done" else "epoch"] for row in rows.values())
+    bar.refresh()
+
+
+def _sweep(client, study: Study, runs: Path, notebooks: Mapping[str, Path], rows: dict[str, dict]) -> None:
+    """Until every run has ended, well or not. KeyboardInterrupt (Ctrl-C): the running ones save and stop first."""
+    session, root, futures, shown = uuid.uuid4().hex[:8], runs / study.name, {}, 0.0
+    bar = tqdm(total=sum(row["epochs"] for row in rows.values()), unit="epoch", file=sys.stdout, disable=None,
+               smoothing=0, initial=sum(row["epoch"] for row in rows.values()))
+    with bar:
+        if not client.nthreads():
+            bar.write("waiting for a worker", file=sys.stdout)
+        try:
+            for run in study.runs():
+                if rows[run.name]["state"] != "done":
+                    parameters = {"study": str(root / "study.json"), "arm": run.arm, "seed": run.seed,
+                                  "fold": run.fold, "runs": str(runs)}
+                    futures[client.submit(execute_run, str(notebooks[run.arm]), parameters, root / run.name,
+                                          os.getcwd(), session, pure=False)] = run
+            while futures:
+                time.sleep(0.2)
+                for future in [future for future in futures if future.done()]:
+                    run = futures.pop(future)
+                    row = rows[run.name] = _finish(study, run, runs, future)
+                    said = row["error"] or f"Dice {row['dice']:.2f}, trained for {bar.format_interval(row['seconds'])}"
+                    count = sum(one["state"] == "done" for one in rows.values())
+                    state = "failed" if row["error"] else f"{count}/{len(rows)}"
+                    bar.write(f"{state}: {printable(run.name)}: {said}", file=sys.stdout)
+                if time.monotonic() - shown > 1:
+                    rows |= {run.name: run_row(study, run, runs) for run in futures.values()
+                             if (root / run.name).is_dir()}
+                    _show(bar, rows)
+                    shown = time.monotonic()
+            _show(bar, rows)
+        except KeyboardInterrupt:
+            _stop(client, futures, session)
+            raise
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments103
 NOTEBOOKS = {"qtseg": "ablation.ipynb"}  # which notebook trains a model; every other model is a baseline
@@ -249,57 +175,18 @@ def find_notebooks(study: Study, folder: str | os.PathLike | None = None) -> dic
     return found
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments105
-def _refuse_changed_arms(study: Study, runs: Path) -> None:
-    """Raise ValueError if an arm has runs that were made with other values than it has now."""
+def _begin(study: Study, runs: Path) -> None:
+    """Refuse what contradicts the runs that are there, then write study.json."""
     for run in study.runs():
-        config = study.config(run, runs)
-        if (config.folder / "metrics.json").is_file():
-            stored = read_run_metrics(config.folder)["config"]
-        elif all((config.folder / name).is_file() for name in ("resume.pt", "config.json")):
-            stored = read_json(config.folder / "config.json")
-        else:
-            continue
-        changed = config_differences(config, stored, config.folder)
-        if changed:
-            raise ValueError(f"the arm {run.arm} was changed after {config.folder} was trained ({'; '.join(changed)}): "
-                             "give the study or the arm another name, or delete the arm's runs")
-
-
-def _prepare_tracking(study: Study, root: Path) -> None:
-    """Make MLflow's database before several runs would make it at once, which breaks it."""
-    if any(study.config(run).track for run in study.runs()):
-        mlflow, root = require_package("mlflow"), root.resolve()
+        require_same_values(study.config(run, runs))
+    root = runs / study.name
+    if any(study.config(run).track for run in study.runs()):  # several runs that make MLflow's database break it
+        mlflow = import_optional("mlflow", "track: true")
         mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
         if mlflow.get_experiment_by_name("qtseg") is None:
             mlflow.create_experiment("qtseg", artifact_location=(root / "mlartifacts").as_uri())
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments106
-def _begin(study: Study, root: Path) -> None:
-    """Refuse what contradicts the runs that are there, then write study.json."""
-    _refuse_changed_arms(study, root.parent)
-    _prepare_tracking(study, root)
     text = json.dumps(study.to_dict(), indent=2) + "\n"
     write_then_rename(root / "study.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-# %% ../../nbs/reference/study_sweep.ipynb #experiments107
-def _connect(workers: int | None, scheduler, slurm: Mapping | str | os.PathLike | None, threads: int | None,
-             insecure: bool, root: Path, most: int) -> tuple[Callable, int | None, list[str]]:
-    """Where the runs are executed: how to get a client, threads of a run (None: the worker's choice), GPUs to share."""
-    if (scheduler is not None) + (slurm is not None) + (workers is not None and scheduler is not None) > 1:
-        raise ValueError("scheduler excludes slurm and workers: a scheduler brings its own workers")
-    if workers is not None and workers < 1 or threads is not None and threads < 1:
-        raise ValueError("workers and threads are at least 1")
-    if scheduler is not None:
-        address = isinstance(scheduler, str)
-        client = contextlib.nullcontext(scheduler)
-        return (lambda: remote_client(scheduler, insecure) if address else client), threads, []
-    if slurm is not None:
-        values = dict(slurm) if isinstance(slurm, Mapping) else read_yaml(slurm)
-        share = max(1, values.get("cores", 1) // values.get("processes", 1))
-        return lambda: slurm_client(values, workers or 1, root), threads or share, []
-    devices = _devices()
-    workers = workers or len(devices) or _cores()
-    return lambda: local_client(min(workers, most)), threads or max(1, _cores() // workers), devices
 
 # %% ../../nbs/reference/study_sweep.ipynb #experiments108
 def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLike = "runs", *,
@@ -325,15 +212,18 @@ def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLik
         KeyboardInterrupt: after all running ones were saved
     """
     study = study if isinstance(study, Study) else read_study(study)
-    found, runs = find_notebooks(study, notebooks), Path(runs).absolute()
-    todo, root = [row for row in study_table(study, runs) if row["state"] != "done"], runs / study.name
-    connect, threads, devices = _connect(workers, scheduler, slurm, threads, insecure, root, len(todo))
+    found, runs = find_notebooks(study, notebooks), Path(runs).resolve()
+    rows, root = {row["run"]: row for row in study_table(study, runs)}, runs / study.name
+    left = sum(row["state"] != "done" for row in rows.values())
+    context = connected_client(root, left, workers=workers, threads=threads, scheduler=scheduler, slurm=slurm,
+                               insecure=insecure)
     root.mkdir(parents=True, exist_ok=True)
-    with exclusive(root / ".lock", wait=False) as alone:
-        if not alone:
-            raise BlockingIOError(f"another sweep is at work in {root}: wait for it, or stop it")
-        _begin(study, root)
-        if todo:
-            with connect() as client:
-                _sweep(Sweep(study, str(runs), found, client, threads, devices, Screen()))
+    try:
+        with FileLock(root / ".lock", blocking=False):
+            _begin(study, runs)
+            if left:
+                with context as client:
+                    _sweep(client, study, runs, found, rows)
+    except Timeout:
+        raise BlockingIOError(f"another sweep is at work in {root}: wait for it, or stop it") from None
     return study_table(study, runs)
