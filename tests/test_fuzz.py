@@ -36,7 +36,7 @@ from qtseg.data.sources import find_source
 from qtseg.study.plan import read_study
 from qtseg.files.pictures import read_picture
 from qtseg.files.text import csv_cell, escape, printable, read_json
-from qtseg.network.baselines import load_network
+from qtseg.network.baselines import pretrained
 from qtseg.network.model import QTSeg
 from qtseg.network.official import load_official
 from qtseg.network.state import copy_into, read_safetensors
@@ -314,7 +314,7 @@ def test_configurations(place, checkpoint, data):
     else:
         text = mutated(json.dumps(stored).encode(), b'{"width": 9}', data.draw(edits))
     (folder / "config.json").write_bytes(text)
-    good_or_one_sentence(load_network, folder, most=1000)  # four names for each of what is missing, left over and misfit
+    good_or_one_sentence(pretrained, folder, most=1000)  # four names for each of what is missing, left over and misfit
 
 
 @pytest.fixture(scope="module")
@@ -374,8 +374,8 @@ def test_studies(place, data):
 @given(data=st.data())
 def test_run_configurations(data):
     stored = {"name": "run", "data": "phantoms", "epochs": 3, "size": 64, "betas": [0.9, 0.999], "depths": [1, 2, 3], "lr": 0.001, "gamma": 2.0, "valid_share": 0.2, "loss": "dice_ce"}
-    changed = data.draw(values_changed({key: stored[key] for key in stored if key in TrainConfig.__dataclass_fields__}))
-    good_or_one_sentence(lambda: TrainConfig(**changed) if all(key in TrainConfig.__dataclass_fields__ for key in changed) else None,
+    changed = data.draw(values_changed({key: stored[key] for key in stored if key in TrainConfig.model_fields}))
+    good_or_one_sentence(lambda: TrainConfig(**changed) if all(key in TrainConfig.model_fields for key in changed) else None,
                          most=6000)  # all that is wrong
 
 

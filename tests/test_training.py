@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -29,14 +28,16 @@ from PIL import Image
 from qtseg.training import callbacks as training_callbacks, hardware as training_hardware, loop as training_loop, run_folder, trainer as training_trainer
 from qtseg.training.augmentation import Augmentation
 from qtseg.data.dataset import normalize
+from qtseg.data.reading import read_image
 from qtseg.data.segmentation import SegmentationData
-from qtseg.evaluation.protocol import SIZES
 from qtseg.evaluation.runs import evaluate_checkpoint
+from qtseg.evaluation.scores import SIZES
 from qtseg.prediction.export import export_onnx
+from qtseg.prediction.folders import predict_files
 from qtseg.prediction.networks import OnnxNetwork
 from qtseg.prediction.predictor import Predictor
 from qtseg.training.losses import ce_dice_loss
-from qtseg.network.baselines import BASELINES, Baseline, load_network
+from qtseg.network.baselines import BASELINES, Baseline, pretrained
 from qtseg.network.model import QTSeg
 from qtseg.data.phantom_sets import write_prepared
 from qtseg.training.callbacks import EMA, EarlyStopping, mask_pictures
@@ -130,30 +131,30 @@ def test_unknown_keys_are_refused_by_name():
 
 
 @pytest.mark.parametrize("key, value, said", [
-    ("epochs", 2.5, "epochs is a whole number, not 2.5"), ("epochs", True, "epochs is a whole number, not True"),
-    ("lr", "1e-3", "lr is a number, not '1e-3'"), ("augment", "true", "augment is true or false, not 'true'"),
-    ("fold", "0", "fold is a whole number or null, not '0'"), ("depths", [1, "2"], "depths is a list of whole numbers, not"),
-    ("losses", {"ce": "1"}, "losses is a mapping of texts to numbers, not"), ("milestones", [1.5], "milestones is a list of whole numbers, not [1.5]"), ("betas", [float("nan"), 0.9], "betas is a list of numbers, not [nan, 0.9]"), ("epochs", "10", "in YAML write 10, without"), ("fold", "0", "in YAML write 0, without"), ("betas", 0.9, "betas is a list"), ("lr", float("nan"), "lr is a number"),
-    ("lr", 0.0, "lr is above 0"), ("epochs", 0, "epochs is at least 1"), ("optimizer", "lion", "optimizer is one of adamw, adam, sgd"),
-    ("losses", {"dice": 1.0}, "losses has the unknown entry 'dice'"), ("losses", {}, "losses names at least one"),
-    ("operations", ["flip"], "operations has the unknown entry 'flip'"), ("name", "a/b", "name is the name of one folder"),
+    ("epochs", 2.5, "epochs is a whole number from 1 to 1000000, not 2.5"), ("epochs", True, "epochs is a whole number from 1 to 1000000, not True"),
+    ("lr", "1e-3", "lr is a number > 0, not '1e-3'"), ("augment", "true", "augment is true or false, not 'true'"),
+    ("fold", "0", "fold is a whole number from 0 to 9999 or null, not '0'"), ("depths", [1, "2"], "depths is a list of 3 whole numbers from 0 to 100, not [1, '2']"),
+    ("losses", {"ce": "1"}, "losses is a mapping of one or more of ce, bce,"), ("milestones", [1.5], "milestones is a list of epochs from 1 on, in rising order, not [1.5]"), ("betas", [float("nan"), 0.9], "betas is a list of 2 numbers >= 0 and < 1, not [nan, 0.9]"), ("epochs", "10", "in YAML write 10, without"), ("fold", "0", "in YAML write 0, without"), ("betas", 0.9, "betas is a list"), ("lr", float("nan"), "lr is a number"),
+    ("lr", 0.0, "lr is a number > 0, not 0.0"), ("epochs", 0, "epochs is a whole number from 1"), ("optimizer", "lion", "optimizer is one of adamw, adam, sgd"),
+    ("losses", {"dice": 1.0}, "losses is a mapping of one or more of ce, bce, binary_dice, categorical_dice, focal, ce_dice to numbers >= 0, one above 0, not {'dice': 1.0}"), ("losses", {}, "one above 0, not {}"),
+    ("operations", ["flip"], "operations is a list of different names out of vertical_flip, horizontal_flip"), ("name", "a/b", "name is the name of one folder"),
     ("name", "", "name is the name of one folder"), ("select", "f1", "select is one of"), ("amp", "fp8", "amp is one of none, bf16, fp16"),
     ("model", "vnet", "model is one of qtseg, unet"), ("position", "rotary", "position is one of fourier, learned, none"),
     ("model", "unet", "encoder fpn is QTSeg's own: model unet needs one of segmentation-models-pytorch, such as encoder: resnet34"),
     ("encoder_weights", "imagenet", "encoder_weights imagenet are for an encoder of segmentation-models-pytorch"), ("freeze_norm", 1, "freeze_norm is true"),
-    ("betas", [0.9], "betas is two numbers, each at least 0 and below 1"), ("betas", [0.9, 1.0], "betas is two numbers"), ("betas", [-0.1, 0.9], "betas is two"),
-    ("valid_share", 5, "valid_share is above 0 and below 1, not 5"), ("valid_share", 0, "valid_share"), ("valid_share", 1.0, "valid_share"),
-    ("gamma", -3, "gamma is above 0 and at most 1, not -3"), ("gamma", 0, "gamma is above 0"), ("power", 0.0, "power is above 0"), ("momentum", 1.0, "momentum is at"),
-    ("depths", [-1, 0], "depths is three whole numbers"), ("depths", [1, 2], "depths is three"), ("depths", [1, 1, -1], "depths is three"),
-    ("folds", 1, "folds is at least 2, not 1"), ("fold", -1, "fold is at least 0"), ("lr", float("inf"), "lr is a number, not inf"), ("lr", 10**400, "lr is a number"),
+    ("betas", [0.9], "betas is a list of 2 numbers >= 0 and < 1, not [0.9]"), ("betas", [0.9, 1.0], "betas is a list of 2 numbers"), ("betas", [-0.1, 0.9], "betas is a list of 2"),
+    ("valid_share", 5, "valid_share is a number > 0 and < 1, not 5"), ("valid_share", 0, "valid_share"), ("valid_share", 1.0, "valid_share"),
+    ("gamma", -3, "gamma is a number > 0 and <= 1, not -3"), ("gamma", 0, "gamma is a number > 0"), ("power", 0.0, "power is a number > 0"), ("momentum", 1.0, "momentum is a number >= 0 and < 1"),
+    ("depths", [-1, 0], "depths is a list of 3 whole numbers"), ("depths", [1, 2], "depths is a list of 3"), ("depths", [1, 1, -1], "depths is a list of 3"),
+    ("folds", 1, "folds is a whole number from 2 to 10000 or null, not 1"), ("fold", -1, "fold is a whole number from 0"), ("lr", float("inf"), "lr is a number > 0, not inf"), ("lr", 10**400, "lr is a number"),
     ("milestones", [3, 2], "milestones is a list of epochs from 1 on, in rising order"),
-    ("milestones", [2, 2], "milestones is a list"), ("milestones", [0], "milestones is a list"), ("losses", {"ce": -1.0}, "losses is one or more losses with weights"),
-    ("losses", {"ce": 0.0}, "none below 0 and one above"), ("heads", 3, "heads divides twice the width, 32: 3 does not"), ("heads", -1, "heads is at least 1"),
-    ("size", 60000, "size is at most 16384"), ("seed", 2**64, "seed is at most"), ("data", "", "data is a folder, a .zip or phantoms"), ("data", "a\0b", "data is a folder"),
+    ("milestones", [2, 2], "milestones is a list"), ("milestones", [0], "milestones is a list"), ("losses", {"ce": -1.0}, "losses is a mapping of one or more of ce"),
+    ("losses", {"ce": 0.0}, "numbers >= 0, one above 0"), ("heads", 3, "heads divides twice the width, 32: 3 does not"), ("heads", -1, "heads is a whole number from 1"),
+    ("size", 60000, "size is a whole number from 32 to 16384, not 60000"), ("seed", 2**64, "seed is a whole number from 0 to 9223372036854775807"), ("data", "", "data is a folder, a .zip or phantoms"), ("data", "a\0b", "data is a folder"),
     ("runs", " ", "runs is the name of a folder"), ("cache", "a\nb", "cache is the name of a folder"), ("name", "..", "name is the name of one folder"),
     ("name", ".", "name is the name of one folder"), ("name", "a\\b", "name is the name of one folder"), ("name", "a\x1b[2J", "name is the name of one folder"),
     ("name", "x" * 300, "at most 200 bytes"), ("name", " run", "name is the name"), ("operations", ["rotate", "rotate"], "operations is a list of different names"),
-    ("strength", 2.5, "strength is at most 2.0"), ("lr", 1e-6, "min_lr, 1e-05, is at most lr"), ("data", b"d", "data is a text, not b'd'"), ("mask_values", [0, 1.5], "mask_values is a list"),
+    ("strength", 2.5, "strength is a number from 0 to 2, not 2.5"), ("lr", 1e-6, "min_lr, 1e-05, is at most lr"), ("data", b"d", "data is a folder, a .zip or phantoms[:family[:number]], not b'd'"), ("mask_values", [0, 1.5], "mask_values is a list"),
 ])
 def test_wrong_values_are_refused_by_name(key, value, said):
     with pytest.raises(ValueError) as caught:
@@ -166,7 +167,7 @@ def test_wrong_values_are_refused_by_name(key, value, said):
     ({"losses": {"ce": 1.0}, "classes": 1}, "losses ce does not go with classes 1"), ({"fold": 2, "folds": 2}, "fold is below folds, 2: counted from 0, 2 is not there"),
     ({"optimizer": "sgd", "nesterov": True, "momentum": 0.0}, "nesterov needs a momentum above 0"),
     ({"scheduler": "plateau", "gamma": 1.0}, "scheduler plateau needs a gamma below 1"),
-    ({"model": "unet", "epochs": 0}, "encoder fpn is QTSeg's own"),
+    ({"model": "unet", "epochs": 0}, "encoder fpn is QTSeg's own"), ({"init": "phantoms", "encoder_weights": "a.pth"}, "init phantoms brings its own encoder"),
 ])
 def test_values_that_do_not_go_together_are_refused(changes, said):
     with pytest.raises(ValueError) as caught:
@@ -179,8 +180,8 @@ def test_texts_that_stand_for_other_values_come_with_what_to_write():
     with pytest.raises(ValueError) as caught:
         TrainConfig(compile="false", fold="null", milestones="[1, 2]", losses="{ce: 1}", lr="1e-3", epochs="many")
     for said in ("compile is true or false, not 'false' (a text; with papermill -p compile False)", "(a text; with papermill -p fold None)",
-                 "(a text; with papermill -y \"milestones: [1, 2]\")", "-y \"losses: {ce: 1}\"", "lr is a number, not '1e-3' (a text; in YAML write 0.001, without quotes)",
-                 "epochs is a whole number, not 'many'"):
+                 "(a text; with papermill -y \"milestones: [1, 2]\")", "-y \"losses: {ce: 1}\"", "lr is a number > 0, not '1e-3' (a text; in YAML write 0.001, without quotes)",
+                 "epochs is a whole number from 1 to 1000000, not 'many'"):
         assert said in str(caught.value)
 
 
@@ -191,9 +192,9 @@ def test_paths_numpys_numbers_tuples_and_arrays_become_plain_values(tmp_path):
                         operations=["rotate"], mask_values=[0, 7])
     assert config == plain and json.loads(json.dumps(config.to_dict())) == plain.to_dict()
     assert {type(value) for value in config.to_dict().values()} <= {str, int, float, bool, list, dict, type(None)}
-    with pytest.raises(ValueError, match="epochs is a whole number, not a very long int"):
+    with pytest.raises(ValueError, match="epochs is a whole number from 1 to 1000000, not a very long int"):
         TrainConfig(epochs=10**5000)  # Python refuses to print it
-    for wrong in (np.longdouble(1), np.datetime64("2020"), object(), {1, 2}, 1j):
+    for wrong in (np.datetime64("2020"), object(), {1, 2}, 1j):
         with pytest.raises(ValueError, match="lr is a number"):
             TrainConfig(lr=wrong)
 
@@ -205,8 +206,10 @@ def test_unknown_keys_are_named_whatever_they_are():
 
 def test_all_problems_come_at_once():
     with pytest.raises(ValueError) as caught:
-        TrainConfig(epochs=0, lr=-1.0, scheduler="none", size=8)
-    assert all(name in str(caught.value) for name in ("epochs", "lr", "scheduler", "size"))
+        TrainConfig(epochs=0, lr=-1.0, scheduler="none", size=8, compile="true", fold=3, folds=2, epoch=1)
+    said = str(caught.value)
+    assert all(f"{name} is " in said for name in ("epochs", "lr", "scheduler", "size", "compile"))
+    assert "unknown configuration keys: epoch;" in said and "fold is below folds" in said and "min_lr" not in said.split("; size is")[1]
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
@@ -446,7 +449,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_built_or_copied
 
 @pytest.mark.parametrize("text, said", [("{", "config.json is no JSON that can be read"), ("[" * 100_000, "config.json is no JSON that can be read"),
                                         ('{"epochs": ' + "9" * 5000 + "}", "config.json"), ('{"epochs": "\x1b"}', "config.json"), ("[1]", "config.json is no JSON object"),
-                                        ('{"epoch": 3}', "config.json is no configuration of a run (unknown configuration keys: epoch"),
+                                        ('{"epoch": 3}', "config.json is no configuration of a run (the training configuration cannot be used: unknown configuration keys: epoch"),
                                         ('{"name": ".."}', "config.json is no configuration of a run (the training configuration cannot be used: name is")])
 def test_a_stored_configuration_that_cannot_be_read_is_one_sentence(tiny, text, said):
     config = tiny(resume=True)
@@ -743,7 +746,7 @@ def test_every_option_trains(tiny, changes):
 def test_every_variant_of_the_network_trains(tiny, changes):
     result = fit(tiny(size=32, epochs=1, **changes))
     assert np.isfinite(result.history[0]["train_loss"])
-    assert {key: load_network(result.checkpoint_dir).config[key] for key in changes} == changes
+    assert {key: pretrained(result.checkpoint_dir).config[key] for key in changes} == changes
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -751,7 +754,7 @@ def test_every_baseline_trains_and_comes_back(tiny, name):
     encoder = "mit_b0" if name == "segformer" else "mobilenet_v2"  # small ones: a run writes seven copies of its network
     result = fit(tiny(size=32, epochs=1, model=name, encoder=encoder))
     assert np.isfinite(result.history[0]["train_loss"]) and 0 <= result.metrics["test"]["dice"] <= 100
-    network = load_network(result.checkpoint_dir)
+    network = pretrained(result.checkpoint_dir)
     assert isinstance(network, Baseline) and (network.config["model"], network.config["encoder"]) == (name, encoder)
     data = SegmentationData.open(tiny().data, size=32, cache=tiny().cache, progress=False)
     assert validate(network, data.test, 2, batch=4)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
@@ -806,7 +809,7 @@ def test_freeze_norm_keeps_all_running_statistics_and_trains_the_rest(tiny):
     for name, value in fresh.items():
         if "running" in name or "num_batches" in name:
             assert torch.equal(value, after[name]), name
-    training_trainer._refuse_lone_images(dataclasses.replace(config, batch=1), 9, training_trainer.build_network(config), (3, 32, 32), 1, torch.device("cpu"))  # no batch is looked at
+    training_trainer._refuse_lone_images(config.replace(batch=1), 9, training_trainer.build_network(config), (3, 32, 32), 1, torch.device("cpu"))  # no batch is looked at
     moved = [name for name in fresh if ".norm." in name and name.endswith(("weight", "bias")) and not torch.equal(fresh[name], after[name])]
     assert len(moved) > 50
 
@@ -978,7 +981,7 @@ def test_a_given_network_is_trained_kept_scored_and_resumed_to_the_same_result(t
     with pytest.raises(ValueError, match="resume.pt does not fit this run .its model"):
         fit(tiny(resume=True), torch.nn.Conv2d(3, 2, 1))
     with pytest.raises(ValueError, match="does not describe a network of this repository"):
-        load_network(whole.checkpoint_dir)
+        pretrained(whole.checkpoint_dir)
 
 
 @pytest.mark.parametrize("model, changes, said", [
@@ -995,7 +998,7 @@ def test_a_network_that_does_not_fit_is_one_sentence(tiny, model, changes, said)
 
 def test_a_qtseg_of_ones_own_is_kept_as_one(tiny):
     result = fit(tiny(epochs=1), QTSeg(width=4, depths=[1, 1, 1], mlp_width=32, bridge="identity"))
-    assert load_network(result.checkpoint_dir).config["bridge"] == "identity"
+    assert pretrained(result.checkpoint_dir).config["bridge"] == "identity"
 
 
 def test_datasets_loss_and_augmentation_that_do_the_same_give_the_same_run(tiny, uninterrupted, opened):
@@ -1194,10 +1197,10 @@ def test_gray_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
     config = tiny(data=str(source), cache=str(tmp_path / "cache"), channels=1, epochs=2)
     data = training_loop.open_data(config)
     assert data.shape == (1, 64, 64) and data.white == 4095 and data.train[0][0].shape == (1, 64, 64)
-    three = training_loop.open_data(dataclasses.replace(config, channels=3))
-    assert torch.equal(three.train[0][0], data.train[0][0].expand(3, -1, -1)) and three.cache_folder == data.cache_folder
+    three = training_loop.open_data(config.replace(channels=3))
+    assert torch.equal(three.train[0][0], data.train[0][0].expand(3, -1, -1))
     result = fit(config)
-    network = load_network(result.checkpoint_dir)
+    network = pretrained(result.checkpoint_dir)
     assert network.config["in_channels"] == 1 and validate(network, data.test or data.valid, 2)["dice"] == pytest.approx(result.metrics["test"]["dice"], abs=1e-6)
     assert json.loads((result.checkpoint_dir / "preprocessor_config.json").read_text())["channels"] == 1
     path, _ = data.valid.paths[0]
@@ -1213,10 +1216,90 @@ def test_gray_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
 
 
 def test_images_in_color_are_not_opened_as_gray_ones(tiny):
-    with pytest.raises(ValueError, match="holds images in color: open it with channels=3"):
+    with pytest.raises(ValueError, match=r"images/.*png: holds colors: open the set with channels=3"):
         fit(tiny(channels=1))
-    with pytest.raises(ValueError, match="channels is 1 or 3, got 4: for others, give fit a Dataset of your own"):
+    with pytest.raises(ValueError, match=r"images/.*png: has 3 channel\(s\), where channels=4 is asked for"):
         fit(tiny(channels=4))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A function: channels, bits -> a folder whose target can be seen in the last channel alone."""
+
+    def make(channels: int, deep: bool) -> Path:
+        source = tmp_path / f"of {channels}"
+        for part in ("images", "masks"):
+            (source / part).mkdir(parents=True)
+        for number in range(12):
+            image = np.random.default_rng(number).integers(0, 1000, (64, 64, channels)).astype(np.uint16)
+            mask = np.zeros((64, 64), np.uint8)
+            mask[16:48, 8 * (number % 4) : 8 * (number % 4) + 24] = 255
+            image[..., -1] = 1500 + 8 * (mask > 0) * image[..., -1] // 4
+            Image.fromarray(mask).save(source / "masks" / f"{number}.png")
+            if deep:  # a page of 12 bits in 16 for each channel
+                first, *others = [Image.fromarray(np.ascontiguousarray(image[..., channel])) for channel in range(channels)]
+                first.save(source / "images" / f"{number}.tif", save_all=True, append_images=others)
+            else:  # an alpha channel that was measured
+                Image.fromarray((image // 16).astype(np.uint8)).save(source / "images" / f"{number}.png")
+        return source
+
+    return make
+
+
+@pytest.mark.parametrize("normalize_by", ["range", "statistics"])
+@pytest.mark.parametrize("channels, deep", [(4, False), (5, True)])
+def test_any_number_of_channels_goes_the_whole_way(channels, deep, normalize_by, tiny, measured, tmp_path):
+    """From PNG with alpha or TIFF pages through training and evaluation to predictions, by PyTorch and by ONNX Runtime."""
+    source = measured(channels, deep)
+    config = tiny(data=str(source), cache=str(tmp_path / "cache"), channels=channels, epochs=2, normalize=normalize_by)
+    data = training_loop.open_data(config)
+    assert data.shape == (channels, 64, 64) and data.white == (4095 if deep else 65535)
+    images = data.train.batch(range(len(data.train))).images.double() / 255
+    told = data.preprocessing
+    np.testing.assert_allclose(told.mean, images.mean(dim=(0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(told.std, images.std(dim=(0, 2, 3), correction=0), atol=1e-6)
+    result = fit(config)
+    network, stored = pretrained(result.checkpoint_dir), json.loads((result.checkpoint_dir / "preprocessor_config.json").read_text())
+    assert (stored["channels"], stored["mean"], stored["std"]) == (channels, list(told.mean), list(told.std))
+    assert network.config.get("statistics") == ([list(told.mean), list(told.std)] if normalize_by == "statistics" else None)
+    path, batch = data.valid.paths[0][0], data.valid.batch([0]).images
+    with torch.no_grad():
+        logits = network(normalize(batch))
+        if normalize_by == "statistics":
+            plain = QTSeg(**{name: value for name, value in network.config.items() if name != "statistics"}).eval()
+            plain.load_state_dict(network.state_dict())
+            mean, std = (torch.tensor(values)[:, None, None] for values in (told.mean, told.std))
+            torch.testing.assert_close(plain((batch / 255 - mean) / std), logits, atol=1e-3, rtol=1e-4)
+    assert export_onnx(result.checkpoint_dir) < 1e-3
+    array = read_image(path, data.white, channels)
+    for engine in ("torch", "onnx"):
+        predictor = Predictor(result.checkpoint_dir, device="cpu", engine=engine)
+        for given in (path, array):
+            assert (predictor(given) != logits.argmax(dim=1)[0].numpy()).mean() < 0.001
+        with pytest.raises(ValueError, match=f"{channels} channels is an array"):
+            predictor(array[..., :3])
+    scored = evaluate_checkpoint(result.folder, device="cpu")
+    assert scored.dice(SIZES[0]).mean() == pytest.approx(result.metrics["test"]["dice"], abs=1e-4)
+    summary = predict_files(Predictor(result.checkpoint_dir, device="cpu"), [source / "images"], tmp_path / "out", overlay=True, progress=False)
+    assert (summary.done, summary.failed) == (12, 0)
+
+
+def test_statistics_are_of_the_training_images_without_their_padding(tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / "d" / part).mkdir(parents=True)
+        for number in range(4):
+            array = np.full((32, 64, 3), (40 * number + 10, 100, 250), np.uint8) if part == "images" else np.zeros((32, 64), np.uint8)
+            Image.fromarray(array).save(tmp_path / "d" / part / f"{number}.png")
+    told = SegmentationData.open(tmp_path / "d", size=64, resize="pad", folds=2, fold=1, cache=tmp_path / "cache", progress=False).preprocessing
+    np.testing.assert_allclose([told.mean, told.std], [[30 / 255, 100 / 255, 250 / 255], [20 / 255, 0, 0]], atol=1e-6)
+
+
+def test_statistics_are_refused_where_there_are_none(tiny, phantoms):
+    with pytest.raises(ValueError, match="normalize statistics is for the network that the configuration describes"):
+        fit(tiny(normalize="statistics"), model=torch.nn.Conv2d(3, 2, 1))
+    pairs = [(torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.uint8))] * 8
+    with pytest.raises(ValueError, match="normalize statistics needs data that SegmentationData opened"):
+        fit(tiny(normalize="statistics"), data=(pairs, pairs))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1287,14 +1370,14 @@ def test_the_notebook_has_every_field_and_the_demos_values():
     given: dict = {}
     exec(cell, given)
     del given["__builtins__"]
-    assert given.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert given.keys() == TrainConfig.model_fields.keys()
     assert given == TrainConfig.from_dict(yaml.safe_load((ROOT / "nbs/experiments/params/demo.yaml").read_text())).to_dict()
 
 
 def test_the_notebook_refuses_unknown_and_ill_typed_parameters(tmp_path):
     notebook = ROOT / "nbs/experiments/train.ipynb"
     assert "unknown configuration keys: epoch" in refused_parameters(notebook, runs=str(tmp_path), epoch=3)
-    assert "lr is a number, not 'fast'" in refused_parameters(notebook, runs=str(tmp_path), lr="fast")
+    assert "lr is a number > 0, not 'fast'" in refused_parameters(notebook, runs=str(tmp_path), lr="fast")
     assert not (tmp_path / "demo").exists()
 
 

@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data.cache import cache_root
 from ..data.dataset import Split
 from ..data.layout import SPLITS, Survey, survey_folder
-from ..data.preprocessing import Preprocessing, read_preprocessing
+from ..data.preprocessing import read_preprocessing
 from ..data.segmentation import SegmentationData
 from ..data.sources import find_source
-from ..files.text import read_json
+from ..files.text import first_names, read_json
 from ..network.state import find_checkpoint
 from ..training.config import TrainConfig, is_path
 from ..training.run_folder import SPLITS_FILE, read_splits
@@ -49,21 +48,20 @@ def _run_folder(checkpoint: Path) -> Path | None:
 def _run_of(checkpoint: Path) -> _Run:
     """The run that a checkpoint lies in. ValueError if it cannot be read.
 
-    A relative path to the data counts from where the run was started: its folders are tried upwards, then the one we
-    are in.
+    A relative path to the data counts from where the run was started: its folders are tried upwards, then the current
+    one.
     """
     run = _run_folder(checkpoint)
     if run is None:
         return _Run(None)
-    path = run / "config.json"
     try:
-        config = TrainConfig.from_dict(read_json(path))
+        config = TrainConfig.from_dict(read_json(run / "config.json"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} does not say which data the run had ({error}): name the data to evaluate on") from None
+        raise ValueError(f"{run / 'config.json'} does not say which data the run had ({error}): "
+                         "name the data to evaluate on") from None
     if is_path(config.data) and not Path(config.data).expanduser().is_absolute():
         found = next((parent / config.data for parent in run.parents if (parent / config.data).exists()), config.data)
-        config = replace(config, data=str(found))
+        config = config.replace(data=str(found))
     return _Run(run, config, read_splits(run))
 
 # %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation110b
@@ -87,31 +85,16 @@ def _split_as_there(images: Split, known: dict, same_folder: bool) -> dict[str, 
 def _changes(images: Split, known: dict, parts: dict[str, str]) -> list[str]:
     """A sentence with numbers if these images are not just those that the run had."""
     theirs = {row[1] for part in SPLITS for row in known[part]}
-    gone = sum(len(known[part]) for part in SPLITS) - len(parts)
     strange = [name for name, digest in zip(images.ids, images.digests) if digest not in theirs]
-    new, changed = sum(name not in parts for name in strange), sum(name in parts for name in strange)
-    counts = [
-        f"{count} {what}"
-        for count, what in (
-            (new, "images are new and in no split of it"), (gone, "of its images are gone"),
-            (changed, "of its images have another content"))
-        if count
-    ]
-    return [f"WARNING: the data has changed since the run: {', '.join(counts)}"] if counts else []
-
-# %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation111
-def _refuse_other_classes(checkpoint: Path, preprocessing: Preprocessing, names: Sequence[str], source: object) -> None:
-    """Raise ValueError if data that names its classes has another number of them than the checkpoint."""
-    if names and len(names) != len(preprocessing.class_names):
-        remedy = ', or merge the foreground with masks="any"' if len(preprocessing.class_names) == 2 else ""
-        raise ValueError(f"{checkpoint} tells {len(preprocessing.class_names)} classes apart "
-                         f"({', '.join(preprocessing.class_names)}), {source} has {len(names)} ({', '.join(names)}): "
-                         f"evaluate it on data with its own classes{remedy}")
+    counts = {"images are new and in no split of it": sum(name not in parts for name in strange),
+              "of its images are gone": sum(len(known[part]) for part in SPLITS) - len(parts),
+              "of its images have another content": sum(name in parts for name in strange)}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return [f"WARNING: the data has changed since the run: {said}"] if said else []
 
 # %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation111a
 def _mask_reading(run: _Run, given: dict, same_folder: bool) -> dict:
-    """How masks are read where it is not given: as in the run. 255 that the run took as ignored by itself stays
-    ignored."""
+    """How masks are read where it is not given: as in the run. What it took as ignored by itself (255) stays so."""
     if run.config is None or {"masks", "mask_values"} & given.keys():
         return {}
     reading = {name: getattr(run.config, name) for name in ("masks", "mask_values", "ignore_value")}
@@ -119,36 +102,23 @@ def _mask_reading(run: _Run, given: dict, same_folder: bool) -> dict:
         reading["ignore_value"] = 255
     return {name: value for name, value in reading.items() if value not in (None, "auto") and name not in given}
 
-
-def _how(preprocessing: Preprocessing, run: _Run, given: dict, same_folder: bool, progress: bool) -> dict:
-    """The options of `SegmentationData.open` but for the split: as the checkpoint wants its images and the run its
-    masks."""
-    classes = len(preprocessing.class_names)
-    if run.config and max(run.config.classes, 2) == classes:
-        classes = run.config.classes
-    cache = {"cache": run.config.cache} if same_folder and run.config else {}
-    return {
-        "classes": classes, "size": preprocessing.size, "resize": preprocessing.resize, "color": preprocessing.color,
-        "channels": preprocessing.channels, "progress": progress, **cache, **_mask_reading(run, given, same_folder),
-        **given}
-
 # %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation111a1
 def _open_split(run: _Run, survey: Survey, source: object, how: dict, white: int,
                 same_folder: bool) -> tuple[SegmentationData, str | None]:
     """Open pairs in the split that belongs to them: the one asked for, the run's, the folder's own, or none ("all")."""
     asked = {name: how.pop(name) for name in ("fold", "folds", "valid_share", "seed") if name in how}
-    data = SegmentationData.open(source, splits={record.id: "train" for record in survey.records}, **how)
+    whole = {record.id: "train" for record in survey.records}
+    data = SegmentationData.open(source, splits=whole, **how)
     if data.white != white:  # more than 8 bits: the network saw the same values darker or brighter
         how["white"] = white
-        data = SegmentationData.open(source, splits={record.id: "train" for record in survey.records}, **how)
+        data = SegmentationData.open(source, splits=whole, **how)
     images, known = data.train, run.splits
     parts = _split_as_there(images, known, same_folder) if known else None
     own = parts is not None or (known is None and same_folder)
     recipe = {name: getattr(run.config, name) for name in ("fold", "folds", "valid_share", "seed")} if own else {}
-    divided = any(record.split or record.fold is not None for record in survey.records)
     if parts and not asked:
         data = SegmentationData.open(source, splits=parts, **how)
-    elif own or asked or divided:
+    elif own or asked or any(record.split or record.fold is not None for record in survey.records):
         data = SegmentationData.open(source, **recipe | asked, **how)
     else:
         data.notes.append(f"{data.folder} has no splits: every image is scored")
@@ -162,7 +132,7 @@ def _open_split(run: _Run, survey: Survey, source: object, how: dict, white: int
 
 # %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation111a1b
 def open_checkpoint_data(checkpoint: Path, source: str | os.PathLike | None, progress: bool,
-          options: dict) -> tuple[SegmentationData, str | None]:
+                         options: dict) -> tuple[SegmentationData, str | None]:
     """`open_for`, and the split to score where none is asked for: "all" for data without splits, else None."""
     preprocessing = read_preprocessing(checkpoint)
     try:
@@ -170,27 +140,32 @@ def open_checkpoint_data(checkpoint: Path, source: str | os.PathLike | None, pro
     except ValueError:
         if source is None:
             raise
-        # the data is named, so that the run need not be readable; `training_notes` says what was not checked
-        run = _Run(None)
+        run = _Run(None)  # the data is named, so the run is not needed; `training_notes` says what was not checked
     if source is None and run.config is None:
-        raise FileNotFoundError(
-            f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is missing): "
-            "name the data to evaluate on"
-        )
+        raise FileNotFoundError(f"{checkpoint} lies in no run ({checkpoint.absolute().parent / 'config.json'} is "
+                                "missing): name the data to evaluate on")
     given = {name: value for name, value in options.items() if value is not None and (name, value) != ("masks", "auto")}
     place = run.config.data if source is None else source
     root = cache_root(given.get("cache") or (run.config.cache if source is None else None))
     survey = survey_folder(*find_source(place, root, preprocessing.size))
     same_folder = source is None or run.has(survey.folder)
-    how = _how(preprocessing, run, given, same_folder, progress)
-    if how.get("masks") != "any":
-        _refuse_other_classes(checkpoint, preprocessing, survey.class_names, place)
-    data, whole = _open_split(run, survey, place, how, preprocessing.white, same_folder)
+    reading, names, p = _mask_reading(run, given, same_folder), survey.class_names, preprocessing
+    classes = len(p.class_names)
+    if run.config and max(run.config.classes, 2) == classes:
+        classes = run.config.classes
+    how = {"classes": classes, "size": p.size, "resize": p.resize, "color": p.color, "channels": p.channels,
+           "progress": progress, **({"cache": run.config.cache} if same_folder and run.config else {}), **reading,
+           **given}
+    if how.get("masks") != "any" and names and len(names) != len(p.class_names):
+        remedy = ', or merge the foreground with masks="any"' if len(p.class_names) == 2 else ""
+        raise ValueError(f"{checkpoint} tells {len(p.class_names)} classes apart ({', '.join(p.class_names)}), "
+                         f"{place} has {len(names)} ({', '.join(names)}): "
+                         f"evaluate it on data with its own classes{remedy}")
+    data, whole = _open_split(run, survey, place, how, p.white, same_folder)
     if source is None and whole:
         raise ValueError(
             f"{data.folder} holds none of the images of the run {run.config.name}: name the data to evaluate on")
-    reading = {} if same_folder else _mask_reading(run, given, same_folder)
-    if reading:
+    if reading and not same_folder:
         said = ", ".join(f"{name} {value}" for name, value in reading.items())
         data.notes.append(f"masks are read as in the run ({said}); masks, mask_values and ignore_value say otherwise")
     return data, whole
@@ -206,18 +181,11 @@ def open_for(checkpoint: str | os.PathLike, source: str | os.PathLike | None = N
         options: of `SegmentationData.open`; what is given goes before what the run had.
 
     Raises:
-        FileNotFoundError, ValueError: no run, no data, or classes that do not fit; DataProblems: what is wrong in the
-        data.
+        FileNotFoundError, ValueError: no run, no data, or classes that do not fit; DataProblems: faulty data.
     """
     return open_checkpoint_data(find_checkpoint(checkpoint), source, progress, options)[0]
 
 # %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation111c
-def _some(names: Iterable[str]) -> str:
-    """The first five names."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-
-
 def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
     """Sentences if images of these splits trained a checkpoint of a run, or may have, or if that cannot be known."""
     unknown = "whether the images scored here trained it was not checked"
@@ -235,17 +203,11 @@ def training_notes(checkpoint: Path, splits: Sequence[Split]) -> list[str]:
     others = {digest for part in ("valid", "test") for _, digest, *_ in known[part]}
     scored = [(path.name, digest, (name, *size)) for split in splits for (path, _), digest, name, size in
               zip(split.paths, split.digests, split.ids, split.original_sizes)]
-    same = [name for name, digest, _ in scored if digest in trained]
-    alike = [name for name, digest, key in scored if digest not in trained | others and key in names]
-    counts = [
-        (same, "trained this network", ""),
-        (
-            alike, "have the name and the size of images that trained this network",
-            ", if these are the same pictures saved anew"),
-    ]
-    return [
-        f"WARNING: {len(found)} of the {len(scored)} scored images {what} ({_some(found)}): "
-        f"these scores say nothing about new images{when}"
-        for found, what, when in counts
-        if found
-    ]
+    found = {
+        "trained this network ({}): these scores say nothing about new images":
+            [name for name, digest, _ in scored if digest in trained],
+        "have the name and the size of images that trained this network ({}): these scores say nothing about new "
+        "images, if these are the same pictures saved anew":
+            [name for name, digest, key in scored if digest not in trained | others and key in names]}
+    return [f"WARNING: {len(same)} of the {len(scored)} scored images {what.format(first_names(sorted(same), 5))}"
+            for what, same in found.items() if same]

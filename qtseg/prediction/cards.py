@@ -9,7 +9,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path, PureWindowsPath
 
 from torch import nn
@@ -20,25 +19,21 @@ from ..files.text import escape, printable, read_json, read_text
 from ..files.writing import new_folder, write_then_rename
 from ..network.hub import SHARED, upload_checkpoint
 from ..network.state import find_checkpoint
-from .export import ONNX_FILE, OPSET, TORCH_FILE, export_onnx, export_torch
+from .export import ONNX_FILE, OPSET, TORCH_FILE, check_opset, export_onnx, export_torch
 from .networks import open_onnx
 from ..training.config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'SCORES', 'CARD_FILE', 'CARD_MARK', 'data_name', 'model_card', 'write_card', 'pack', 'push_to_hub',
-           'export_checkpoint']
+__all__ = ['UNKNOWN', 'CARD_SCORES', 'CARD_FILE', 'CARD_MARK', 'data_name', 'model_card', 'keeps_own_card', 'write_card', 'pack',
+           'push_to_hub', 'export_checkpoint']
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export073
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; {} where there is no file."""
-    return read_json(path) if path.is_file() else {}
-
-
 def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
     """Configuration and metrics of the run that a checkpoint lies in; None: no run, {}: scores of other weights."""
     run = checkpoint.absolute().parent
-    stored, metrics = _read_json(run / "config.json"), _read_json(run / "metrics.json")
-    known = {entry.name: entry.default for entry in fields(TrainConfig)}
+    files = (run / "config.json", run / "metrics.json")
+    stored, metrics = (read_json(path) if path.is_file() else {} for path in files)
+    known = TrainConfig().to_dict()
     if stored.keys() - known.keys() or any(known[name] is not None for name in known.keys() - stored.keys()):
         # another program's config.json; defaults for what it lacks would be invented (None: not asked for)
         return None, {}
@@ -46,8 +41,9 @@ def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
     same = (scored / "model.safetensors").is_file() and weights_sha256(scored) == weights_sha256(checkpoint)
     return TrainConfig.from_dict(stored), metrics if same else {}
 
-# %% ../../nbs/reference/prediction_cards.ipynb #export075
+
 UNKNOWN = "Unknown: the files of a training run that would say it were not found beside this checkpoint."
+CARD_SCORES = {"dice": "Dice (percent)", "iou": "IoU (percent)", "acc": "Accuracy (percent)", "mae": "MAE (percent)"}
 
 
 def data_name(source: str) -> str:
@@ -60,13 +56,9 @@ def _scored_part(metrics: dict) -> tuple[str, str]:
     return ("test", "test") if metrics["images"]["test"] else ("valid", "validation")
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export078
-SCORES = {"dice": "Dice (percent)", "iou": "IoU (percent)", "acc": "Accuracy (percent)", "mae": "MAE (percent)"}
-
-
 def _front_matter(name: str, recipe: TrainConfig | None, metrics: dict) -> str:
-    """The YAML block that the Hugging Face hub reads: licence, library, tags, data, scores. A JSON text is a YAML
-    text."""
-    # nobody else's data or weights in it
+    """The YAML block that the Hugging Face hub reads: licence, library, tags, data, scores; JSON texts are YAML."""
+    # no data and no weights of others in it
     drawn = recipe and recipe.data.startswith("phantoms") and not recipe.encoder_weights
     lines = ["license: apache-2.0"] if drawn else ["license: other", "license_name: follows-the-training-data"]
     lines += ["library_name: qtseg", "pipeline_tag: image-segmentation", "tags: [qtseg, image-segmentation, medical]"]
@@ -75,7 +67,7 @@ def _front_matter(name: str, recipe: TrainConfig | None, metrics: dict) -> str:
         lines += ["model-index:", f"- name: {json.dumps(name)}", "  results:", "  - task: {type: image-segmentation}",
                   f"    dataset: {{type: {data}, name: {data}, split: {split}}}", "    metrics:"]
         lines += [f"    - {{type: {measure}, name: {title}, value: {metrics['test'][measure]:.4f}}}"
-                  for measure, title in SCORES.items()]
+                  for measure, title in CARD_SCORES.items()]
     return "\n".join(["---", *lines, "---"])
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export081
@@ -117,37 +109,32 @@ def _scores(recipe: TrainConfig | None, metrics: dict) -> str:
     if not metrics:
         return UNKNOWN
     part, split = _scored_part(metrics)
-    values = " | ".join(f"{metrics['test'][measure]:.2f}" for measure in SCORES)
-    chosen = (
-        f"The weights are those of the epoch with the best {escape(metrics['selected_by'])} on the validation split")
+    values = " | ".join(f"{metrics['test'][measure]:.2f}" for measure in CARD_SCORES)
+    chosen = escape(metrics["selected_by"])
     return "\n".join([
         f"Mean over the {escape(metrics['images'][part])} images of the {split} split, "
         f"at {recipe.size}×{recipe.size} pixels:", "",
-        f"| {' | '.join(SCORES.values())} |", "|" + "---:|" * len(SCORES), f"| {values} |", "",
-        chosen + (": the very images scored here, so the figures flatter it." if part == "valid" else ".")])
+        f"| {' | '.join(CARD_SCORES.values())} |", "|" + "---:|" * len(CARD_SCORES), f"| {values} |", "",
+        f"The weights are those of the epoch with the best {chosen} on the validation split"
+        + (": the very images scored here, so the figures flatter it." if part == "valid" else ".")])
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export085
-def _interval(score: dict) -> str:
-    """A mean with its interval; undefined where no image defines it."""
-    if score["mean"] is None:
-        return "undefined"
-    bounds = "no interval" if score["low"] is None else f"{score['low']:.2f} to {score['high']:.2f}"  # of one patient
-    return f"{score['mean']:.2f} ({bounds})"
-
-
 def _evaluation(checkpoint: Path) -> str:
     """A paragraph for each evaluation that `qtseg evaluate` left in the checkpoint's folder."""
+    def interval(score: dict) -> str:
+        if score["mean"] is None:
+            return "undefined"
+        bounds = "no interval" if score["low"] is None else f"{score['low']:.2f} to {score['high']:.2f}"  # one patient
+        return f"{score['mean']:.2f} ({bounds})"
+
     paragraphs = []
     for path in sorted(checkpoint.glob("evaluation_*/evaluation.json")):
-        found = _read_json(path)
+        found = read_json(path)
         mean, missed = found["scores"]["own"]["mean"], found["missed"]["own"]
-        scores = ", ".join(f"{name} {_interval(mean[measure])}" for measure, name in (("dice", "Dice"), ("iou", "IoU")))
+        scores = ", ".join(f"{name} {interval(mean[measure])}" for measure, name in (("dice", "Dice"), ("iou", "IoU")))
         counts = ", ".join(escape(f"{name.replace('_', ' ')} {count}") for name, count in missed.items())
-        split, images = escape(found["split"].capitalize()), escape(found["images"])
-        paragraphs.append(
-            f"{split} split, {images} images, each at its own size, in percent (95 % bootstrap interval): "
-            f"{scores}; {counts}."
-        )
+        paragraphs.append(f"{escape(found['split'].capitalize())} split, {escape(found['images'])} images, each at its "
+                          f"own size, in percent (95 % bootstrap interval): {scores}; {counts}.")
     return "\n\n".join(paragraphs) or "None was found beside this checkpoint; `qtseg evaluate` writes one."
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export086
@@ -159,16 +146,15 @@ def _recipe(recipe: TrainConfig | None, metrics: dict) -> str:
     losses = " + ".join(f"{weight:g} · {escape(name)}" for name, weight in r.losses.items())
     encoder = escape(data_name(r.encoder_weights)) if r.encoder_weights else "random"
     time_ = f"{metrics['train']['seconds'] / 60:.1f} minutes" if metrics else "unknown"
-    versions = (
-        ", ".join(escape(f"{name} {version}") for name, version in metrics.get("versions", {}).items()) or "unknown")
+    versions = ", ".join(escape(f"{name} {version}") for name, version in metrics.get("versions", {}).items())
     return f"""* {r.epochs} epochs, batch {r.batch}
 * optimizer {r.optimizer}, learning rate {r.lr:g}, schedule "{r.scheduler}", weight decay {r.weight_decay:g}
 * loss {losses}; the encoder's first weights: {encoder}; mixed precision: {r.amp}; seed {r.seed}
 * augmentation: {", ".join(map(escape, r.operations)) if r.augment else "none"}
 * time: {time_}; device: {escape(machine.get("device", "unknown"))}, {escape(machine.get("processor", "unknown"))}
-* versions: {versions}"""
+* versions: {versions or "unknown"}"""
 
-# %% ../../nbs/reference/prediction_cards.ipynb #export091
+
 def _limits(recipe: TrainConfig | None) -> str:
     """What it must not be used for, and why that is so."""
     data = f"pictures like those of {escape(data_name(recipe.data))}" if recipe else "data that nobody named"
@@ -184,11 +170,10 @@ CARD_MARK = (
 
 
 def model_card(checkpoint: str | Path) -> str:
-    """The README.md of a checkpoint: what its folder and its run's tell of it, "unknown" for the rest; no paths, no
-    image names.
+    """The README.md of a checkpoint: Markdown with the YAML block of the Hugging Face hub.
 
-    Markdown with the YAML block of the Hugging Face hub. Raises FileNotFoundError, ValueError: checkpoint or JSON files
-    damaged.
+    It says what the checkpoint's folder and its run's tell, "unknown" for the rest; no paths, no image names. Raises
+    FileNotFoundError, ValueError: checkpoint or JSON files damaged.
     """
     checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
@@ -202,13 +187,12 @@ def model_card(checkpoint: str | Path) -> str:
         raise ValueError(f"the metrics.json or evaluation.json of {checkpoint} is not what QTSeg writes "
                          f"({printable(repr(error))}): take it away") from None
     sections = [f"## {title}\n\n{text}" for title, text in parts.items()]
-    return (
-        "\n\n".join([front, CARD_MARK, f"# {escape(name)}", _about(checkpoint, model, preprocessing), *sections]) + "\n"
-    )
+    about = _about(checkpoint, model, preprocessing)
+    return "\n\n".join([front, CARD_MARK, f"# {escape(name)}", about, *sections]) + "\n"
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export093
-def _own_card(checkpoint: Path) -> bool:
-    """Does the folder hold a README.md that somebody wrote? ValueError for a link, which could lead to any file."""
+def keeps_own_card(checkpoint: Path) -> bool:
+    """Does the folder hold a README.md written by hand? ValueError for a link, which could lead to any file."""
     path = checkpoint / CARD_FILE
     if path.is_symlink():
         raise ValueError(f"{path} is a link: put the file itself there, or delete it")
@@ -216,17 +200,16 @@ def _own_card(checkpoint: Path) -> bool:
 
 
 def write_card(checkpoint: str | Path) -> Path:
-    """Write `model_card` as <checkpoint>/README.md; a README.md that somebody wrote stays. Returns its path."""
+    """Write `model_card` as <checkpoint>/README.md; a README.md written by hand stays. Returns its path."""
     checkpoint = find_checkpoint(checkpoint)
     path, card = checkpoint / CARD_FILE, model_card(checkpoint)
-    if not _own_card(checkpoint):
+    if not keeps_own_card(checkpoint):
         write_then_rename(path, lambda temporary: temporary.write_text(card, encoding="utf-8"))
     return path
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export096
 def pack(checkpoint: str | Path, folder: str | Path) -> Path:
-    """A new folder with what others need of a checkpoint, and nothing else: SHARED, README.md, and model.onnx if there
-    is one.
+    """A new folder with what others need of a checkpoint: SHARED, README.md, and model.onnx if there is one.
 
     Raises FileExistsError (folder), FileNotFoundError or ValueError (no sound checkpoint, a model.onnx of other
     weights).
@@ -235,7 +218,7 @@ def pack(checkpoint: str | Path, folder: str | Path) -> Path:
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: name a new folder")
     card = model_card(checkpoint)  # reads the checkpoint, and so refuses what nobody could load
-    names = [*SHARED, CARD_FILE] if _own_card(checkpoint) else list(SHARED)
+    names = [*SHARED, CARD_FILE] if keeps_own_card(checkpoint) else list(SHARED)
     if (checkpoint / ONNX_FILE).is_file():
         open_onnx(checkpoint)
         names.append(ONNX_FILE)
@@ -246,7 +229,7 @@ def pack(checkpoint: str | Path, folder: str | Path) -> Path:
             (private / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
-# %% ../../nbs/reference/prediction_cards.ipynb #export101
+
 def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """Upload what `pack` packs to the Hugging Face Hub; arguments, result and errors are those of `upload_checkpoint`.
 
@@ -256,10 +239,6 @@ def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, t
         return upload_checkpoint(pack(checkpoint, Path(folder) / "packed"), repo_id, private=private, token=token)
 
 # %% ../../nbs/reference/prediction_cards.ipynb #d700e20c
-def _written(path: Path, difference: float) -> str:
-    return f"{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1g} of PyTorch's"
-
-
 def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int = OPSET, torch: bool = False,
                       card: bool = False, folder: str | Path | None = None, repo_id: str | None = None,
                       public: bool = False) -> Iterator[str]:
@@ -277,13 +256,18 @@ def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int 
     if public and not repo_id:
         raise ValueError("a public repository needs a name: --public goes with --push USER/NAME")
     nothing = not (onnx or torch or card or folder or repo_id)
+    if onnx or nothing:
+        check_opset(opset)
     checkpoint = find_checkpoint(checkpoint)
     read_checkpoint(checkpoint)  # refuses now what would be refused in a minute
+    written = "{}: {:.1f} MB, logits within {:.1g} of PyTorch's"
     if onnx or nothing:
         yield "recording, translating and checking the graph takes about a minute"
-        yield _written(checkpoint / ONNX_FILE, export_onnx(checkpoint, opset=opset))
+        path, difference = checkpoint / ONNX_FILE, export_onnx(checkpoint, opset=opset)
+        yield written.format(path, path.stat().st_size / 1e6, difference)
     if torch:
-        yield _written(checkpoint / TORCH_FILE, export_torch(checkpoint))
+        path, difference = checkpoint / TORCH_FILE, export_torch(checkpoint)
+        yield written.format(path, path.stat().st_size / 1e6, difference)
     if card or nothing:
         yield str(write_card(checkpoint))
     if folder:

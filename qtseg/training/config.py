@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import sys
-import types
-import typing
-import unicodedata
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Predicate
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..data.mask_values import MASKS
 from ..data.preprocessing import RESIZES, COLORS as COLOR_SPACES
@@ -28,8 +27,9 @@ from .losses import LOSSES
 from .operations import OPERATIONS
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'CHOICES', 'SMALLEST', 'LARGEST', 'RULES', 'RESUMABLE', 'fits_type', 'shown_value',
-           'CheckedConfig', 'TrainConfig', 'is_path', 'located', 'recipe_changes', 'read_stored_config', 'same_recipe']
+__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'FileName', 'MaskValue', 'Share', 'RESUMABLE', 'is_folder_name', 'shown_value',
+           'allowed_values', 'meant', 'TrainConfig', 'config_table', 'is_path', 'located', 'recipe_changes',
+           'read_stored_config', 'same_recipe']
 
 # %% ../../nbs/reference/training_config.ipynb #c010
 OPTIMIZERS: dict[str, Callable] = {
@@ -56,93 +56,17 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
 
 # %% ../../nbs/reference/training_config.ipynb #c024
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
-CHOICES = {
-    "resize": RESIZES, "color": COLOR_SPACES, "masks": MASKS, "model": NETWORKS, "bridge": BRIDGES, "decoder": DECODERS,
-    "position": POSITIONS, "optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "forms": ("plain", "fast"),
-    "amp": ("none", "bf16", "fp16"), "select": BEST}
-SMALLEST = {"classes": 1, "size": 32, "width": 1, "heads": 1, "mlp_width": 1, "epochs": 1, "batch": 1, "step_epochs": 1,
-            "validate_every": 1, "valid_batch": 1, "channels": 1, "workers": 0,
-            "freeze_epochs": 0, "most_operations": 0, "strength": 0.0, "clip": 0.0,
-            "weight_decay": 0.0, "min_lr": 0.0, "seed": 0, "fold": 0, "folds": 2}
-LARGEST = {"classes": 256, "size": 16384, "width": 1024, "heads": 1024, "mlp_width": 65536, "channels": 1024,
-           "strength": 2.0, "seed": 2**63 - 1}
-
-# %% ../../nbs/reference/training_config.ipynb #f15376c5
-def _is_path(text: str) -> bool:
-    """A text that can name a file: not empty, no control characters, no halves of characters."""
-    return bool(text.strip()) and not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+FileName = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not empty, no control characters
+MaskValue = Annotated[int, Field(ge=0, le=65535)] | Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _is_folder_name(text: str) -> bool:
-    """One folder, on every system: no separator, nothing that leads out of its parent, no control characters."""
-    return (_is_path(text) and text == text.strip() and text not in (".", "..") and not set("/\\") & set(text)
+def is_folder_name(text: str) -> bool:
+    """One folder, on every system: no separator, nothing that leads out of its parent."""
+    return (text == text.strip() and text not in (".", "..") and not set("/\\") & set(text)
             and Path(text).name == text and len(text.encode()) <= 200)
 
-
-RULES: dict[str, tuple[str, Callable]] = {  # what a value is, said and tested
-    "data": ("a folder, a .zip or phantoms[:family[:number]]", _is_path),
-    "runs": ("the name of a folder", _is_path),
-    "name": ("the name of one folder: no / or \\, not . or .., at most 200 bytes", _is_folder_name),
-    "cache": ("the name of a folder", _is_path),
-    "encoder_weights": ("a file, a folder or imagenet", _is_path),
-    "valid_share": ("above 0 and below 1", lambda value: 0 < value < 1),
-    "lr": ("above 0", lambda value: value > 0),
-    "gamma": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "power": ("above 0", lambda value: value > 0),
-    "momentum": ("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "betas": (
-        "two numbers, each at least 0 and below 1", lambda value: len(value) == 2 and all(0 <= b < 1 for b in value)),
-    "depths": (
-        "three whole numbers, for strides 8, 16 and 32, each from 0 to 100",
-        lambda value: len(value) == 3 and all(0 <= depth <= 100 for depth in value)),
-    "milestones": (
-        "a list of epochs from 1 on, in rising order",
-        lambda value: all(early < late for early, late in zip([0, *value], value))),
-    "losses": (
-        "one or more losses with weights, none below 0 and one above",
-        lambda value: all(weight >= 0 for weight in value.values()) and any(value.values())),
-    "operations": ("a list of different names", lambda value: len(set(value)) == len(value)),
-}
-
 # %% ../../nbs/reference/training_config.ipynb #c027
-def _type_name(hint) -> str:
-    """A type as a person says it: `int | None` -> "a whole number or null", `list[int]` -> "a list of whole
-    numbers"."""
-    names = {
-        str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list",
-        dict: "a mapping", types.NoneType: "null"}
-    many = {str: "texts", int: "whole numbers", float: "numbers"}
-    if _is_union(hint):
-        return " or ".join(map(_type_name, typing.get_args(hint)))
-    items = [
-        many.get(item) or " or ".join(many[part] for part in typing.get_args(item)) for item in typing.get_args(hint)]
-    return names[typing.get_origin(hint) or hint] + (" of " + " to ".join(items) if items else "")
-
-
-def _is_union(hint) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def fits_type(value, hint) -> bool:
-    """Is the value of this type? An int counts as a float, a bool is never a number."""
-    if _is_union(hint):
-        return any(fits_type(value, part) for part in typing.get_args(hint))
-    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is list:
-        return isinstance(value, (list, tuple)) and all(fits_type(item, parts[0]) for item in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(
-            fits_type(k, parts[0]) and fits_type(v, parts[1]) for k, v in value.items())
-    if kind in (int, float):
-        most = sys.float_info.max  # neither infinity nor NaN is within, nor a whole number that no float can hold
-        return (
-            isinstance(value, int if kind is int else (int, float))
-            and not isinstance(value, bool)
-            and -most <= value <= most
-        )
-    return isinstance(value, kind)
-
-# %% ../../nbs/reference/training_config.ipynb #c027x1
 def shown_value(value, most: int = 200) -> str:
     """A value in an error, whatever it is: on one line, of at most so many characters."""
     try:
@@ -151,178 +75,229 @@ def shown_value(value, most: int = 200) -> str:
         return f"a very long {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"
 
+# %% ../../nbs/reference/training_config.ipynb #c027a
+def allowed_values(schema: dict, many: bool = False) -> str:
+    """What a JSON schema allows, in words: "a whole number >= 1 or null"; `many`: in the plural."""
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(allowed_values(one, many) for one in schema["anyOf"])
+    kind = schema["type"]
+    if kind == "array":
+        length = f"{schema['minItems']} " if "minItems" in schema else ""
+        return f"a list of {length}{allowed_values(schema['items'], many=True)}"
+    if kind == "object":
+        return f"a mapping of names to {allowed_values(schema['additionalProperties'], many=True)}"
+    word, words = {"integer": ("a whole number", "whole numbers"), "number": ("a number", "numbers"),
+                   "string": ("a text", "texts"), "boolean": ("true or false", ""), "null": ("null", "")}[kind]
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = {signs[key]: int(schema[key]) for key in signs if key in schema}
+    if limits.keys() == {">=", "<="}:
+        bounds = f" from {limits['>=']} to {limits['<=']}"
+    else:
+        bounds = " and".join(f" {sign} {limit}" for sign, limit in limits.items())
+    return (words if many else word) + bounds
 
-def _meant(name: str, value) -> str:
+
+def meant(key: str, value) -> str:
     """What to write instead of a text that stands for another value, as papermill delivers them; else ""."""
     text = value.strip() if isinstance(value, str) else ""
     word = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(text.lower())
     if word:
-        return f" (a text; with papermill -p {name} {word})"
+        return f" (a text; with papermill -p {key} {word})"
     if text[:1] in ("[", "{"):
-        return f' (a text; with papermill -y "{name}: {text[:80]}")'
+        return f' (a text; with papermill -y "{key}: {text[:80]}")'
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return f" (a text; in YAML write {number(text)!r}, without quotes)"
     return ""
 
 # %% ../../nbs/reference/training_config.ipynb #c030
-def _refused_by_loss(name: str, classes: int) -> str:
-    """Why a loss cannot be computed for so many classes: its own words, asked on four pixels; "" if it can."""
-    if name not in LOSSES or not SMALLEST["classes"] <= classes <= LARGEST["classes"]:
-        return ""  # refused already
-    try:
-        LOSSES[name](torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
-    except ValueError as error:
-        return str(error).split(", got")[0]
-    return ""
+class TrainConfig(BaseModel):
+    """Everything that decides a run; the defaults are the paper's recipe (section "Implementation details", v0.1.0).
 
-# %% ../../nbs/reference/training_config.ipynb #c030x1
-class CheckedConfig:
-    """The checks of `TrainConfig`, and its way from plain values and back: all problems are named in one ValueError."""
+    Raises:
+        ValueError: one sentence that names every key, value and remedy.
+    """
 
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            setattr(self, f.name, plain(getattr(self, f.name)))
-        problems = self._ill_typed() or self._out_of_range() + self._at_odds()
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    # data, see `SegmentationData.open`
+    data: FileName = Field("phantoms:all:400", title="a folder, a .zip or phantoms[:family[:number]]",
+                           description="images and masks")
+    classes: int = Field(2, ge=1, le=256, description="number of classes, the background included")
+    masks: Literal[MASKS] = Field("auto", description="how masks are read")
+    mask_values: list[MaskValue] | None = Field(
+        None, title="a list of whole numbers from 0 to 65535 or colors \"#rrggbb\", or null",
+        description="what class 0, 1, … has in the masks")
+    ignore_value: MaskValue | None = Field(
+        None, title="a whole number from 0 to 65535, a color \"#rrggbb\" or null",
+        description="what pixels that count nowhere have in the masks")
+    size: int = Field(512, ge=32, le=16384, description="side in pixels at which images are trained")
+    resize: Literal[RESIZES] = Field("squash", description="how an image becomes a square")
+    color: Literal[tuple(COLOR_SPACES)] = Field("rgb", description="color space of the images")
+    channels: int = Field(3, ge=1, le=1024, description="channels of an image")
+    fold: int | None = Field(None, ge=0, le=9999, description="the fold that validates, from 0")
+    folds: int | None = Field(None, ge=2, le=10000, description="make so many folds where the data have none")
+    valid_share: float = Field(0.1, gt=0, lt=1, description="share that validates where the data do not say it")
+    cache: FileName | None = Field(None, title="the name of a folder, or null", description="where prepared images lie")
+    workers: int = Field(0, ge=0, le=1024, description="processes that read a Dataset given to fit")
+
+    # network
+    model: Literal[NETWORKS] = Field("qtseg", description="QTSeg or a baseline")
+    encoder: str = Field("fpn", description="fpn, or an encoder that segmentation-models-pytorch knows")
+    bridge: Literal[tuple(BRIDGES)] = Field("mlff", description="what joins the encoder's maps")
+    decoder: Literal[tuple(DECODERS)] = Field("mqm", description="what makes masks of them")
+    width: int = Field(16, ge=1, le=1024, description="base width n: the maps have 4n, 8n and 16n channels")
+    depths: list[Annotated[int, Field(ge=0, le=100)]] = Field(
+        [1, 2, 3], min_length=3, max_length=3, description="decoder blocks at strides 8, 16 and 32")
+    heads: int = Field(8, ge=1, le=1024, description="attention heads")
+    mlp_width: int = Field(2048, ge=1, le=65536, description="hidden width of the tokens' MLPs")
+    position: Literal[tuple(POSITIONS)] = Field("fourier", description="positional encoding")
+    init: FileName | None = Field(
+        None, title="a checkpoint folder, phantoms, an id on the Hugging Face hub, or null",
+        description="weights to start from; another number of classes is allowed")
+    encoder_weights: FileName | None = Field(
+        None, title="a file, a folder, imagenet or null",
+        description="weights of the encoder alone: an official file (fpn-nano.pth) or a checkpoint folder")
+    freeze_epochs: int = Field(50, ge=0, le=1000000, description="first epochs that leave encoder_weights as they are")
+    freeze_norm: bool = Field(False, description="BatchNorm uses its running statistics and leaves them as they are")
+
+    # recipe
+    epochs: int = Field(350, ge=1, le=1000000, description="passes over the training images")
+    batch: int = Field(32, ge=1, le=1000000, description="images in a step")
+    drop_last: bool = Field(True, description="leave out the incomplete last batch")
+    losses: Annotated[dict[Literal[tuple(LOSSES)], Annotated[float, Field(ge=0)]],
+                      Predicate(lambda weights: any(weights.values()))] = Field(
+        {"ce_dice": 1.0}, description="losses and their weights",
+        title=f"a mapping of one or more of {', '.join(LOSSES)} to numbers >= 0, one above 0")
+    optimizer: Literal[tuple(OPTIMIZERS)] = Field("adamw", description="what changes the weights")
+    lr: float = Field(1e-3, gt=0, description="learning rate of the first epoch")
+    weight_decay: float = Field(1e-4, ge=0, description="how far each step pulls weights to 0")
+    betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay of Adam's averages")
+    momentum: Share = Field(0.99, description="momentum of sgd")
+    nesterov: bool = Field(False, description="Nesterov's momentum, of sgd")
+    scheduler: Literal[tuple(SCHEDULERS)] = Field("step", description="how the learning rate falls, epoch by epoch")
+    step_epochs: int = Field(50, ge=1, le=1000000, description="epochs until the rate falls: step, plateau, restarts")
+    milestones: Annotated[list[int], Predicate(lambda given: all(a < b for a, b in zip([0, *given], given)))] = Field(
+        [], title="a list of epochs from 1 on, in rising order", description="epochs at which multistep falls")
+    gamma: float = Field(0.5, gt=0, le=1, description="factor of each fall: step, multistep, exponential, plateau")
+    power: float = Field(0.9, gt=0, description="exponent of polynomial")
+    min_lr: float = Field(1e-5, ge=0, description="the lowest learning rate")
+    clip: float = Field(0.0, ge=0, description="longest gradient; 0: no bound")
+
+    # augmentation, drawn for each image
+    augment: bool = Field(True, description="change training images at random")
+    operations: Annotated[list[Literal[tuple(OPERATIONS)]],
+                          Predicate(lambda names: len(set(names)) == len(names))] = Field(
+        [*OPERATIONS], description="changes to draw from",
+        title=f"a list of different names out of {', '.join(OPERATIONS)}")
+    most_operations: int = Field(4, ge=0, le=1000, description="most changes of one image")
+    strength: float = Field(1.0, ge=0, le=2, description="how strong the changes are; 1: the paper's recipe")
+
+    # how it is computed
+    forms: Literal["plain", "fast"] = Field("fast", description="of the network's layers on a CPU (lesson 16)")
+    amp: Literal["none", "bf16", "fp16"] = Field("none", description="mixed precision")
+    compile: bool = Field(False, description="torch.compile the network")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    seed: int = Field(1996, ge=0, le=2**63 - 1, description="seed of everything that is drawn")
+
+    # what is checked and kept
+    validate_every: int = Field(1, ge=1, le=1000000, description="epochs from one validation to the next")
+    valid_batch: int = Field(16, ge=1, le=1000000, description="images in a step of validation")
+    select: Literal[tuple(BEST)] = Field("dice", description="the measure that selects the checkpoint")
+    runs: FileName = Field("runs", title="the name of a folder", description="where runs lie")
+    name: Annotated[FileName, Predicate(is_folder_name)] = Field(
+        "phantoms", title="the name of one folder: no / or \\, not . or .., at most 200 bytes",
+        description="the run's folder is RUNS/NAME")
+    resume: bool = Field(False, description="go on with the run of this name, if there is one")
+    track: bool = Field(False, description="record the run with MLflow")
+    progress: bool = Field(True, description="show progress")
+
+    def __init__(self, **values):
+        known, problems, wrong = type(self).model_fields, [], {}  # wrong: key -> the kind of error
+        if unknown := sorted(printable(key)[:80] for key in values if key not in known):
+            problems.append(f"unknown configuration keys: {', '.join(unknown)}; known: {', '.join(known)}")
+        values = {key: plain(value) for key, value in values.items() if key in known}
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            wrong = {one["loc"][0]: one["type"] for one in reversed(error.errors(include_url=False))}
+        for key in sorted(wrong, key=list(known).index):
+            remedy = meant(key, values[key]) if wrong[key].endswith("_type") else ""
+            problems.append(f"{key} is {self.allowed(key)}, not {shown_value(values[key])}{remedy}")
+        sound = self.model_construct(**{key: value for key, value in values.items() if key not in wrong})
+        problems += [said for keys, said in _conflicts(sound) if not keys & wrong.keys()]
         if problems:
             raise ValueError("the training configuration cannot be used: " + "; ".join(problems))
 
     @classmethod
-    def from_dict(cls, values: dict):
-        """A configuration from plain values (a YAML file, papermill parameters); ValueError names unknown keys."""
+    def from_dict(cls, values: Mapping) -> TrainConfig:
+        """A configuration from plain values (a YAML file, papermill parameters)."""
         if not isinstance(values, Mapping):
             raise ValueError(f"a configuration maps names to values, and this is {shown_value(values)}: "
                              "an empty or other file?")
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(printable(key)[:80] for key in values if key not in known)
-        if unknown:
-            raise ValueError(f"unknown configuration keys: {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**values)
+        return cls(**{key if isinstance(key, str) else shown_value(key): value for key, value in values.items()})
 
     def to_dict(self) -> dict:
         """Plain values, fit for JSON."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
-    def _ill_typed(self) -> list[str]:
-        values = ((name, hint, getattr(self, name)) for name, hint in typing.get_type_hints(type(self)).items())
-        return [f"{name} is {_type_name(hint)}, not {shown_value(value)}{_meant(name, value)}"
-                for name, hint, value in values if not fits_type(value, hint)]
-
-    def _out_of_range(self) -> list[str]:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        found = [f"{name} is one of {', '.join(choices)}, not {shown_value(given[name])}"
-                 for name, choices in CHOICES.items() if given[name] not in choices]
-        found += [f"{name} is at least {least}, not {given[name]}"
-                  for name, least in SMALLEST.items() if name in given and given[name] < least]
-        found += [f"{name} is at most {most}, not {given[name]}"
-                  for name, most in LARGEST.items() if given[name] > most]
-        found += [f"{name} has the unknown entry {shown_value(entry)}: choose from {', '.join(known)}"
-                  for name, known in (("losses", LOSSES), ("operations", OPERATIONS))
-                  for entry in given[name] if entry not in known]
-        if not self.losses:
-            found.append(f"losses names at least one of {', '.join(LOSSES)}")
-        return found + [f"{name} is {rule}, not {shown_value(given[name])}" for name, (rule, holds) in RULES.items()
-                        if name in given and given[name] != {} and not holds(given[name])]
-
-    def _at_odds(self) -> list[str]:
-        found = [f"losses {name} does not go with classes {self.classes} ({reason})"
-                 for name in self.losses if (reason := _refused_by_loss(name, self.classes))]
-        if self.model == "qtseg" and self.decoder != "conv" and self.heads > 0 and 2 * self.width % self.heads:
-            found.append(f"heads divides twice the width, {2 * self.width}: {self.heads} does not")
-        if self.fold is not None and self.folds is not None and self.fold >= self.folds:
-            found.append(f"fold is below folds, {self.folds}: counted from 0, {self.fold} is not there")
-        if self.min_lr > self.lr:
-            found.append(f"min_lr, {self.min_lr}, is at most lr, {self.lr}: the rate never falls below it")
-        if self.optimizer == "sgd" and self.nesterov and not self.momentum:
-            found.append("nesterov needs a momentum above 0")
-        if self.scheduler == "plateau" and self.gamma == 1:
-            found.append("scheduler plateau needs a gamma below 1")
-        if self.encoder == "fpn" and self.model != "qtseg":
-            found.append(f"encoder fpn is QTSeg's own: model {self.model} needs one of segmentation-models-pytorch, "
-                         "such as encoder: resnet34")
-        if self.encoder == "fpn" and self.encoder_weights == "imagenet":
-            found.append("encoder_weights imagenet are for an encoder of segmentation-models-pytorch: fpn takes a file "
-                         "or a checkpoint folder")
-        return found
-
-# %% ../../nbs/reference/training_config.ipynb #c040
-@dataclass
-class TrainConfig(CheckedConfig):
-    """Everything that decides a run; the defaults are the paper's recipe (section "Implementation details", v0.1.0)."""
-
-    # data, see SegmentationData.open; size in pixels; workers: processes that read a Dataset given to fit
-    data: str = "phantoms:all:400"
-    classes: int = 2
-    masks: str = "auto"
-    mask_values: list[int | str] | None = None
-    ignore_value: int | str | None = None
-    size: int = 512
-    resize: str = "squash"
-    color: str = "rgb"
-    channels: int = 3
-    fold: int | None = None
-    folds: int | None = None
-    valid_share: float = 0.1
-    cache: str | None = None
-    workers: int = 0
-    # network; encoder: fpn, or a name that segmentation-models-pytorch knows. encoder_weights: an official encoder file
-    # (fpn-nano.pth), a checkpoint folder, or imagenet; frozen for the first freeze_epochs. freeze_norm: BatchNorm
-    # normalizes with its running statistics, and leaves them as they are
-    model: str = "qtseg"
-    encoder: str = "fpn"
-    bridge: str = "mlff"
-    decoder: str = "mqm"
-    width: int = 16
-    depths: list[int] = field(default_factory=lambda: [1, 2, 3])
-    heads: int = 8
-    mlp_width: int = 2048
-    position: str = "fourier"
-    encoder_weights: str | None = None
-    freeze_epochs: int = 50
-    freeze_norm: bool = False
-    # recipe
-    epochs: int = 350
-    batch: int = 32
-    drop_last: bool = True
-    losses: dict[str, float] = field(default_factory=lambda: {"ce_dice": 1.0})
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    momentum: float = 0.99
-    nesterov: bool = False
-    scheduler: str = "step"
-    step_epochs: int = 50
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.5
-    power: float = 0.9
-    min_lr: float = 1e-5
-    clip: float = 0.0
-    # augmentation, drawn per image: up to most_operations of operations, each at strength 1 as the recipe has it
-    augment: bool = True
-    operations: list[str] = field(default_factory=lambda: list(OPERATIONS))
-    most_operations: int = 4
-    strength: float = 1.0
-    # how it is computed; forms: plain, as the notebooks write them; or fast, lesson 16's on a CPU
-    forms: str = "fast"
-    amp: str = "none"
-    compile: bool = False
-    device: str = "auto"
-    seed: int = 1996
-    # what is checked and kept
-    validate_every: int = 1
-    valid_batch: int = 16
-    select: str = "dice"
-    runs: str = "runs"
-    name: str = "phantoms"
-    resume: bool = False
-    track: bool = False
-    progress: bool = True
+    def replace(self, **changes) -> TrainConfig:
+        """A copy with other values, checked again."""
+        return type(self)(**self.to_dict() | changes)
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.runs) / self.name
+
+    @classmethod
+    def allowed(cls, key: str) -> str:
+        """What a key takes, in words."""
+        return cls.model_fields[key].title or allowed_values(cls.model_json_schema()["properties"][key])
+
+# %% ../../nbs/reference/training_config.ipynb #c040
+def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
+    """Keys whose values do not go together, and what to say about them."""
+    for name in c.losses if c.classes != 2 else ():  # every loss takes two
+        try:
+            LOSSES[name](torch.zeros(1, c.classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+        except ValueError as error:
+            reason = str(error).split(", got")[0]
+            yield {"losses", "classes"}, f"losses {name} does not go with classes {c.classes} ({reason})"
+    if c.model == "qtseg" and c.decoder != "conv" and 2 * c.width % c.heads:
+        yield ({"model", "decoder", "width", "heads"},
+               f"heads divides twice the width, {2 * c.width}: {c.heads} does not")
+    if c.fold is not None and c.folds is not None and c.fold >= c.folds:
+        yield {"fold", "folds"}, f"fold is below folds, {c.folds}: counted from 0, {c.fold} is not there"
+    if c.min_lr > c.lr:
+        yield {"min_lr", "lr"}, f"min_lr, {c.min_lr}, is at most lr, {c.lr}: the rate never falls below it"
+    if c.optimizer == "sgd" and c.nesterov and not c.momentum:
+        yield {"optimizer", "nesterov", "momentum"}, "nesterov needs a momentum above 0"
+    if c.scheduler == "plateau" and c.gamma == 1:
+        yield {"scheduler", "gamma"}, "scheduler plateau needs a gamma below 1"
+    if c.encoder == "fpn" and c.model != "qtseg":
+        yield ({"encoder", "model"}, f"encoder fpn is QTSeg's own: model {c.model} needs one of "
+               "segmentation-models-pytorch, such as encoder: resnet34")
+    if c.encoder == "fpn" and c.encoder_weights == "imagenet":
+        yield ({"encoder", "encoder_weights"}, "encoder_weights imagenet are for an encoder of "
+               "segmentation-models-pytorch: fpn takes a file or a checkpoint folder")
+    if c.init is not None and c.encoder_weights is not None:
+        yield ({"init", "encoder_weights"}, f"init {c.init} brings its own encoder: leave out encoder_weights, "
+               "or leave out init")
+
+
+def config_table() -> str:
+    """All keys of `TrainConfig`: default, meaning, and what they take; a line each, or two."""
+    lines = []
+    for key, value in TrainConfig().to_dict().items():
+        shown = f"{key}={json.dumps(value)}".replace('"', "")
+        meaning = f"{TrainConfig.model_fields[key].description} ({TrainConfig.allowed(key)})"
+        first, *others = textwrap.wrap(meaning, 76)
+        lines += [f"{shown:27} {first}"] if len(shown) < 28 else [shown, " " * 28 + first]
+        lines += [" " * 28 + line for line in others]
+    return "\n".join(lines)
 
 # %% ../../nbs/reference/training_config.ipynb #c043
 # what may differ between a run and its continuation
@@ -335,9 +310,9 @@ def is_path(source: str) -> bool:
 
 
 def located(config: TrainConfig) -> dict:
-    """Plain values, data and pretrained weights by their absolute paths where they exist: true in every folder."""
+    """Plain values, data and first weights by their absolute paths where they exist: true in every folder."""
     values = config.to_dict()
-    for key in ("data", "encoder_weights"):
+    for key in ("data", "init", "encoder_weights"):
         path = Path(values[key] or "").expanduser()
         if values[key] and is_path(values[key]) and path.exists():
             values[key] = str(path.resolve())
@@ -368,7 +343,7 @@ def same_recipe(config: TrainConfig, before: TrainConfig) -> None:
     allowed = {"epochs": config.epochs}
     if is_path(before.data) and is_path(config.data):
         allowed["data"] = config.data
-    changed = recipe_changes(config, dataclasses.replace(before, **allowed))
+    changed = recipe_changes(config, before.replace(**allowed))
     if changed:
         raise ValueError(f"{config.folder} was begun with another configuration ({'; '.join(changed)}): "
                          "resume with the same values, or choose another name")

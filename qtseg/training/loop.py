@@ -29,7 +29,7 @@ from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import MEASURES, scores_in_percent
 from ..files.text import printable
 from ..files.writing import write_then_rename
-from ..network.baselines import Baseline, load_network
+from ..network.baselines import Baseline, pretrained
 from ..network.model import QTSeg
 from .config import BEST, TrainConfig, located, read_stored_config, same_recipe, shown_value
 from .frequencies import best_constant_mask
@@ -63,7 +63,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 # %% ../../nbs/13_training.ipynb #c106
 def _is_ours(model: nn.Module) -> bool:
-    """Whether `load_network` can build the network from its config.json; a subclass may be anything."""
+    """Whether `pretrained` can build the network from its config.json; a subclass may be anything."""
     return type(model) in (QTSeg, Baseline)
 
 
@@ -88,7 +88,7 @@ def _read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
     """The network of a checkpoint of this run, in evaluation mode, on the run's device."""
     folder = trainer.config.folder / name
     if _is_ours(trainer.model):
-        return load_network(folder).to(trainer.device)
+        return pretrained(folder).to(trainer.device)
     model = copy.deepcopy(trainer.model)
     load_model(model, folder / "model.safetensors")
     return model.eval()
@@ -263,7 +263,7 @@ def _opened(config: TrainConfig, team: Team | None) -> SegmentationData:
         return open_data(config)
     opened: list[SegmentationData] = []
     team.lead(lambda: opened.append(open_data(config)))
-    return opened[0] if opened else open_data(dataclasses.replace(config, progress=False))
+    return opened[0] if opened else open_data(config.replace(progress=False))
 
 
 def _given_data(config: TrainConfig,
@@ -279,7 +279,7 @@ def _given_data(config: TrainConfig,
         data = SegmentationData.from_datasets(*data, classes=config.classes, ignore_index=config.ignore_value,
                                               workers=config.workers)
     source = config.data if data.folder else f"{data.name}, given to fit"
-    return dataclasses.replace(config, data=source, channels=data.shape[0]), data
+    return config.replace(data=source, channels=data.shape[0]), data
 
 
 def _write_metrics(trainer: Trainer) -> dict:

@@ -16,7 +16,7 @@ from ..data.layout import SPLITS
 from ..files.text import printable
 from ..files.writing import write_then_rename
 from .callbacks import Tracker
-from .config import (BEST, OPTIMIZERS, SCHEDULERS, TrainConfig, fits_type, is_path, located,
+from .config import (BEST, OPTIMIZERS, SCHEDULERS, TrainConfig, is_path, located,
                                    read_stored_config)
 from .run_folder import clear_disk_errors, read_splits, split_table
 from .trainer import Progress, Trainer, run_by_leader, step_rate
@@ -102,7 +102,7 @@ def _sound_progress(found, trainer: Trainer) -> bool:
         return False
     p = Progress(**found)
     counted = all(type(value) is int for value in (p.epoch, p.step)) and 0 <= p.epoch and 0 <= p.step <= trainer.steps
-    return (counted and _is_number(p.seconds) and fits_type(p.notes, list[str])
+    return (counted and _is_number(p.seconds) and isinstance(p.notes, list) and all(isinstance(note, str) for note in p.notes)
             and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set())
             and isinstance(p.history, list) and len(p.history) == p.epoch
             and all(numbers(row, ROW) for row in p.history)
@@ -201,8 +201,8 @@ def load_state(trainer: Trainer) -> None:
     trainer.progress = Progress(**state["progress"])
     # an epoch that was begun is finished where nothing was validated yet: there is no best checkpoint else
     p = trainer.progress
-    trainer.config = dataclasses.replace(
-        trainer.config, epochs=max(trainer.config.epochs, p.epoch + (p.step > 0 and not p.best)))
+    trainer.config = trainer.config.replace(
+        epochs=max(trainer.config.epochs, p.epoch + (p.step > 0 and not p.best)))
     for key in ("T_max", "total_iters"):  # what cosine and polynomial call the number of epochs
         before = state["scheduler"].get(key, trainer.config.epochs)
         if trainer.config.scheduler in ("cosine", "polynomial") and before != trainer.config.epochs:
