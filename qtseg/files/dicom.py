@@ -116,12 +116,21 @@ def _on_screen(values: np.ndarray, header) -> np.ndarray:
     return shown
 
 
-def _as_stored(values: np.ndarray, header, bits: int) -> np.ndarray:
-    """Gray values of a DICOM [H, W] as stored, MONOCHROME1 inverted: uint8 or uint16; ValueError for negative ones."""
+def _decoded(header, stored: int, stored_values: bool) -> np.ndarray:
+    """The pixels of a header that holds one frame: uint8 [H, W, 3], or [H, W] as shown or (uint8, uint16) as stored."""
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    values = pixel_array(header, index=0)  # YBR has become RGB
+    palette = header.PhotometricInterpretation == "PALETTE COLOR"
+    if palette or values.ndim == 3:
+        values, bits = (apply_color_lut(values, header), 16) if palette else (values, stored)
+        return values if values.dtype == np.uint8 else (values >> max(bits - 8, 0)).astype(np.uint8)
+    if not stored_values:
+        return _on_screen(values, header)
     if values.min() < 0 or values.max() > 65535:
         raise Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read as a mask")
-    values = values.astype(np.uint8 if bits <= 8 else np.uint16)
-    return values.dtype.type(2**bits - 1) - values if header.PhotometricInterpretation == "MONOCHROME1" else values
+    values = values.astype(np.uint8 if stored <= 8 else np.uint16)
+    return values.dtype.type(2**stored - 1) - values if header.PhotometricInterpretation == "MONOCHROME1" else values
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-0261
 def read_dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
@@ -129,7 +138,6 @@ def read_dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
     import_optional("pydicom", "is a DICOM file, which")
     from pydicom import dcmread
     from pydicom.encaps import encapsulate, get_frame
-    from pydicom.pixels import apply_color_lut, pixel_array
     from pydicom.uid import RLELossless
 
     source.seek(0)
@@ -161,12 +169,4 @@ def read_dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
             raise Refusal(f"cannot be read as DICOM (its pixel data are cut off: {len(frame)} of {length} bytes)")
     header.add_new((group, element), "OW" if implicit else kind.decode(), frame)
     header.NumberOfFrames = 1
-    values = pixel_array(header, index=0)  # YBR has become RGB
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        values = apply_color_lut(values, header)
-        values = values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
-    elif values.ndim == 3:
-        values = values if values.dtype == np.uint8 else (values >> max(stored - 8, 0)).astype(np.uint8)
-    else:
-        values = _as_stored(values, header, stored) if stored_values else _on_screen(values, header)
-    return np.ascontiguousarray(values), None, "DICOM", stored, frames, 0, None
+    return np.ascontiguousarray(_decoded(header, stored, stored_values)), None, "DICOM", stored, frames, 0, None

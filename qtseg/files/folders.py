@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import unicodedata
 from pathlib import Path
 
@@ -14,39 +13,6 @@ from .limits import limit
 
 # %% auto #0
 __all__ = ['walk', 'same_form']
-
-# %% ../../nbs/reference/files_folders.ipynb #files-030
-def _entries(folder: Path, seen: set, passed: list[tuple[Path, str]]) -> list[os.DirEntry]:
-    """The entries of a folder that was not visited yet; the reason goes to `passed` if it has none to give."""
-    try:
-        state = os.stat(folder)
-        if (state.st_dev, state.st_ino) in seen:
-            passed.append((folder, "a folder that was listed already"))
-            return []
-        seen.add((state.st_dev, state.st_ino))
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        passed.append((folder, f"a folder that cannot be opened ({error.strerror})"))
-        return []
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder, or a link to one; a link that leads in a circle is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _reason(entry: os.DirEntry) -> str:
-    """Why an entry that is no folder is passed over; "" for a file to be read."""
-    if entry.name.startswith("."):
-        return "hidden"
-    try:
-        return "" if stat.S_ISREG(os.stat(entry.path).st_mode) else "not a file (a pipe, a socket or a device)"
-    except OSError:
-        return "a link that leads nowhere" if entry.is_symlink() else "cannot be looked at"
 
 # %% ../../nbs/reference/files_folders.ipynb #files-0301
 def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -58,29 +24,35 @@ def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]
     Returns:
         The files, sorted, and what was passed over, with the reason.
     """
-    files: list[Path] = []
-    passed: list[tuple[Path, str]] = []
-    seen: set[tuple[int, int]] = set()
-    folders, links = [(Path(folder), 0)], []
+    files, passed, seen, folders, links = [], [], set(), [(Path(folder), 0)], []
     while folders or links:
         place, depth = folders.pop() if folders else links.pop(0)
-        if depth > limit("MAX_DEPTH"):
-            passed.append((place, f"more than {limit('MAX_DEPTH')} folders deep"))
-            continue
-        entries = _entries(place, seen, passed)
-        if depth and any(entry.name == "predictions.json" for entry in entries):
-            passed.append((place, "results of an earlier prediction"))
-            continue
-        for entry in entries:
-            path = place / entry.name
-            if entry.name in ("__MACOSX", "@eaDir"):  # of archives from a Mac, of a Synology server
-                passed.append((path, "hidden"))
-            elif not entry.name.startswith(".") and _is_folder(entry):
-                (links if entry.is_symlink() else folders).append((path, depth + 1))
-            elif reason := _reason(entry):
-                passed.append((path, reason))
+        entries, reason = [], ""
+        try:
+            state = os.stat(place)
+            if depth > limit("MAX_DEPTH"):
+                reason = f"more than {limit('MAX_DEPTH')} folders deep"
+            elif (state.st_dev, state.st_ino) in seen:
+                reason = "a folder that was listed already"
             else:
+                seen.add((state.st_dev, state.st_ino))
+                entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            reason = f"a folder that cannot be opened ({error.strerror})"
+        if depth and any(entry.name == "predictions.json" for entry in entries):
+            entries, reason = [], "results of an earlier prediction"
+        passed += [(place, reason)] if reason else []
+        for entry in entries:
+            path, link = place / entry.name, entry.is_symlink()
+            if entry.name.startswith(".") or entry.name in ("__MACOSX", "@eaDir"):  # of a Mac, of a Synology server
+                passed.append((path, "hidden"))
+            elif os.path.isdir(path):
+                (links if link else folders).append((path, depth + 1))
+            elif os.path.isfile(path):
                 files.append(path)
+            else:
+                lost = "a link that leads nowhere" if link else "cannot be looked at"
+                passed.append((path, "not a file (a pipe, a socket or a device)" if os.path.exists(path) else lost))
     return sorted(files), sorted(passed)
 
 # %% ../../nbs/reference/files_folders.ipynb #files-031

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -27,18 +28,14 @@ __all__ = ['BIDI', 'NO_UTF8', 'printable', 'first_names', 'escape', 'csv_cell', 
 BIDI = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
-def _visible(character: str) -> str:
-    """A character that would be obeyed, as text."""
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"  # a byte of a name that is no UTF-8
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character) or (
-        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
-
-
 def printable(text: object) -> str:
     """A text for the terminal or a line of a log: control characters are shown, not obeyed, and it can be encoded."""
-    return re.sub(f"[\0-\x1f\x7f-\x9f{BIDI}\ud800-\udfff]", lambda found: _visible(found[0]), str(text))
+    def visible(found: re.Match) -> str:
+        code = ord(found[0])
+        code -= 0xDC00 * (0xDC80 <= code <= 0xDCFF)  # a byte of a name that is no UTF-8
+        return {9: "\\t", 10: "\\n", 13: "\\r"}.get(code) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+    return re.sub(f"[\0-\x1f\x7f-\x9f{BIDI}\ud800-\udfff]", visible, str(text))
 
 # %% ../../nbs/reference/files_text.ipynb #73808b82
 def first_names(names: Sequence[str], most: int = 3) -> str:
@@ -148,60 +145,53 @@ def read_json(path: str | os.PathLike) -> dict:
     return found
 
 # %% ../../nbs/reference/files_text.ipynb #files-0341
-def _table(
-    path: str | os.PathLike, most: int, wide: int, interrupted: bool, options: dict
-) -> Iterator[list[str] | dict[str, str]]:
-    """The columns, then the rows of `read_table`."""
-    text = read_text(path, "replace" if interrupted else "strict", "MAX_TABLE_BYTES")
-    if interrupted:
-        text = text[:text.rfind("\n") + 1]
-    elif "\0" in text[:2]:  # UTF-16 without a byte order mark
-        raise ValueError(f"{path} {NO_UTF8}")
-    row_start = line_end = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal line_end
-        for found in re.finditer(r"[^\r\n]*(?:\r\n?|\n|\Z)", text):
-            line_end = found.end()
-            if line_end - row_start > MAX_ROW:
-                raise ValueError(f"it has a row of more than {MAX_ROW} characters")
-            yield found[0]
-
-    try:
-        rows = csv.DictReader(lines(), **options)
-        columns = list(rows.fieldnames or ())
-        if len(columns) > wide:
-            raise ValueError(f"it has more than {wide} columns")
-        yield columns
-        for number, row in enumerate(rows):
-            if number == most:
-                raise ValueError(f"it has more than {most} rows")
-            row_start = line_end
-            yield row
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is no table that can be read ({printable(error)[:300]})") from None
-
-# %% ../../nbs/reference/files_text.ipynb #8381c8d4
 def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, interrupted: bool = False,
                **options) -> tuple[list[str], Iterator[dict[str, str]]]:
     """Read a CSV file of at most MAX_TABLE_BYTES.
 
     Args:
-        most: rows.
-        wide: columns.
-        interrupted: Its writer may have been stopped: a last line without its end is left out, bytes that are not UTF-8
-        are replaced.
-        options: Of csv.DictReader.
+        most, wide: rows and columns that it may have.
+        interrupted: whether its writer may have been stopped: half a line at its end, or half a character, may be lost.
+        options: of csv.DictReader.
 
     Returns:
         The columns, and the rows, read one at a time.
 
     Raises:
-        ValueError: One sentence that names the file, at once or at the row: see `read_text`; not CSV, or more than the
-        limits.
-        OSError: It cannot be opened.
+        ValueError, OSError: as `read_text`, at once or at the row; it is not CSV, or exceeds a limit.
     """
-    rows = _table(path, most, wide, interrupted, options)
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for line in io.StringIO(text, newline=""):
+            length += len(line)
+            if length > MAX_ROW:
+                raise ValueError(f"it has a row of more than {MAX_ROW} characters")
+            yield line
+
+    text = read_text(path, "replace" if interrupted else "strict", "MAX_TABLE_BYTES")
+    if interrupted:
+        text = text[:text.rfind("\n") + 1]
+    elif "\0" in text[:2]:  # UTF-16 without a byte order mark
+        raise ValueError(f"{path} {NO_UTF8}")
+    length = 0  # of a row
+
+    def parts() -> Iterator[list[str] | dict[str, str]]:
+        nonlocal length
+        try:
+            rows = csv.DictReader(lines(), **options)
+            columns = list(rows.fieldnames or ())
+            if len(columns) > wide:
+                raise ValueError(f"it has more than {wide} columns")
+            yield columns
+            for number, row in enumerate(rows):
+                if number == most:
+                    raise ValueError(f"it has more than {most} rows")
+                length = 0
+                yield row
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is no table that can be read ({printable(error)[:300]})") from None
+
+    rows = parts()
     return next(rows), rows
 
 # %% ../../nbs/reference/files_text.ipynb #5f2690dd

@@ -36,28 +36,21 @@ def write_then_rename(path: str | os.PathLike, write: Callable[[Path], object]) 
         temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/reference/files_writing.ipynb #files-042
-def _alive(process: int) -> bool:
-    """Whether a process of this machine still runs; where that cannot be asked harmlessly (Windows), assume so."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass  # it runs, as somebody else
-    return True
-
-
 def _sweep(folder: Path) -> None:
     """Remove the half-built folders of builders that died: here if the process is gone, elsewhere after a week."""
     for path in folder.glob(".building,*"):
         made = re.fullmatch(r"\.building,(.*),(\d+),[0-9a-f]+", path.name)
         try:
-            old = time.time() - path.stat().st_mtime > 7 * 86400
+            dead = bool(made) and time.time() - path.stat().st_mtime > 7 * 86400
+            if made and made[1] == socket.gethostname() and os.name != "nt":  # Windows cannot be asked harmlessly
+                os.kill(int(made[2]), 0)  # signal 0 only asks
+        except ProcessLookupError:
+            dead = True
+        except (PermissionError, OverflowError):
+            pass  # it runs, as another user
         except OSError:
             continue  # its builder has just finished, or it is a link that leads nowhere
-        if made and (old or (made[1] == socket.gethostname() and not _alive(int(made[2])))):
+        if dead:
             shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/reference/files_writing.ipynb #files-043

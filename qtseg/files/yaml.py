@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 
-from .text import printable, read_text
+from .text import first_names, printable, read_text
 
 # %% auto #0
 __all__ = ['MAX_YAML_VALUES', 'parse_yaml', 'read_yaml']
@@ -18,48 +17,35 @@ __all__ = ['MAX_YAML_VALUES', 'parse_yaml', 'read_yaml']
 MAX_YAML_VALUES = 100_000
 
 
-def _count_values(node, counted: dict[int, int]) -> int:
-    """How many values a YAML document stands for, its aliases followed; ValueError for an alias inside itself."""
-    if id(node) not in counted:
-        counted[id(node)] = -1  # until its parts are counted
-        pairs = node.value if isinstance(node.value, list) else []
-        counted[id(node)] = 1 + sum(_count_values(part, counted) for pair in pairs
-                                    for part in (pair if isinstance(pair, tuple) else (pair,)))
-    if counted[id(node)] < 0:
-        raise ValueError("an alias names something that it lies in")
-    return counted[id(node)]
-
-
-def _repeated_keys(node) -> list[str]:
-    """Keys that stand twice in one mapping of a YAML document: YAML itself would silently drop the first."""
-    if not isinstance(node.value, list):
-        return []
-    pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in node.value]
-    keys = Counter(str(key.value) for key, _ in pairs if key is not None)
-    return [key for key, times in keys.items() if times > 1] + [
-        key for _, part in pairs for key in _repeated_keys(part)]
-
-# %% ../../nbs/reference/files_yaml.ipynb #c032a-2
 def parse_yaml(text: str) -> tuple[object, list[str]]:
-    """The content of a YAML or JSON text, and the keys that stand twice. ValueError, ModuleNotFoundError."""
-    try:
-        import yaml
-    except ImportError:
-        raise ModuleNotFoundError("reading YAML needs PyYAML: pip install pyyaml") from None
+    """The content of a YAML or JSON text, and the keys that stand twice. ValueError in one sentence."""
+    import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads 1e-3, as JSON and everybody writes it, as the number that it is; YAML 1.1 has it as a text."""
+        """Counts the values that a node stands for, its aliases followed, and reads 1e-3 as a number."""
 
+        def compose_node(self, parent, index):
+            alias = self.check_event(yaml.AliasEvent)
+            node = super().compose_node(parent, index)
+            if not alias:
+                parts = node.value if isinstance(node, yaml.CollectionNode) else []
+                if isinstance(node, yaml.MappingNode):  # YAML itself would silently drop the first of two equal keys
+                    keys = [str(key.value) for key, _ in parts]
+                    twice.extend(dict.fromkeys(key for key in keys if keys.count(key) > 1))
+                    parts = [part for pair in parts for part in pair]
+                count[id(node)] = 1 + sum(count[id(part)] for part in parts)
+            elif id(node) not in count:
+                raise ValueError("an alias names something that it lies in")
+            if count[id(node)] > MAX_YAML_VALUES:
+                raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES:,} values")
+            return node
+
+    # YAML 1.1 has 1e-3 as a text
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
+    count, twice = {}, []
     try:
-        loader = Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, []
-        if _count_values(node, {}) > MAX_YAML_VALUES:
-            raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES:,} values")
-        return loader.construct_document(node), _repeated_keys(node)
+        return Loader(text).get_single_data(), twice
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
@@ -75,7 +61,6 @@ def read_yaml(path: str | os.PathLike) -> dict:
     Raises:
         ValueError: one sentence that names the file: no mapping, a key twice, too large, not UTF-8, no regular file.
         OSError: it cannot be opened.
-        ModuleNotFoundError: PyYAML is missing.
     """
     text = read_text(path, most="MAX_YAML_BYTES")
     try:
@@ -83,7 +68,7 @@ def read_yaml(path: str | os.PathLike) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if twice:
-        raise ValueError(f"{path} says twice: {printable(', '.join(twice))[:300]}")
+        raise ValueError(f"{path} says twice: {first_names(twice)}")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping `key: value`")
     return values
