@@ -15,7 +15,7 @@ from conftest import one_sentence
 from safetensors.torch import load_file, save_file
 
 import qtseg
-from qtseg.network import checkpoints as network_checkpoints, encoders as network_encoders
+from qtseg.network import checkpoints as network_checkpoints
 from qtseg.network.baselines import Baseline, pretrained
 from qtseg.network.checkpoints import init_from
 from qtseg.network.model import QTSeg
@@ -929,7 +929,8 @@ def test_official_names_are_for_the_official_network(model, tmp_path):
                          ids=["qtseg", "baseline"])
 def test_imagenet_weights(monkeypatch, build, body):
     """What the package would download arrives in the encoder; offline, or for an encoder that has none, one sentence."""
-    smp = network_encoders.segmentation_models()
+    import segmentation_models_pytorch as smp
+
     network, get_encoder = build(), smp.encoders.get_encoder
 
     def fetched(name, in_channels, depth, weights):
@@ -958,4 +959,4 @@ def test_imagenet_weights(monkeypatch, build, body):
 def test_own_encoder_has_no_imagenet_weights(model):
     with pytest.raises(ValueError) as caught:
         small_model().load_encoder("imagenet")
-    one_sentence(caught, "resnet34")
+    one_sentence(caught, "efficientnet_lite0")

@@ -5,6 +5,7 @@
 # %% ../../nbs/reference/network_baselines.ipynb #fc3e1fa1
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn, Tensor
@@ -12,7 +13,7 @@ from torch import nn, Tensor
 from ..files.optional import import_optional
 from .efficientnet import LITES, EfficientNetLite
 from .encoders import check_encoder, check_imagenet, fold_batchnorms
-from .model import QTSeg, Segmenter
+from .model import QTSeg, Segmenter, standardize
 from .state import checked_whole, choose_part, find_checkpoint, read_config
 
 # %% auto #0
@@ -43,6 +44,7 @@ class Baseline(Segmenter):
         classes: with the background, 1 to 256.
         in_channels: of the images.
         encoder_weights: what `load_encoder` takes, such as "imagenet".
+        statistics: see `network.model.standardize`.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
@@ -52,7 +54,7 @@ class Baseline(Segmenter):
     model_type, encoder_prefix = "baseline", "net.encoder."
 
     def __init__(self, model: str = "unet", encoder: str = "resnet34", classes: int = 2, in_channels: int = 3,
-                 encoder_weights: str | Path | None = None):
+                 encoder_weights: str | Path | None = None, statistics: Sequence[Sequence[float]] | None = None):
         super().__init__()
         classes, in_channels = checked_whole("classes", classes, most=256), checked_whole("in_channels", in_channels)
         lite = isinstance(encoder, str) and encoder in LITES
@@ -63,6 +65,8 @@ class Baseline(Segmenter):
         if encoder_weights == "imagenet":
             check_imagenet(encoder)
         self.config = dict(model=model, encoder=encoder, classes=classes, in_channels=in_channels)
+        if statistics is not None:
+            standardize(self, statistics)
         try:
             self.net = network(encoder_name=theirs, encoder_weights=None, in_channels=in_channels, classes=classes)
         except Exception as error:  # each encoder has its own way to say that it cannot be dilated, tapped, …

