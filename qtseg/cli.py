@@ -280,12 +280,12 @@ def evaluate(
     """Score a checkpoint or a run, at training size and at the images' own size."""
     from qtseg.evaluation.runs import evaluate_run
     from qtseg.evaluation.scores import Protocol
-    from qtseg.evaluation.tables import report
+    from qtseg.evaluation.tables import evaluation_report
     from qtseg.training.hardware import keep_freed_memory
 
     keep_freed_memory()
     protocol = Protocol(threshold, legacy, False if no_surface else None, tolerance, lesion_overlap)
-    print(report(evaluate_run(
+    print(evaluation_report(evaluate_run(
         checkpoint, data, output, split=split, protocol=protocol, batch=batch, device=device, sizes=sizes or (),
         pictures=False if no_pictures else None, progress=not no_progress, masks=masks, mask_values=mask_values,
         ignore_value=ignore_value, fold=fold, folds=folds)))
@@ -297,7 +297,7 @@ def predict(
         checkpoint: Annotated[str, Argument(help=f"{_RUN}; phantoms (in this package); or USER/NAME on the Hub")],
         files: Annotated[list[str], Argument(metavar="INPUT", help=(
             "image files, folders (searched to the bottom) or patterns in quotes"))],
-        output: Annotated[Path, Option("--output", "-o", help="folder for masks, predictions.csv and errors.csv")],
+        output: Annotated[Path, Option("--output", "-o", help="folder for masks and predictions.csv")],
         overlay: Annotated[bool, Option("--overlay", help="also write NAME_overlay.jpg")] = False,
         probability: Annotated[Literal["png", "npz"] | None, Option(help=(
             "also write NAME_probability: 16-bit PNG, or NumPy with all classes"))] = None,
@@ -310,7 +310,7 @@ def predict(
         amp: Annotated[_Amp, Option(help="mixed precision")] = "none",
         engine: Annotated[_Engine, Option(help="onnx: model.onnx in the checkpoint, by qtseg export")] = "torch",
         window: Annotated[int | None, Option(help="slide a window of so many pixels instead of resizing")] = None,
-        overlap: Annotated[float, Option(help="share of a window that neighbors have in common")] = 0.25,
+        overlap: Annotated[float | None, Option(help="with --window: shared part of neighbors (0.25)")] = None,
         overwrite: Annotated[bool, Option("--overwrite", help="replace earlier results of any settings")] = False,
         no_progress: _NoProgress = False) -> int:
     """Segment images with a trained network, at their own size. Bad files end up in errors.csv."""

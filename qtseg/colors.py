@@ -18,8 +18,7 @@ Color = tuple[int, int, int]  # red, green, blue, each 0 to 255
 
 TOKENS: Color = (230, 159, 0)  #: orange
 FEATURES: Color = (0, 114, 178)  #: blue
-#: the target's outline: where sky blue is hard to see on an image, orange is not (`view.pictures` measures it)
-TARGET = TOKENS
+TARGET: Color = (255, 255, 255)  #: white; `data.preprocessing.outline_masks` draws it with a black edge
 PREDICTION: Color = (86, 180, 233)  #: sky blue
 FALSE_POSITIVE: Color = (213, 94, 0)  #: vermilion
 FALSE_NEGATIVE: Color = (240, 228, 66)  #: yellow

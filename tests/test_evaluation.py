@@ -7,8 +7,10 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,21 +20,19 @@ from conftest import shared_folder
 from PIL import Image
 from torch import nn
 
-from qtseg.evaluation import cost as evaluation_cost, protocol as evaluation_protocol, results as evaluation_results, runs as evaluation_runs
+from qtseg.evaluation import runs as evaluation_runs, scores as evaluation_scores, tables as evaluation_tables, timing as evaluation_timing
 from qtseg.data.preprocessing import fitted_size
 from qtseg.data.segmentation import SegmentationData
 from qtseg.cli import main
-from qtseg.evaluation.cost import multiply_adds, network_cost
-from qtseg.evaluation.evaluate import choose_splits, evaluate, predict_batch, stratum_rows, threshold_rows
+from qtseg.evaluation.evaluate import choose_splits, evaluate, image_rows, predict_batch, stratum_rows, threshold_rows
 from qtseg.evaluation.figures import draw_gallery
-from qtseg.evaluation.protocol import SIZES, Protocol, constant_counts, score_image
-from qtseg.evaluation.results import FILES, replaced_results, require_replaceable, to_dict
 from qtseg.evaluation.run_data import open_for, training_notes
 from qtseg.evaluation.runs import evaluate_checkpoint, find_checkpoints
-from qtseg.evaluation.scores import (BINS, SCORES, THRESHOLDS, calibration_counts, calibration_error,
+from qtseg.evaluation.scores import (BINS, SCORES, SIZES, THRESHOLDS, Protocol, calibration_counts, calibration_error, constant_counts, score_image,
                                      class_probabilities, decide, lesion_counts, mask_scores, own_size_mask,
                                      surface_scores, threshold_counts, undo_resize)
-from qtseg.evaluation.tables import aligned, markdown, table_rows
+from qtseg.evaluation.tables import FILES, aligned, markdown, replaced_results, require_replaceable, table_rows, to_dict
+from qtseg.evaluation.timing import multiply_adds, network_cost
 from qtseg.evaluation.uncertainty import bootstrap_interval, bootstrap_means, sampling_units, student_quantile
 from qtseg.training.frequencies import class_frequencies
 from qtseg.evaluation.metrics import MEASURES, confusion_counts, hard_masks
@@ -44,7 +44,7 @@ from qtseg.training.run_folder import split_table
 from qtseg.training.validation import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # inside MONAI
-needs_monai = pytest.mark.skipif(evaluation_protocol.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
+needs_monai = pytest.mark.skipif(evaluation_scores.importlib.util.find_spec("monai") is None, reason="MONAI, which computes hd95 and nsd, is not installed")
 
 
 # ------------------------------------------------------------------------------------------------ probabilities and decisions
@@ -400,8 +400,7 @@ def test_legacy_touches_the_papers_scores_only():
 
 
 def test_without_monai(monkeypatch):
-    real = evaluation_protocol.importlib.util.find_spec
-    monkeypatch.setattr(evaluation_protocol.importlib.util, "find_spec", lambda name: None if name == "monai" else real(name))
+    monkeypatch.setitem(sys.modules, "monai", None)
     assert Protocol().surface is False and Protocol().measures == SCORES[:-2]
     with pytest.raises(ModuleNotFoundError, match="pip install monai"):
         Protocol(surface=True)
@@ -582,7 +581,7 @@ class Guess(nn.Module):
 @pytest.fixture
 def no_stopwatch(monkeypatch):
     """Timings take seconds and are tested where they belong."""
-    monkeypatch.setattr(evaluation_cost, "_median_seconds", lambda *arguments: 1.0)
+    monkeypatch.setattr(evaluation_timing.Timer, "blocked_autorange", lambda *arguments, **options: SimpleNamespace(median=1.0))
 
 
 QUICK = dict(surface=False, draws=50)
@@ -601,7 +600,7 @@ def test_training_size_equals_trainings_own_evaluation(endoscopy):
 
 def test_rows_strata_and_counts_of_three_classes(endoscopy):
     result = evaluate(Guess(3), endoscopy, "all", Protocol(**QUICK), batch=5)
-    rows = list(result.rows())
+    rows = list(image_rows(result))
     assert len(rows) == 16 * 2 * 2 and [row["size"] for row in rows[:2]] == list(SIZES)
     assert {(row["height"], row["width"]) for row in rows if row["size"] == "own"} == {(96, 96)}
     assert {(row["height"], row["width"]) for row in rows if row["size"] == "training"} == {(64, 64)}
@@ -734,7 +733,7 @@ def test_an_old_result_stays_until_the_new_one_is_whole(run, tmp_path, monkeypat
 
     again(split="test")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    write = evaluation_results.write_evaluation
+    write = evaluation_tables.write_evaluation
 
     def full_disk(*arguments):
         write(*arguments)
@@ -1126,7 +1125,7 @@ def huge_number(run: Path) -> None:
 
 WRONG = {
     "no such folder": (None, ["{run}/nothing"], "nothing is no folder"),
-    "no checkpoint": (None, ["{empty}"], "config.json is missing"),
+    "no checkpoint": (None, ["{empty}"], "holds no checkpoint"),
     "truncated weights": (truncate, ["{run}/best_dice"], "truncated"),
     "damaged preprocessing": (tamper, ["{run}/best_dice"], "does not say how images are prepared"),
     "names that do not fit": (other_names, ["{run}/best_dice"], "the network has 2 classes, preprocessing names 3"),
@@ -1192,7 +1191,7 @@ def test_names_stay_text_in_tables():
 def test_formulas_in_names_stay_text_in_csv(endoscopy, tmp_path):
     result = evaluate(Guess(3), endoscopy, "test", Protocol(**QUICK))
     result.ids[0], result.strata[0], result.patients[0] = "=1+1", "@SUM(A1)", "+patient\x1b"
-    evaluation_results.write_evaluation(result, tmp_path, {})
+    evaluation_tables.write_evaluation(result, tmp_path, {})
     with (tmp_path / "images.csv").open(newline="") as file:
         first = next(csv.DictReader(file))
     assert (first["id"], first["stratum"]) == ("'=1+1", "'@SUM(A1)") and first["patient"].startswith("'+patient") and "\x1b" not in first["patient"]

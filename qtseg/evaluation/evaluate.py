@@ -23,27 +23,19 @@ from tqdm import tqdm
 from ..data.dataset import Split, normalize
 from ..data.segmentation import SegmentationData
 from .metrics import MEASURES, hard_masks, scores_in_percent
-from .protocol import SIZES, ImageScores, Protocol, score_image
-from .scores import (RATES, SCORES, THRESHOLDS, calibration_error, class_probabilities, decide,
-                                     rates_in_percent, surface_functions)
+from .scores import (RATES, SCORES, SIZES, THRESHOLDS, ImageScores, Protocol, calibration_error,
+                                     class_probabilities, decide, rates_in_percent, score_image, surface_functions)
 from .uncertainty import Units, bootstrap_interval, bootstrap_means, sampling_units
 from ..training.frequencies import class_frequencies
 
 # %% auto #0
-__all__ = ['PARTS', 'predict_batch', 'choose_splits', 'EvaluationData', 'Evaluation', 'stratum_rows', 'threshold_rows',
+__all__ = ['PARTS', 'predict_batch', 'choose_splits', 'Evaluation', 'image_rows', 'stratum_rows', 'threshold_rows',
            'evaluation_mode', 'evaluate']
-
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation055
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the defined values, NaN where there is none."""
-    defined = (~np.isnan(values)).sum(axis=axis)
-    return np.divide(np.nansum(values, axis=axis), defined, out=np.full(defined.shape, np.nan), where=defined > 0)
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation066
 @torch.no_grad()
 def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size], on the
-    CPU.
+    """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size].
 
     FloatingPointError if the network returns NaN or infinity: such a mask would look like an empty one.
     """
@@ -54,18 +46,20 @@ def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = 
     masks = hard_masks(logits).to(torch.uint8).cpu().numpy() if threshold is None else decide(probabilities, threshold)
     return probabilities, masks
 
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation069
-def _score_all(
-    network: nn.Module, splits: Sequence[Split], batch: int, device: torch.device, progress: bool, resize: str,
-    protocol: Protocol, frequencies: np.ndarray, ignore_index: int | None = None) -> list[ImageScores]:
+
+def _score_all(network: nn.Module, splits: Sequence[Split], batch: int, device: torch.device, progress: bool,
+               **options) -> list[ImageScores]:
     """Score every image of the splits; threads score a batch while the network computes the next. Keeps no picture."""
-    options = dict(resize=resize, protocol=protocol, frequencies=frequencies, ignore_index=ignore_index)
     scored: list[ImageScores] = []
     waiting: deque[list[Future]] = deque()
+    protocol = options["protocol"]
     if protocol.surface:
         surface_functions()  # the import takes seconds, which belong to no image
     bar = tqdm(total=sum(map(len, splits)), disable=not progress, unit="image", file=sys.stdout,
                mininterval=0.5 if sys.stdout.isatty() else 5.0, dynamic_ncols=sys.stdout.isatty())
+
+    def score(split: Split, position: int, *maps: np.ndarray) -> ImageScores:
+        return score_image(*maps, split.original_mask(position), **options)  # read here, in the thread
 
     def collect() -> None:
         for future in waiting.popleft():
@@ -76,28 +70,14 @@ def _score_all(
         for split in splits:
             position = 0
             for part in split.batches(batch, device=device):
-                probabilities, masks = predict_batch(network, part.images, protocol.threshold)
-                targets = part.masks.cpu().numpy()
-                waiting.append(
-                    [
-                        pool.submit(
-                            _score_position, split, position + row, probabilities[row], masks[row], targets[row],
-                            **options)
-                        for row in range(len(masks))
-                    ]
-                )
-                position += len(masks)
+                images = zip(*predict_batch(network, part.images, protocol.threshold), part.masks.cpu().numpy())
+                waiting.append([pool.submit(score, split, place, *maps) for place, maps in enumerate(images, position)])
+                position += len(part.masks)
                 if len(waiting) > 1:
                     collect()
         while waiting:
             collect()
     return scored
-
-
-def _score_position(split: Split, position: int, probabilities: np.ndarray, mask: np.ndarray, target: np.ndarray,
-                    **options) -> ImageScores:
-    """`score_image` for an image of a split; the target at its own size is read here, in the thread."""
-    return score_image(probabilities, mask, target, split.original_mask(position), **options)
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation070
 PARTS = ("test", "valid", "train", "all")
@@ -118,9 +98,9 @@ def choose_splits(data: SegmentationData, split: str | None = None) -> tuple[str
         raise ValueError(f"{data.folder} has no {name} split: choose another one of {', '.join(PARTS)}")
     return name, [getattr(data, name)]
 
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation073
+# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation074
 @dataclass
-class EvaluationData:
+class Evaluation:
     """Scores of a network on a split: a row per image; C foreground classes, sizes in the order of SIZES."""
 
     split: str  # one of PARTS
@@ -143,65 +123,63 @@ class EvaluationData:
     checkpoint: Path | None = None
     folder: Path | None = None  # where it was written
 
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation074
-class Evaluation(EvaluationData):
-    """An `EvaluationData` that answers questions."""
-
     def dice(self, size: str = "own") -> np.ndarray:
         """Dice of each image in percent, mean over foreground classes, NaN where every pixel is ignored: [images]."""
         return self.scores[SIZES.index(size), :, :, SCORES.index("dice")].mean(axis=1)
-
-    @cached_property
-    def summary(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """size -> "mean" or class name -> measure -> mean, low, high (95 % bootstrap interval), defined (number of
-        scores)."""
-        return {size: _summary(scores, self) for size, scores in zip(SIZES, self.scores)}
-
-    @cached_property
-    def missed(self) -> dict[str, dict[str, int]]:
-        """size -> lesions and how many were missed, predicted regions and how many are false alarms, and empty targets.
-
-        See `lesion_counts`; "marked" counts the empty targets in whose image something was predicted.
-        """
-        return {size: _missed(counts, lesions) for size, counts, lesions in zip(SIZES, self.counts, self.lesions)}
-
-    @cached_property
-    def constant(self) -> dict:
-        """The constant mask with the best Dice at own size: "mask", its name; "scores", size -> measure -> mean."""
-        return _best_constant(self)
-
-    @cached_property
-    def units(self) -> Units:
-        """What the intervals' bootstrap draws."""
-        return sampling_units(len(self.ids), self.strata, self.patients)
 
     @property
     def calibration_error(self) -> float:
         """Expected calibration error in percent, over the pixels at training size."""
         return calibration_error(self.calibration)
 
-    def rows(self) -> Iterator[dict]:
-        """A row per image, foreground class and size, as in images.csv."""
-        columns = zip(self.ids, self.patients, self.strata, self.image_sizes)
-        for index, (name, patient, stratum, (height, width)) in enumerate(columns):
-            for label, class_name in enumerate(self.class_names[1:]):
-                for number, size in enumerate(SIZES):
-                    shape = (height, width) if size == "own" else (self.size, self.size)
-                    tp, fp, fn, _ = self.counts[number, index, label].tolist()
-                    lesions, found, regions, alarms = self.lesions[number, index, label].tolist()
-                    yield {"id": name, "patient": patient, "stratum": stratum, "class": class_name, "size": size,
-                           "height": shape[0], "width": shape[1], "target_pixels": tp + fn, "predicted_pixels": tp + fp,
-                           "lesions": lesions, "missed": lesions - found, "regions": regions, "false_alarms": alarms,
-                           **dict(zip(self.protocol.measures, self.scores[number, index, label].tolist()))}
+    @cached_property
+    def units(self) -> Units:
+        """What the intervals' bootstrap draws."""
+        return sampling_units(len(self.ids), self.strata, self.patients)
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+        """size -> "mean" or class name -> measure -> mean, low, high (95 % interval), defined (number of scores)."""
+        return {size: _summary(scores, self) for size, scores in zip(SIZES, self.scores)}
+
+    @cached_property
+    def missed(self) -> dict[str, dict[str, int]]:
+        """size -> lesions and how many were missed, predicted regions and how many are false alarms, empty targets.
+
+        See `lesion_counts`; "marked" counts the empty targets in whose image something was predicted.
+        """
+        found = {}
+        for size, counts, lesions in zip(SIZES, self.counts, self.lesions):
+            tp, fp, fn, tn = np.moveaxis(counts, -1, 0)  # each [images, C]
+            empty = (tp + fn == 0) & (fp + tn > 0)
+            there, covered, regions, alarms = lesions.sum(axis=(0, 1)).tolist()
+            found[size] = {"lesions": there, "missed": there - covered, "regions": regions, "false_alarms": alarms,
+                           "empty": int(empty.sum()), "marked": int((empty & (fp > 0)).sum())}
+        return found
+
+    @cached_property
+    def constant(self) -> dict:
+        """The constant mask with the best Dice at own size: "mask", its name; "scores", size -> measure -> mean."""
+        scores = scores_in_percent(torch.from_numpy(self.constants), self.protocol.legacy).numpy()
+        means = _mean(_mean(scores, 1), 2)  # [2, images, masks, C, 4] -> [2, masks, C, 4] -> [2, masks, 4]
+        dice = np.nan_to_num(means[1, :, MEASURES.index("dice")])  # NaN where every pixel of every image is ignored
+        names = [*(f"all {name}" for name in self.class_names),
+                 f"each pixel's most frequent class in {self.frequencies_of}"]
+        return {"mask": names[dice.argmax()],
+                "scores": {size: dict(zip(MEASURES, row[dice.argmax()].tolist())) for size, row in zip(SIZES, means)}}
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation075
-def _summary(scores: np.ndarray, evaluation: EvaluationData) -> dict[str, dict[str, dict[str, float]]]:
-    """Means over images, then over classes, of scores [images, C, len(SCORES)], with intervals; each class beside the
-    mean."""
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over the defined values, NaN where there is none."""
+    defined = (~np.isnan(values)).sum(axis=axis)
+    return np.divide(np.nansum(values, axis=axis), defined, out=np.full(defined.shape, np.nan), where=defined > 0)
+
+
+def _summary(scores: np.ndarray, evaluation: Evaluation) -> dict[str, dict[str, dict[str, float]]]:
+    """Means over images, then over classes, of scores [images, C, len(SCORES)], with intervals; then each class."""
     protocol, names = evaluation.protocol, evaluation.class_names[1:]
-    # [draws, C, scores]
     draws = bootstrap_means(scores, evaluation.strata, evaluation.patients, protocol.draws, protocol.seed)
-    interval = partial(bootstrap_interval, units=evaluation.units)
+    interval = partial(bootstrap_interval, units=evaluation.units)  # of draws [draws, C, scores]
     means, defined = _mean(scores, 0), (~np.isnan(scores)).sum(axis=0)  # [C, scores]
     parts = {"mean": (_mean(means, 0), interval(_mean(draws, 1)), defined.sum(axis=0))}
     if len(names) > 1:
@@ -214,47 +192,35 @@ def _summary(scores: np.ndarray, evaluation: EvaluationData) -> dict[str, dict[s
         for name, (mean, (low, high), count) in parts.items()
     }
 
-
-def _best_constant(evaluation: EvaluationData) -> dict:
-    """`Evaluation.constant`: means over images, then over classes, as in the summary."""
-    scores = scores_in_percent(torch.from_numpy(evaluation.constants), evaluation.protocol.legacy).numpy()
-    means = _mean(_mean(scores, 1), 2)  # [2, images, masks, C, 4] -> [2, masks, C, 4] -> [2, masks, 4]
-    dice = np.nan_to_num(means[1, :, MEASURES.index("dice")])  # NaN where every pixel of every image is ignored
-    names = [*(f"all {name}" for name in evaluation.class_names),
-             f"each pixel's most frequent class in {evaluation.frequencies_of}"]
-    return {"mask": names[dice.argmax()],
-            "scores": {size: dict(zip(MEASURES, row[dice.argmax()].tolist())) for size, row in zip(SIZES, means)}}
-
-
-def _missed(counts: np.ndarray, lesions: np.ndarray) -> dict[str, int]:
-    """Sum over images and classes what `lesion_counts` counted, and count empty targets: two [images, C, 4]."""
-    tp, fp, fn, tn = np.moveaxis(counts, -1, 0)  # each [images, C]
-    empty = (tp + fn == 0) & (fp + tn > 0)
-    there, found, regions, alarms = lesions.sum(axis=(0, 1)).tolist()
-    return {"lesions": there, "missed": there - found, "regions": regions, "false_alarms": alarms,
-            "empty": int(empty.sum()), "marked": int((empty & (fp > 0)).sum())}
-
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation076
-def stratum_rows(evaluation: EvaluationData) -> list[dict]:
+def image_rows(evaluation: Evaluation) -> Iterator[dict]:
+    """A row per image, foreground class and size, as in images.csv."""
+    e = evaluation
+    for index, (name, patient, stratum, own) in enumerate(zip(e.ids, e.patients, e.strata, e.image_sizes)):
+        for label, class_name in enumerate(e.class_names[1:]):
+            for number, (size, (height, width)) in enumerate(zip(SIZES, ((e.size, e.size), own))):
+                tp, fp, fn, _ = e.counts[number, index, label].tolist()
+                lesions, found, regions, alarms = e.lesions[number, index, label].tolist()
+                yield {"id": name, "patient": patient, "stratum": stratum, "class": class_name, "size": size,
+                       "height": height, "width": width, "target_pixels": tp + fn, "predicted_pixels": tp + fp,
+                       "lesions": lesions, "missed": lesions - found, "regions": regions, "false_alarms": alarms,
+                       **dict(zip(e.protocol.measures, e.scores[number, index, label].tolist()))}
+
+
+def stratum_rows(evaluation: Evaluation) -> list[dict]:
     """A row per size and stratum, as in strata.csv: images, and the mean of each score over images, then classes.
 
     Empty where no image has a stratum; the images of a mixed split that have none come as "".
     """
-    if not any(evaluation.strata):
-        return []
-    strata, rows = np.array(evaluation.strata), []
-    for size, scores in zip(SIZES, evaluation.scores):
-        for stratum in sorted(set(evaluation.strata)):
-            chosen = strata == stratum
-            means = _mean(_mean(scores[chosen], 0), 0)  # [scores]
-            rows.append({"size": size, "stratum": stratum, "images": int(chosen.sum()),
-                         **dict(zip(evaluation.protocol.measures, means.tolist()))})
-    return rows
+    strata = np.array(evaluation.strata)
+    return [{"size": size, "stratum": stratum, "images": int((strata == stratum).sum()),
+             **dict(zip(evaluation.protocol.measures, _mean(_mean(scores[strata == stratum], 0), 0).tolist()))}
+            for size, scores in zip(SIZES, evaluation.scores)
+            for stratum in sorted(set(evaluation.strata)) if any(evaluation.strata)]
 
 
-def threshold_rows(evaluation: EvaluationData) -> list[dict]:
-    """A row per threshold: mean Dice, precision and recall at training size, percent; NaN left out as in the
-    summary."""
+def threshold_rows(evaluation: Evaluation) -> list[dict]:
+    """A row per threshold: mean Dice, precision and recall at training size, percent; NaN left out as in `summary`."""
     counts = torch.from_numpy(evaluation.thresholds)  # [thresholds, images, C, 4]
     scores = np.concatenate([scores_in_percent(counts), rates_in_percent(counts)], axis=-1)
     means = _mean(_mean(scores, 1), 1)  # [thresholds, scores]
@@ -262,7 +228,7 @@ def threshold_rows(evaluation: EvaluationData) -> list[dict]:
     return [{"threshold": round(float(threshold), 2), **{name: float(row[index]) for name, index in chosen}}
             for threshold, row in zip(THRESHOLDS, means)]
 
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation077
+# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation078
 @contextmanager
 def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
     """The network on a device and in evaluation mode, for a while."""
@@ -273,10 +239,10 @@ def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         network.train(was_training)
 
-# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation078
+
 def evaluate(
-    network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
-    batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
+        network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
+        batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:
     """Score a network on a split of a data set.
 
     Args:
@@ -294,13 +260,14 @@ def evaluate(
     masks_of, where = (splits, "the scored images") if own else ([data.train], "the training split")
     frequencies = class_frequencies(masks_of, max(data.classes, 2), ignored)
     with evaluation_mode(network, device):
-        scored = _score_all(network, splits, batch, device, progress, data.resize, protocol, frequencies, ignored)
+        scored = _score_all(network, splits, batch, device, progress, resize=data.resize, protocol=protocol,
+                            frequencies=frequencies, ignore_index=ignored)
     ids, patients, strata, sizes = ([entry for part in splits for entry in getattr(part, column)]
                                     for column in ("ids", "patients", "strata", "original_sizes"))
-    notes = list(dict.fromkeys([*data.notes, *data.census.warnings]))
     stacked = {name: np.stack([getattr(image, name) for image in scored], axis=1)
                for name in ("counts", "scores", "lesions", "constants", "thresholds")}
     if not stacked["counts"].any():
         raise ValueError(f"every pixel of every image scored in {data.folder} is ignored: there is nothing to score")
     return Evaluation(name, data.size, data.class_names, ids, patients, strata, sizes, protocol, frequencies_of=where,
-                      calibration=sum(image.calibration for image in scored), notes=notes, **stacked)
+                      calibration=sum(image.calibration for image in scored),
+                      notes=list(dict.fromkeys([*data.notes, *data.census.warnings])), **stacked)

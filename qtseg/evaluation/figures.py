@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..colors import PREDICTION, TARGET
-from ..data.dataset import Split
-from ..data.preprocessing import outline, resample
+from ..colors import FAILURE, FEATURES, PREDICTION, hex_color
+from ..data.preprocessing import outline_masks, to_rgb
 from ..data.reading import read_image
 from ..data.segmentation import SegmentationData
 from .evaluate import Evaluation, choose_splits, evaluation_mode, predict_batch, threshold_rows
@@ -21,27 +20,11 @@ from .scores import BINS, own_size_mask
 from .tables import LABELS
 
 # %% auto #0
-__all__ = ['outlined', 'ranked', 'own_size_picture', 'draw_gallery', 'draw_calibration', 'draw_thresholds']
-
-# %% ../../nbs/reference/evaluation_figures.ipynb #evaluation088
-def outlined(image: np.ndarray, target: np.ndarray, prediction: np.ndarray, longest: int = 360) -> np.ndarray:
-    """A picture to look at: uint8 RGB [H, W, 3] with the target outlined in orange, the prediction in blue, both at own
-    size.
-
-    Lines are drawn at full size, then the whole is shrunk until its longest side has `longest` pixels.
-    """
-    scale = longest / max(image.shape[:2])
-    width = max(1, round(1.5 / scale))  # pixels of the full size
-    picture = image.copy()
-    for mask, color in ((target, TARGET), (prediction, PREDICTION)):
-        outline(picture, mask, color, width)
-    rows, columns = (max(1, round(side * scale)) for side in image.shape[:2])
-    return resample(picture, rows, columns) if scale < 1 else picture
+__all__ = ['ranked', 'draw_gallery', 'draw_calibration', 'draw_thresholds']
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation089
 def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:
-    """Positions of the best, the middle and the worst images by Dice at own size, best first in each; none without a
-    Dice."""
+    """Positions of the best, median and worst images by Dice at own size, best first in each; none without a Dice."""
     dice = evaluation.dice()
     order = [place for place in np.argsort(-dice, kind="stable").tolist() if not math.isnan(dice[place])]
     count = min(count, len(order))
@@ -49,39 +32,36 @@ def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:
     return {"best": order[:count], "median": order[middle:middle + count], "worst": order[-count:]}
 
 
-def own_size_picture(network: nn.Module, data: SegmentationData, split: Split, position: int, threshold: float | None,
-                     device: str | torch.device) -> np.ndarray:
-    """Predict one image of a split anew and draw it at its own size, see `outlined`; nothing is drawn on ignored
-    pixels."""
-    image, target = read_image(split.paths[position][0], data.preprocessing.white), split.original_mask(position)
-    probabilities, _ = predict_batch(network, split.batch([position]).images.to(device), threshold)
-    prediction = own_size_mask(probabilities[0], *target.shape, data.resize, threshold)
-    return outlined(image, *(np.where(target == data.ignore_index, 0, mask) for mask in (target, prediction)))
-
-# %% ../../nbs/reference/evaluation_figures.ipynb #evaluation090
 def draw_gallery(
-    evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: str | torch.device = "cpu"):
-    """Best, median and worst images at own size, target orange and prediction blue -> a matplotlib figure.
+        evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: str | torch.device = "cpu"):
+    """Best, median and worst images at own size with the outlines of target and prediction -> a matplotlib figure.
 
-    `network`, `data` and `device` as `evaluate` had them; the few masks shown are computed anew.
+    `network`, `data` and `device` as `evaluate` had them; the few masks shown are computed anew. Nothing is outlined on
+    ignored pixels.
     """
     from matplotlib.figure import Figure
 
     places = [(split, position) for split in choose_splits(data, evaluation.split)[1] for position in range(len(split))]
-    figure = Figure(figsize=(7.5, 7.8), dpi=90, layout="constrained")
-    chosen, dice = ranked(evaluation), evaluation.dice()
+    figure = Figure(figsize=(7.5, 7.8), dpi=100, layout="constrained")
+    chosen, dice, threshold = ranked(evaluation), evaluation.dice(), evaluation.protocol.threshold
     with evaluation_mode(network, torch.device(device)):
         for row, (title, positions) in zip(figure.subplots(3, len(chosen["best"]), squeeze=False), chosen.items()):
-            for axes, position in zip(row, positions):
-                axes.imshow(own_size_picture(network, data, *places[position], evaluation.protocol.threshold, device))
-                axes.set_title(f"{title}: {evaluation.ids[position][-20:]}, Dice {dice[position]:.1f}", fontsize=8)
+            for axes, place in zip(row, positions):
+                split, position = places[place]
+                image = to_rgb(read_image(split.paths[position][0], data.white, data.shape[0]))
+                target = split.original_mask(position)
+                probabilities, _ = predict_batch(network, split.batch([position]).images.to(device), threshold)
+                prediction = own_size_mask(probabilities[0], *target.shape, data.resize, threshold)
+                masks = (np.where(target == data.ignore_index, 0, mask) for mask in (target, prediction))
+                axes.imshow(outline_masks(image, *masks, width=max(1, round(max(target.shape) / 180))))
+                axes.set_title(f"{title}: {evaluation.ids[place][-20:]}, Dice {dice[place]:.1f}", fontsize=8)
                 axes.axis("off")
+    figure.suptitle("outlines: target white, prediction sky blue", fontsize=9)
     return figure
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation093
 def draw_calibration(evaluation: Evaluation):
-    """Foreground probability against the share of pixels that are foreground, and how many pixels there are -> a
-    figure."""
+    """Foreground probability against the share of pixels that are foreground, and how many pixels there are."""
     from matplotlib.figure import Figure
 
     pixels, probabilities, foreground = evaluation.calibration.T
@@ -89,29 +69,24 @@ def draw_calibration(evaluation: Evaluation):
     figure = Figure(figsize=(7.5, 3), dpi=90, layout="constrained")
     curve, histogram = figure.subplots(1, 2)
     curve.plot([0, 1], [0, 1], color="#999999", linestyle="--", label="perfectly calibrated")
-    curve.plot(
-        probabilities[seen] / pixels[seen],
-        foreground[seen] / pixels[seen],
-        color="#0072B2",
-        marker="o",
-        markersize=4,
-        label=f"network, error {evaluation.calibration_error:.2f} %",
-    )
+    curve.plot(probabilities[seen] / pixels[seen], foreground[seen] / pixels[seen], color=hex_color(FEATURES),
+               marker="o", markersize=4, label=f"network, error {evaluation.calibration_error:.2f} %")
     curve.set(xlabel="predicted probability of foreground", ylabel="share that is foreground", xlim=(0, 1), ylim=(0, 1))
     curve.legend(fontsize=8)
-    histogram.bar((np.arange(BINS) + 0.5) / BINS, pixels, width=0.9 / BINS, color="#56B4E9")
+    histogram.bar((np.arange(BINS) + 0.5) / BINS, pixels, width=0.9 / BINS, color=hex_color(PREDICTION))
     histogram.set(xlabel="predicted probability of foreground", ylabel="pixels", yscale="log", xlim=(0, 1))
     return figure
 
 
 def draw_thresholds(evaluation: Evaluation):
-    """Mean Dice, precision and recall over the threshold on the foreground probability -> a figure."""
+    """Mean Dice, precision and recall over the threshold on the foreground probability."""
     from matplotlib.figure import Figure
 
     rows = threshold_rows(evaluation)
     figure = Figure(figsize=(6, 3), dpi=90, layout="constrained")
     axes = figure.subplots()
-    for name, color, style in (("dice", "#000000", "-"), ("precision", "#0072B2", "--"), ("recall", "#D55E00", "-.")):
+    lines = {"dice": ("#000000", "-"), "precision": (hex_color(FEATURES), "--"), "recall": (hex_color(FAILURE), "-.")}
+    for name, (color, style) in lines.items():
         axes.plot([row["threshold"] for row in rows], [row[name] for row in rows], color=color, linestyle=style,
                   label=LABELS[name].removesuffix(", %"))
     axes.set(xlabel="threshold on the foreground probability", ylabel="mean over images, percent", xlim=(0, 1))

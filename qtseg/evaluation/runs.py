@@ -5,35 +5,34 @@
 # %% ../../nbs/reference/evaluation_runs.ipynb #fcbc64b6
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from ..data.preprocessing import Preprocessing, read_preprocessing
 from ..data.segmentation import SegmentationData
-from .cost import network_cost
 from .evaluate import Evaluation, choose_splits, evaluate
 from .figures import draw_calibration, draw_gallery, draw_thresholds
-from .protocol import Protocol, is_wanted
-from .results import FILES, replaced_results, require_replaceable, write_evaluation
 from .run_data import open_checkpoint_data, training_notes
+from .scores import Protocol
+from .tables import FILES, replaced_results, require_replaceable, write_evaluation
+from .timing import network_cost
+from ..files.optional import import_optional
 from ..files.pictures import hash_file
-from ..network.baselines import Baseline, load_network
+from ..network.baselines import Baseline, pretrained
 from ..network.model import QTSeg
 from ..network.state import find_checkpoint
 from ..training.hardware import choose_device
 
 # %% auto #0
-__all__ = ['read_checkpoint', 'weights_sha256', 'find_checkpoints', 'check_sizes', 'evaluate_checkpoint', 'evaluate_run']
+__all__ = ['read_checkpoint', 'weights_sha256', 'find_checkpoints', 'check_request', 'evaluate_checkpoint', 'evaluate_run']
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation109
 def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Preprocessing]:
     """Network and preprocessing of a checkpoint or run. FileNotFoundError, ValueError: missing, damaged, or at odds."""
     folder = find_checkpoint(folder)
-    network, preprocessing = load_network(folder), read_preprocessing(folder)
+    network, preprocessing = pretrained(folder), read_preprocessing(folder)
     classes = network.config["classes"]
     if len(preprocessing.class_names) != max(classes, 2):
         raise ValueError(
@@ -68,7 +67,7 @@ def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
         found.setdefault(weights_sha256(folder), []).append(folder)
     return {first: [twin.name for twin in twins] for first, *twins in found.values()}
 
-# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation112
+# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation115
 def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, data: SegmentationData) -> None:
     """Raise ValueError if opened data was prepared in another way than the checkpoint's images were."""
     wanted, given = ((way.size, way.resize, way.color, way.channels, len(way.class_names))
@@ -77,25 +76,24 @@ def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, da
         raise ValueError(f"{checkpoint} expects images prepared as {preprocessing}, the data given was opened as "
                          f"{data.preprocessing}: open it with open_for(checkpoint, source)")
 
-# %% ../../nbs/reference/evaluation_runs.ipynb #evaluation115
-def check_sizes(sizes: Sequence[int]) -> None:
-    """Raise ValueError for sizes of the cost table that no image has or no machine can hold."""
+
+def check_request(sizes: Sequence[int], batch: int, pictures: bool | None) -> None:
+    """Refuse at once: ValueError for impossible sizes or batches, ModuleNotFoundError for pictures without
+    matplotlib."""
     for size in sizes:
         if not isinstance(size, int) or not 32 <= size <= 4096:
             raise ValueError(f"sizes for the cost table are whole numbers of pixels from 32 to 4096, got {size!r}")
-
-
-def _figures(evaluation: Evaluation, network: nn.Module, data: SegmentationData, device: torch.device) -> dict:
-    """The three pictures of an evaluation, by the names of their files."""
-    return {"gallery": draw_gallery(evaluation, network, data, device), "calibration": draw_calibration(evaluation),
-            "thresholds": draw_thresholds(evaluation)}
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch!r}")
+    if pictures:
+        import_optional("matplotlib", "a picture")
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation115b
 def evaluate_checkpoint(
-    checkpoint: str | os.PathLike, data: SegmentationData | str | os.PathLike | None = None,
-    output: str | os.PathLike | None = None, *, split: str | None = None, protocol: Protocol | None = None,
-    batch: int = 16, device: str = "auto", sizes: Sequence[int] = (), pictures: bool | None = None,
-    progress: bool = False, **options) -> Evaluation:
+        checkpoint: str | os.PathLike, data: SegmentationData | str | os.PathLike | None = None,
+        output: str | os.PathLike | None = None, *, split: str | None = None, protocol: Protocol | None = None,
+        batch: int = 16, device: str = "auto", sizes: Sequence[int] = (), pictures: bool | None = None,
+        progress: bool = False, **options) -> Evaluation:
     """Score a checkpoint on a split, write everything into a folder, and return it.
 
     Args:
@@ -105,18 +103,15 @@ def evaluate_checkpoint(
         sizes: for the cost table, in pixels; the checkpoint's own comes first.
         pictures: None means if matplotlib is installed.
 
-    Raises:
-        FileNotFoundError, ValueError: checkpoint, data, split, logits that are not finite; DataProblems.
-        FileExistsError: output holds something else.
+    Raises FileNotFoundError, ValueError, FileExistsError (output holds something else), DataProblems.
     """
-    check_sizes(sizes)
-    checkpoint = find_checkpoint(checkpoint)
-    network, preprocessing = read_checkpoint(checkpoint)
-    pictures, place = is_wanted(pictures, "matplotlib", "pictures"), choose_device(device)
+    check_request(sizes, batch, pictures)
+    checkpoint, place = find_checkpoint(checkpoint), choose_device(device)
+    network, p = read_checkpoint(checkpoint)
     if not isinstance(data, SegmentationData):
         data, whole = open_checkpoint_data(checkpoint, data, progress, options)
         split = split or whole
-    _refuse_other_preparation(checkpoint, preprocessing, data)
+    _refuse_other_preparation(checkpoint, p, data)
     name, splits = choose_splits(data, split)
     folder = Path(output or checkpoint / f"evaluation_{name}")
     require_replaceable(folder, "evaluation.json", FILES)
@@ -125,20 +120,23 @@ def evaluate_checkpoint(
     except FloatingPointError as error:
         raise ValueError(f"{checkpoint}: {error}; its training diverged or its images have other values: "
                          "choose another checkpoint") from error
-    evaluation.checkpoint, evaluation.folder, evaluation.class_names = checkpoint, folder, preprocessing.class_names
+    evaluation.checkpoint, evaluation.folder, evaluation.class_names = checkpoint, folder, p.class_names
     evaluation.notes += training_notes(checkpoint, splits)
-    sizes = dict.fromkeys((preprocessing.size, *sizes))
-    evaluation.cost = [network_cost(network, size, device=place) for size in sizes]
+    evaluation.cost = [network_cost(network, size, device=place) for size in dict.fromkeys((p.size, *sizes))]
     with replaced_results(folder, "evaluation.json") as private:
-        write_evaluation(evaluation, private, _figures(evaluation, network, data, place) if pictures else {})
+        figures = {}
+        if pictures or (pictures is None and importlib.util.find_spec("matplotlib")):
+            figures = {"gallery": draw_gallery(evaluation, network, data, place),
+                       "calibration": draw_calibration(evaluation), "thresholds": draw_thresholds(evaluation)}
+        write_evaluation(evaluation, private, figures)
     return evaluation
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #7a3bc1cb
 def evaluate_run(
-    path: str | os.PathLike, source: str | os.PathLike | None = None, output: str | os.PathLike | None = None, *,
-    split: str | None = None, protocol: Protocol | None = None, batch: int = 16, device: str = "auto",
-    sizes: Sequence[int] = (), pictures: bool | None = None, progress: bool = False,
-    **options) -> dict[str, Evaluation]:
+        path: str | os.PathLike, source: str | os.PathLike | None = None, output: str | os.PathLike | None = None, *,
+        split: str | None = None, protocol: Protocol | None = None, batch: int = 16, device: str = "auto",
+        sizes: Sequence[int] = (), pictures: bool | None = None, progress: bool = False,
+        **options) -> dict[str, Evaluation]:
     """Score a checkpoint, or each checkpoint of a run once, on the same data; write the results; return them by name.
 
     Args:
@@ -151,7 +149,7 @@ def evaluate_run(
     Raises:
         FileNotFoundError, ValueError, FileExistsError, ModuleNotFoundError: as `evaluate_checkpoint`.
     """
-    check_sizes(sizes)
+    check_request(sizes, batch, pictures)
     found = find_checkpoints(path)
     for checkpoint in found:
         read_checkpoint(checkpoint)  # refusals that cost nothing come before the data is opened

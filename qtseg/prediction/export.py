@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,18 +18,15 @@ from torch import nn, Tensor
 from .. import __version__
 from ..data.dataset import normalize
 from ..data.phantoms import FAMILIES, phantom
-from ..data.preprocessing import Preprocessing
 from ..evaluation.runs import read_checkpoint, weights_sha256
-from ..evaluation.timing import interleaved_times
+from ..files.optional import import_optional
 from ..files.writing import write_then_rename
 from ..network.state import find_checkpoint
-from .networks import OnnxNetwork, open_onnx
-from ..training.hardware import hardware
+from .networks import OnnxNetwork
 
 # %% auto #0
 __all__ = ['SMALLEST_RECORDED', 'PARITY', 'PARITY_SHAPES', 'ONNX_FILE', 'TORCH_FILE', 'OPSET', 'AnySize', 'record_graph',
-           'parity_images', 'largest_difference', 'export_onnx', 'export_torch', 'checkpoint_engines',
-           'benchmark_engines', 'engine_table']
+           'parity_images', 'largest_difference', 'check_opset', 'export_onnx', 'export_torch']
 
 # %% ../../nbs/reference/prediction_export.ipynb #export022
 class AnySize(nn.Module):
@@ -90,79 +85,59 @@ PARITY_SHAPES = ((1, 64, 64), (2, 100, 77), (3, 33, 128))  # batch, height, widt
 
 
 def parity_images(in_channels: int = 3) -> list[Tensor]:
-    """What engines are compared on, noise and phantoms in each of PARITY_SHAPES: float32 [B, in_channels, H, W] in [-1,
-    1]."""
+    """What engines are compared on: noise and phantoms of each of PARITY_SHAPES, float32 [B, C, H, W] in [-1, 1]."""
     generator, batches = torch.Generator().manual_seed(18), []
     for batch, height, width in PARITY_SHAPES:
         batches.append(2 * torch.rand(batch, in_channels, height, width, generator=generator) - 1)
-        pictures = [
-            phantom(FAMILIES[i % len(FAMILIES)], i, max(height, width))[0][:height, :width] for i in range(batch)]
-        # uint8 [B, 3, H, W]
-        planes = torch.stack([torch.from_numpy(picture) for picture in pictures]).permute(0, 3, 1, 2)
+        pictures = [torch.from_numpy(phantom(FAMILIES[i % len(FAMILIES)], i, max(height, width))[0][:height, :width])
+                    for i in range(batch)]
+        planes = torch.stack(pictures).permute(0, 3, 1, 2)  # uint8 [B, 3, H, W]
         batches.append(normalize(planes[:, torch.arange(in_channels) % 3]))
     return batches
 
 
 @torch.inference_mode()
 def largest_difference(
-    one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
+        one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
     """The largest absolute difference between two networks' logits on any of the batches; NaN where either has one."""
     return torch.stack([(one(images) - other(images)).abs().max() for images in batches]).max().item()
 
 # %% ../../nbs/reference/prediction_export.ipynb #export032
-def _check_parity(network: nn.Module, engine: Callable[[Tensor], Tensor], in_channels: int, name: str) -> float:
-    """The largest difference of an engine's logits from the network's; ValueError above PARITY, for NaN, for a
-    crash."""
-    try:
-        difference = largest_difference(network, engine, parity_images(in_channels))
-    except Exception as error:  # every engine has errors of its own
-        problem = f"cannot be run ({str(error).splitlines()[0]})"
-    else:
-        if difference <= PARITY:  # never true for NaN
-            return difference
-        problem = f"computes logits that differ from PyTorch's by {difference:.2g}, more than {PARITY:g}"
-    raise ValueError(
-        f"{name} {problem}: nothing was written; please report this with your versions of torch, onnx, onnxscript "
-        "and onnxruntime"
-    )
+def _write_checked(path: Path, network: nn.Module, write: Callable[[Path], Callable[[Tensor], Tensor]]) -> float:
+    """Write a file whose logits are the network's, and return the largest difference; ValueError if they are not.
 
-# %% ../../nbs/reference/prediction_export.ipynb #export037
-def _import_onnx():
-    """ONNX, when it is needed; ModuleNotFoundError with the command that installs all three packages."""
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        packages = "onnx onnxscript onnxruntime"
-        raise ModuleNotFoundError(f"exporting to ONNX needs {error.name}: pip install {packages}") from None
-    return onnx
+    write: writes the file and opens it as an engine. Above PARITY, after NaN or a crash no file is left.
+    """
+    found = []
 
-# %% ../../nbs/reference/prediction_export.ipynb #export040
+    def checked(temporary: Path) -> None:
+        channels = getattr(network, "config", {}).get("in_channels", 3)
+        try:
+            found.append(largest_difference(network, write(temporary), parity_images(channels)))
+        except Exception as error:  # every engine has errors of its own
+            problem = f"cannot be run ({str(error).splitlines()[0]})"
+        else:
+            if found[0] <= PARITY:  # never true for NaN
+                return
+            problem = f"computes logits that differ from PyTorch's by {found[0]:.2g}, more than {PARITY:g}"
+        raise ValueError(f"{path.name} {problem}: nothing was written; please report this with your versions of torch, "
+                         "onnx, onnxscript and onnxruntime")
+
+    write_then_rename(path, checked)
+    return found[0]
+
+# %% ../../nbs/reference/prediction_export.ipynb #export045
 ONNX_FILE, TORCH_FILE, OPSET = "model.onnx", "model.pt2", 20  # opset 20 is the first with GELU as one operation
 
 
-def _metadata(checkpoint: Path, preprocessing: Preprocessing) -> dict[str, str]:
-    """What an ONNX file says about itself: whose weights it holds, how images are prepared, what the classes are
-    called."""
-    return {"weights_sha256": weights_sha256(checkpoint), "preprocessing": json.dumps(asdict(preprocessing)),
-            "class_names": json.dumps(preprocessing.class_names, ensure_ascii=False), "qtseg": __version__}
+def check_opset(opset: int) -> None:
+    """Raise ModuleNotFoundError without ONNX's three packages, ValueError for an opset that they do not write."""
+    onnx, *_ = [import_optional(name, "an ONNX file") for name in ("onnx", "onnxscript", "onnxruntime")]
+    newest = onnx.defs.onnx_opset_version()
+    if not 18 <= opset <= newest:
+        raise ValueError(f"opset is a version of ONNX's operations from 18 to {newest}, not {opset}")
 
-# %% ../../nbs/reference/prediction_export.ipynb #export043
-def _translate(program: torch.export.ExportedProgram, opset: int, metadata: dict[str, str]) -> torch.onnx.ONNXProgram:
-    """A recorded graph -> an ONNX program with named sizes, the given metadata, and no traces of the machine that wrote
-    it."""
-    names = {"images": {0: "batch", 2: "height", 3: "width"}}
-    translated = torch.onnx.export(
-        program, input_names=["images"], output_names=["logits"], dynamic_shapes=names, dynamo=True,
-        opset_version=opset, verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
-    translated.model.graph.metadata_props.clear()
-    for node in translated.model.graph:
-        node.metadata_props.clear()
-    translated.model.metadata_props.update(metadata)
-    return translated
 
-# %% ../../nbs/reference/prediction_export.ipynb #export045
 def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset: int = OPSET) -> float:
     """Write a checkpoint as one ONNX file, compared with PyTorch before it gets its name.
 
@@ -180,98 +155,40 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
         FileNotFoundError, ValueError: no sound checkpoint, or logits that differ by more than PARITY.
         ModuleNotFoundError: without onnx, onnxscript or onnxruntime.
     """
-    newest = _import_onnx().defs.onnx_opset_version()
-    if not 18 <= opset <= newest:
-        raise ValueError(f"opset is a version of ONNX's operations from 18 to {newest}, not {opset}")
+    check_opset(opset)
     checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
-    network, in_channels, difference = model.fuse(), model.config["in_channels"], 0.0
-    program = _translate(record_graph(network, in_channels), opset, _metadata(checkpoint, preprocessing))
+    program = torch.onnx.export(
+        record_graph(model.fuse(), model.config["in_channels"]), input_names=["images"], output_names=["logits"],
+        dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}}, dynamo=True, opset_version=opset,
+        verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
+    for part in (program.model.graph, *program.model.graph):  # traces of the machine that wrote it
+        part.metadata_props.clear()
+    program.model.metadata_props.update({
+        "weights_sha256": weights_sha256(checkpoint), "preprocessing": json.dumps(asdict(preprocessing)),
+        "class_names": json.dumps(preprocessing.class_names, ensure_ascii=False), "qtseg": __version__})
 
-    def write(temporary: Path) -> None:
-        nonlocal difference
+    def write(temporary: Path) -> OnnxNetwork:
         program.save(str(temporary), external_data=False)
-        difference = _check_parity(model, OnnxNetwork(temporary, torch.get_num_threads()), in_channels, ONNX_FILE)
+        return OnnxNetwork(temporary, torch.get_num_threads())
 
-    write_then_rename(Path(path or checkpoint / ONNX_FILE), write)
-    return difference
+    return _write_checked(Path(path or checkpoint / ONNX_FILE), model, write)
 
 # %% ../../nbs/reference/prediction_export.ipynb #export052
 def export_torch(checkpoint: str | Path, path: str | Path | None = None) -> float:
     """Write a checkpoint as a torch.export program, compared with PyTorch before it gets its name.
 
-    It takes float32 [B, C, H, W] in [-1, 1], any H and W from 33.
-
-    Args:
-        checkpoint: its folder, or the folder of a run.
-        path: of the file (<checkpoint>/model.pt2).
-
-    Returns:
-        The largest difference of a logit from PyTorch's.
-
-    Raises:
-        FileNotFoundError, ValueError: no sound checkpoint, or logits that differ by more than PARITY.
-        RuntimeError: this PyTorch is too old.
-    """
-    checkpoint, difference = find_checkpoint(checkpoint), 0.0
-    model, _ = read_checkpoint(checkpoint)
-    network, in_channels = model.fuse(), model.config["in_channels"]
-    program = record_graph(network, in_channels)
-
-    def write(temporary: Path) -> None:
-        nonlocal difference
-        with temporary.open("wb") as file:  # a path would have to end in .pt2
-            torch.export.save(program, file)
-        with temporary.open("rb") as file:
-            difference = _check_parity(model, torch.export.load(file).module(), in_channels, TORCH_FILE)
-
-    write_then_rename(Path(path or checkpoint / TORCH_FILE), write)
-    return difference
-
-# %% ../../nbs/reference/prediction_export.ipynb #export055
-def checkpoint_engines(checkpoint: str | Path, compiled: bool = True) -> dict[str, Callable[[Tensor], Tensor]]:
-    """One network in every form that runs here, by name: PyTorch as loaded, fused, compiled; its model.onnx if there is
-    one.
-
-    compiled: also through torch.compile, which needs a C++ compiler and about a minute for each size.
+    It takes float32 [B, C, H, W] in [-1, 1], any H and W from 33. Arguments (the file is <checkpoint>/model.pt2),
+    result and errors are those of `export_onnx`; RuntimeError: this PyTorch is too old.
     """
     checkpoint = find_checkpoint(checkpoint)
     model, _ = read_checkpoint(checkpoint)
-    engines = {"PyTorch, as loaded": model, "PyTorch, fused": model.fuse()}
-    if compiled:
-        engines["PyTorch, fused and compiled"] = torch.compile(model.fuse(), dynamic=False)
-    if (checkpoint / ONNX_FILE).is_file():
-        open_onnx(checkpoint)  # refuses a file that belongs to other weights
-        engines["ONNX Runtime"] = OnnxNetwork(checkpoint / ONNX_FILE, torch.get_num_threads())
-    return engines
+    program = record_graph(model.fuse(), model.config["in_channels"])
 
-# %% ../../nbs/reference/prediction_export.ipynb #export057
-def benchmark_engines(engines: dict[str, Callable[[Tensor], Tensor]], sizes: Sequence[int] = (256, 512),
-                      batches: Sequence[int] = (1, 4), rounds: int = 15, in_channels: int = 3) -> list[dict]:
-    """Time networks on the CPU, in turns: rows of size, batch, engine, median milliseconds, images_per_second."""
-    rows = []
-    for size in sizes:
-        for batch in batches:
-            images = 2 * torch.rand(batch, in_channels, size, size, generator=torch.Generator().manual_seed(18)) - 1
-            with torch.inference_mode():
-                times = interleaved_times({name: partial(engine, images) for name, engine in engines.items()}, rounds)
-            for name, milliseconds in times.items():
-                median = statistics.median(milliseconds)
-                rows.append({"size": size, "batch": batch, "engine": name, "milliseconds": median,
-                             "images_per_second": 1000 * batch / median})
-    return rows
+    def write(temporary: Path) -> nn.Module:
+        with temporary.open("wb") as file:  # a path would have to end in .pt2
+            torch.export.save(program, file)
+        with temporary.open("rb") as file:
+            return torch.export.load(file).module()
 
-# %% ../../nbs/reference/prediction_export.ipynb #export058
-def engine_table(rows: Sequence[dict]) -> str:
-    """Rows of `benchmark_engines` in Markdown: a line per engine, a column per size and batch; processor and threads
-    below."""
-    cases = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
-    value = {(row["engine"], row["size"], row["batch"]): f"{row['milliseconds']:.1f}" for row in rows}
-    table = [["milliseconds", *(f"{size}², batch {batch}" for size, batch in cases)], ["---", *["---:"] * len(cases)]]
-    table += [
-        [engine, *(value[(engine, *case)] for case in cases)] for engine in dict.fromkeys(row["engine"] for row in rows)
-    ]
-    machine = hardware(torch.device("cpu"))
-    lines = [f"| {' | '.join(line)} |" for line in table]
-    return "\n".join(
-        [*lines, "", f"{machine['processor']}, {machine['threads']} thread(s), PyTorch {torch.__version__}"])
+    return _write_checked(Path(path or checkpoint / TORCH_FILE), model, write)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import takewhile
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -23,34 +24,25 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.cache import in_order
+from ..data.preprocessing import to_rgb
 from ..data.reading import rgb_of
+from ..evaluation.scores import decide
 from ..files.text import csv_cell, printable, read_table
-from .inputs import (ENDINGS, NO_PICTURE, OUTPUTS, SETTINGS_FILE, Found, find_images, name_outputs,
-                                     short_digest)
-from .networks import WORKERS
-from .options import FileOptions, check_settings, only_writer, prediction_settings
-from .outputs import (GrowingTable, class_columns, describe_mask, mask_png, overlay_jpg,
+from .inputs import (ENDINGS, NO_PICTURE, OUTPUTS, SETTINGS_FILE, Found, as_rgb, find_images,
+                                     name_outputs, read_input, short_digest)
+from .networks import WORKERS, keep_largest_components
+from .outputs import (FileOptions, GrowingTable, check_settings, class_columns, clear_write_errors,
+                                      describe_mask, mask_png, only_writer, overlay_jpg, prediction_settings,
                                       probability_npz, probability_png, write_output)
-from .predictor import Predictor
-from .reading import as_rgb, read_input
-from .tiles import fit_window
+from .predictor import Predictor, fit_window
 from ..training.loop import stop_signals
 
 # %% auto #0
 __all__ = ['TROUBLE', 'Job', 'Ready', 'Done', 'Summary', 'predict_files']
 
-# %% ../../nbs/reference/prediction_folders.ipynb #3922dc72
-def _is_loss(path: Path, reason: str) -> bool:
-    """Could what was passed over have been an image? Not a result, what was listed before, or a pipe by another
-    name."""
-    if reason in ("results of an earlier prediction", "a folder that was listed already"):
-        return False
-    return path.suffix.lower() in ENDINGS or not reason.startswith("not a file")
-
 # %% ../../nbs/reference/prediction_folders.ipynb #inference090
 def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
-    """The complete rows of an earlier table, by their first cell; none if there is no such table. ValueError:
-    damaged."""
+    """The complete rows of an earlier table, by their first cell; none without a table. ValueError: damage."""
     if not path.is_file():
         return {}
     try:
@@ -62,8 +54,7 @@ def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference093
 class Job(NamedTuple):
-    """One image of a run: its file, what tables call it (relative to the folder shared by all), and its outputs'
-    name."""
+    """One image of a run: its file, its name in tables (relative to the folder shared by all), its outputs' name."""
 
     path: Path
     file: str
@@ -71,12 +62,19 @@ class Job(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """An image that was read: the network's input, the image's own height and width, and what the table says about
-    it."""
+    """An image that was read: the network's input, its own height and width, and a note for the table."""
 
     image: np.ndarray
     size: tuple[int, int]
     note: str
+
+
+class Done(NamedTuple):
+    """One image's end: its row for the table (None: no mask could be written) and what went wrong, a sentence each."""
+
+    job: Job
+    row: list | None
+    problems: list[str]
 
 
 def _cell(path: str) -> str:
@@ -86,14 +84,22 @@ def _cell(path: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _cells(paths: Sequence[str]) -> list[str]:
-    """`_cell` for each path; where two would read alike, those that had to be changed get a checksum."""
-    cells = [_cell(path) for path in paths]
-    count = Counter(cells)
-    return [
-        cell if count[cell] == 1 or cell == path else f"{cell} ~{short_digest(path)}"
-        for cell, path in zip(cells, paths)
-    ]
+def _jobs(found: Found, output: Path) -> list[Job]:
+    """What is to be done, a job per image. ValueError if an output would replace an image."""
+    names = name_outputs(found.root, found.files)
+    paths = [file.relative_to(found.root).as_posix() for file in names]
+    cells = [*map(_cell, paths)]
+    count = Counter(cells)  # where two would read alike, those that had to be changed get a checksum
+    cells = [cell if count[cell] == 1 or cell == path else f"{cell} ~{short_digest(path)}"
+             for cell, path in zip(cells, paths)]
+    images, real = {os.path.realpath(file) for file in found.files}, lru_cache(maxsize=None)(os.path.realpath)
+    for written in (output / (name + ending) for name in names.values() for ending in OUTPUTS):
+        if os.path.join(real(written.parent), written.name) in images:
+            raise ValueError(f"{written} is an image to be segmented: choose another output folder")
+    return [Job(path, cell, name) for (path, name), cell in zip(names.items(), cells)]
+
+# %% ../../nbs/reference/prediction_folders.ipynb #inference094
+TROUBLE = (OSError, ValueError, MemoryError, cv2.error)  # what one image's masks may raise without ending the run
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -104,14 +110,11 @@ def _reason(error: Exception, path: Path) -> str:
         return "is too large for this computer's memory"
     return " ".join(str(error).split()).removeprefix(f"{path}: ") or type(error).__name__
 
-# %% ../../nbs/reference/prediction_folders.ipynb #inference094
-TROUBLE = (OSError, ValueError, MemoryError, cv2.error)  # what one image's masks may raise without ending the run
-
 
 def _read_job(predictor: Predictor, window: int | None, job: Job) -> tuple[Job, Ready | None, str]:
     """A reader thread's work: (job, what was read, ""), or (job, None, what is wrong)."""
     try:
-        picture = read_input(job.path)
+        picture = read_input(job.path, predictor.preprocessing.channels)
         pixels = rgb_of(picture, predictor.preprocessing.white)
         note = f"page 1 of {picture.frames} was predicted" if picture.frames > 1 else ""
         image = pixels if window else predictor.preprocessing.prepare(pixels)
@@ -131,29 +134,7 @@ def _is_done(job: Job, row: list[str] | None, output: Path, options: FileOptions
     newest = max(os.path.getmtime(job.path), os.path.getctime(job.path))
     return all(map(os.path.isfile, files)) and newest <= os.path.getmtime(files[0])
 
-
-def _jobs(found: Found, output: Path) -> list[Job]:
-    """What is to be done, a job per image. ValueError if an output would replace an image."""
-    names = name_outputs(found.root, found.files)
-    files = _cells([file.relative_to(found.root).as_posix() for file in names])
-    jobs = [Job(path, file, name) for (path, name), file in zip(names.items(), files)]
-    images, real = {os.path.realpath(file) for file in found.files}, lru_cache(maxsize=None)(os.path.realpath)
-    for job in jobs:
-        for ending in OUTPUTS:
-            written = output / (job.name + ending)
-            if os.path.join(real(written.parent), written.name) in images:
-                raise ValueError(f"{written} is an image to be segmented: choose another output folder")
-    return jobs
-
 # %% ../../nbs/reference/prediction_folders.ipynb #inference102
-class Done(NamedTuple):
-    """One image's end: its row for the table (None: no mask could be written) and what went wrong, a sentence each."""
-
-    job: Job
-    row: list | None
-    problems: list[str]
-
-
 def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Job, note: str, mask: np.ndarray,
                maps: np.ndarray | None) -> Done:
     """A writer thread's work: the files of one image, the mask last, and its row for the table."""
@@ -163,7 +144,8 @@ def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Jo
         problems.append(write_output(output, f"{job.name}_probability.{options.probability}", data))
     if options.overlay:  # the picture is read again: keeping all of them until now would take far more memory
         try:
-            data = overlay_jpg(as_rgb(job.path, predictor.preprocessing.white), mask)
+            way = predictor.preprocessing
+            data = overlay_jpg(to_rgb(as_rgb(job.path, way.white, way.channels)), mask)
         except TROUBLE as error:
             problems.append(f"the overlay could not be drawn ({_reason(error, job.path)})")
         else:
@@ -173,7 +155,7 @@ def _write_job(predictor: Predictor, options: FileOptions, output: Path, job: Jo
     row = [job.file, _cell(f"{job.name}.png"), width, height, *describe_mask(mask, predictor.classes), note]
     return Done(job, None if failed else row, [problem for problem in (*problems, failed) if problem])
 
-# %% ../../nbs/reference/prediction_folders.ipynb #inference103
+
 def _finish_job(predictor: Predictor, options: FileOptions, output: Path, answer: tuple) -> Done:
     """The same for what `through_network` answers: back to the image's own size first."""
     maps, (job, (height, width), note) = answer
@@ -184,17 +166,26 @@ def _finish_job(predictor: Predictor, options: FileOptions, output: Path, answer
         return Done(job, None, [_reason(error, job.path)])
     return _write_job(predictor, options, output, job, note, mask, maps)
 
-
-def _slide_job(predictor: Predictor, options: FileOptions, output: Path, ready: Ready, job: Job) -> Done:
-    """The same for an image that a window slides over."""
-    p, o = predictor, options
+# %% ../../nbs/reference/prediction_folders.ipynb #inference103
+def _slide_job(predictor: Predictor, options: FileOptions, output: Path, stop: Event, ready: Ready,
+               job: Job) -> Done | None:
+    """The same for an image that a window slides over; None if it was stopped between two rows of windows."""
+    o, masks, kept = options, [], []
     try:
-        used = fit_window(o.window, *ready.size, p.preprocessing.size)
-        mask, maps = p.join(p.rows(ready.image, o.window, o.overlap, o.batch), keep_maps=bool(o.probability))
+        used = fit_window(o.window, *ready.size, predictor.preprocessing.size)
+        rows = predictor.rows(ready.image, o.window, o.overlap, o.batch)
+        for maps in takewhile(lambda _: not stop.is_set(), rows):
+            masks.append(decide(maps, predictor.threshold))
+            kept += [maps] if o.probability else []
+        mask = np.concatenate(masks) if masks else np.zeros((0, 0), np.uint8)
     except TROUBLE as error:
         return Done(job, None, [_reason(error, job.path)])
+    if len(mask) < ready.size[0]:
+        return None
+    mask = keep_largest_components(mask) if predictor.keep_largest else mask
     smaller = "" if used == o.window else f"window of {used} pixels, as the image has no more"
-    return _write_job(p, o, output, job, "; ".join(filter(None, [ready.note, smaller])), mask, maps)
+    return _write_job(predictor, o, output, job, "; ".join(filter(None, [ready.note, smaller])), mask,
+                      np.concatenate(kept) if kept else None)
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference104
 @dataclass
@@ -226,16 +217,24 @@ class _Log:
     """What a run says: its progress bar, predictions.csv, errors.csv, and the summary."""
 
     def __init__(self, output: Path, root: Path):
-        self.summary, self.root = Summary(output), root
+        self.summary, self.root, self.errors = Summary(output), root, None
 
     def open(self, columns: Sequence[str], rows: Iterable[Sequence], images: int, progress: bool) -> None:
-        """Begin the tables, with the rows that stay."""
-        self.table = GrowingTable(self.summary.output / "predictions.csv", columns, rows)
-        self.errors = GrowingTable(self.summary.output / "errors.csv", ["file", "reason"])
+        """Begin the tables, with the rows that stay; errors.csv begins with the first error."""
+        output = self.summary.output
+        self.table = GrowingTable(output / "predictions.csv", columns, rows)
+        with clear_write_errors(output / "errors.csv"):
+            (output / "errors.csv").unlink(missing_ok=True)  # of an earlier run
         self.bar = tqdm(total=images, unit="image", disable=not progress, file=sys.stdout)
 
     def say(self, path: Path, text: str) -> None:
         tqdm.write(printable(f"{path}: {text}"), file=sys.stderr)
+
+    def fail(self, path: Path, file: str, problem: str) -> None:
+        """Say what is wrong with a file, and enter it in errors.csv."""
+        self.say(path, problem)
+        self.errors = self.errors or GrowingTable(self.summary.output / "errors.csv", ["file", "reason"])
+        self.errors.add([file, csv_cell(problem)])
 
     def report(self, done: Done) -> None:
         """Enter one image's end in the tables, and say what went wrong."""
@@ -244,8 +243,7 @@ class _Log:
             self.table.add(done.row)
             self.summary.done += 1
         for problem in done.problems:
-            self.errors.add([done.job.file, csv_cell(problem)])
-            self.say(done.job.path, problem)
+            self.fail(done.job.path, done.job.file, problem)
         self.summary.failed += bool(done.problems)
 
     def pass_over(self, path: Path, reason: str) -> None:
@@ -253,9 +251,11 @@ class _Log:
         if reason == NO_PICTURE:  # there may be thousands
             self.summary.ignored += 1
             return
-        self.say(path, f"passed over: {reason}")
-        if _is_loss(path, reason):
-            self.errors.add([_cell(path.relative_to(self.root).as_posix()), csv_cell(f"passed over: {reason}")])
+        known = reason in ("results of an earlier prediction", "a folder that was listed already")
+        if known or (path.suffix.lower() not in ENDINGS and reason.startswith("not a file")):  # such as a pipe
+            self.say(path, f"passed over: {reason}")
+        else:
+            self.fail(path, _cell(path.relative_to(self.root).as_posix()), f"passed over: {reason}")
             self.summary.failed += 1
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference108
@@ -270,7 +270,7 @@ class _Run:
         check_settings(output, self.settings, options.overwrite)
 
     def open(self) -> None:
-        """Find out what is left to do, and begin the tables; nobody else may be writing to the folder."""
+        """Find out what is left to do, and begin the tables; no other process may be writing to the folder."""
         output, options = self.output, self.options
         columns = ["file", "mask", "width", "height", *class_columns(self.predictor.class_names), "note"]
         keep = check_settings(output, self.settings, options.overwrite)
@@ -286,7 +286,7 @@ class _Run:
             raise OSError(problem)
 
     def feed(self, stop: Event) -> Iterator[Job]:
-        """The jobs, until somebody asks to stop; what was begun is finished."""
+        """The jobs, until a stop is asked for; what was begun is finished."""
         for job in self.todo:
             if stop.is_set():
                 self.log.summary.stopped = True
@@ -309,7 +309,10 @@ class _Run:
         read = partial(_read_job, p, o.window)
         if o.window:  # large images, one at a time: the network has work enough
             for ready, job in self.readable(map(read, self.feed(stop))):
-                yield _slide_job(p, o, self.output, ready, job)
+                if done := _slide_job(p, o, self.output, stop, ready, job):
+                    yield done
+                else:
+                    self.log.summary.stopped = True
             return
         with ThreadPoolExecutor(WORKERS) as readers, ThreadPoolExecutor(WORKERS) as writers:
             read_ahead = self.readable(in_order(readers, read, self.feed(stop), 2 * batch))
@@ -319,7 +322,7 @@ class _Run:
 
     def run(self) -> Summary:
         start, before, log = time.perf_counter(), self.predictor.network_seconds, self.log
-        with stop_signals() as stop, log.bar, log.table.file, log.errors.file:
+        with stop_signals() as stop, log.bar:
             for path, reason in self.found.passed:
                 log.pass_over(path, reason)
             for done in self.finished(stop):

@@ -19,11 +19,12 @@ from ..data.dataset import normalize
 from ..data.preprocessing import Preprocessing
 from ..evaluation.runs import weights_sha256
 from ..evaluation.scores import class_probabilities, decide
+from ..files.optional import import_optional
 from ..training.hardware import choose_device
 
 # %% auto #0
-__all__ = ['FLIPS', 'WORKERS', 'AMP', 'LARGEST_ONNX', 'flip_average', 'keep_largest_components', 'check_channels', 'check_finite',
-           'NetworkRunner', 'with_background', 'OnnxNetwork', 'open_onnx']
+__all__ = ['FLIPS', 'WORKERS', 'AMP', 'LARGEST_ONNX', 'flip_average', 'keep_largest_components', 'check_finite',
+           'with_background', 'NetworkRunner', 'OnnxNetwork', 'open_onnx']
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference026
 FLIPS = ((), (-1,), (-2,), (-2, -1))  # the dimensions to flip: none, left and right, up and down, both
@@ -38,8 +39,7 @@ def flip_average(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference029
 def keep_largest_components(mask: np.ndarray) -> np.ndarray:
-    """Keep the largest connected piece of each foreground class, the rest becomes background: uint8 [H, W] -> uint8
-    [H, W].
+    """Keep the largest connected piece of each foreground class, uint8 [H, W]; the rest becomes background.
 
     Pixels that touch at a corner are connected. Of pieces of one size the first one stays, counted from the top.
     """
@@ -52,18 +52,7 @@ def keep_largest_components(mask: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference035
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read, and as many that finish
-
-# %% ../../nbs/reference/prediction_networks.ipynb #inference036
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_channels(network: object, made: int) -> None:
-    """Refuse a network that takes another number of channels than its preprocessing makes of a file."""
-    config = getattr(network, "config", None)
-    channels = config.get("in_channels", made) if isinstance(config, dict) else made
-    if channels != made:
-        raise ValueError(f"the network takes images of {channels} channel(s), and its preprocessing makes {made} of a "
-                         "file: train a network with channels 1 or 3, or call it on tensors of your own")
 
 
 def check_finite(maps: np.ndarray) -> None:
@@ -71,6 +60,11 @@ def check_finite(maps: np.ndarray) -> None:
     if not np.isfinite(maps.sum()):
         raise ValueError("the network answered NaN or infinity: its weights are damaged, or mixed precision (amp) "
                          "overflows")
+
+
+def with_background(maps: np.ndarray) -> np.ndarray:
+    """Maps [H, W, K or foreground] -> all K probabilities: of two classes the background is one minus the rest."""
+    return np.concatenate([1 - maps, maps], axis=2) if maps.shape[2] == 1 else maps
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference036x1
 class NetworkRunner:
@@ -92,19 +86,24 @@ class NetworkRunner:
     """
 
     def __init__(
-        self, network: Callable[[Tensor], Tensor], preprocessing: Preprocessing, classes: int, *, device: str = "auto",
-        amp: str = "none", threshold: float | None = None, tta: bool = False, keep_largest: bool = False):
-        if max(classes, 2) != len(preprocessing.class_names):
-            raise ValueError(
-                f"a network of {classes} class(es) needs {max(classes, 2)} class names, but its preprocessing names "
-                f"{len(preprocessing.class_names)} ({', '.join(preprocessing.class_names)})"
-            )
+            self, network: Callable[[Tensor], Tensor], preprocessing: Preprocessing, classes: int, *,
+            device: str = "auto", amp: str = "none", threshold: float | None = None, tta: bool = False,
+            keep_largest: bool = False):
+        names = preprocessing.class_names
+        if max(classes, 2) != len(names):
+            raise ValueError(f"a network of {classes} class(es) needs {max(classes, 2)} class names, but its "
+                             f"preprocessing names {len(names)} ({', '.join(names)})")
         if amp not in AMP:
             raise ValueError(f"amp is one of {', '.join(AMP)}, not {amp!r}")
-        check_channels(network, preprocessing.channels)
+        config = getattr(network, "config", None)
+        channels = config.get("in_channels") if isinstance(config, dict) else None
+        if channels not in (None, preprocessing.channels):
+            raise ValueError(
+                f"the network takes images of {channels} channel(s), and its preprocessing makes "
+                f"{preprocessing.channels} of a file: give it the preprocessing that it was trained with")
         self.device = choose_device(device)
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
-        self.preprocessing, self.classes, self.class_names = preprocessing, classes, preprocessing.class_names
+        self.preprocessing, self.classes, self.class_names = preprocessing, classes, names
         self.amp, self.threshold, self.tta, self.keep_largest = amp, threshold, tta, keep_largest
         self.first_map = 1 if max(classes, 2) == 2 else 0  # of two probabilities one says it all
         self.identity = ""  # what distinguishes the network from others, in predictions.json
@@ -122,8 +121,7 @@ class NetworkRunner:
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Prepared images, uint8 [B, 3, h, w] in the stored color space -> probabilities float32 [B, K, h, w] on the
-        CPU.
+        """Prepared images, uint8 [B, C, h, w] in the stored color space -> probabilities float32 [B, K, h, w], CPU.
 
         All are NaN for an image whose logits were not finite.
         """
@@ -138,20 +136,12 @@ class NetworkRunner:
         with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "none"):
             probabilities = flip_average(network, images) if self.tta else class_probabilities(network(images))
         if probabilities.shape != (len(images), max(self.classes, 2), *images.shape[2:]):
-            raise ValueError(
-                f"the network answered {list(images.shape)} with probabilities {list(probabilities.shape)}, "
-                f"which is not {self.classes} class(es) for every pixel"
-            )
+            raise ValueError(f"the network answered {list(images.shape)} with probabilities "
+                             f"{list(probabilities.shape)}, which is not {self.classes} class(es) for every pixel")
         probabilities = probabilities.cpu()  # waits for a GPU, so that the clock below tells the truth
         probabilities[~torch.stack(sums).isfinite().all(dim=0).cpu()] = torch.nan
         self.network_seconds += time.perf_counter() - start
         return probabilities
-
-# %% ../../nbs/reference/prediction_networks.ipynb #inference040
-def with_background(maps: np.ndarray) -> np.ndarray:
-    """Result of `undo` -> all K probabilities, float32 [height, width, K]: the background, one minus the rest, is put
-    back."""
-    return np.concatenate([1 - maps, maps], axis=2) if maps.shape[2] == 1 else maps
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference050
 LARGEST_ONNX = 2**31 - 1  # bytes; the format's own limit
@@ -172,32 +162,27 @@ class OnnxNetwork:
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None):
-        try:
-            import onnxruntime
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError("ONNX models need ONNX Runtime: pip install onnxruntime") from None
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is missing: run `qtseg export {Path(path).parent}` first")
-        if Path(path).stat().st_size > LARGEST_ONNX:
+        onnxruntime, path = import_optional("onnxruntime", "an ONNX model"), Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run `qtseg export {path.parent}` first")
+        if path.stat().st_size > LARGEST_ONNX:
             raise ValueError(f"{path} has more than {LARGEST_ONNX} bytes, which no ONNX file of one piece has: "
                              "run qtseg export again")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         try:  # the bytes, not the path: weights in other files, anywhere on the disk, are not found
-            self.session = onnxruntime.InferenceSession(
-                Path(path).read_bytes(), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # damaged files raise almost anything
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path} is no ONNX model that can be run ({reason}): run qtseg export again") from None
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        if [item.name for item in (*inputs, *outputs)] != ["images", "logits"]:
+        if [item.name for item in (*self.session.get_inputs(), *self.session.get_outputs())] != ["images", "logits"]:
             raise ValueError(f"{path} does not turn \"images\" into \"logits\": write it with qtseg export")
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(["logits"], {"images": images.cpu().contiguous().numpy()})[0])
 
-# %% ../../nbs/reference/prediction_networks.ipynb #inference051
+
 def open_onnx(folder: Path) -> OnnxNetwork:
     """A checkpoint's model.onnx; ValueError if it was exported from other weights than those that lie beside it now."""
     network = OnnxNetwork(folder / "model.onnx")

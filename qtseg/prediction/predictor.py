@@ -19,41 +19,109 @@ from ..data.cache import in_order
 from ..data.preprocessing import Preprocessing, read_preprocessing
 from ..evaluation.runs import weights_sha256
 from ..evaluation.scores import decide, undo_resize
+from ..files.optional import import_optional
 from ..network.baselines import pretrained
 from ..network.state import find_checkpoint
-from .networks import (WORKERS, NetworkRunner, check_channels, check_finite, keep_largest_components,
-                                       open_onnx, with_background)
-from .reading import AnyImage, as_rgb
-from .tiles import window_rows
+from .inputs import AnyImage, as_rgb
+from .networks import (WORKERS, NetworkRunner, check_finite, keep_largest_components, open_onnx,
+                                       with_background)
 
 # %% auto #0
-__all__ = ['ENGINES', 'Predictor']
+__all__ = ['LARGEST_WINDOW', 'window_starts', 'check_window', 'fit_window', 'window_rows', 'Predictor']
 
-# %% ../../nbs/reference/prediction_predictor.ipynb #inference069
-ENGINES = ("torch", "onnx")
+# %% ../../nbs/reference/prediction_predictor.ipynb #inference058
+LARGEST_WINDOW = 8192  # pixels per side: a network of width 16 needs some 5 GB for one such window
 
-# %% ../../nbs/reference/prediction_predictor.ipynb #cc8a8e84
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin along one side: in steps of window * (1 - overlap); the last one ends with the image."""
+    step = max(1, int(window * (1 - overlap)))
+    return [min(start, length - window) for start in range(0, length - window + step, step)]
+
+
+def check_window(window: int | None, overlap: float) -> None:
+    """Raise ValueError for windows that cannot be slid; None stands for the size of training."""
+    if (window is not None and window < 32) or not 0 <= overlap < 1:
+        raise ValueError(
+            f"a window has 32 pixels or more, and an overlap from 0 to below 1, not {window} and {overlap}")
+
+
+def fit_window(window: int, height: int, width: int, size: int) -> int:
+    """The window's side for one image: at most the image's longest side or, if that is smaller, the size of training.
+
+    ValueError above LARGEST_WINDOW.
+    """
+    fitted = min(window, max(height, width, size))
+    if fitted > LARGEST_WINDOW:
+        raise ValueError(f"a window of {fitted} pixels needs too much memory: choose {LARGEST_WINDOW} or less")
+    return fitted
+
+# %% ../../nbs/reference/prediction_predictor.ipynb #inference064
+def window_rows(runner: NetworkRunner, pixels: np.ndarray, window: int | None = None, overlap: float = 0.25,
+                batch: int = 4) -> Iterator[np.ndarray]:
+    """Slide a window over an image: yields maps float32 [rows, W, K] from top to bottom, as `Predictor.undo` has them.
+
+    Args:
+        runner: the network and its preprocessing.
+        pixels: uint8 RGB [H, W, 3].
+        window: its side in pixels (None: the size of training); see `fit_window`.
+        overlap: the share of a window that neighbors have in common, from 0 to below 1.
+        batch: windows at a time, fewer if together they have more than 2^25 pixels.
+
+    Raises:
+        ValueError: impossible windows, and answers that are not finite.
+        ModuleNotFoundError: without MONAI.
+    """
+    check_window(window, overlap)
+    height, width = pixels.shape[:2]
+    window = fit_window(window or runner.preprocessing.size, height, width, runner.preprocessing.size)
+    batch = max(1, min(batch, 2**25 // window**2))
+    monai = import_optional("monai.inferers.utils", "a sliding window")  # takes seconds
+    weight = monai.compute_importance_map((window,), mode="gaussian")  # [window]; 1 in the middle, 0.001 outside
+
+    def strip(start: int) -> np.ndarray:
+        """One row of windows -> maps [K, window, W], blended by the weight."""
+        part = pixels[start:start + window]
+        part = np.pad(part, ((0, window - len(part)), (0, max(0, window - width)), (0, 0)))  # black, as in training
+        images = torch.from_numpy(runner.preprocessing.stored(part)).permute(2, 0, 1)[None]  # [1, C, window, W]
+        blended = monai.sliding_window_inference(  # MONAI computes in its input's type, so the bytes travel as floats
+            images.float(), (window, window), batch, lambda some: runner.forward(some.byte())[:, runner.first_map:],
+            overlap, roi_weight_map=weight.expand(window, window))
+        check_finite(blended.numpy())
+        return blended[0].numpy()
+
+    starts, column = window_starts(max(height, window), window, overlap), weight[:, None].numpy()
+    sums, weights = np.zeros((1, window, 1), np.float32), np.zeros((window, 1), np.float32)
+    for start, following in zip(starts, [*starts[1:], max(height, window)]):
+        sums, weights = sums + column * strip(start), weights + column
+        final = following - start  # so many rows are covered by no later window
+        yield (sums[:, :final] / weights[:final])[:, :height - start, :width].transpose(1, 2, 0)  # [rows, W, K]
+        sums = np.pad(sums[:, final:], ((0, 0), (0, final), (0, 0)))
+        weights = np.pad(weights[final:], ((0, final), (0, 0)))
+
+# %% ../../nbs/reference/prediction_predictor.ipynb #477458d0
 def _from_folder(source: str | os.PathLike, engine: str, options: dict) -> tuple:
     """Network, preprocessing, classes, identity and options of the checkpoint in a folder."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine is one of {', '.join(ENGINES)}, not {engine!r}")
-    folder = find_checkpoint(source)
-    model, preprocessing = pretrained(folder), read_preprocessing(folder)
-    check_channels(model, preprocessing.channels)
+    if engine not in ("torch", "onnx"):
+        raise ValueError(f"engine is one of torch, onnx, not {engine!r}")
     if engine == "onnx":
         if options.get("amp", "none") != "none" or options.get("device", "auto") not in ("auto", "cpu"):
             raise ValueError("ONNX Runtime computes on the CPU in its file's precision: leave device and amp alone")
         options = {**options, "device": "cpu"}
+    folder = find_checkpoint(source)
+    model, preprocessing = pretrained(folder), read_preprocessing(folder)
+    classes = model.config["classes"]
+    NetworkRunner(model, preprocessing, classes, device="cpu")  # refuses what does not fit; model.onnx could not say it
     network = model.fuse() if engine == "torch" else open_onnx(folder)
-    return network, preprocessing, model.config["classes"], f"{engine} {weights_sha256(folder)}", options
+    return network, preprocessing, classes, f"{engine} {weights_sha256(folder)}", options
 
-# %% ../../nbs/reference/prediction_predictor.ipynb #477458d0
+# %% ../../nbs/reference/prediction_predictor.ipynb #predictor-class
 class Predictor(NetworkRunner):
     """Masks for images of any size, from a trained network.
 
     Args:
-        source: the folder of a run or of a checkpoint (see `find_checkpoint`), or a network, [B, C, H, W] in [-1, 1] to
-            logits [B, classes, H, W].
+        source: what `find_checkpoint` finds (the folder of a run or of a checkpoint, "phantoms", a Hub repository), or
+            a network, [B, C, H, W] in [-1, 1] to logits [B, classes, H, W].
         preprocessing, classes: of a network; a folder says them itself.
         engine: "torch", or "onnx" for the folder's model.onnx on the CPU.
         **options: device, amp, threshold, tta, keep_largest; see `NetworkRunner`.
@@ -75,7 +143,7 @@ class Predictor(NetworkRunner):
 
     def prepare(self, image: AnyImage) -> tuple[np.ndarray, tuple[int, int]]:
         """Before the network: uint8 [size, size, C] and the image's own (height, width). Threads may run it."""
-        pixels = as_rgb(image, self.preprocessing.white)
+        pixels = as_rgb(image, self.preprocessing.white, self.preprocessing.channels)
         return self.preprocessing.prepare(pixels), pixels.shape[:2]
 
     def through_network(self, prepared: Iterable[tuple[np.ndarray, tuple]], batch: int) -> Iterator[tuple]:
@@ -123,18 +191,11 @@ class Predictor(NetworkRunner):
     def rows(self, image: AnyImage, window: int | None = None, overlap: float = 0.25,
              batch: int = 4) -> Iterator[np.ndarray]:
         """A sliding window's maps, float32 [rows, W, K], from top to bottom; see `window_rows`."""
-        return window_rows(self, as_rgb(image, self.preprocessing.white), window, overlap, batch)
+        pixels = as_rgb(image, self.preprocessing.white, self.preprocessing.channels)
+        return window_rows(self, pixels, window, overlap, batch)
 
     def predict_large(self, image: AnyImage, window: int | None = None, overlap: float = 0.25,
                       batch: int = 4) -> np.ndarray:
         """The mask by a sliding window, without resizing: uint8 [H, W]; see `window_rows`."""
-        return self.join(self.rows(image, window, overlap, batch))[0]
-
-    def join(self, rows: Iterable[np.ndarray], keep_maps: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-        """Results of `rows` -> the whole mask, uint8 [H, W]; with `keep_maps` also the maps, float32 [H, W, K]."""
-        masks, kept = [], []
-        for maps in rows:
-            masks.append(decide(maps, self.threshold))
-            kept += [maps] if keep_maps else []
-        mask = np.concatenate(masks)
-        return keep_largest_components(mask) if self.keep_largest else mask, np.concatenate(kept) if keep_maps else None
+        mask = np.concatenate([decide(maps, self.threshold) for maps in self.rows(image, window, overlap, batch)])
+        return keep_largest_components(mask) if self.keep_largest else mask

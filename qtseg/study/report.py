@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..evaluation.results import replaced_results, require_replaceable
-from ..evaluation.tables import markdown
+from ..evaluation.tables import markdown, replaced_results, require_replaceable
 from ..files.text import csv_cell, escape
 from .drawing import (NAMES, by_study, describe_curves, draw_costs, draw_differences, draw_learning,
                                  draw_runs, learning_curves)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,129 +17,53 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..evaluation.timing import multiply_adds
 from ..evaluation.metrics import MEASURES
-from ..evaluation.timing import interleaved_times
-from ..files.text import read_json
+from ..evaluation.timing import interleaved_times, multiply_adds
+from ..files.optional import import_optional
 from ..network.baselines import pretrained
-from .plan import MOST_RUNS, Run, is_folder_name
-from .runs import last_error
-from .statistics import MOST_FLIPS, Paired, holm, paired_interval, report_library, sign_flip_p
-from ..training.config import BEST
+from .plan import Run, Study, read_checked
+from .runs import last_error, read_metrics
+from .statistics import MOST_FLIPS, holm, paired_interval, sign_flip_p
 from ..training.hardware import choose_device, hardware
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 # %% auto #0
-__all__ = ['COLUMNS', 'read_metrics', 'read_runs', 'distinct_values', 'finished', 'summarize', 'fold_number',
-           'paired_differences', 'compare', 'arm_networks', 'costs']
-
-# %% ../../nbs/reference/study_results.ipynb #report036
-def _read(path: Path, remedy: str) -> dict:
-    """A JSON object; ValueError, with file and remedy, for anything else."""
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: {remedy}") from None
-
-
-def _numbers(values) -> bool:
-    """Whether a table can hold these: finite numbers, and no larger than float64 counts exactly."""
-    return all(isinstance(value, (int, float)) and abs(value) < 2**53 for value in values)
-
-
-def _read_study(folder: Path) -> dict:
-    """study.json of a study's folder. FileNotFoundError, ValueError: no study, or one that says too little."""
-    path, remedy = folder / "study.json", "start the study again, which writes it anew"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name the folder of a study, RUNS/STUDY, that qtseg study wrote")
-    study = _read(path, remedy)
-    missing = [key for key in ("study", "arms", "reference", "seeds") if not study.get(key)]
-    if missing:
-        raise ValueError(f"{path} is damaged (it lacks {', '.join(missing)}): {remedy}")
-    lists = [study["seeds"], study.get("folds") or []]
-    if not (isinstance(study["arms"], dict) and all(isinstance(found, list) and _numbers(found) for found in lists)):
-        raise ValueError(f"{path} is damaged (arms is no mapping, or seeds or folds no list of numbers): {remedy}")
-    if len(study["arms"]) * len(lists[0]) * max(1, len(lists[1])) > MOST_RUNS:
-        raise ValueError(f"{path} plans more than {MOST_RUNS:,} runs: make several studies of it")
-    if not all(map(is_folder_name, [study["study"], *study["arms"]])):
-        raise ValueError(f"{path} is damaged (the study or an arm has a name that is no folder's): {remedy}")
-    if study["reference"] not in list(study["arms"]):
-        raise ValueError(f"{path} is damaged (its reference {study['reference']!r:.100} is none of its arms): {remedy}")
-    return study
-
-# %% ../../nbs/reference/study_results.ipynb #report037
-def _lacking(metrics: dict) -> str:
-    """What a report needs and this metrics.json does not have, in words; "" if all is there."""
-    needed = {"test": MEASURES, "train": ("seconds", "epochs"), "images": ("train", "valid", "test"),
-              "config": ("size", "seed"), "hardware": ("device",)}
-    lacking = [f"{part}.{key}" for part, keys in needed.items() for key in keys
-               if not isinstance(metrics.get(part), dict) or key not in metrics[part]]
-    if lacking:
-        return f"it lacks {', '.join(lacking)}"
-    if not _numbers(metrics[part][key] for part, keys in needed.items() if part != "hardware" for key in keys):
-        return "a score, a count or a time is no finite number"
-    operations = metrics["config"].get("operations") or []
-    if not isinstance(operations, list) or metrics.get("selected_by", "dice") not in list(BEST):
-        return "operations is no list, or selected_by no measure"
-    return ""
-
-
-def read_metrics(path: str | os.PathLike) -> dict:
-    """metrics.json of a finished run, as `fit` wrote it. ValueError names the file if it lacks what a report needs."""
-    path, remedy = Path(path), "delete it and start the study again, which repeats this run alone"
-    metrics = _read(path, remedy)
-    if lacking := _lacking(metrics):
-        raise ValueError(f"{path} is damaged ({lacking}): {remedy}")
-    return metrics
+__all__ = ['COLUMNS', 'read_runs', 'distinct_values', 'finished', 'summarize', 'run_name', 'compare', 'costs']
 
 # %% ../../nbs/reference/study_results.ipynb #report040
-def _run_folders(folder: Path, study: Mapping) -> dict[Run, Path]:
-    """Where each run lies: all that the study plans, in its order, then any other that calls itself a run in its
-    run.json."""
-    runs = [
-        Run(arm, seed, fold)
-        for arm in study["arms"]
-        for seed in study["seeds"]
-        for fold in study.get("folds") or [None]
-    ]
-    found: dict[Run, Path] = {}
+def _run_folders(folder: Path) -> tuple[Study, dict[Run, Path]]:
+    """A study, and where each run lies: all that it plans, in its order, then any other that has a run.json."""
+    path, found = folder / "study.json", {}
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name the folder of a study, RUNS/STUDY, that qtseg study wrote")
+    study = read_checked(Study, path, "start the study again, which writes it anew")
     for path in sorted(folder.glob("*/run.json")):
-        remedy = "delete its folder and start the study again, which repeats this run alone"
-        said = _read(path, remedy)
-        if said.keys() != {"arm", "seed", "fold"} or not is_folder_name(said["arm"]) or not _numbers(
-                [said["seed"], said["fold"] or 0]):
-            raise ValueError(f"{path} is damaged (it holds no arm, seed and fold): {remedy}")
-        if (run := Run(**said)) in found:
+        run = read_checked(Run, path, f"delete {path.parent} to repeat this run")
+        if run in found:
             raise ValueError(f"{found[run]} and {path.parent} both call themselves {run.name}: delete the copy")
         found[run] = path.parent
-    return {run: folder / run.name for run in runs} | found
-
-# %% ../../nbs/reference/study_results.ipynb #report041
-def _unscored(folder: Path) -> dict:
-    """How far a run without metrics.json came, and its last error: the first line of error.txt."""
-    failed = (folder / "error.txt").is_file()
-    return {"state": "failed" if failed else "unfinished" if folder.is_dir() else "waiting",
-            "note": last_error(folder) if failed else ""}
+    return study, {run: folder / run.name for run in study.runs()} | found
 
 
 def _row(run: Run, folder: Path) -> dict:
     """What a report keeps of one run. ValueError for metrics that are damaged or another run's."""
-    row = {"arm": run.arm, "seed": run.seed, "fold": run.fold, "folder": str(folder)}
+    row = {"arm": run.arm, "seed": run.seed, "fold": run.fold, "folder": str(folder), "note": ""}
     if not (folder / "metrics.json").is_file():
-        return row | _unscored(folder)
-    metrics = read_metrics(folder / "metrics.json")
-    config, images, machine = metrics["config"], metrics["images"], metrics["hardware"]
-    if (config["seed"], config.get("fold")) != (run.seed, run.fold):
-        raise ValueError(f"{folder} is called {run.name}, its metrics.json speaks of seed {config['seed']}, "
-                         f"fold {config.get('fold')}: delete the folder and start the study again")
+        if (folder / "error.txt").is_file():
+            return row | {"state": "failed", "note": last_error(folder)}
+        return row | {"state": "unfinished" if folder.is_dir() else "waiting"}
+    metrics = read_metrics(folder)
+    config, images, machine = metrics.config, metrics.images, metrics.hardware
+    if (config.seed, config.fold) != (run.seed, run.fold):
+        raise ValueError(f"{folder} is called {run.name}, its metrics.json speaks of seed {config.seed}, "
+                         f"fold {config.fold}: delete the folder and start the study again")
     return row | {
-        "state": "done", **{name: metrics["test"][name] for name in MEASURES}, "note": "",
-        "scored_on": "test" if images["test"] else "validation", "scored_images": images["test"] or images["valid"],
-        "train_images": images["train"], "held_out": images["valid"], "seconds": metrics["train"]["seconds"],
-        "epochs": metrics["train"]["epochs"], "size": config["size"],
-        "hardware": machine.get("processor", "cpu") if machine["device"] == "cpu" else machine["device"]}
+        "state": "done", **metrics.test.model_dump(), "scored_on": "test" if images.test else "validation",
+        "scored_images": images.test or images.valid, "train_images": images.train, "held_out": images.valid,
+        "seconds": metrics.train.seconds, "epochs": metrics.train.epochs, "size": config.size,
+        "hardware": machine.processor if machine.device == "cpu" else machine.device}
 
 # %% ../../nbs/reference/study_results.ipynb #report042
 COLUMNS = (
@@ -165,15 +88,15 @@ def read_runs(folders: str | os.PathLike | Sequence[str | os.PathLike]) -> DataF
     """
     rows, problems = [], []
     for folder in [Path(folders)] if isinstance(folders, (str, os.PathLike)) else map(Path, folders):
-        study = _read_study(folder)
-        for run, place in _run_folders(folder, study).items():
+        study, runs = _run_folders(folder)
+        for run, place in runs.items():
             try:
-                rows.append({"study": study["study"], "reference": study["reference"], **_row(run, place)})
+                rows.append({"study": study.name, "reference": study.reference, **_row(run, place)})
             except (ValueError, OSError) as error:
                 problems.append(str(error))
     if problems:
         raise ValueError("; ".join(problems))
-    frame = report_library("pandas").DataFrame(rows, columns=list(COLUMNS))
+    frame = import_optional("pandas", "a report").DataFrame(rows, columns=list(COLUMNS))
     whole = ("seed", "fold", "scored_images", "train_images", "held_out", "epochs", "size")
     return frame.astype({**dict.fromkeys(whole, "Int64"), **dict.fromkeys((*MEASURES, "seconds"), "float64")})
 
@@ -205,67 +128,43 @@ def summarize(frame: DataFrame) -> DataFrame:
     Raises:
         ValueError: no run is finished.
     """
-    rows = []
-    for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
-        planned = frame[(frame["study"] == study) & (frame["arm"] == arm)]
-        row = {"study": study, "arm": arm, "n": len(done), "planned": len(planned), "seeds": done["seed"].nunique(),
-               "folds": done["fold"].nunique(), "seconds": done["seconds"].mean()}
-        for name in MEASURES:
-            row |= {f"{name}_{what}": getattr(done[name], function)()
-                    for what, function in (("mean", "mean"), ("sd", "std"), ("min", "min"), ("max", "max"))}
-        rows.append(row)
-    return report_library("pandas").DataFrame(rows)
+    spread = {f"{name}_{what}": (name, function) for name in MEASURES
+              for what, function in (("mean", "mean"), ("sd", "std"), ("min", "min"), ("max", "max"))}
+    table = finished(frame).groupby(["study", "arm"], sort=False).agg(
+        n=("seed", "size"), seeds=("seed", "nunique"), folds=("fold", "nunique"), seconds=("seconds", "mean"), **spread)
+    table.insert(1, "planned", frame.groupby(["study", "arm"]).size())
+    return table.reset_index()
 
 # %% ../../nbs/reference/study_results.ipynb #report049
-def fold_number(cell) -> int | None:
-    """A cell of the column "fold": empty where a study has none."""
-    return None if cell is report_library("pandas").NA else int(cell)
+def run_name(arm: str, seed: int, fold: int | None) -> str:
+    """The name of a run from the cells of its row."""
+    return Run(arm, int(seed), None if import_optional("pandas", "a report").isna(fold) else int(fold)).name
 
 
-def paired_differences(frame: DataFrame, arm: str, reference: str,
-                       measure: str = "dice") -> tuple[dict[tuple, float], list[str]]:
-    """Arm minus reference for each fold and seed that both finished.
-
-    Returns:
-        the differences in points by (fold, seed), and the names of runs without a partner.
-    """
-    scores: dict[str, dict[tuple, float]] = {arm: {}, reference: {}}
-    for _, run in finished(frame).iterrows():
-        scores.setdefault(run["arm"], {})[fold_number(run["fold"]), run["seed"]] = run[measure]
-    ours, theirs = scores[arm], scores[reference]
-    alone = [Run(name, seed, fold).name
-             for name, one, other in ((arm, ours, theirs), (reference, theirs, ours))
-             for fold, seed in one if (fold, seed) not in other]
-    return {pair: ours[pair] - theirs[pair] for pair in ours if pair in theirs}, alone
-
-# %% ../../nbs/reference/study_results.ipynb #report050
-def _units(differences: Mapping[tuple, float], by_fold: bool) -> list[float]:
-    """One difference per unit of replication: per fold, seeds averaged within, or per seed."""
-    if not by_fold:
-        return list(differences.values())
-    units: dict = {}
-    for (fold, _), value in differences.items():
-        units.setdefault(fold, []).append(value)
-    return [statistics.fmean(values) for values in units.values()]
-
-
-def _caution(result: Paired, unit: str) -> str:
-    """What a reader must know about an interval from few units, or about one without spread."""
-    if result.n == 1:
-        return f"a single {unit}: no interval, no test"
-    if result.sd == 0:
-        return "identical scores" if result.mean == 0 else f"the same difference in every {unit}: no spread to judge by"
-    return f"two {unit}s: the interval reaches 12.7 standard errors each way" if result.n == 2 else ""
+def _paired(done: DataFrame, arm: str, reference: str, measure: str) -> tuple[Series, list[str]]:
+    """Arm minus reference by fold (-1: none) and seed, and the names of runs without a partner."""
+    both = done[done["arm"].isin([arm, reference])]
+    scores = both.assign(fold=both["fold"].fillna(-1)).pivot(index=["fold", "seed"], columns="arm", values=measure)
+    scores = scores.reindex(columns=[arm, reference])
+    alone = [run_name(name, seed, None if fold < 0 else fold) for name, other in ((arm, reference), (reference, arm))
+             for fold, seed in scores.index[scores[name].notna() & scores[other].isna()]]
+    return (scores[arm] - scores[reference]).dropna(), alone
 
 
 def _tested(values: Sequence[float], overlap: float, unit: str) -> dict:
-    """Interval, tests and caution for an arm's differences, as columns of `compare`."""
-    if not values:
+    """Interval, tests, and what a reader must know about them, as columns of `compare`."""
+    if not len(values):
         return {"n": 0, "note": "no pair is finished"}
-    result = paired_interval(values, overlap)
+    result, note = paired_interval(values, overlap), ""
+    if result.n == 1:
+        note = f"a single {unit}: no interval, no test"
+    elif result.sd == 0:
+        note = f"the same difference in every {unit}: no spread to judge by" if result.mean else "identical scores"
+    elif result.n == 2:
+        note = f"two {unit}s: the interval reaches 12.7 standard errors each way"
     return {"n": result.n, "difference": result.mean, "sd": result.sd, "low": result.low, "high": result.high,
             "p": result.p, "p_flip": sign_flip_p(values) if result.n <= MOST_FLIPS else math.nan,
-            "p_flip_least": 2.0 ** (1 - result.n), "note": _caution(result, unit)}
+            "p_flip_least": 2.0 ** (1 - result.n), "note": note}
 
 # %% ../../nbs/reference/study_results.ipynb #report051
 def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice") -> DataFrame:
@@ -291,35 +190,19 @@ def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice
     if frame["study"].nunique() > 1 or reference not in set(frame["arm"]) or measure not in MEASURES:
         raise ValueError(
             f"compare one study (got {distinct_values(frame['study'])}) with one of its arms (reference {reference!r}) "
-            f"by one of {', '.join(MEASURES)} (measure {measure!r})"
-        )
+            f"by one of {', '.join(MEASURES)} (measure {measure!r})")
     by_fold = done["fold"].nunique() > 1
     unit, overlap = ("fold", float((done["held_out"] / done["train_images"]).mean())) if by_fold else ("seed", 0.0)
-    same = {"study": done["study"].iloc[0], "reference": reference, "measure": measure, "unit": unit}
     rows = []
     for arm in dict.fromkeys(arm for arm in frame["arm"] if arm != reference):
-        differences, alone = paired_differences(frame, arm, reference, measure)
-        tested = _tested(_units(differences, by_fold), overlap, unit)
-        rows.append(same | {"arm": arm, "unpaired": ", ".join(alone)} | tested)
-    table = report_library("pandas").DataFrame(rows, columns=[
+        differences, alone = _paired(done, arm, reference, measure)
+        values = differences.groupby(level="fold").mean() if by_fold else differences
+        rows.append({"study": done["study"].iloc[0], "reference": reference, "arm": arm, "measure": measure,
+                     "unit": unit, "unpaired": ", ".join(alone), **_tested(values.to_numpy(), overlap, unit)})
+    table = import_optional("pandas", "a report").DataFrame(rows, columns=[
         "study", "reference", "arm", "measure", "unit", "n", "difference", "sd", "low", "high", "p", "p_holm", "p_flip",
         "p_flip_least", "unpaired", "note"])
     return table.assign(p_holm=holm(table["p"].astype(float)))
-
-# %% ../../nbs/reference/study_results.ipynb #report054
-def arm_networks(frame: DataFrame) -> dict[tuple[str, str], nn.Module]:
-    """The trained network of each arm's first finished run, by (study, arm), in evaluation mode.
-
-    Raises:
-        FileNotFoundError: a run's selected checkpoint is missing.
-        ValueError: it is damaged.
-    """
-    networks = {}
-    for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
-        folder = Path(done["folder"].iloc[0])
-        selected = read_metrics(folder / "metrics.json").get("selected_by", "dice")
-        networks[study, arm] = pretrained(folder / f"best_{selected}")
-    return networks
 
 # %% ../../nbs/reference/study_results.ipynb #report055
 @torch.inference_mode()
@@ -336,13 +219,8 @@ def _latencies(networks: Mapping[tuple, nn.Module], size: int, device: torch.dev
     return {pair: tuple(np.percentile(values, [25, 50, 75]).tolist()) for pair, values in times.items()}
 
 # %% ../../nbs/reference/study_results.ipynb #report056
-def _fused(network: nn.Module, device: torch.device) -> nn.Module:
-    """A copy fit for inference, on the device."""
-    return (network.fuse() if hasattr(network, "fuse") else copy.deepcopy(network)).to(device).eval()
-
-
 def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device: str = "cpu") -> DataFrame:
-    """What each arm's network costs for one image.
+    """What the network of each arm's first finished run costs for one image.
 
     Args:
         frame: of `read_runs`.
@@ -355,25 +233,25 @@ def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device
         latency_low and latency_high (float32, fused, batch 1; networks of one size take turns), device.
 
     Raises:
-        ValueError: a device that is not there; and what `arm_networks` raises.
+        FileNotFoundError: a run's selected checkpoint is missing.
+        ValueError: it is damaged, or the device is not there.
     """
-    place, machine = choose_device(device), hardware(torch.device("cpu"))
-    named = (
-        f"{machine['processor']}, threads: {machine['threads']}" if place.type == "cpu" else hardware(place)["device"])
-    sizes = {
-        pair: size or int(done["size"].iloc[0]) for pair, done in finished(frame).groupby(["study", "arm"], sort=False)}
-    networks = arm_networks(frame)
+    place = choose_device(device)
+    machine = hardware(place)
+    named = f"{machine['processor']}, threads: {machine['threads']}" if place.type == "cpu" else machine["device"]
+    networks, sizes = {}, {}
+    for pair, done in finished(frame).groupby(["study", "arm"], sort=False):
+        folder = Path(done["folder"].iloc[0])
+        networks[pair] = pretrained(folder / f"best_{read_metrics(folder).selected_by}")
+        sizes[pair] = size or int(done["size"].iloc[0])
     quartiles = dict.fromkeys(networks, (math.nan,) * 3)
     for pixels in dict.fromkeys(sizes.values()) if rounds else ():
-        alike = {pair: _fused(network, place) for pair, network in networks.items() if sizes[pair] == pixels}
-        quartiles |= _latencies(alike, pixels, place, rounds)
-    return report_library("pandas").DataFrame(
-        [
-            {
-                "study": pair[0], "arm": pair[1], "size": sizes[pair],
-                "parameters": sum(p.numel() for p in network.parameters()),
-                "multiply_adds": multiply_adds(network, sizes[pair]),
-                **dict(zip(("latency_low", "latency_ms", "latency_high"), quartiles[pair])), "device": named}
-            for pair, network in networks.items()
-        ]
-    )
+        fused = {pair: (network.fuse() if hasattr(network, "fuse") else copy.deepcopy(network)).to(place).eval()
+                 for pair, network in networks.items() if sizes[pair] == pixels}
+        quartiles |= _latencies(fused, pixels, place, rounds)
+    return import_optional("pandas", "a report").DataFrame([{
+        "study": pair[0], "arm": pair[1], "size": sizes[pair],
+        "parameters": sum(weights.numel() for weights in network.parameters()),
+        "multiply_adds": multiply_adds(network, sizes[pair]),
+        **dict(zip(("latency_low", "latency_ms", "latency_high"), quartiles[pair])), "device": named}
+        for pair, network in networks.items()])

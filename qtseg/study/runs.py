@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..data.dataset import normalize
 from ..data.segmentation import SegmentationData
@@ -25,7 +25,7 @@ from ..evaluation.metrics import hard_masks
 from ..files.text import printable, read_json
 from ..files.writing import write_then_rename
 from ..network.baselines import pretrained
-from .plan import Run, Study, validation_problems
+from .plan import Run, Study, read_checked
 from ..training.callbacks import mask_pictures
 from ..training.config import BEST, RESUMABLE, TrainConfig, read_stored_config, recipe_changes
 from ..training.loop import Result, fit
@@ -111,14 +111,7 @@ class Metrics(_Part):
 
 def read_metrics(folder: str | os.PathLike) -> Metrics:
     """metrics.json of a finished run. ValueError names the file, and the remedy, if it lacks what a study needs."""
-    path = Path(folder, "metrics.json")
-    try:
-        return Metrics.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ValueError(f"{path} is damaged ({validation_problems(error)}): delete {folder} to repeat this run"
-                         ) from None
-    except ValueError as error:
-        raise ValueError(f"{error}: delete {folder} to repeat this run") from None
+    return read_checked(Metrics, Path(folder, "metrics.json"), f"delete {folder} to repeat this run")
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments046
 def require_same_values(config: TrainConfig) -> None:

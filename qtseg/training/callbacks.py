@@ -17,10 +17,9 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ..colors import PREDICTION, TARGET
 from ..data.dataset import Batch, network_input
 from ..data.mask_values import IGNORE
-from ..data.preprocessing import outline, to_rgb
+from ..data.preprocessing import outline_masks, to_rgb
 from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import hard_masks
 from .config import BEST, TrainConfig, shown_value
@@ -35,12 +34,11 @@ def _viewable(image: Tensor, color: str) -> np.ndarray:
     """An image of a batch [C, H, W] -> uint8 RGB [H, W, 3]: the first three of more channels, the first of fewer."""
     if image.is_floating_point():
         image = image.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
-    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return np.ascontiguousarray(to_rgb(image.permute(1, 2, 0).contiguous().numpy(), color))
+    return to_rgb(image.permute(1, 2, 0).contiguous().numpy(), color)
 
 
 def mask_pictures(batch: Batch, predictions: Tensor, color: str = "rgb") -> np.ndarray:
-    """Images side by side, target outlined in orange, prediction in sky blue.
+    """Images side by side, with the outlines of target (white) and prediction (sky blue).
 
     Args:
         batch: images [B, C, H, W] and masks [B, H, W].
@@ -52,10 +50,8 @@ def mask_pictures(batch: Batch, predictions: Tensor, color: str = "rgb") -> np.n
     """
     pictures = []
     for image, target, mask in zip(batch.images.cpu(), batch.masks.cpu(), predictions.cpu()):
-        picture = _viewable(image, color)
-        outline(picture, target.masked_fill(target == IGNORE, 0).numpy(), TARGET)
-        outline(picture, mask.numpy(), PREDICTION)
-        pictures.append(picture)
+        shown = target.masked_fill(target == IGNORE, 0).numpy()
+        pictures.append(outline_masks(_viewable(image, color), shown, mask.numpy()))
     return np.concatenate(pictures, axis=1)
 
 # %% ../../nbs/reference/training_callbacks.ipynb #5e95dfbc

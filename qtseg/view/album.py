@@ -26,9 +26,8 @@ from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import MEASURES, scores_in_percent
 from ..evaluation.scores import THRESHOLDS, decide, mask_scores, threshold_counts
 from ..files.text import read_json, read_table
-from ..prediction.inputs import SETTINGS_FILE
 from ..prediction.predictor import Predictor
-from ..prediction.reading import as_rgb
+from ..prediction.inputs import SETTINGS_FILE, as_rgb
 
 # %% auto #0
 __all__ = ['one_hot', 'SavedPredictions', 'Case', 'as_cases', 'as_source', 'as_answers', 'Album', 'entropy', 'Ranking']

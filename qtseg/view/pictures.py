@@ -15,15 +15,16 @@ import numpy as np
 
 from ..colors import FALSE_NEGATIVE, FALSE_POSITIVE, PREDICTION, WRONG_CLASS, Color, class_colors
 from ..data.preprocessing import outline, resample
+from ..files.optional import import_optional
 from ..files.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['CLASS_COLORS', 'ERROR_COLORS', 'HEAT', 'GROUND', 'class_color', 'overlay', 'contours', 'error_kinds', 'error_map',
-           'heat', 'rescale', 'fit_to', 'tile', 'returns_figure', 'new_figure', 'plain_label', 'add_legend',
-           'named_colors', 'color_key']
+__all__ = ['CLASS_COLORS', 'ERROR_COLORS', 'HEAT', 'GROUND', 'class_color', 'named_colors', 'overlay', 'contours', 'error_kinds',
+           'error_map', 'heat', 'rescale', 'fit_to', 'tile', 'returns_figure', 'new_figure', 'plain_label',
+           'add_legend']
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation009
 CLASS_COLORS: tuple[Color | None, ...] = (  # by class index; the background stays as it is
@@ -34,8 +35,6 @@ def class_color(label: int, colors: Sequence[Color | None] | None = None) -> Col
     """The color of a class index, or None for one that is not painted; classes beyond the last begin again at class 1.
 
     colors: background first (default CLASS_COLORS); ValueError for fewer than two.
-    Source: M. Okabe and K. Ito, "Color Universal Design" (2008), eight colors told apart by color-blind eyes; black
-    left out.
     """
     colors = CLASS_COLORS if colors is None else colors
     if len(colors) < 2:
@@ -43,23 +42,23 @@ def class_color(label: int, colors: Sequence[Color | None] | None = None) -> Col
             f"colors must name the background's and at least one more (None = not painted), got {colors!r}")
     return colors[label] if label < len(colors) else colors[1 + (label - 1) % (len(colors) - 1)]
 
+
+def named_colors(class_names: Sequence[str] | None, labels: Sequence[int]) -> dict[str, Color]:
+    """The names and colors of these class indices, those that are not painted left out."""
+    names = {
+        label: class_names[label] if class_names and label < len(class_names) else f"class {label}" for label in labels}
+    return {name: class_color(label) for label, name in names.items() if class_color(label)}
+
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation012
 def _check_picture(image: np.ndarray, name: str = "image") -> None:
     """Raise ValueError unless the image is uint8 [H, W, 3] with pixels in it."""
-    if (
-        not isinstance(image, np.ndarray)
-        or image.dtype != np.uint8
-        or image.ndim != 3
-        or image.shape[2] != 3
-        or not image.size
-    ):
-        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size):
         raise ValueError(f"{name} must be a uint8 array [H, W, 3] of red, green and blue, got {found}")
 
 
 def _labels(mask: np.ndarray, shape: Sequence[int] | None = None, name: str = "mask") -> np.ndarray:
-    """A mask of class indices (bool or any integer) [H, W] -> uint8; ValueError for another shape or an index outside
-    0..255."""
+    """A mask of class indices (bool or any integer) [H, W] -> uint8; ValueError for what is no such mask."""
     mask = np.asarray(mask)
     if mask.dtype.kind not in "bui" or mask.ndim != 2 or not mask.size:
         raise ValueError(f"{name} must hold whole numbers [H, W], got {mask.dtype} {mask.shape}")
@@ -76,13 +75,6 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation015
-def _tables(colors: Sequence[Color | None] | None, classes: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """For each of 256 class indices its color, uint8 [256, 1, 3], and 255 where it is painted, uint8 [256]."""
-    chosen = [class_color(label, colors) if classes is None or label in classes else None for label in range(256)]
-    color = np.array([[pick or (0, 0, 0)] for pick in chosen], dtype=np.uint8)  # [256, 1, 3]
-    return color, np.array([255 * (pick is not None) for pick in chosen], dtype=np.uint8)
-
-
 def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5, colors: Sequence[Color | None] | None = None,
             classes: Sequence[int] | None = None) -> np.ndarray:
     """Blend each class's color into the image: uint8 [H, W, 3] and class indices [H, W] -> uint8 [H, W, 3].
@@ -94,26 +86,28 @@ def overlay(image: np.ndarray, mask: np.ndarray, opacity: float = 0.5, colors: S
     _check_picture(image)
     mask = _labels(mask, image.shape[:2])
     _check_share("opacity", opacity)
-    color, painted = _tables(colors, classes)
-    blend = cv2.addWeighted(image, 1 - opacity, cv2.applyColorMap(mask, color), opacity, 0)  # [H, W, 3]
+    chosen = [class_color(label, colors) if classes is None or label in classes else None for label in range(256)]
+    table = np.array([[pick or (0, 0, 0)] for pick in chosen], dtype=np.uint8)  # [256, 1, 3]
+    painted = np.array([255 * (pick is not None) for pick in chosen], dtype=np.uint8)
+    blend = cv2.addWeighted(image, 1 - opacity, cv2.applyColorMap(mask, table), opacity, 0)  # [H, W, 3]
     return cv2.copyTo(blend, cv2.LUT(mask, painted), image.copy())
 
-# %% ../../nbs/reference/view_pictures.ipynb #visualisation018
+
 def contours(image: np.ndarray, mask: np.ndarray, color: Color | None = None, width: int = 1,
-             classes: Sequence[int] | None = None) -> np.ndarray:
+             classes: Sequence[int] | None = None, edge: int = 0) -> np.ndarray:
     """Outline each region of each class: uint8 [H, W, 3] and class indices [H, W] -> uint8 [H, W, 3].
 
-    The line runs over the region's own border pixels, holes included; `width` is in pixels. color: one for all classes
-    (default: each its own of CLASS_COLORS); classes: those to show (default all but 0). ValueError for arrays that do
-    not fit and for a width below 1.
+    The line runs over the region's own border pixels, holes included; `width` and its black `edge` are in pixels.
+    color: one for all classes (default: each its own of CLASS_COLORS); classes: those to show (default all but 0).
+    ValueError for arrays that do not fit and for a width below 1.
     """
     _check_picture(image)
     if width < 1:
         raise ValueError(f"width must be at least 1 pixel, got {width!r}")
     mask, picture = _labels(mask, image.shape[:2]), image.copy()
-    present = np.flatnonzero(np.bincount(mask.ravel())).tolist()
-    for label in (label for label in present if label and (classes is None or label in classes)):
-        outline(picture, mask == label, color or class_color(label), width)
+    for label in np.unique(mask[mask > 0]).tolist():
+        if classes is None or label in classes:
+            outline(picture, mask == label, color or class_color(label), width, edge)
     return picture
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation021
@@ -133,21 +127,20 @@ def error_kinds(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     both = np.where(target == prediction, np.uint8(1), np.uint8(4))
     return np.where(found & true, both, 2 * found + 3 * true)
 
-# %% ../../nbs/reference/view_pictures.ipynb #visualisation026
+
 def _gray(image: np.ndarray) -> np.ndarray:
     """An image without its colors, uint8 [H, W, 3] -> [H, W, 3]: what is painted on it is then the only color."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-def error_map(
-    target: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None, opacity: float = 0.7) -> np.ndarray:
+def error_map(target: np.ndarray, prediction: np.ndarray, image: np.ndarray | None = None,
+              opacity: float = 0.7) -> np.ndarray:
     """Paint every pixel by what is right or wrong about it, in ERROR_COLORS: two masks [H, W] -> uint8 [H, W, 3].
 
     True negatives show the image [H, W, 3] in gray, or black without one; `opacity` counts only where there is an
     image. ValueError for arrays that do not fit.
     """
-    kinds = error_kinds(target, prediction)
-    colors = (None, *ERROR_COLORS.values())
+    kinds, colors = error_kinds(target, prediction), (None, *ERROR_COLORS.values())
     if image is None:
         return overlay(np.zeros((*kinds.shape, 3), np.uint8), kinds, 1.0, colors)
     _check_picture(image)
@@ -179,10 +172,9 @@ def heat(values: np.ndarray, image: np.ndarray | None = None, opacity: float = 0
             f"values {values.shape} and image {image.shape[:2]} must have one height and width: resize one of them")
     return cv2.addWeighted(_gray(image), 1 - opacity, painted, opacity, 0)
 
-# %% ../../nbs/reference/view_pictures.ipynb #visualisation034
+
 def rescale(values: np.ndarray) -> np.ndarray:
-    """Stretch finite numbers so that the least becomes 0 and the greatest 1: any shape -> float32; all 0 where all are
-    equal."""
+    """Stretch finite numbers so that the least becomes 0 and the greatest 1: float32; all 0 where all are equal."""
     values = np.asarray(values, dtype=np.float32)
     least, most = values.min(), values.max()
     return (values - least) / (most - least) if most > least else np.zeros_like(values)
@@ -231,17 +223,13 @@ def tile(pictures: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarr
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation047
 def returns_figure(function: Callable) -> Callable:
-    """Wrap a function that returns a figure: it draws black on white whatever style is set, and notebooks show its
-    figure.
+    """Wrap a function that returns a figure: black on white whatever style is set, and notebooks show it.
 
     Jupyter shows a figure that was made without pyplot only if it has a _repr_png_.
     """
     @wraps(function)
     def draw(*arguments, **options) -> Figure:
-        try:
-            from matplotlib import style
-        except ImportError:
-            raise ModuleNotFoundError(f"{function.__name__} draws with matplotlib: pip install matplotlib") from None
+        style = import_optional("matplotlib.style", function.__name__)
         with style.context("default"):  # a dark style would write white on white
             figure = function(*arguments, **options)
         figure.set_facecolor("white")
@@ -252,25 +240,23 @@ def returns_figure(function: Callable) -> Callable:
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    # a user's savefig settings may say otherwise
-    figure.savefig(stream, format="png", facecolor="white", transparent=False)
+    figure.savefig(stream, format="png", facecolor="white", transparent=False)  # whatever savefig's settings say
     return stream.getvalue()
 
-# %% ../../nbs/reference/view_pictures.ipynb #visualisation050
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that belongs to no pyplot: it is freed like any other object."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
-# %% ../../nbs/reference/view_pictures.ipynb #visualisation051
+
 def plain_label(name: object) -> str:
-    """A name as a figure shows it, letter by letter: matplotlib takes $…$ for mathematics and hides labels that begin
-    with _."""
+    """A name as a figure shows it, letter by letter; matplotlib reads $…$ as mathematics and hides labels with _."""
     text = printable(name).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text  # a space without width
 
-
+# %% ../../nbs/reference/view_pictures.ipynb #visualisation051
 def add_legend(figure: Figure, colors: Mapping[str, Color], where: str = "outside lower center") -> None:
     """Name the colors below the panels, in as many rows as their names need."""
     from matplotlib.patches import Patch
@@ -280,20 +266,3 @@ def add_legend(figure: Figure, colors: Mapping[str, Color], where: str = "outsid
                for name, color in colors.items()]
     figure.legend(
         handles=patches, loc=where, ncols=-(-len(patches) // rows), fontsize=8, handlelength=1.5, frameon=False)
-
-# %% ../../nbs/reference/view_pictures.ipynb #visualisation055
-def named_colors(class_names: Sequence[str] | None, labels: Sequence[int]) -> dict[str, Color]:
-    """The names and colors of these class indices, those that are not painted left out."""
-    names = {
-        label: class_names[label] if class_names and label < len(class_names) else f"class {label}" for label in labels}
-    return {name: class_color(label) for label, name in names.items() if class_color(label)}
-
-
-@returns_figure
-def color_key(class_names: Sequence[str]) -> Figure:
-    """Which color stands for which class: class names, background first -> a strip with a patch for each that is
-    painted."""
-    figure = new_figure(7.5, 0.3 * -(-sum(len(name) + 7 for name in class_names) // 115))
-    figure.subplots().set_axis_off()  # Jupyter's own printer takes a figure without axes for an empty one
-    add_legend(figure, named_colors(class_names, range(len(class_names))), "center")
-    return figure

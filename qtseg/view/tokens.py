@@ -13,11 +13,11 @@ import torch
 from torch import nn, Tensor
 
 from ..data.dataset import normalize
-from ..data.preprocessing import resize_image, to_color
+from ..data.preprocessing import resize_image, to_rgb
 from ..evaluation.metrics import MEASURES, confusion_counts, hard_masks, scores_in_percent
 from ..evaluation.scores import class_probabilities
 from ..network.mqm import MQMDecoder, StageOutput
-from ..prediction.reading import as_rgb
+from ..prediction.inputs import as_rgb
 
 # %% auto #0
 __all__ = ['STRIDES', 'DIRECTIONS', 'logits_after', 'token_products', 'Reading', 'Decoded', 'network_input', 'decode_image',
@@ -96,19 +96,22 @@ def _read(steps: Sequence[Tensor], last: Tensor) -> Reading:
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-input
 def network_input(source: Any, image: Any) -> tuple[np.ndarray, Tensor]:
-    """What a network sees of an image: uint8 RGB [H, W, 3] to be looked at, and float32 [1, 3, H, W] to be computed
+    """What a network sees of an image: uint8 RGB [H, W, 3] to be looked at, and float32 [1, C, H, W] to be computed
     with.
 
     source: a Predictor, whose preprocessing is applied, or a Module, which gets the image at its own size; image: see
     `as_rgb`.
     """
-    rgb, preprocessing = as_rgb(image), getattr(source, "preprocessing", None)
-    if preprocessing is not None:
-        rgb = resize_image(rgb, preprocessing.size, preprocessing.resize)
-    stored = rgb if preprocessing is None else to_color(rgb, preprocessing.color)
-    pixels = normalize(torch.from_numpy(stored.copy()).permute(2, 0, 1)[None])  # [H, W, 3] -> [1, 3, H, W]
+    preprocessing = getattr(source, "preprocessing", None)
+    if preprocessing is None:
+        shown = stored = as_rgb(image)
+    else:
+        shown = as_rgb(image, preprocessing.white, preprocessing.channels)
+        shown = resize_image(shown, preprocessing.size, preprocessing.resize)
+        stored = preprocessing.stored(shown)
+    pixels = normalize(torch.from_numpy(stored.copy()).permute(2, 0, 1)[None])  # [H, W, C] -> [1, C, H, W]
     weight = next(getattr(source, "network", source).parameters(), pixels)
-    return rgb, pixels.to(weight.device)
+    return to_rgb(shown), pixels.to(weight.device)
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-decode
 def decode_image(source: Any, image: Any) -> Decoded:
