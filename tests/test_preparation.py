@@ -69,7 +69,7 @@ def find(roots: list[Path]) -> Found:
 
 
 def described(**changes) -> DataSet:
-    values = dict(name="little", title="A little set", licence="CC0", citation="nobody", page="https://example.org",
+    values = dict(name="little", title="A little set", license="CC0", citation="nobody", page="https://example.org",
                   class_names=("background", "box"), find=find, folds=3)
     return DataSet(**(values | changes))
 
@@ -289,7 +289,7 @@ def test_walks_end(maze, tmp_path):
     assert data_preparation.fingerprint(maze) == data_preparation.fingerprint(maze) != data_preparation.fingerprint(maze / "train")
     assert gather([maze], tmp_path / "out", r".*\.zip") == [maze]
     found = Found()
-    assert pairing.pictures_below(found, maze / "train") == [maze / "train" / "a.png"]
+    assert pairing.take_pictures(found, maze / "train") == [maze / "train" / "a.png"]
     assert sorted(problem.split("/")[-1] for problem in found.problems) == [
         f"{name}: not a file (a pipe, a socket or a device)" for name in ("pipe.png", "zero.png")]
     assert len(found.notes) == 3 and all("train" in note and "passed over" in note for note in found.notes)
@@ -394,15 +394,15 @@ def test_the_prepared_folder(tmp_path, capsys):
     folder = prepare(described(), [raw_set(tmp_path / "raw")], tmp_path / "data", progress=True)
     assert "12/12" in capsys.readouterr().out
     assert folder == tmp_path / "data" / "little"
-    assert {path.name for path in folder.iterdir()} == {"images", "masks", "manifest.csv", "dataset.json", "LICENCE.txt",
+    assert {path.name for path in folder.iterdir()} == {"images", "masks", "manifest.csv", "dataset.json", "LICENSE.txt",
                                                         "contact_sheet.png"}
     table = rows(folder)
     assert list(table) == [f"case{i:02d}" for i in range(12)] and [row["fold"] for row in table.values()] == list("000011112222")
     assert {(row["width"], row["height"]) for row in table.values()} == {("48", "40")}
     description = json.loads((folder / "dataset.json").read_text())
     assert description["name"] == "little" and description["classes"] == ["background", "box"]
-    assert (description["licence"], description["citation"], description["page"]) == ("CC0", "nobody", "https://example.org")
-    assert "Licence:  CC0" in (folder / "LICENCE.txt").read_text()
+    assert (description["license"], description["citation"], description["page"]) == ("CC0", "nobody", "https://example.org")
+    assert "License:  CC0" in (folder / "LICENSE.txt").read_text()
     for i in range(12):
         assert np.array_equal(read_mask(folder / "masks" / f"case{i:02d}.png"), box(i, i))
     data = SegmentationData.from_prepared(folder, fold=1, size=32, cache=tmp_path / "cache", progress=False)
@@ -490,7 +490,7 @@ def test_images_of_every_kind_keep_what_they_show(tmp_path):
 
     def find_all(roots):
         found = Found()
-        pair_up(found, *(pairing.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        pair_up(found, *(pairing.take_pictures(found, roots[0] / part) for part in ("pictures", "targets")), str)
         return found
 
     folder = prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False)
@@ -516,7 +516,7 @@ def test_masks_that_were_looked_at_are_warned_of_as_by_open(tmp_path):
 
     def find_all(roots):
         found = Found()
-        pair_up(found, *(pairing.pictures_below(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        pair_up(found, *(pairing.take_pictures(found, roots[0] / part) for part in ("pictures", "targets")), str)
         pairing.judge(found)
         return found
 
@@ -632,9 +632,9 @@ def test_a_second_run_does_nothing(tmp_path, monkeypatch):
 def test_other_wishes_need_force(tmp_path):
     source, other = raw_set(tmp_path / "raw"), raw_set(tmp_path / "other", 6)
     folder = prepare(described(), [source], tmp_path / "data", progress=False)
-    with pytest.raises(ValueError, match=r"made otherwise \(folds was 3, now 4\): --force makes it anew"):
+    with pytest.raises(ValueError, match=r"with other options \(folds was 3, now 4\): give --force"):
         prepare(described(), [source], tmp_path / "data", folds=4)
-    with pytest.raises(ValueError, match="made otherwise .sources was"):
+    with pytest.raises(ValueError, match="with other options .sources was"):
         prepare(described(), [other], tmp_path / "data")
     with pytest.raises(ValueError, match="kind was None, now 'x'"):
         prepare(described(settings={"kind": "x"}), [source], tmp_path / "data")

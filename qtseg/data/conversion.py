@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ..colors import class_colors
 from .census import inverted
 from .mask_values import IGNORE
-from .pairing import Pair, Reader, decoded
+from .pairing import Pair, Reader
 from .preprocessing import outline
-from .reading import WHITES, read_image, value_span
+from .reading import WHITES, read_image, read_named_picture, value_span
 from ..files.pictures import Picture
 from ..files.writing import NO_SPACE
 
@@ -139,7 +139,7 @@ def _try(problems: list[str], function: Callable, *arguments) -> np.ndarray | Pi
 def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     """Check one pair and write it to images/ and masks/ of a folder; runs in several threads at once."""
     problems, notes = [], []
-    picture = _try(problems, decoded, pair.image)  # to its end, even if it is only copied
+    picture = _try(problems, read_named_picture, pair.image)  # to its end, even if it is only copied
     shape = None if picture is None else picture.values.shape[:2]
     mask = _try(problems, read, pair.masks, shape, notes)
     if picture is not None and mask is not None and mask.shape != shape:
@@ -226,7 +226,7 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
     They are chosen evenly by stratum and name. white: the stored value that is shown white, for images of 16 bits.
     """
     def thumbnail(row: dict) -> np.ndarray:
-        return outlined(read_image(folder / row["image"], white), decoded(folder / row["mask"]).values)
+        return outlined(read_image(folder / row["image"], white), read_named_picture(folder / row["mask"]).values)
 
     rows, columns = sorted(rows, key=lambda row: (row["stratum"], row["id"])), 6
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))]

@@ -18,7 +18,8 @@ from ..files.text import first_names, printable, read_json, read_table
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'MASK_WORDS', 'IMAGE_WORDS', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS', 'MOST_IMAGES', 'Record',
-           'Survey', 'image_names', 'image_of', 'list_pictures', 'bare_name', 'namesakes', 'survey_folder']
+           'Survey', 'image_names', 'image_of', 'is_meant', 'list_pictures', 'name_of', 'pictures_below', 'bare_name',
+           'namesakes', 'survey_folder']
 
 # %% ../../nbs/reference/data_layout.ipynb #data051
 @dataclass
@@ -92,7 +93,7 @@ def image_of(mask: str, images: Mapping[str, str], other: bool = False) -> str |
     return next((images[form] for form in _bare_names(mask, MASK_WORDS)[int(other):] if form in images), None)
 
 # %% ../../nbs/reference/data_layout.ipynb #16dd550a
-def _is_meant(path: Path) -> bool:
+def is_meant(path: Path) -> bool:
     """Whether a file is a picture, or is called one: a damaged picture is a problem, not a file to pass over."""
     return path.suffix.lower() in EXTENSIONS or is_picture(path)
 
@@ -101,26 +102,23 @@ def list_pictures(folder: Path) -> list[Path]:
     """The image files of a folder, without those of sub-folders, sorted by name; hidden files and other kinds are
     passed over."""
     return sorted(
-        path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file() and _is_meant(path))
+        path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file() and is_meant(path))
 
 
-def _pictures_below(survey: Survey, folder: Path) -> dict[str, list[Path]]:
-    """Name (path below the folder without extension, in one Unicode form) -> files; what is passed over goes to the
-    survey."""
-    by_name: dict[str, list[Path]] = {}
+def name_of(path: Path, folder: Path | None = None) -> str:
+    """The name by which an image and its mask are compared: the path below `folder` without extension, in one form."""
+    stem = path.name if path.suffix[1:].isdigit() else path.stem  # IM.0001 is a whole name
+    return same_form(stem if folder is None else (path.parent.relative_to(folder) / stem).as_posix())
+
+
+def pictures_below(folder: Path) -> tuple[list[Path], list[tuple[Path, str]], list[tuple[Path, str]]]:
+    """The pictures in a folder and in those inside it; files that are called pictures, and cannot be taken; all others
+    that are passed over. Each of the latter two with the reason."""
     files, passed = walk(folder)
-    for path, reason in passed:
-        if path.suffix.lower() in EXTENSIONS and path.name[0] != ".":
-            survey.problems.append(f"{survey.short(path)}: {reason}")
-        else:
-            survey.passed.append((survey.short(path), reason))
-    for path in files:
-        if not _is_meant(path):
-            survey.passed.append((survey.short(path), "no picture"))
-            continue
-        stem = path.name if path.suffix[1:].isdigit() else path.stem  # IM.0001 is a whole name
-        by_name.setdefault(same_form((path.parent.relative_to(folder) / stem).as_posix()), []).append(path)
-    return by_name
+    pictures = [path for path in files if is_meant(path)]
+    lost = [one for one in passed if one[0].suffix.lower() in EXTENSIONS and one[1] != "hidden"]
+    others = [(path, "no picture") for path in sorted(set(files) - set(pictures))]
+    return pictures, lost, [*(one for one in passed if one not in lost), *others]
 
 # %% ../../nbs/reference/data_layout.ipynb #data055
 def bare_name(name: str) -> str:
@@ -137,30 +135,33 @@ def namesakes(folder: Path) -> dict[str, str]:
 
 def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
     """Match the images of one folder with the masks of another by name, and add records and problems to the survey."""
-    below, by_image, stray = _pictures_below(survey, images), {}, []
-    names = image_names(below)
-    for name, paths in sorted(_pictures_below(survey, masks).items()):
+    below, stray = {images: {}, masks: {}}, []
+    for folder, by_name in below.items():
+        pictures, lost, passed = pictures_below(folder)
+        for path in pictures:
+            by_name.setdefault(name_of(path, folder), []).append(path)
+        survey.problems += [f"{survey.short(path)}: {reason}" for path, reason in lost]
+        survey.passed += [(survey.short(path), reason) for path, reason in passed]
+    names, by_image = image_names(below[images]), {}
+    for name, paths in sorted(below[masks].items()):
         (stray if (image := image_of(name, names)) is None else by_image.setdefault(image, [])).extend(paths)
-    near = namesakes(masks) if below.keys() - by_image.keys() else {}
-    for name, path in ((name, path) for name, paths in sorted(below.items()) for path in paths):
+    near = namesakes(masks) if below[images].keys() - by_image.keys() else {}
+    for name, path in ((name, path) for name, paths in sorted(below[images].items()) for path in paths):
         found = by_image.get(name, [])
         if not found:
             survey.problems.append(
                 f"{survey.short(path)}: no mask in {survey.short(masks)}/ (of the same name, perhaps with _mask, _seg, "
-                f"_label or _gt after it, or mask_ before it{near.get(bare_name(name), '')})"
-            )
+                f"_label or _gt after it, or mask_ before it{near.get(bare_name(name), '')})")
         elif len(found) > 1:
             survey.problems.append(
                 f"{survey.short(path)}: several masks, {', '.join(survey.short(mask) for mask in found)}")
         survey.records.append(Record(name, path, found[0] if found else None, split=split))
-    if folders := sorted({name.rpartition("/")[0] for name in below if "/" in name}):
+    if folders := sorted({name.rpartition("/")[0] for name in below[images] if "/" in name}):
         survey.notes.append(
             f"{survey.short(images)}/ has {len(folders)} sub-folders with images ({first_names(folders)}): they are "
-            "parts of the names, no "
-            "patients; if each is a patient, prepare the set with qtseg prepare own --patient '^([^/]+)/'"
-        )
-    for mask in stray:
-        survey.problems.append(f"{survey.short(mask)}: mask without an image in {survey.short(images)}/")
+            "parts of the names, no patients; if each is a patient, prepare the set with "
+            "qtseg prepare own --patient '^([^/]+)/'")
+    survey.problems += [f"{survey.short(mask)}: mask without an image in {survey.short(images)}/" for mask in stray]
 
 # %% ../../nbs/reference/data_layout.ipynb #data058
 PAIRS = (("inputs", "targets"), ("images", "masks"), ("image", "mask"), ("images", "labels"), ("imgs", "masks"))
@@ -174,91 +175,54 @@ def _pair_in(folder: Path) -> tuple[Path, Path] | None:
     by_name = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     return next(((by_name[i], by_name[m]) for i, m in PAIRS if i in by_name and m in by_name), None)
 
-
-def _layout(folder: Path) -> list[tuple[str, Path, tuple[Path, Path] | None]]:
-    """Where the pairs are, as (split, folder, pair): one entry, without a split, or one per part of the official
-    layout."""
-    if pair := _pair_in(folder):
-        return [("", folder, pair)]
-    inside = [(SPLIT_FOLDERS.get(path.name.lower()), path) for path in sorted(folder.iterdir()) if path.is_dir()]
-    parts = [(split, path, _pair_in(path)) for split, path in inside if split]
-    return parts if any(pair for _, _, pair in parts) else []
-
 # %% ../../nbs/reference/data_layout.ipynb #data061
 COLUMNS = ("id", "image", "mask", "patient", "stratum", "fold", "split", "width", "height")
 SPLITS = ("train", "valid", "test")
 
 
-def _whole(row: dict[str, str], column: str, problems: list[str]) -> int | None:
-    """A cell as a whole number >= 0, None where it is empty; anything else becomes a problem."""
-    text = (row.get(column) or "").strip()
-    fits = re.fullmatch("[0-9]{1,9}", text)
-    if text and not fits:
-        problems.append(f"{column} must be a whole number, got {text[:40]!r}")
-    return int(text) if fits else None
-
-
-def _inside(folder: Path, row: dict[str, str], column: str, problems: list[str]) -> Path | None:
-    """A cell as an existing file inside the folder; anything else becomes a problem and None."""
-    text = (row.get(column) or "").strip()
-    path = folder / text
-    if not text or "\0" in text or Path(text).is_absolute() or ".." in Path(text).parts:
-        problems.append(f"{column} must be a path relative to the manifest's folder, got {text[:200]!r}")
-    elif not os.path.isfile(path):  # False for pipes, devices, folders, and for names that are too long
-        problems.append(f"{column} {text[:200]} {'is no regular file' if os.path.lexists(path) else 'does not exist'}")
-    elif not path.resolve().is_relative_to(folder.resolve()):
-        problems.append(
-            f"{column} {text[:200]} is a link that leads outside the manifest's folder: copy the file into it")
-    else:
-        return path
-    return None
-
-# %% ../../nbs/reference/data_layout.ipynb #data062
 def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]]:
     """One row of a manifest -> record (None if there is no image to look at) and what is wrong with the row."""
     problems: list[str] = []
-    name, patient, stratum, split = (
-        same_form((row.get(column) or "").strip()) for column in ("id", "patient", "stratum", "split"))
-    image, mask = _inside(folder, row, "image", problems), _inside(folder, row, "mask", problems)
-    fold, width, height = (_whole(row, column, problems) for column in ("fold", "width", "height"))
+    text = {column: (row.get(column) or "").strip() for column in COLUMNS}
+
+    def inside(column: str) -> Path | None:
+        """A cell as an existing file inside the folder; anything else becomes a problem and None."""
+        cell, path = text[column], folder / text[column]
+        if not cell or "\0" in cell or Path(cell).is_absolute() or ".." in Path(cell).parts:
+            problems.append(f"{column} must be a path relative to the manifest's folder, got {cell[:200]!r}")
+        elif not os.path.isfile(path):  # False for pipes, devices, folders, and for names that are too long
+            what = "is no regular file" if os.path.lexists(path) else "does not exist"
+            problems.append(f"{column} {cell[:200]} {what}")
+        elif not path.resolve().is_relative_to(folder.resolve()):
+            problems.append(
+                f"{column} {cell[:200]} is a link that leads outside the manifest's folder: copy the file into it")
+        else:
+            return path
+
+    image, mask, numbers = inside("image"), inside("mask"), {}
+    for column in ("fold", "width", "height"):
+        fits = re.fullmatch("[0-9]{1,9}", text[column])
+        problems += [f"{column} must be a whole number, got {text[column][:40]!r}"] * bool(text[column] and not fits)
+        numbers[column] = int(text[column]) if fits else None
+    name, patient, stratum, split = (same_form(text[column]) for column in ("id", "patient", "stratum", "split"))
     if not name:
         problems.append("id is empty")
     if split and split not in SPLITS:
         problems.append(f"split must be one of {', '.join(SPLITS)} or empty, got {split!r}")
-    if split == "test" and fold is not None:
+    if split == "test" and numbers["fold"] is not None:
         problems.append("a test image cannot be in a fold")
     if row.get(None):
         problems.append("has more cells than there are columns")
-    size = (height, width) if height and width else None
-    return (
-        Record(name, image, mask, patient, stratum, fold, split if split in SPLITS else "", size) if image else None
-    ), problems
+    size = (numbers["height"], numbers["width"]) if numbers["height"] and numbers["width"] else None
+    split = split if split in SPLITS else ""
+    return image and Record(name, image, mask, patient, stratum, numbers["fold"], split, size), problems
 
 # %% ../../nbs/reference/data_layout.ipynb #data065
 MOST_IMAGES = 500_000
 
 
-def _check_columns(survey: Survey, columns: list[str]) -> bool:
-    """Note what is wrong with the columns of manifest.csv; returns whether the rows can be read."""
-    missing = [column for column in ("id", "image", "mask") if column not in columns]
-    unknown = [repr(column) for column in columns if column not in COLUMNS]
-    if len(set(columns)) < len(columns):
-        again = sorted({name[:80] for name in columns if columns.count(name) > 1})[:5]
-        survey.problems.append(f"manifest.csv has a column twice: {', '.join(again)}")
-    if len(columns) == 1 and re.search("[;\t]", columns[0]):
-        survey.problems.append("manifest.csv separates its columns by semicolons or tabs: save it with commas")
-    elif missing:
-        survey.problems.append(
-            f"manifest.csv lacks the column(s) {', '.join(missing)}; it may have {', '.join(COLUMNS)}")
-    if unknown and len(columns) > 1:
-        survey.problems.append(
-            f"manifest.csv has the unknown column(s) {first_names(unknown, 5)}; it may have {', '.join(COLUMNS)}")
-    return not missing
-
-
 def _read_manifest(survey: Survey) -> None:
     """Fill the survey from manifest.csv."""
-    known = len(survey.problems)
     try:
         columns, rows = read_table(survey.folder / "manifest.csv", most=MOST_IMAGES, skipinitialspace=True)
         older = "group" in columns and "stratum" not in columns  # its name before patient and stratum were told apart
@@ -266,17 +230,26 @@ def _read_manifest(survey: Survey) -> None:
             columns = ["stratum" if name == "group" else name for name in columns]
             survey.notes.append(
                 "manifest.csv: the column group is read as stratum (a kind of case, spread evenly over folds); "
-                "if it names patients, rename it to patient: their images then stay together"
-            )
-        for row in rows if _check_columns(survey, columns) else ():
-            if older:
-                row["stratum"] = row.pop("group")
-            record, problems = _record(survey.folder, row)
-            survey.problems += [
-                f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
+                "if it names patients, rename it to patient: their images then stay together")
+        missing = [column for column in ("id", "image", "mask") if column not in columns]
+        unknown = [repr(column) for column in columns if column not in COLUMNS]
+        problems, may = [], f"it may have {', '.join(COLUMNS)}"
+        if again := sorted({name[:80] for name in columns if columns.count(name) > 1})[:5]:
+            problems.append(f"has a column twice: {', '.join(again)}")
+        if len(columns) == 1 and re.search("[;\t]", columns[0]):
+            problems.append("separates its columns by semicolons or tabs: save it with commas")
+        elif missing:
+            problems.append(f"lacks the column(s) {', '.join(missing)}; {may}")
+        if unknown and len(columns) > 1:
+            problems.append(f"has the unknown column(s) {first_names(unknown, 5)}; {may}")
+        found = [f"manifest.csv {problem}" for problem in problems]
+        for row in () if missing else rows:
+            record, problems = _record(survey.folder, row | {"stratum": row.get("group" if older else "stratum")})
+            found += [f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
             survey.records += [record] if record else []
+        survey.problems += found
     except ValueError as error:
-        survey.problems[known:] = [f"{error}: mend the file, or divide the set"]
+        survey.problems.append(f"{error}: mend the file, or divide the set")
 
 # %% ../../nbs/reference/data_layout.ipynb #data066
 def _read_description(survey: Survey) -> None:
@@ -286,10 +259,9 @@ def _read_description(survey: Survey) -> None:
         return
     try:
         entries = read_json(path)
-        names = entries.get("classes", [])
+        names, ignore = entries.get("classes", []), entries.get("ignore")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("classes must be a list of names")
-        ignore = entries.get("ignore")
         if ignore is not None and not is_whole_number(ignore, 0, 255):
             raise ValueError("ignore must be a whole number from 0 to 255, or null")
         survey.name, survey.class_names, survey.ignore = (
@@ -308,14 +280,18 @@ def _look(folder: Path, name: str) -> Survey | None:
     if (folder / "dataset.json").is_file():
         raise ValueError(
             f"{folder} has a dataset.json but no manifest.csv: its preparation did not finish, run it again")
-    layout = _layout(folder)
-    for split, part, pair in layout:
+    if pair := _pair_in(folder):
+        _pair(survey, *pair, "")
+        return survey
+    inside = [(SPLIT_FOLDERS.get(path.name.lower()), path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    parts = [(split, path, _pair_in(path)) for split, path in inside if split]
+    for split, part, pair in parts:
         if pair:
             _pair(survey, *pair, split)
         else:
             survey.notes.append(f"{part.name}/ was left out: it does not hold images and masks side by side")
             survey.passed.append((f"{part.name}/", "no images and masks side by side"))
-    return survey if layout else None
+    return survey if any(pair for *_, pair in parts) else None
 
 # %% ../../nbs/reference/data_layout.ipynb #data070
 def survey_folder(folder: Path, name: str | None = None) -> Survey:
@@ -332,11 +308,8 @@ def survey_folder(folder: Path, name: str | None = None) -> Survey:
     if survey is None:
         found = ", ".join(path.name for path in inside[:8]) or "nothing"
         apart = [path.name for path in inside if path.is_dir() and _pair_in(path)]
-        moved = (
-            f": move {apart[0]}/images to images/{apart[0]}, {apart[0]}/masks to masks/{apart[0]}, and so on"
-            if apart
-            else ""
-        )
+        moved = (f": move {apart[0]}/images to images/{apart[0]}, {apart[0]}/masks to masks/{apart[0]}, and so on"
+                 if apart else "")
         raise ValueError(f"{folder} holds {found}; expected manifest.csv with images/ and masks/, train/inputs with "
                          f"train/targets, or images/ with masks/{moved}")
     if not survey.records and not survey.problems:

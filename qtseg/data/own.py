@@ -10,34 +10,33 @@ import re
 from functools import partial
 from pathlib import Path
 
-from .layout import image_names, image_of
+from .layout import image_names, image_of, name_of
 from .mask_values import value_code
-from .pairing import Found, judge, label, name_of, pair_up, pictures_below
+from .pairing import Found, judge, label, pair_up, take_pictures
 from .preparation import DataSet, prepare_set
 
 # %% auto #0
-__all__ = ['WORDS', 'listed', 'in_options', 'find_own', 'stored_value', 'require_patterns', 'own_set', 'prepare_own']
+__all__ = ['WORDS', 'find_files', 'in_options', 'find_own', 'stored_value', 'own_set', 'prepare_own']
 
 # %% ../../nbs/reference/data_own.ipynb #b64ebd59
-def listed(found: Found, folders: list[Path]) -> tuple[list[Path], list[Path]]:
+def find_files(found: Found, images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
     """List the images and the masks. One folder may lie in the other; if they are the same, names tell masks apart."""
-    if os.path.samefile(*folders):
-        names = {path: name_of(path, folders[0]) for path in pictures_below(found, folders[0])}
+    if os.path.samefile(images, masks):
+        names = {path: name_of(path, images) for path in take_pictures(found, images)}
         called = image_names(names.values())
-        masks = [path for path, name in names.items() if image_of(name, called, other=True)]
-        if names and not masks:
-            raise ValueError(f"{folders[0]} is the folder of images and of masks, and no name in it is that of another "
+        meant = [path for path, name in names.items() if image_of(name, called, other=True)]
+        if names and not meant:
+            raise ValueError(f"{images} is the folder of images and of masks, and no name in it is that of another "
                              "file with _mask, _seg, _label or _gt added: give the masks such names, or a folder of "
                              "their own")
-        return [path for path in names if path not in masks], masks
-    images, masks = (pictures_below(found, folder) for folder in folders)
-    real = [{path: os.path.realpath(path) for path in part} for part in (images, masks)]
+        return [path for path in names if path not in meant], meant
+    real = [{path: os.path.realpath(path) for path in take_pictures(found, folder)} for folder in (images, masks)]
     shared = set(real[0].values()) & set(real[1].values())
     if shared and shared not in (set(real[0].values()), set(real[1].values())):
-        raise ValueError(f"{len(shared)} file(s) are in {folders[0]} and in {folders[1]}: keep images and masks apart")
+        raise ValueError(f"{len(shared)} file(s) are in {images} and in {masks}: keep images and masks apart")
     if shared == set(real[1].values()):
-        return [path for path in images if real[0][path] not in shared], masks
-    return images, [path for path in masks if real[1][path] not in shared]
+        return [path for path in real[0] if real[0][path] not in shared], list(real[1])
+    return list(real[0]), [path for path in real[1] if real[1][path] not in shared]
 
 # %% ../../nbs/reference/data_own.ipynb #50072c16
 WORDS = (  # what data.masks says -> the option of the command
@@ -57,10 +56,10 @@ def in_options(text: str) -> str:
 # %% ../../nbs/reference/data_own.ipynb #b54b4bc3
 def find_own(folders: list[Path], patient: str | None, stratum: str | None, **reading) -> Found:
     """Find the pairs of a folder of images and a folder of masks, and decide how the masks are read."""
-    found, folders = Found(), [folders[0], folders[-1]]
-    images, masks = listed(found, folders)
+    found, folders = Found(), (folders[0], folders[-1])
+    images, masks = find_files(found, *folders)
     names = image_names(name_of(image, folders[0]) for image in images)
-    pair_up(found, images, masks, lambda name: image_of(name, names) or name, folders=tuple(folders))
+    pair_up(found, images, masks, lambda name: image_of(name, names) or name, folders=folders)
     for column, pattern in (("patient", patient), ("stratum", stratum)):
         if pattern is not None:
             label(found, column, pattern)
@@ -74,17 +73,6 @@ def stored_value(text: str) -> int | str:
     found = int(text) if re.fullmatch("[0-9]{1,5}", text) else text
     value_code(found)
     return found
-
-
-def require_patterns(**patterns: str | None) -> None:
-    """Refuse an empty or impossible regular expression, by the name of its option."""
-    for option, pattern in patterns.items():
-        if pattern == "":
-            raise ValueError(f"--{option} is empty: leave it out, or give a regular expression")
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"--{option} is no regular expression: {error}") from error
 
 # %% ../../nbs/reference/data_own.ipynb #cd7a1184
 def own_set(images: str | os.PathLike, masks: str | os.PathLike, *, classes: str = "2", class_names: str | None = None,
@@ -107,14 +95,19 @@ def own_set(images: str | os.PathLike, masks: str | os.PathLike, *, classes: str
         raise ValueError("--instances means two classes, background and all else: leave --classes and --masks-are out")
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ValueError(f"--name must be the name of one folder, got {name!r}")
-    require_patterns(patient=patient, stratum=stratum)
+    for option, pattern in (("patient", patient), ("stratum", stratum)):
+        if pattern == "":
+            raise ValueError(f"--{option} is empty: leave it out, or give a regular expression")
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"--{option} is no regular expression: {error}") from error
     kind = ("index" if count > 2 else "binary") if masks_are == "auto" else masks_are
     reading = {"masks": "any" if instances else kind, "classes": count, "mask_values": values,
                "ignore_value": None if ignore is None else stored_value(ignore)}
     return DataSet(
-        name=name, title=f"{name}: {images}, {masks}", licence="your own", citation="your own", page="none",
-        class_names=tuple(names), archives="(?!)",
-        find=partial(find_own, patient=patient, stratum=stratum, **reading),
+        name=name, title=f"{name}: {images}, {masks}", license="your own", citation="your own", page="none",
+        class_names=tuple(names), archives="(?!)", find=partial(find_own, patient=patient, stratum=stratum, **reading),
         settings={**reading, "classes": names, "patient": patient, "stratum": stratum})
 
 # %% ../../nbs/reference/data_own.ipynb #de6110f4

@@ -13,26 +13,24 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from .layout import EXTENSIONS, Survey, bare_name, list_pictures, namesakes
-from .mask_values import IGNORE, LOSSY, MaskReading, MaskValues, look_at, stored_values
+from .layout import Survey, bare_name, list_pictures, name_of, namesakes, pictures_below
+from .mask_values import IGNORE, LOSSY, MaskValues, look_at, stored_values
 from .masks import judge_masks, looks_up
-from .reading import read_image, read_mask
+from .reading import read_image, read_mask, read_named_picture
 from .splits import fold_of_each, hold_out
-from ..files.folders import same_form, walk
-from ..files.pictures import Picture, is_picture, read_picture
-from ..files.text import printable
+from ..files.folders import walk
+from ..files.text import first_names, printable
 
 # %% auto #0
-__all__ = ['POLYP_RANGES', 'Reader', 'NOBODYS', 'classes_of_colors', 'decoded', 'colors_of', 'laid_over', 'union_of', 'Pair',
-           'Found', 'find_folders', 'passed_over', 'one_folder', 'name_of', 'pair_up', 'bad_names', 'pictures_below',
-           'judge', 'slices', 'held_out', 'label']
+__all__ = ['POLYP_RANGES', 'Reader', 'NOBODYS', 'classes_of_colors', 'colors_of', 'laid_over', 'union_of', 'Pair', 'Found',
+           'find_folders', 'one_folder', 'pair_up', 'bad_names', 'take_pictures', 'judge', 'slices', 'held_out',
+           'label']
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation010
 # class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
@@ -55,14 +53,6 @@ def classes_of_colors(image: np.ndarray, ranges: Sequence = POLYP_RANGES) -> np.
     for index, lowest, highest in ranges:
         mask[cv2.inRange(hsv, lowest, highest) > 0] = index
     return mask
-
-# %% ../../nbs/reference/data_pairing.ipynb #preparation018a
-def decoded(path: Path, stored_values: bool = False) -> Picture:
-    """files.read_picture; ValueError, naming the file, also where a reader is missing."""
-    try:
-        return read_picture(path, stored_values)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation019
 def colors_of(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
@@ -147,6 +137,11 @@ class Found:
     decided: dict = field(default_factory=dict)
     turned: dict[Path, int] = field(default_factory=dict)
 
+    def pass_over(self, folder: Path, names: Sequence[str], reason: str) -> None:
+        """Note which files of a folder are not used."""
+        if names:
+            self.notes.append(f"passed over in {folder.name}: {first_names(names, 5)} ({len(names)}; {reason})")
+
 # %% ../../nbs/reference/data_pairing.ipynb #preparation033
 def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
     """Folders that hold pictures and whose path ends in `names` (in any case), below the first of the roots that has
@@ -163,18 +158,13 @@ def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
 NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave behind
 
 
-def passed_over(folder: Path, names: Sequence[str], reason: str) -> str:
-    """The note about files that are not used."""
-    return f"passed over in {folder.name}: {', '.join(names[:5])}{', …' * (len(names) > 5)} ({len(names)}; {reason})"
-
-
 def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
     """The one such folder, with a note about what else is in it; without it, or with several, a problem and None."""
     folders = find_folders(roots, *names)
     if len(folders) == 1:
         kept = {path.name for path in list_pictures(folders[0])} | NOBODYS
         others = sorted(name for name in os.listdir(folders[0]) if name not in kept and not name.startswith("."))
-        found.notes += [passed_over(folders[0], others, "no pictures")] * bool(others)
+        found.pass_over(folders[0], others, "no pictures")
         return folders[0]
     name = "/".join(names)
     found.problems.append(f"several folders {name}: {', '.join(map(str, folders))}; keep one" if folders
@@ -182,12 +172,6 @@ def one_folder(found: Found, roots: Iterable[Path], *names: str) -> Path | None:
     return None
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation037
-def name_of(path: Path, folder: Path | None = None) -> str:
-    """The name by which an image and its mask are compared: the path below `folder` without extension, in one form."""
-    stem = path.name if path.suffix[1:].isdigit() else path.stem  # IM.0001 is a whole name
-    return same_form(stem if folder is None else (path.parent.relative_to(folder) / stem).as_posix())
-
-
 def pair_up(
     found: Found, images: Iterable[Path], masks: Iterable[Path], of: Callable[[str], str], *, several: bool = False,
     folders: tuple[Path | None, Path | None] = (None, None), **labels: str) -> None:
@@ -227,18 +211,12 @@ def bad_names(found: Found) -> list[str]:
         f"the same name twice: {', '.join(images)}" for images in by_id.values() if len(images) > 1]
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation039b
-def pictures_below(found: Found, folder: Path) -> list[Path]:
-    """The pictures in a folder and in those inside it, by content; notes say which files were passed over, and why."""
-    def meant(path: Path) -> bool:
-        return path.suffix.lower() in EXTENSIONS
-
-    files, passed = walk(folder)
-    pictures = [path for path in files if meant(path) or is_picture(path)]
-    found.problems += [f"{path}: {reason}" for path, reason in passed if meant(path) and reason != "hidden"]
-    passed = [one for one in passed if not meant(one[0])]
-    passed += [(path, "no picture") for path in sorted(set(files) - set(pictures))]
+def take_pictures(found: Found, folder: Path) -> list[Path]:
+    """The pictures in a folder and in those inside it; notes say which files were passed over, and why."""
+    pictures, lost, passed = pictures_below(folder)
+    found.problems += [f"{path}: {reason}" for path, reason in lost]
     for reason in sorted({reason for _, reason in passed} - {"hidden"}):
-        found.notes.append(passed_over(folder, [path.name for path, why in passed if why == reason], reason))
+        found.pass_over(folder, [path.name for path, why in passed if why == reason], reason)
     return pictures
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation039d
@@ -246,37 +224,35 @@ def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Se
           ignore_value: int | str | None = None, workers: int | None = None) -> None:
     """Decide from all masks how each is read: sets found.read and found.decided, or adds problems. See judge_masks."""
     look_up = looks_up(masks, mask_values, ignore_value)
+    paths, paged = [path for pair in found.pairs for path in pair.masks], []
 
     def look(path: Path) -> MaskValues | None:
         with suppress(ValueError, OSError):  # those that cannot be read are named when they are converted
-            picture = decoded(path, stored_values=True)
+            picture = read_named_picture(path, stored_values=True)
             found.turned[path] = picture.turned
             paged.extend([path] * (picture.frames > 1))
             return look_at(str(path), stored_values(picture, look_up), picture)
 
-    paths, paged = [path for pair in found.pairs for path in pair.masks], []
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         seen = tqdm(pool.map(look, paths), "looking at masks", len(paths), unit="mask", file=sys.stdout, disable=None)
         reading, problems, notes = judge_masks([one for one in seen if one], masks, classes, mask_values, ignore_value)
-    found.problems += problems
-    found.notes += notes
+
+    def read(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+        """A Reader of one mask per image; where the set is refused, it only looks whether the file can be read."""
+        picture = read_named_picture(paths[0], stored_values=True)
+        try:
+            codes = stored_values(picture, reading is not None and reading.look_up)
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}: {error}") from error
+        lossy = picture.format in LOSSY
+        return np.zeros(codes.shape, np.uint8) if reading is None else reading.classes_of(codes, lossy)
+
+    found.read, found.problems, found.notes = read, found.problems + problems, found.notes + notes
     if paged:
         found.notes.append(f"WARNING: {len(paged)} mask files hold several pages or frames; the first alone is read: "
-                           f"{', '.join(map(str, sorted(paged)[:5]))}{', …' * (len(paged) > 5)}")
-    found.read = partial(_read_as, reading)
+                           f"{first_names([*map(str, sorted(paged))], 5)}")
     ignore = IGNORE if reading and reading.ignore is not None else None
     found.decided = {"ignore": ignore, "mask_values": list(mask_values)}
-
-
-def _read_as(reading: MaskReading | None, paths: Sequence[Path], shape: tuple[int, int] | None,
-             notes: list[str]) -> np.ndarray:
-    """A Reader of one mask per image; where the set's masks are refused, it only looks whether the file can be read."""
-    picture = decoded(paths[0], stored_values=True)
-    try:
-        codes = stored_values(picture, reading is not None and reading.look_up)
-    except ValueError as error:
-        raise ValueError(f"{paths[0]}: {error}") from error
-    return np.zeros(codes.shape, np.uint8) if reading is None else reading.classes_of(codes, picture.format in LOSSY)
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation041
 def slices(pairs: list[Pair], folds: int | None) -> list[str]:
@@ -290,7 +266,7 @@ def slices(pairs: list[Pair], folds: int | None) -> list[str]:
         pair.split = "" if folds and pair.split != "test" else pair.split
     return notes
 
-# %% ../../nbs/reference/data_pairing.ipynb #preparation044
+
 def held_out(pairs: list[Pair], folds: int | None, share: float = 0.1, seed: int = 1996) -> list[str]:
     """Keep the parts the set came with; where none validates, a seeded share of the training part does; returns notes.
 
@@ -313,24 +289,21 @@ def label(found: Found, column: str, pattern: str) -> None:
         column: "patient" or "stratum".
         pattern: a regular expression; what its first brackets matched counts, or all that matched where it has none.
     """
-    lost = []
+    lost, alike = [], {}
     for pair in found.pairs:
         match = re.search(pattern, pair.id)
-        # a manifest's cells have no blanks around them
-        key = match and (match[1 if match.re.groups else 0] or "").strip()
+        key = match and (match[1 if match.re.groups else 0] or "").strip()  # a manifest's cells have no blanks around
         setattr(pair, column, key or "")
         lost += [] if key else [pair.id]
     if lost:
-        found.problems.append(f"--{column} {pattern!r} finds nothing in {len(lost)} name(s): {', '.join(lost[:5])}"
-                              f"{', …' * (len(lost) > 5)}")
+        found.problems.append(f"--{column} {pattern!r} finds nothing in {len(lost)} name(s): {first_names(lost, 5)}")
     kinds = Counter(getattr(pair, column) for pair in found.pairs)
     if kinds:
         sizes = " to ".join(map(str, sorted({min(kinds.values()), max(kinds.values())})))
         found.notes.append(f"{column}: {len(kinds)} by {pattern!r}, with {sizes} images each")
-    alike: dict[str, set[str]] = {}
     for kind in kinds:
-        alike.setdefault("".join(sign for sign in kind.casefold() if sign.isprintable() and sign != " "), set()).add(
-            kind)
+        bare = "".join(sign for sign in kind.casefold() if sign.isprintable() and sign != " ")
+        alike.setdefault(bare, set()).add(kind)
     if odd := [" and ".join(map(repr, sorted(same))) for same in alike.values() if len(same) > 1]:
         found.notes.append(
             f"WARNING: the {column} names {'; '.join(odd[:5])} differ only by capitals or blanks: are they the same?")
