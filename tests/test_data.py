@@ -551,7 +551,7 @@ def test_a_zip_whose_names_are_no_text_is_one_sentence(tmp_path):
         archive.writestr("images/é.png", b"x")
     data = (tmp_path / "a.zip").read_bytes()
     (tmp_path / "a.zip").write_bytes(data.replace("é".encode(), b"\xff\xfe"))
-    with pytest.raises(ValueError, match="a.zip is no complete .zip") as refused:
+    with pytest.raises(ValueError, match="a.zip is no complete archive") as refused:
         sources.find_source(tmp_path / "a.zip", tmp_path / "cache", 32)
     assert not isinstance(refused.value, UnicodeError)
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
@@ -1205,14 +1205,14 @@ def test_zip_that_swells(opened, tmp_path):
         with file.open("images/a.png", "w") as member:
             for _ in range(300):
                 member.write(bytes(1_000_000))
-    with pytest.raises(ValueError, match="swell to 300 MB"):
+    with pytest.raises(ValueError, match="swell to more than 256 MB"):
         opened(tmp_path / "set.zip")
 
 
 def test_zip_that_is_cut(opened, tmp_path):
     archive = zipped(plain(tmp_path / "d"), tmp_path / "set.zip")
     archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no complete .zip"):
+    with pytest.raises(ValueError, match="no complete archive"):
         opened(archive)
     assert not list((tmp_path / "cache").rglob("*.png"))
 

@@ -21,7 +21,7 @@ from test_preparation import box, by_hand, picture, save
 
 from qtseg.data import sets
 from qtseg.data.cache import DataProblems
-from qtseg.data.connection import DownloadError
+from qtseg.data.download import DownloadError
 from qtseg.data.own import prepare_own
 from qtseg.data.phantoms import phantom
 from qtseg.data.preparation import prepare, prepare_set
@@ -318,7 +318,7 @@ def test_isic_downloads_then_prepares_then_does_nothing(monkeypatch, tmp_path, c
     server, asked = isic_archives(tmp_path / "server", 2016, {"train": 20, "test": 6}), []
 
     def fetch(url, target, **options):
-        assert "Licence:  CC0" in capsys.readouterr().out or asked  # the terms come first
+        assert "License:  CC0" in capsys.readouterr().out or asked  # the terms come first
         asked.append(url)
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(server / target.name, target))
@@ -375,7 +375,7 @@ def test_the_command_line(tmp_path):
     raw = busi_like(tmp_path / "raw")
     done = script("busi", "--root", tmp_path / "data", "--from", raw, "--folds", 3)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("BUSI, dataset of breast ultrasound images\nLicence:  CC0 1.0") and "12/12" in done.stdout
+    assert done.stdout.startswith("BUSI, dataset of breast ultrasound images\nLicense:  CC0 1.0") and "12/12" in done.stdout
     assert re.search(r"malignant +2 +2 +2 +6", done.stdout) and "contact_sheet.png" in done.stdout
     wrong = script("busi", "--root", tmp_path / "data", "--from", tmp_path / "nowhere")
     assert wrong.returncode == 1 and f"{tmp_path / 'nowhere'} does not exist" in wrong.stderr and "Traceback" not in wrong.stderr
@@ -395,7 +395,7 @@ def test_own_data_from_the_command_line(tmp_path):
     metrics = one_epoch(tmp_path / "data" / "own", tmp_path, classes=3, fold=2)
     assert metrics["images"]["valid"] == 3
     again = script("own", *arguments, "--folds", 4)
-    assert again.returncode == 1 and "--force makes it anew" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 1 and "give --force to replace it" in again.stderr and "Traceback" not in again.stderr
 
 
 def own_run(tmp_path: Path, *words: str, images: str = "A", masks: str = "B") -> Path:
@@ -418,6 +418,18 @@ def refused(tmp_path: Path, *words: str, **folders: str) -> list[str]:
 
 def description(folder: Path) -> dict:
     return json.loads((folder / "dataset.json").read_text())
+
+
+def test_own_beside_a_set_with_other_folds_is_told_so_and_what_to_do(tmp_path, capsys):
+    painted(tmp_path, lambda mask, i: (mask > 0).astype(np.uint8) * 255)
+    own_run(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(ValueError) as caught:
+        own_run(tmp_path, "--folds", "3")
+    assert re.search(r"own was prepared with other options .folds was 5, now 3.: give --force to replace it, or another --root", str(caught.value))
+    assert "already" not in capsys.readouterr().out
+    own_run(tmp_path)
+    assert "prepared already; --force makes it anew" in capsys.readouterr().out
 
 
 def test_own_wishes_that_cannot_be_met(tmp_path):
@@ -693,7 +705,7 @@ def test_every_description_is_complete():
     assert list(SETS) == ["busi", "bkai", "dsb2018", "fives", "isic2016", "isic2017", "isic2018",
                           "isic2016_official", "isic2017_official", "isic2018_official"]
     for name, dataset in SETS.items():
-        assert dataset.name == name and dataset.title and dataset.licence and dataset.citation and dataset.page.startswith("https://")
+        assert dataset.name == name and dataset.title and dataset.license and dataset.citation and dataset.page.startswith("https://")
         assert dataset.class_names[0] == "background" and dataset.download
-        assert all(text in dataset.terms for text in (dataset.title, dataset.licence, dataset.citation, dataset.page))
+        assert all(text in dataset.terms for text in (dataset.title, dataset.license, dataset.citation, dataset.page))
         assert dataset.terms.startswith("*** official split") == name.endswith("official")

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import pytest
 
-from qtseg.data import archives as data_archives, connection as data_connection, download as data_download, kaggle as data_kaggle, sources, transfer
-from qtseg.data.archives import unpack
-from qtseg.data.connection import DownloadError
-from qtseg.data.download import fetch
+from qtseg.data import download as data_download, kaggle as data_kaggle, sources
+from qtseg.data.download import DownloadError, fetch
 from qtseg.data.kaggle import fetch_kaggle
+from qtseg.data.sources import unpack
 
 
 def zipped(**files: bytes) -> bytes:
@@ -131,14 +130,6 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-@pytest.fixture(autouse=True)
-def notes(monkeypatch, tmp_path_factory):
-    """The private folder in which fetch notes what it has received."""
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("QTSEG_CACHE", str(cache))
-    return cache / "downloads"
-
-
 @pytest.fixture
 def archive():
     one = Archive()
@@ -158,8 +149,8 @@ def get(archive, tmp_path):
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Everything but the finished file and the record."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in (NAME, "checksums.json"))
+    """Everything but the finished file, the record and the locks."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in (NAME, "checksums.json", f".{NAME}.lock", ".checksums.json.lock"))
 
 
 def refusal(error: type[Exception], function, *arguments, **options) -> str:
@@ -214,46 +205,31 @@ def test_a_later_run_continues(archive, get):
     assert archive.ranges_asked() == [None, "bytes=123456-"]
 
 
-def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, monkeypatch, notes):
+def test_a_run_killed_just_before_the_end_needs_no_request(archive, get, monkeypatch, tmp_path):
     def killed(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data_download, "accept", killed)
         get()
-    assert get().read_bytes() == CONTENT and len(archive.requests) == 1 and list(notes.iterdir()) == []
+    assert get().read_bytes() == CONTENT and len(archive.requests) == 1 and leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["bytes", "with our old note", "the same beginning", "our note, other bytes", "link", "pipe", "note of nonsense"])
-def test_a_part_that_we_did_not_receive_is_no_first_use(archive, get, tmp_path, notes, kind):
-    """Whoever writes in the data folder can put a .part there; it must neither become the file nor be recorded."""
-    part, evil = tmp_path / f"{NAME}.part", zipped(evil=bytes(len(CONTENT)))[:len(CONTENT)]
-    if kind in ("our note, other bytes", "note of nonsense"):
-        archive.script.append({"cut": 123_456})
-        refusal(DownloadError, get, attempts=1)
-        if kind == "note of nonsense":
-            next(notes.iterdir()).write_text('{"version": {"url": 1}, "count": 1e99}')
+@pytest.mark.parametrize("kind", ["bytes", "link", "pipe", "another address", "note of nonsense"])
+def test_a_part_of_unknown_origin_is_not_continued(archive, get, tmp_path, kind):
+    part, note, evil = tmp_path / f"{NAME}.part", tmp_path / f"{NAME}.part.json", bytes(100)
     if kind == "link":
         (tmp_path / "precious").write_bytes(evil)
         part.symlink_to(tmp_path / "precious")
+        note.symlink_to(tmp_path / "precious")
     elif kind == "pipe":
         os.mkfifo(part)
-    elif kind != "note of nonsense":
-        part.write_bytes(CONTENT[:100] if kind == "the same beginning" else evil)
-    if kind == "with our old note":
-        (tmp_path / f"{NAME}.part.json").write_text(json.dumps({"url": archive.url, "validator": archive.etag, "size": len(evil)}))
-    archive.requests.clear()
+    else:
+        part.write_bytes(evil)
+        if kind != "bytes":
+            note.write_text(json.dumps({"url": [1] if kind == "note of nonsense" else "https://x", "validator": '"one"', "size": 1e99}))
     assert get().read_bytes() == CONTENT and archive.ranges_asked() == [None]
-    assert json.loads((tmp_path / "checksums.json").read_text()) == {NAME: hashlib.sha256(CONTENT).hexdigest()}
-    assert not os.path.lexists(part) and (kind != "link" or (tmp_path / "precious").read_bytes() == evil)
-
-
-def test_what_was_written_after_the_last_note_is_fetched_again(archive, get, tmp_path):
-    archive.script.append({"cut": 123_456})
-    refusal(DownloadError, get, attempts=1)
-    with open(tmp_path / f"{NAME}.part", "ab") as stream:
-        stream.write(b"unnoted")
-    assert get().read_bytes() == CONTENT and archive.ranges_asked() == [None, "bytes=123456-"]
+    assert not os.path.lexists(part) and not os.path.lexists(note) and (kind != "link" or (tmp_path / "precious").read_bytes() == evil)
 
 
 def test_a_server_without_ranges_starts_from_nothing(archive, get):
@@ -336,39 +312,6 @@ def test_a_trickle_is_given_up_and_can_be_continued(archive, get):
     assert get().read_bytes() == CONTENT and archive.ranges_asked()[-1] is not None
 
 
-def test_drops_that_end_each_connection_are_counted(archive, get):
-    archive.script.extend([{"cut": 1000}] * 9)
-    assert "bytes are kept" in refusal(DownloadError, get, attempts=3) and len(archive.requests) == 3
-
-
-@pytest.mark.parametrize("lines", ["status", "header", "chunk"])
-def test_an_answer_that_drips_in_ends(get, monkeypatch, tmp_path, lines):
-    """Headers and the lengths of pieces are watched like the rest."""
-    before = {"status": b"", "header": b"HTTP/1.1 200 OK\r\n", "chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"}[lines]
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def drip():
-        with contextlib.suppress(OSError):
-            while True:
-                line, _ = server.accept()
-                line.sendall(before)
-                with contextlib.suppress(OSError):
-                    while True:
-                        line.sendall(b"1")
-                        time.sleep(0.01)
-
-    threading.Thread(target=drip, daemon=True).start()
-    text = refusal(DownloadError, fetch, f"http://127.0.0.1:{server.getsockname()[1]}/a.zip", tmp_path / "a.zip", attempts=1, timeout=0.1,
-                   progress=False)
-    server.close()
-    assert "only " in text
-
-
-def test_silence_that_stays(archive, get):
-    archive.script.extend([{"silence": 0}] * 2)
-    assert "fallen silent" in refusal(DownloadError, get, timeout=0.1, attempts=2)
-
-
 def test_what_will_not_pass_is_said_at_once(archive, get, tmp_path):
     answers = {404: "not, or no longer, at this address", 403: "refuses access", 401: "wants a login", 410: "withdrawn", 400: "would not help"}
     for count, (status, words) in enumerate(answers.items(), 1):
@@ -388,35 +331,16 @@ def test_what_may_pass_is_tried_again(archive, get):
 def naps(monkeypatch):
     """Nobody sleeps; the seconds are written down."""
     seconds = []
-    monkeypatch.setattr(data_connection.time, "sleep", seconds.append)
+    monkeypatch.setattr(data_download.time, "sleep", seconds.append)
     return seconds
 
 
-def test_waits_grow(archive, get, naps):
-    archive.script.extend([{"status": 503}] * 4)
-    get(wait=1.0)
-    assert naps == [1, 2, 4, 8]
-
-
-@pytest.mark.parametrize("date", [False, True])
-def test_retry_after_is_honoured(archive, get, naps, date):
-    later = formatdate(time.time() + 7.9, usegmt=True) if date else "7"
-    archive.script.append({"status": 503, "headers": {"Retry-After": later}})
-    get(wait=1.0)
-    assert len(naps) == 1 and 6 <= naps[0] <= 8
-
-
-def test_a_strange_retry_after_is_passed_over(archive, get, naps):
-    texts = ("soon", "-5", formatdate(0, usegmt=True), "Mon, 01 Jan 0001 00:00:00 -0000", "Sun, 99 Jan 2026 99:00:00 GMT")
-    archive.script.extend({"status": 429, "headers": {"Retry-After": text}} for text in texts)
-    get(wait=1.0, attempts=9)
-    assert naps == [1, 2, 4, 8, 16]
-
-
-def test_nobody_waits_for_hours(archive, get, naps):
+def test_waits_grow_or_are_those_that_the_server_asks_for(archive, get, naps, tmp_path):
     archive.script.append({"status": 429, "headers": {"Retry-After": "7200"}})
-    assert "7200 s" in refusal(DownloadError, get)
-    assert naps == []
+    assert "7200 s" in refusal(DownloadError, get) and naps == [], "a wait of hours is no wait"
+    archive.script.extend({"status": 503, "headers": {"Retry-After": text}} for text in ("7", "soon", "-5", formatdate(0, usegmt=True)))
+    get(wait=1.0)
+    assert naps == [7, 2, 4, 8]
 
 
 def test_no_server_at_all(archive, get, tmp_path):
@@ -426,25 +350,16 @@ def test_no_server_at_all(archive, get, tmp_path):
     assert "no connection to 127.0.0.1" in text and "bytes are kept" not in text
 
 
-def test_an_unknown_name(tmp_path, monkeypatch):
-    def nowhere(*arguments, **options):
-        raise data_connection.urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
-
-    monkeypatch.setattr(data_connection.urllib.request.OpenerDirector, "open", nowhere)
-    text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", attempts=2, wait=0, progress=False)
-    assert "no connection to isic.example (Name or service not known)" in text
-
-
 def test_a_certificate_that_is_not_accepted_is_not_tried_again(tmp_path, monkeypatch):
     calls = []
 
     def impostor(*arguments, **options):
         calls.append(1)
-        error = data_connection.ssl.SSLCertVerificationError(1, "bad")
+        error = data_download.ssl.SSLCertVerificationError(1, "bad")
         error.verify_message = "certificate has expired"
-        raise data_connection.urllib.error.URLError(error)
+        raise data_download.urllib.error.URLError(error)
 
-    monkeypatch.setattr(data_connection.urllib.request.OpenerDirector, "open", impostor)
+    monkeypatch.setattr(data_download.urllib.request.OpenerDirector, "open", impostor)
     text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", wait=0, progress=False)
     assert "certificate has expired" in text and "clock" in text and len(calls) == 1
 
@@ -473,16 +388,15 @@ def test_only_https(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_hop_leads_astray(archive, get, tmp_path, monkeypatch):
-    for place in ("ftp://127.0.0.1/a.zip", "file:///etc/passwd", "http://example.org/a.zip", "data:text/plain,x", "//example.org/a.zip"):
+def test_no_hop_leads_astray(archive, get, tmp_path):
+    for place in ("ftp://127.0.0.1/a.zip", "http://example.org/a.zip?token=SECRET", "//example.org/a.zip", "file:///etc/passwd", "data:text/plain,x"):
         archive.script.append({"status": 307, "headers": {"Location": place}})
         text = refusal(DownloadError, get)
-        assert "only https:// addresses are downloaded, got" in text and not archive.script
-    redirects, request = data_connection._Redirects(), data_connection.urllib.request.Request("https://isic.example/a.zip")
-    for place in ("http://127.0.0.1/admin", "http://isic.example/a.zip?token=SECRET", "ftp://isic.example/a.zip"):  # a hop in the middle
-        text = refusal(ValueError, redirects.http_error_302, request, None, 302, "Found", {"Location": place})
-        assert "which is not https://" in text and "SECRET" not in text
-    assert leftovers(tmp_path) == []
+        assert not archive.script and "SECRET" not in text
+        assert "only https:// addresses are downloaded, got" in text or "cannot be downloaded" in text
+    redirects, request = data_download.CheckedRedirects(), data_download.urllib.request.Request("https://isic.example/a.zip")
+    text = refusal(ValueError, redirects.redirect_request, request, None, 302, "Found", {}, "http://127.0.0.1/admin")  # a hop in the middle
+    assert "only https://" in text and leftovers(tmp_path) == []
 
 
 def test_a_file_larger_than_the_limit(archive, get, tmp_path, monkeypatch):
@@ -496,13 +410,11 @@ def test_a_file_larger_than_the_limit(archive, get, tmp_path, monkeypatch):
     assert "QTSEG_MAX_DOWNLOAD must be a whole number, got '1 GB'" in refusal(ValueError, get)
 
 
-def test_lengths_and_reasons_that_are_no_use(archive, get, capsys):
+def test_lengths_and_reasons_that_are_no_use(archive, get):
     """A length of 5000 digits is none; what a server says is shown, not obeyed, on the terminal."""
-    archive.script.append({"status": 503, "headers": {"Content-Range": "bytes */" + "9" * 5000}})
+    archive.script.append({"headers": {"Content-Length": "9" * 5000}})
     assert get().read_bytes() == CONTENT
-    assert "\x1b" not in str(data_connection.way_out("the server says \x1b[2J", "page", "name"))
-    for length in ("9" * 5000, "-1", "1_000", "٣"):
-        assert transfer._whole_size(type("", (), {"status": 200, "headers": {"Content-Length": length}})) is None
+    assert "\x1b" not in str(data_download.way_out("the server says \x1b[2J", "page", "name"))
 
 
 def test_a_redirect_is_followed_with_its_range(archive, get):
@@ -515,15 +427,10 @@ def test_a_redirect_is_followed_with_its_range(archive, get):
 def test_a_wrong_checksum(archive, get, tmp_path):
     (tmp_path / "checksums.json").write_text(json.dumps({NAME: "0" * 64, "another.zip": "1" * 64}))
     text = refusal(DownloadError, get)
-    assert "000000000000…" in text and hashlib.sha256(CONTENT).hexdigest()[:12] in text and "checksums.json" in text
+    assert "another SHA-256 than was recorded" in text and "checksums.json" in text
     assert not (tmp_path / NAME).exists() and (tmp_path / f"{NAME}.wrong").read_bytes() == CONTENT
     assert json.loads((tmp_path / "checksums.json").read_text())[NAME] == "0" * 64
-
-
-def test_the_remedy_in_the_sentence_works(archive, get, tmp_path):
-    (tmp_path / "checksums.json").write_text(json.dumps({NAME: "0" * 64, "another.zip": "1" * 64}))
-    refusal(DownloadError, get)
-    (tmp_path / "checksums.json").write_text(json.dumps({"another.zip": "1" * 64}))
+    (tmp_path / "checksums.json").write_text(json.dumps({"another.zip": "1" * 64}))  # the remedy
     assert get().read_bytes() == CONTENT
     assert set(json.loads((tmp_path / "checksums.json").read_text())) == {NAME, "another.zip"}
 
@@ -549,20 +456,17 @@ def test_a_broken_record_is_said(archive, get, tmp_path):
         assert (tmp_path / "checksums.json").read_text() == text
 
 
-def test_planted_names_beside_the_file_overwrite_nothing(archive, get, tmp_path):
+def test_planted_links_beside_the_file_overwrite_nothing(archive, get, tmp_path):
     (tmp_path / "precious").write_text("mine")
-    for name in (f"{NAME}.lock", f"checksums.json.{os.getpid()}", "checksums.json.lock"):
-        (tmp_path / name).symlink_to(tmp_path / "precious")
-    for place, plant in ((f"{NAME}.lock", None), (f"{NAME}.lock", os.mkfifo), ("checksums.json.lock", None)):
-        if plant:
-            plant(tmp_path / place)
-        assert f"{place} is a link or a pipe" in refusal(DownloadError, get)
+    for place in (f".{NAME}.lock", ".checksums.json.lock"):
+        (tmp_path / place).symlink_to(tmp_path / "precious")
+        assert place in refusal(OSError, get)
         (tmp_path / place).unlink()
     assert get().read_bytes() == CONTENT and (tmp_path / "precious").read_text() == "mine"
 
 
 def test_no_room_is_said_before_anything_is_written(archive, get, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(data_download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     text = refusal(DownloadError, get)
     assert "no space" in text and "0 MB are free" in text
     assert not (tmp_path / NAME).exists() and len(archive.requests) == 1
@@ -575,16 +479,7 @@ def test_a_disk_that_fills_up_on_the_way(archive, get, tmp_path, monkeypatch):
         return usual("/dev/full", "ab") if mode == "ab" else usual(path, mode, *more, **options)
 
     monkeypatch.setattr("builtins.open", full)
-    text = refusal(DownloadError, get)
-    assert "no space left" in text and str(tmp_path) in text and len(archive.requests) == 1
-
-
-def test_a_disk_without_room_for_even_the_note(archive, get, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(122, "Disk quota exceeded")
-
-    monkeypatch.setattr(transfer.Path, "write_text", full)
-    assert "no space left" in refusal(DownloadError, get)
+    assert "No space left" in refusal(OSError, get) and len(archive.requests) == 1, "a full disk is not tried again; prepare_set names the remedy"
 
 
 def test_the_bar_counts_what_came_before(archive, get, capsys):
@@ -635,13 +530,14 @@ def test_a_killed_process_leaves_its_bytes_and_no_lock(archive, get, tmp_path):
 
 
 def test_many_records_at_once_lose_none(tmp_path):
-    checksums = tmp_path / "checksums.json"
-    threads = [threading.Thread(target=data_download.record, args=(checksums, f"{n}.zip", str(n))) for n in range(16)]
+    checksums, content = tmp_path / "checksums.json", hashlib.sha256(b"x").hexdigest()
+    (tmp_path / "x").write_bytes(b"x")
+    threads = [threading.Thread(target=data_download.is_recorded, args=(tmp_path / "x", f"{n}.zip", checksums)) for n in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert json.loads(checksums.read_text()) == {f"{n}.zip": str(n) for n in range(16)}
+    assert json.loads(checksums.read_text()) == {f"{n}.zip": content for n in range(16)}
 
 
 # --- fetch_kaggle --------------------------------------------------------------------------------------------------------------
@@ -735,7 +631,7 @@ def test_kaggle_success(kaggle, tmp_path, kind, name, capsys):
     path = kaggle("well", kind, name)
     assert path == tmp_path / "out" / f"{name.split('/')[-1]}.zip" and zipfile.is_zipfile(path)
     assert json.loads((tmp_path / "out" / "checksums.json").read_text()) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, "checksums.json"])
+    assert sorted(file.name for file in path.parent.glob("[!.]*")) == sorted([path.name, "checksums.json"])
     assert capsys.readouterr() == ("", "")
 
 
@@ -756,13 +652,13 @@ def test_kaggle_refusals(kaggle, tmp_path, behavior, words, capsys):
     text = refusal(DownloadError, kaggle, behavior, "competition", "data-science-bowl-2018")
     assert words in text and "https://www.kaggle.com/competitions/data-science-bowl-2018/data" in text and "--from" in text
     assert "KGAT" not in text + "".join(capsys.readouterr()) and "S3CRET" not in text
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").glob("[!.]*")) == []
 
 
 def test_kaggle_refusals_by_their_status():
     for status, words in ((401, "does not accept the API token"), (404, f"no dataset named {BUSI}"), (429, "too many requests"),
                           (403, f"Kaggle refuses {BUSI}: it is private")):
-        text = str(data_kaggle._kaggle_refusal({"problem": status}, "dataset", BUSI))
+        text = str(data_kaggle.refusal({"problem": status}, "dataset", BUSI))
         assert words in text and "rules" not in text and f"https://www.kaggle.com/datasets/{BUSI} in a browser" in text
 
 
@@ -771,29 +667,14 @@ def test_kaggle_sends_more_than_the_limit(kaggle, tmp_path):
     assert "larger than 1 bytes" in text and "QTSEG_MAX_DOWNLOAD" in text
 
 
-def test_kaggle_continues_no_folder_of_somebody_else(kaggle, tmp_path):
-    """A planted folder has another name than ours, or another owner, or is a link."""
-    name = f"{BUSI.split('/')[1]}.zip"
-    planted = tmp_path / "out" / f"{name}.part"
-    planted.mkdir(parents=True)
-    (planted / name).write_bytes(b"PK")
-    (planted / f"{name}.kaggle-partial").write_text("{}")
-    assert "ended with code" not in str(kaggle("no leftover")) and zipfile.is_zipfile(tmp_path / "out" / name)
-    ours = data_kaggle._client_folder(tmp_path / "out" / "b.zip")
-    assert data_kaggle._client_folder(tmp_path / "out" / "b.zip") == ours and stat.S_IMODE(ours.stat().st_mode) == 0o700
-    ours.rmdir()
-    ours.symlink_to(planted)
-    assert data_kaggle._client_folder(tmp_path / "out" / "b.zip") != ours
-
-
 def test_kaggle_package_missing(kaggle, tmp_path, monkeypatch):
     """A package of that name which is not there for the child: imports of kaggle fail as if it had never been installed."""
     (tmp_path / "stubs" / "sitecustomize.py").write_text("import sys; sys.modules['kaggle'] = None\n")
-    assert "not installed: pip install kaggle;" in refusal(DownloadError, kaggle, "well")
+    assert "needs kaggle: pip install kaggle;" in refusal(DownloadError, kaggle, "well")
 
 
 def test_kaggle_full_disk(kaggle):
-    assert "no space left" in refusal(DownloadError, kaggle, "full")
+    assert "no space left" in refusal(OSError, kaggle, "full")
 
 
 def test_kaggle_silence(kaggle):
@@ -835,16 +716,10 @@ def test_kaggle_continues_what_the_client_has_noted(kaggle, tmp_path):
 
 
 def test_kaggle_continues_nothing_else(kaggle, tmp_path):
-    (tmp_path / "out").mkdir()
-    folder = data_kaggle._client_folder(tmp_path / "out" / f"{BUSI.split('/')[1]}.zip")
+    folder = tmp_path / "out" / f"{BUSI.split('/')[1]}.zip.part"
+    folder.mkdir(parents=True)
     (folder / f"{BUSI.split('/')[1]}.zip").write_bytes(b"of an unknown version")
     assert zipfile.is_zipfile(kaggle("no leftover"))
-
-
-def test_kaggle_wrong_checksum(kaggle, tmp_path):
-    kaggle("well").unlink()
-    (tmp_path / "stub.zip").write_bytes(zipped(a=b"another"))
-    assert "was recorded at the first download" in refusal(DownloadError, kaggle, "well")
 
 
 def test_kaggle_names(kaggle, tmp_path):
@@ -855,7 +730,7 @@ def test_kaggle_names(kaggle, tmp_path):
 
 # --- unpack --------------------------------------------------------------------------------------------------------------------
 
-FILES = {"set/images/a.jpg": b"image" * 1000, "set/masks/a.png": b"mask", "set/LICENCE.txt": b"CC0"}
+FILES = {"set/images/a.jpg": b"image" * 1000, "set/masks/a.png": b"mask", "set/LICENSE.txt": b"CC0"}
 
 
 def make_zip(path: Path, files: dict[str, bytes], kinds: dict[str, int] = {}) -> Path:
@@ -898,14 +773,8 @@ def test_a_zip_inside_a_tar_is_a_file_like_any_other(tmp_path):
     assert tree(unpack(path, tmp_path / "out", progress=False)) == {"set/inner.zip": inner}
 
 
-def test_unpack_only_what_is_wanted(tmp_path):
-    for path in (make_zip(tmp_path / "a.zip", {**FILES, "__MACOSX/._a.jpg": b"?"}), make_tar(tmp_path / "a.tar", FILES)):
-        out = unpack(path, tmp_path / f"of {path.name}", wanted=lambda name: name.endswith((".jpg", ".png")), progress=False)
-        assert set(tree(out)) == {"set/images/a.jpg", "set/masks/a.png"}
-
-
 def test_remarks_of_a_mac_stay_out(tmp_path):
-    assert tree(unpack(make_zip(tmp_path / "a.zip", {**FILES, "__MACOSX/._a": b"?"}), tmp_path / "out", progress=False)) == FILES
+    assert tree(unpack(make_zip(tmp_path / "a.zip", {**FILES, "__MACOSX/._a": b"?", "set/.DS_Store": b"?"}), tmp_path / "out", progress=False)) == FILES
 
 
 def test_unpack_again_does_nothing(tmp_path):
@@ -926,7 +795,7 @@ def test_names_that_lead_out_are_refused(tmp_path, make):
     for name in ("../evil.txt", "/tmp/evil.txt", "set/../../evil.txt", "C:\\evil.txt", "..\\evil.txt"):
         path = make(tmp_path / "in" / "archive", {**FILES, name: b"evil"})
         assert "would be written outside" in refusal(ValueError, unpack, path, tmp_path / "in" / "out", progress=False)
-        assert [entry.name for entry in tmp_path.rglob("*")] == ["in", "archive"], "nothing was written at all"
+        assert [entry.name for entry in sorted(tmp_path.rglob("*"))] == ["in", "archive"], "nothing was written at all"
 
 
 def test_links_devices_and_sparse_files_are_refused(tmp_path):
@@ -970,7 +839,7 @@ HOSTILE = {  # name -> (how a .tar begins, MiB of zeros that follow, words of th
 def test_hostile_tars_end_soon_and_in_one_sentence(tmp_path, kind):
     start, zeros, words = HOSTILE[kind]
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(start) + gzip.compress(bytes(1 << 20)) * zeros)
-    assert words in refusal((DownloadError, ValueError), unpack, tmp_path / "a.tar.gz", tmp_path / "out", progress=False)
+    assert words in refusal(ValueError, unpack, tmp_path / "a.tar.gz", tmp_path / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar.gz"]
 
 
@@ -1025,26 +894,15 @@ def test_a_name_twice_is_refused(tmp_path):
     assert "would be one file" in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
 
 
-def packed_by(method: int):
-    """A function that makes a .zip by another method of compression."""
-    def make(path: Path, files: dict[str, bytes]) -> Path:
-        with zipfile.ZipFile(path, "w", method) as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return path
-    return make
-
-
-@pytest.mark.parametrize("make", [make_zip, packed_by(zipfile.ZIP_LZMA), packed_by(zipfile.ZIP_BZIP2), *(
-    lambda path, files, mode=mode: make_tar(path, files, mode=f"w:{mode}") for mode in ("gz", "bz2", "xz"))],
-    ids=["zip", "zip lzma", "zip bz2", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("make", [make_zip, *(lambda path, files, mode=mode: make_tar(path, files, mode=f"w:{mode}") for mode in ("gz", "bz2", "xz"))],
+                         ids=["zip", "gz", "bz2", "xz"])
 def test_damage_is_said(tmp_path, make):
     path = make(tmp_path / "archive", {f"{n}.bin": random.Random(n).randbytes(20_000) for n in range(4)})
     content = bytearray(path.read_bytes())
     content[30_000] ^= 0x10
     for damaged in (content[:50_000], content):
         path.write_bytes(damaged)
-        assert "download it again" in refusal(DownloadError, unpack, path, tmp_path / "out", progress=False)
+        assert "download it again" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
         assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
 
 
@@ -1056,7 +914,7 @@ def test_a_zip_turned_bit_by_bit_never_ends_in_another_error(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xff]) + whole[place + 1:])
         try:
             out = unpack(path, tmp_path / f"out{place}", progress=False)
-        except (DownloadError, ValueError) as error:
+        except ValueError as error:
             assert str(path) in str(error) and "\n" not in str(error)
         else:
             shutil.rmtree(out)
@@ -1065,7 +923,7 @@ def test_a_zip_turned_bit_by_bit_never_ends_in_another_error(tmp_path):
 def test_no_archive(tmp_path):
     for content, words in ((b"<!DOCTYPE html><html>", "a web page"), (b"", "no complete archive"), (b"picture", "no complete")):
         (tmp_path / "a.zip").write_bytes(content)
-        assert words in refusal(DownloadError, unpack, tmp_path / "a.zip", tmp_path / "out")
+        assert words in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out")
 
 
 def test_unpack_nothing(tmp_path):
@@ -1074,18 +932,18 @@ def test_unpack_nothing(tmp_path):
 
 
 def test_no_room_to_unpack(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(data_download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
-    assert f"no space in {tmp_path}:" in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+    assert "no space in " in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_a_disk_that_fills_up_while_unpacking(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data_archives, "_bytes_of", full)
-    text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
-    assert "no space left" in text and "cache" not in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+    monkeypatch.setattr(sources, "pieces", full)
+    text = refusal(OSError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
+    assert "no space left" in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_an_interrupted_unpacking_leaves_nothing_and_is_done_again(tmp_path, monkeypatch):
@@ -1095,7 +953,7 @@ def test_an_interrupted_unpacking_leaves_nothing_and_is_done_again(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data_archives, "_bytes_of", interrupted)
+        patch.setattr(sources, "pieces", interrupted)
         unpack(path, tmp_path / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
     assert tree(unpack(path, tmp_path / "out", progress=False)) == FILES
@@ -1123,7 +981,7 @@ def tool(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text("#!/bin/sh\nset -e\n" + script.replace("ARCHIVE", place[0]).replace("FOLDER", place[1]) + "\n")
         path.chmod(0o755)
-        monkeypatch.setattr(transfer.shutil, "which", lambda command: str(path) if command == name else None)
+        monkeypatch.setattr(sources.shutil, "which", lambda command: str(path) if command == name else None)
         monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "FIVES.rar").write_bytes(RAR)
     return install
@@ -1131,20 +989,20 @@ def tool(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["bsdtar", "unar", "7z"])
 def test_a_rar_is_left_to_a_tool(tmp_path, tool, name):
-    tool(name, 'test -d "FOLDER"; mkdir -p "FOLDER/train/Original"; cp "ARCHIVE" "FOLDER/train/Original/1_A.png"; touch "FOLDER/Thumbs.db"')
-    out = unpack(tmp_path / "FIVES.rar", tmp_path / "out", wanted=lambda name: name.endswith(".png"), progress=False)
+    tool(name, 'test -d "FOLDER"; mkdir -p "FOLDER/train/Original"; cp "ARCHIVE" "FOLDER/train/Original/1_A.png"')
+    out = unpack(tmp_path / "FIVES.rar", tmp_path / "out", progress=False)
     assert tree(out) == {"train/Original/1_A.png": RAR}
 
 
 def test_a_rar_without_a_tool(tmp_path, monkeypatch):
     (tmp_path / "FIVES.rar").write_bytes(RAR)
-    monkeypatch.setattr(transfer.shutil, "which", lambda command: None)
-    text = refusal(DownloadError, unpack, tmp_path / "FIVES.rar", tmp_path / "out")
+    monkeypatch.setattr(sources.shutil, "which", lambda command: None)
+    text = refusal(OSError, unpack, tmp_path / "FIVES.rar", tmp_path / "out")
     assert "by hand" in text and "--from" in text and "unar" in text and [entry.name for entry in tmp_path.iterdir()] == ["FIVES.rar"]
 
 
 @pytest.mark.parametrize(("script", "error", "words"), [
-    ('echo "wrong password?" >&2; exit 2', DownloadError, "bsdtar could not unpack FIVES.rar (wrong password?)"),
+    ('echo "wrong password?" >&2; exit 2', OSError, "bsdtar could not unpack FIVES.rar (wrong password?)"),
     ('touch "FOLDER/../evil"', ValueError, "wrote outside"),
     ('truncate -s 300M "FOLDER/zeros"; sleep 20', ValueError, "would swell to more than 256 MB"),
     ('ln -s /etc/passwd "FOLDER/evil"', ValueError, "evil is a link or a device"),
@@ -1154,7 +1012,3 @@ def test_a_tool_is_watched(tmp_path, tool, script, error, words):
     tool("bsdtar", script)
     assert words in refusal(error, unpack, tmp_path / "FIVES.rar", tmp_path / "out", progress=False)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["FIVES.rar", "bin"]
-
-
-def test_the_error_is_an_oserror_and_the_limits_are_those_of_chapter_1():
-    assert issubclass(DownloadError, OSError) and data_archives.check_members is sources.check_members

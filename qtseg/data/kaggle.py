@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -19,15 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .connection import MAX_DOWNLOAD, DownloadError, way_out
-from .download import accept, is_finished, one_at_a_time
-from .transfer import absolute_path, note_path, room_explained
+from .download import MAX_DOWNLOAD, DownloadError, accept, is_finished, one_at_a_time, way_out
 from ..files.limits import limit
-from ..files.text import read_json
-from ..files.writing import NO_SPACE, write_then_rename
+from ..files.writing import NO_SPACE
 
 # %% auto #0
-__all__ = ['CLIENT', 'fetch_kaggle']
+__all__ = ['CLIENT', 'run_client', 'kaggle_page', 'refusal', 'fetch_kaggle']
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download084
 CLIENT = """
@@ -66,96 +62,66 @@ threading.Thread(target=leave_with_parent, daemon=True).start()
 print("\\n" + json.dumps(outcome()))
 """
 
-# %% ../../nbs/reference/data_kaggle.ipynb #download088
-def _watch(process: subprocess.Popen, arriving: Path, timeout: float, progress: bool, most: int = MAX_DOWNLOAD) -> str:
-    """Wait for the client, showing how its file grows; why we give up ("silence", "size"), "" if the client has ended.
-
-    timeout: seconds in which a kB for each must arrive; most: bytes of the whole file.
-    """
-    size, since = 0, time.monotonic()
-    with tqdm(desc=arriving.name, unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-            now = arriving.stat().st_size if arriving.exists() else 0
-            bar.update(now - bar.n)
-            if now > most:
-                return "size"
-            if time.monotonic() - since > timeout:
-                if now - size < 1000 * timeout:
-                    return "silence"
-                size, since = now, time.monotonic()
-    return ""
-
 # %% ../../nbs/reference/data_kaggle.ipynb #download091
-def _run_client(kind: str, name: str, arriving: Path, timeout: float, progress: bool, most: int = MAX_DOWNLOAD) -> dict:
-    """Let the kaggle package download in a process of its own; returns what CLIENT reports."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, kind, name, str(arriving.parent)], cwd=arriving.parent,
-            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.DEVNULL)
+def run_client(kind: str, name: str, arriving: Path, timeout: float, most: int, progress: bool) -> dict:
+    """Let the kaggle package download in a process of its own, and return what CLIENT reports.
+
+    Args:
+        timeout: Seconds, in each of which 1 kB must arrive on average.
+        most: Bytes of the whole file.
+    """
+    command = [sys.executable, "-c", CLIENT, kind, name, str(arriving.parent)]
+    with (tempfile.TemporaryFile() as output,
+          subprocess.Popen(command, cwd=arriving.parent, stdin=subprocess.PIPE, stdout=output,
+                           stderr=subprocess.DEVNULL) as process,
+          tqdm(desc=arriving.name, unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar):
+        size, since = 0, time.monotonic()
         try:
-            reason = _watch(process, arriving, timeout, progress, most)
-            if reason:
-                said = f"{most:,} bytes" if reason == "size" else f"next to nothing came for {timeout:.0f} s"
-                return {"problem": "size" if reason == "size" else "network", "said": said}
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+                now = arriving.stat().st_size if arriving.exists() else 0
+                bar.update(now - bar.n)
+                if now > most:
+                    return {"problem": "size", "said": f"{most:,} bytes"}
+                if time.monotonic() - since > timeout:
+                    if now - size < 1000 * timeout:
+                        return {"problem": "network", "said": f"next to nothing came for {timeout:.0f} s"}
+                    size, since = now, time.monotonic()
         finally:
             process.kill()
-            process.wait()
-            process.stdin.close()
         output.seek(0)
         try:
-            found = json.loads(output.read().splitlines()[-1])
+            return json.loads(output.read().splitlines()[-1])
         except (IndexError, ValueError):
             return {"problem": "other", "said": f"it ended with code {process.returncode}"}
-    if found.get("errno") in NO_SPACE:
-        raise OSError(found["errno"], "no space")
-    return found
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download094
-def _kaggle_page(kind: str, name: str) -> str:
-    """Where people find a data set or the files of a competition."""
+def kaggle_page(kind: str, name: str) -> str:
+    """Return where people find a data set or the files of a competition."""
     return f"https://www.kaggle.com/{kind}s/{name}" + "/data" * (kind == "competition")
 
 
-def _kaggle_refusal(found: dict, kind: str, name: str) -> DownloadError:
-    """The one sentence for each thing that can be wrong between us and Kaggle. What might be a secret is cut out."""
-    page = _kaggle_page(kind, name)
+def refusal(found: dict, kind: str, name: str) -> DownloadError:
+    """Return the error for what run_client found. What may be a secret is cut out."""
     said = re.sub(r"\?\S+|[\w-]{20,}", "…", found.get("said", ""))  # signatures in addresses, tokens, keys
     token = (
         "make one at https://www.kaggle.com/settings, put it into the file ~/.kaggle/access_token, and run this again")
-    refusal = f"Kaggle refuses {name}: it is private, or wants you to agree to something on its page"
+    refused = f"Kaggle refuses {name}: it is private, or wants you to agree to something on its page"
     if kind == "competition":
-        refusal = f"Kaggle wants the rules of {name} to be accepted first: log in, accept them at " \
+        refused = f"Kaggle wants the rules of {name} to be accepted first: log in, accept them at " \
                   f"https://www.kaggle.com/competitions/{name}/rules, and run this again"
     return way_out({
-        "missing": "the kaggle package is not installed: pip install kaggle",
+        "missing": "a download from Kaggle needs kaggle: pip install kaggle",
         "token": f"Kaggle wants an API token, and there is none: {token}",
         401: f"Kaggle does not accept the API token, or wants one: {token}",
-        403: refusal,
+        403: refused,
         404: f"Kaggle has no {kind} named {name}, or not for you",
         "size": f"{name} is larger than {said}: if that is right, set the environment variable QTSEG_MAX_DOWNLOAD to a "
                 "larger number of bytes and run this again",
         429: "Kaggle has had too many requests from here: wait an hour and run this again",
         "network": f"no connection to Kaggle ({said}): check the network and run this again, it continues",
-    }.get(found["problem"], f"the kaggle client failed ({said})"), page, f"{name} as a zip")
-
-# %% ../../nbs/reference/data_kaggle.ipynb #download096a
-def _client_folder(target: Path) -> Path:
-    """The folder beside `target` in which the client works: made by us alone, known from a note in the cache."""
-    note = note_path(target)
-    try:
-        folder = target.with_name(read_json(note)["folder"])
-        state = folder.lstat()
-        if stat.S_ISDIR(state.st_mode) and state.st_uid == getattr(os, "geteuid", lambda: state.st_uid)():
-            return folder
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or not ours
-    folder = target.with_name(f"{target.name}.{os.urandom(6).hex()}.part")
-    folder.mkdir(mode=0o700)
-    note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_then_rename(note, lambda path: path.write_text(json.dumps({"folder": folder.name})))
-    return folder
+    }.get(found["problem"], f"the kaggle client failed ({said})"), kaggle_page(kind, name), f"{name} as a zip")
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download097
 def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: str | os.PathLike | None = None,
@@ -165,31 +131,33 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
     Through the kaggle package, with the API token from its usual places.
 
     Args:
-        checksums, most: as in `fetch`.
-        timeout: seconds in which next to nothing comes.
+        checksums, most: As in `fetch`.
+        timeout: Seconds in which next to nothing comes.
 
     Raises:
-        DownloadError: no package, token or network; token refused, rules not accepted, no such name; too large, no
-        space.
-        ValueError: another kind or a malformed name.
+        DownloadError: No package, token or network; token refused, rules not accepted, no such name; too large.
+        ValueError: Another kind or a malformed name.
     """
     if not re.fullmatch({"dataset": r"[\w-]+/[\w-]+", "competition": r"[\w-]+"}.get(kind, "(?!)"), name):
         raise ValueError(
             f'kind must be "dataset" (named "owner/name") or "competition" (a bare name), got {kind!r}, {name!r}')
-    target, checksums = absolute_path(folder) / f"{name.split('/')[-1]}.zip", absolute_path(checksums)
-    with room_explained(target.parent), one_at_a_time(target):
+    target = Path(folder).expanduser().absolute() / f"{name.split('/')[-1]}.zip"
+    checksums = checksums and Path(checksums).expanduser()
+    with one_at_a_time(target):
         if is_finished(target, checksums):
             return target
-        private = _client_folder(target)
+        private = target.with_name(f"{target.name}.part")
+        private.mkdir(exist_ok=True)
         arriving = private / target.name
-        if not arriving.with_name(arriving.name + ".kaggle-partial").exists():
+        if not arriving.with_name(f"{target.name}.kaggle-partial").exists():
             arriving.unlink(missing_ok=True)  # a leftover whose version nobody noted is not continued
-        found = _run_client(kind, name, arriving, timeout, progress, limit("MAX_DOWNLOAD", most or MAX_DOWNLOAD))
+        found = run_client(kind, name, arriving, timeout, limit("MAX_DOWNLOAD", most or MAX_DOWNLOAD), progress)
         if found["problem"] is not None:
             with contextlib.suppress(OSError):
                 private.rmdir()  # only if nothing has arrived
-            raise _kaggle_refusal(found, kind, name)
-        accept(arriving, target, checksums, _kaggle_page(kind, name))
+            if found.get("errno") in NO_SPACE:
+                raise OSError(found["errno"], f"no space left in {target.parent}: free some and run it again")
+            raise refusal(found, kind, name)
+        accept(arriving, target, checksums, kaggle_page(kind, name))
         shutil.rmtree(private)
-        note_path(target).unlink(missing_ok=True)
     return target

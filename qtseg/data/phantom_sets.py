@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ from ..files.text import read_json
 from ..files.writing import new_folder, write_then_rename
 
 # %% auto #0
-__all__ = ['MOST', 'RECIPE', 'write_manifest', 'write_prepared']
+__all__ = ['MOST', 'RECIPE', 'write_manifest', 'fill', 'write_prepared']
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms093
 def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names: tuple[str, ...] | list[str],
@@ -56,46 +57,29 @@ def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names:
 MOST = 1_000_000  # images of one folder; also the distance between the seeds of two folders
 RECIPE = 1  # raised whenever the same arguments give other pictures, so that a folder of old ones is not taken for new
 
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms097
-def _write_pair(folder: Path, family: str, seed: int, size: int, merge: bool) -> dict:
-    """Write one image and its mask as PNG; return its row of the manifest, split left out."""
-    image, mask = phantom(family, seed, size)
-    row = {"id": f"{family}-{seed:07d}", "stratum": family, "width": size, "height": size}
-    row |= {kind: f"{kind}s/{row['id']}.png" for kind in ("image", "mask")}
-    for kind, pixels in (
-        ("image", cv2.cvtColor(image, cv2.COLOR_RGB2BGR)), ("mask", np.minimum(mask, 1) if merge else mask)):
-        (folder / row[kind]).write_bytes(cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
-    return row
 
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms098
-def _split(rows: list[dict]) -> None:
-    """Give each row its split, in every family the first 70 % to train, the next 15 % to valid, the rest to test."""
-    for family in {row["stratum"] for row in rows}:
-        members = [row for row in rows if row["stratum"] == family]
-        train, valid = max(1, len(members) * 70 // 100), len(members) * 85 // 100
-        for place, row in enumerate(members):
-            row["split"] = "train" if place < train else "valid" if place < valid else "test"
-
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms101
-def _made_with(folder: Path) -> dict | None:
-    """The arguments that a finished phantom folder was made with, or None where it is none."""
-    try:
-        return read_json(folder / "dataset.json")["phantoms"] if (folder / "manifest.csv").exists() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-# %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms102
-def _fill(folder: Path, made_with: dict) -> None:
-    """Write the pictures, dataset.json and manifest.csv into an empty folder."""
+def fill(folder: Path, made_with: dict) -> None:
+    """Write the pictures, dataset.json and manifest.csv of a phantom set into an empty folder."""
     family, n, size, seed = (made_with[key] for key in ("family", "n", "size", "seed"))
     for part in ("images", "masks"):
         (folder / part).mkdir()
     turn = FAMILIES if family == "all" else (family,)
-    rows = [_write_pair(folder, turn[i % len(turn)], seed * MOST + i, size, merge=family == "all") for i in range(n)]
-    _split(rows)
+    rows = []
+    for i in range(n):
+        kind, number = turn[i % len(turn)], seed * MOST + i
+        image, mask = phantom(kind, number, size)
+        name = f"{kind}-{number:07d}"
+        place, members = i // len(turn), len(range(i % len(turn), n, len(turn)))  # among those of its family
+        split = "train" if place < max(1, members * 70 // 100) else "valid" if place < members * 85 // 100 else "test"
+        rows.append({"id": name, "image": f"images/{name}.png", "mask": f"masks/{name}.png", "stratum": kind,
+                     "split": split, "width": size, "height": size})
+        for part, pixels in (("image", cv2.cvtColor(image, cv2.COLOR_RGB2BGR)),
+                             ("mask", np.minimum(mask, 1) if family == "all" else mask)):
+            png = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+            (folder / rows[-1][part]).write_bytes(png.tobytes())
     classes = ("background", "foreground") if family == "all" else CLASS_NAMES[family]
     write_manifest(
-        folder, rows, f"phantoms: {family}", classes, phantoms=made_with, licence="Apache-2.0, as QTSeg; shows nobody")
+        folder, rows, f"phantoms: {family}", classes, phantoms=made_with, license="Apache-2.0, as QTSeg; shows nobody")
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms104
 def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: int = 128, seed: int = 0) -> Path:
@@ -103,7 +87,7 @@ def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: 
 
     Args:
         family: one of FAMILIES, or "all": the four in turn, masks merged to background and foreground.
-        n: number of images; in every family 70 % train, 15 % valid, 15 % test.
+        n: number of images; in every family the first 70 % train, the next 15 % validate, the rest test.
         size: pixels along each side.
         seed: another seed, other images.
 
@@ -121,14 +105,21 @@ def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: 
     check_whole("seed", seed, 0)
     folder = Path(folder).resolve()
     made_with = {"family": family, "n": int(n), "size": int(size), "seed": int(seed), "recipe": RECIPE}
-    if _made_with(folder) == made_with:
+
+    def is_made() -> bool:
+        with suppress(OSError, ValueError):
+            made = read_json(folder / "dataset.json").get("phantoms")
+            return (folder / "manifest.csv").exists() and made == made_with
+        return False
+
+    if is_made():
         return folder
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         with new_folder(folder) as unfinished:
-            _fill(unfinished, made_with)
+            fill(unfinished, made_with)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()  # Windows cannot rename onto an empty folder
-    if _made_with(folder) != made_with:
+    if not is_made():
         raise FileExistsError(
             f"{folder} exists and holds something else than these phantoms: remove it or name another folder")
     return folder

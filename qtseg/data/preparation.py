@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .archives import unpack
 from .cache import DataProblems
 from .conversion import Done, alarms, as_png, contact_sheet, convert_all, drop_twins, summary, white_of
 from .pairing import NOBODYS, Found, Pair, Reader, bad_names, slices, union_of
 from .phantom_sets import write_manifest
+from .sources import unpack
 from ..files.folders import same_form, walk
 from ..files.text import printable, read_json
 from ..files.writing import NO_SPACE, new_folder, private_name
@@ -49,7 +49,7 @@ class DataSet:
 
     name: str
     title: str
-    licence: str
+    license: str
     citation: str
     page: str
     class_names: tuple[str, ...]
@@ -64,9 +64,9 @@ class DataSet:
 
     @property
     def terms(self) -> str:
-        """Warning, title, licence, citation and page, in a few lines."""
+        """Warning, title, license, citation and page, in a few lines."""
         first = f"*** {self.warning} ***\n" if self.warning else ""
-        return f"{first}{self.title}\nLicence:  {self.licence}\nCite:     {self.citation}\nPage:     {self.page}"
+        return f"{first}{self.title}\nLicense:  {self.license}\nCite:     {self.citation}\nPage:     {self.page}"
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation083
 def gather(sources: Iterable[Path], folder: Path, archives: str, progress: bool = True) -> list[Path]:
@@ -138,7 +138,8 @@ def is_ready(folder: Path, wishes: dict) -> bool:
         f"{key} was {made.get(key)!r}, now {value!r}" for key, value in wishes.items() if made.get(key) != value]
     if differing:
         raise ValueError(
-            f"{folder} is there already, but made otherwise ({'; '.join(differing)}): --force makes it anew")
+            f"{folder} was prepared with other options ({'; '.join(differing)}): give --force to replace it, or "
+            "another --root to keep both")
     return True
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation091
@@ -195,17 +196,17 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
     rows = [result.row | {"patient": pair.patient, "stratum": pair.stratum, "fold": pair.fold, "split": pair.split}
             for pair, result in zip(pairs, done)]
     white, names = white_of(done), dataset.class_names
-    (private / "LICENCE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
+    (private / "LICENSE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
     (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, names, workers, white=white)))
     shutil.rmtree(private / "unpacked", ignore_errors=True)
     # ids stay exact in the table, even "=1+1": they are names of files, and have to be found again
     write_manifest(
-        private, rows, dataset.name, names, title=dataset.title, licence=dataset.licence, citation=dataset.citation,
+        private, rows, dataset.name, names, title=dataset.title, license=dataset.license, citation=dataset.citation,
         page=dataset.page, notes=found.notes + twins + alarms(pairs, done, names, found.turned, white),
         summary=summary(rows, done, names), white=white, **found.decided, prepared=wishes)
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation095
-MADE = {"manifest.csv", "dataset.json", "LICENCE.txt", "contact_sheet.png"}
+MADE = {"manifest.csv", "dataset.json", "LICENSE.txt", "contact_sheet.png"}
 
 
 def keep_safe(folder: Path) -> None:
@@ -337,9 +338,10 @@ def prepare_set(
         if download_only:
             print("downloaded:", *map(printable, dataset.download(root / "downloads")), sep="\n  ")
             return root / "downloads"
-        if made_from(root / dataset.name) and not force:
-            print("prepared already; --force makes it anew")
+        there = made_from(root / dataset.name) and not force
         folder = prepare(dataset, sources, root, folds=folds, force=force, workers=workers)
+        if there:
+            print("prepared already; --force makes it anew")
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

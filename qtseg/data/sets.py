@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .connection import DownloadError
-from .download import fetch
+from .download import DownloadError, fetch
 from .kaggle import fetch_kaggle
 from .layout import list_pictures
 from .pairing import Found, Pair, colors_of, find_folders, held_out, one_folder, pair_up
@@ -22,14 +20,13 @@ from ..files.folders import walk
 
 # %% auto #0
 __all__ = ['BUSI_MASK', 'BUSI', 'BKAI', 'DSB2018', 'FIVES_FILES', 'FIVES_PAGE', 'DISEASES', 'FIVES', 'ISIC_BUCKET', 'ISIC_PARTS',
-           'ISIC_LICENCES', 'ISIC_CITATIONS', 'ISIC_OFFICIAL', 'SETS', 'from_kaggle', 'find_busi', 'find_bkai',
-           'dsb2018_cases', 'find_dsb2018', 'download_fives', 'find_fives', 'isic_archives', 'download_isic',
-           'find_isic', 'isic']
+           'ISIC_LICENSES', 'ISIC_CITATIONS', 'ISIC_OFFICIAL', 'SETS', 'download_kaggle', 'find_busi', 'find_bkai',
+           'find_dsb2018', 'download_fives', 'find_fives', 'isic_archives', 'download_isic', 'find_isic', 'isic']
 
 # %% ../../nbs/reference/data_sets.ipynb #0a314823
-def from_kaggle(kind: str, name: str) -> Callable[[Path], list[Path]]:
-    """Make the `download` of a set on Kaggle; kind: "dataset" or "competition"."""
-    return lambda folder: [fetch_kaggle(kind, name, folder, checksums=folder / "checksums.json")]
+def download_kaggle(folder: Path, kind: str, name: str) -> list[Path]:
+    """Download a "dataset" or a "competition" from Kaggle."""
+    return [fetch_kaggle(kind, name, folder, checksums=folder / "checksums.json")]
 
 
 BUSI_MASK = re.compile(r"_mask(_\d+)?$")  # "benign (195)_mask", "…_mask_1", "…_mask_2"
@@ -55,12 +52,12 @@ def find_busi(roots: list[Path]) -> Found:
 BUSI = DataSet(
     name="busi",
     title="BUSI, dataset of breast ultrasound images",
-    licence="CC0 1.0, public domain (as its Kaggle page states)",
+    license="CC0 1.0, public domain (as its Kaggle page states)",
     citation="Al-Dhabyani W, Gomaa M, Khaled H, Fahmy A. Dataset of breast ultrasound images. Data in Brief 28, 104863 "
              "(2020).",
     page="https://www.kaggle.com/datasets/aryashah2k/breast-ultrasound-images-dataset",
     class_names=("background", "lesion"),
-    download=from_kaggle("dataset", "aryashah2k/breast-ultrasound-images-dataset"),
+    download=partial(download_kaggle, kind="dataset", name="aryashah2k/breast-ultrasound-images-dataset"),
     find=find_busi)
 
 # %% ../../nbs/reference/data_sets.ipynb #9b0f7b08
@@ -78,36 +75,35 @@ def find_bkai(roots: list[Path]) -> Found:
 BKAI = DataSet(
     name="bkai",
     title="BKAI-IGH NeoPolyp-Small, polyps in colonoscopy images",
-    licence="research and education only, see the competition's rules",
+    license="research and education only, see the competition's rules",
     citation="Lan PN, An NS, Hang DV, et al. NeoUNet: Towards accurate colon polyp segmentation and neoplasm "
              "detection. International Symposium on Visual Computing (2021).",
     page="https://www.kaggle.com/competitions/bkai-igh-neopolyp",
     class_names=("background", "non-neoplastic polyp", "neoplastic polyp"),
-    download=from_kaggle("competition", "bkai-igh-neopolyp"),
+    download=partial(download_kaggle, kind="competition", name="bkai-igh-neopolyp"),
     find=find_bkai,
     read=colors_of)
 
 # %% ../../nbs/reference/data_sets.ipynb #a2342269
-def dsb2018_cases(roots: list[Path]) -> list[Path]:
-    """List the folders that hold images/ and masks/: those inside stage1_train where there is such a folder."""
-    found = {path.parent.parent for root in roots for path in walk(root)[0] if path.parent.name == "images"}
-    found = [path for path in found if "__MACOSX" not in path.parts]
-    inside = [path for path in found if path.parent.name == "stage1_train"]
-    return sorted(inside or [path for path in found if (path / "masks").is_dir()], key=lambda path: path.name)
-
-
 def find_dsb2018(roots: list[Path]) -> Found:
-    """Find one pair per case: its image and the masks of all its nuclei."""
+    """Find one pair per case: a folder with an image in images/ and the masks of all its nuclei in masks/.
+
+    Cases inside stage1_train count, where there is such a folder.
+    """
     found, masks = Found(), 0
-    for case in dsb2018_cases(roots):
+    cases = {path.parent.parent for root in roots for path in walk(root)[0] if path.parent.name == "images"}
+    cases = [case for case in cases if "__MACOSX" not in case.parts]
+    inside = [case for case in cases if case.parent.name == "stage1_train"]
+    cases = inside or [case for case in cases if (case / "masks").is_dir()]
+    for case in sorted(cases, key=lambda case: case.name):
         images, nuclei = (list_pictures(case / part) if (case / part).is_dir() else [] for part in ("images", "masks"))
+        masks += len(nuclei)
         if len(images) == 1 and nuclei:
             found.pairs.append(Pair(case.name, images[0], tuple(nuclei)))
-            masks += len(nuclei)
         else:
             found.problems.append(
                 f"{case}: expected one image and at least one mask, found {len(images)} and {len(nuclei)}")
-    if not found.pairs and not found.problems:
+    if not cases:
         found.problems.append("no folders with images/ and masks/ in them (stage1_train/<id>/…)")
     found.notes += [f"{masks} masks of single nuclei, united to {len(found.pairs)}"]
     return found
@@ -116,12 +112,12 @@ def find_dsb2018(roots: list[Path]) -> Found:
 DSB2018 = DataSet(
     name="dsb2018",
     title="Data Science Bowl 2018, nuclei in divergent images (stage1_train)",
-    licence="CC0 1.0, public domain (BBBC038; the competition's rules apply to the download from Kaggle)",
+    license="CC0 1.0, public domain (BBBC038; the competition's rules apply to the download from Kaggle)",
     citation="Caicedo JC, Goodman A, Karhohs KW, et al. Nucleus segmentation across imaging experiments: the 2018 Data "
              "Science Bowl. Nature Methods 16, 1247-1253 (2019).",
     page="https://www.kaggle.com/competitions/data-science-bowl-2018",
     class_names=("background", "nucleus"),
-    download=from_kaggle("competition", "data-science-bowl-2018"),
+    download=partial(download_kaggle, kind="competition", name="data-science-bowl-2018"),
     find=find_dsb2018,
     archives=r"stage1_train\.zip")
 
@@ -162,7 +158,7 @@ def find_fives(roots: list[Path]) -> Found:
 FIVES = DataSet(
     name="fives",
     title="FIVES, fundus images for vessel segmentation",
-    licence="CC BY 4.0 (as its figshare page states)",
+    license="CC BY 4.0 (as its figshare page states)",
     citation="Jin K, Huang X, Zhou J, et al. FIVES: A fundus image dataset for artificial intelligence based vessel "
              "segmentation. Scientific Data 9, 475 (2022).",
     page=FIVES_PAGE,
@@ -183,7 +179,7 @@ ISIC_PARTS = {  # year -> split -> names of images and masks, as archives (with 
     2018: {"train": ("ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"),
            "valid": ("ISIC2018_Task1-2_Validation_Input", "ISIC2018_Task1_Validation_GroundTruth"),
            "test": ("ISIC2018_Task1-2_Test_Input", "ISIC2018_Task1_Test_GroundTruth")}}
-ISIC_LICENCES = {2016: "CC0 1.0", 2017: "CC0 1.0", 2018: "CC BY-NC 4.0"}
+ISIC_LICENSES = {2016: "CC0 1.0", 2017: "CC0 1.0", 2018: "CC BY-NC 4.0"}
 ISIC_CITATIONS = {
     2016: "Gutman D, Codella NCF, Celebi E, et al. Skin lesion analysis toward melanoma detection: a challenge at ISBI "
           "2016, hosted by ISIC. arXiv:1605.01397.",
@@ -238,7 +234,7 @@ def isic(year: int, official: bool = False) -> DataSet:
         name=f"isic{year}{'_official' if official else ''}",
         title=f"ISIC {year} challenge, lesion segmentation"
               f"{' (official split: the test images validate)' if official else ''}",
-        licence=ISIC_LICENCES[year], citation=ISIC_CITATIONS[year], page="https://challenge.isic-archive.com/data/",
+        license=ISIC_LICENSES[year], citation=ISIC_CITATIONS[year], page="https://challenge.isic-archive.com/data/",
         class_names=("background", "lesion"), download=partial(download_isic, year=year),
         find=partial(find_isic, year=year, official=official), assign=held_out, folds=None,
         archives="|".join(map(re.escape, isic_archives(year))), warning=ISIC_OFFICIAL if official else "")
