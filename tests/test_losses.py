@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qtseg.training.losses import (LOSSES, bce_loss, binary_dice_loss, categorical_dice_loss, ce_dice_loss,
+from qtseg.training.losses import (LOSSES, bce_loss, binary_dice_loss, boundary_dou_loss, categorical_dice_loss, ce_dice_loss,
                                    check_labels, cross_entropy_loss, focal_loss, weighted_loss)
 
 # Printed by the official code, release v0.1.0, on golden_inputs.
@@ -30,12 +30,13 @@ GOLDEN[ce_dice_loss, 3] = GOLDEN[cross_entropy_loss, 3] + GOLDEN[categorical_dic
 
 # Every loss with every kind of channel count that it takes.
 CASES = [("ce", 2), ("ce", 3), ("bce", 1), ("bce", 2), ("binary_dice", 1), ("binary_dice", 2), ("categorical_dice", 2),
-         ("categorical_dice", 4), ("focal", 1), ("focal", 2), ("ce_dice", 1), ("ce_dice", 2), ("ce_dice", 3)]
+         ("categorical_dice", 4), ("focal", 1), ("focal", 2), ("ce_dice", 1), ("ce_dice", 2), ("ce_dice", 3), ("boundary_dou", 1), ("boundary_dou", 4)]
 REFUSED = [("ce", 1), ("bce", 3), ("binary_dice", 3), ("categorical_dice", 1), ("focal", 3)]
 every_case = pytest.mark.parametrize(("name", "channels"), CASES)
 # One case of each loss, for what does not depend on the channels; two channels equal one, see test_two_channels_are_the_difference.
 every_loss = pytest.mark.parametrize(
-    ("name", "channels"), [("ce", 3), ("bce", 1), ("binary_dice", 1), ("categorical_dice", 3), ("focal", 1), ("ce_dice", 2)])
+    ("name", "channels"), [("ce", 3), ("bce", 1), ("binary_dice", 1), ("categorical_dice", 3), ("focal", 1), ("ce_dice", 2),
+                            ("boundary_dou", 3)])
 
 
 def golden_inputs(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +64,8 @@ def test_golden(loss, channels):
 
 def test_names():
     assert LOSSES == {"ce": cross_entropy_loss, "bce": bce_loss, "binary_dice": binary_dice_loss,
-                      "categorical_dice": categorical_dice_loss, "focal": focal_loss, "ce_dice": ce_dice_loss}
+                      "categorical_dice": categorical_dice_loss, "focal": focal_loss, "ce_dice": ce_dice_loss,
+                      "boundary_dou": boundary_dou_loss}
 
 
 # ---- other computations of the same thing -------------------------------------------------------------------------------
@@ -88,6 +90,13 @@ def reference(name: str, logits: np.ndarray, target: np.ndarray, smooth=1e-6, al
     def multi() -> float:
         return sum(dice(c) for c in range(channels))
 
+    def rim(of_class: int) -> float:
+        p, t = probability[:, of_class], np.pad(target == of_class, ((0, 0), (1, 1), (1, 1)))
+        inner = t[:, 1:-1, 1:-1] & t[:, :-2, 1:-1] & t[:, 2:, 1:-1] & t[:, 1:-1, :-2] & t[:, 1:-1, 2:]
+        t = t[:, 1:-1, 1:-1]
+        alpha = min(1 - 2 * ((t & ~inner).sum() + 1e-5) / (t.sum() + 1e-5), 0.8)
+        return ((p - t) ** 2).sum() / ((p - t) ** 2 + (1 - alpha) * p * t).sum()
+
     ce = float(-np.log(right).mean())
     alpha_t = np.where(target == 1, alpha, 1 - alpha)
     return {
@@ -97,6 +106,7 @@ def reference(name: str, logits: np.ndarray, target: np.ndarray, smooth=1e-6, al
         "categorical_dice": multi,
         "focal": lambda: float((-alpha_t * (1 - right) ** gamma * np.log(right)).mean()),
         "ce_dice": lambda: ce + (multi() if channels > 2 else dice(1)),
+        "boundary_dou": lambda: float(np.mean([rim(c) for c in (range(channels) if channels > 2 else [1])])),
     }[name]()
 
 
@@ -104,7 +114,7 @@ def reference(name: str, logits: np.ndarray, target: np.ndarray, smooth=1e-6, al
 def test_equals_the_definition(name, channels):
     logits, target = random_inputs(channels, (3, 7, 6))
     target[0] = 0
-    assert LOSSES[name](logits, target).item() == pytest.approx(reference(name, logits.numpy(), target.numpy()), abs=1e-12)
+    assert LOSSES[name](logits, target).item() == pytest.approx(reference(name, logits.numpy(), target.numpy()), abs=1e-6 if name == "boundary_dou" else 1e-12)
 
 
 def test_focal_keywords():
@@ -159,7 +169,7 @@ def test_focal_is_that_of_smp():
 def test_two_channels_are_the_difference():
     logits, target = golden_inputs(2)
     one = logits[:, 1:] - logits[:, :1]
-    for loss in (bce_loss, binary_dice_loss, focal_loss, ce_dice_loss):
+    for loss in (bce_loss, binary_dice_loss, focal_loss, ce_dice_loss, boundary_dou_loss):
         torch.testing.assert_close(loss(logits, target), loss(one, target))
     torch.testing.assert_close(bce_loss(logits, target), cross_entropy_loss(logits, target))
 
@@ -220,15 +230,15 @@ def test_gradcheck_focal(gamma):
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened_first(name, channels, dtype):
-    logits, target = random_inputs(channels, (2, 9, 7), dtype=dtype)
-    logits.requires_grad_()
-    value = LOSSES[name](logits, target)
-    assert value.dtype == torch.float32
-    assert torch.equal(value, LOSSES[name](logits.float(), target))
-    value.backward()
-    assert logits.grad.dtype == dtype and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+def test_half_precision_is_widened_first(name, channels):
+    for dtype in (torch.float16, torch.bfloat16):
+        logits, target = random_inputs(channels, (2, 9, 7), dtype=dtype)
+        logits.requires_grad_()
+        value = LOSSES[name](logits, target)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, LOSSES[name](logits.float(), target))
+        value.backward()
+        assert logits.grad.dtype == dtype and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
 
 
 def test_a_large_image_in_half_precision():
@@ -397,6 +407,7 @@ def test_a_batch_without_a_pixel_that_counts_costs_nothing(name, channels):
 
 # ---- class weights and label smoothing ----------------------------------------------------------------------------------
 
+ONE_CLASS = [("binary_dice", 1), ("binary_dice", 2), ("boundary_dou", 1)]  # no mean over classes
 WEIGHTS = {2: [0.2, 0.8], 4: [0.1, 1.0, 2.5, 0.0]}
 
 
@@ -458,7 +469,7 @@ def test_equal_weights_change_nothing_and_others_do(name, channels):
     equal = [3.0] * max(channels, 2)
     torch.testing.assert_close(LOSSES[name](logits, target, ignore_index=255, class_weights=equal), plain)
     other = LOSSES[name](logits, target, ignore_index=255, class_weights=[0.1, *equal[1:]])
-    assert torch.isclose(other, plain) == (name == "binary_dice")  # one class, so no mean over classes
+    assert torch.isclose(other, plain) == ((name, channels) in ONE_CLASS)
     by_name = weighted_loss({name: 2.0}, 255, [0.1, *equal[1:]])
     torch.testing.assert_close(by_name(logits, target), 2 * other)
 
@@ -474,11 +485,12 @@ def test_pixels_of_weight_zero_alone_cost_nothing(name, channels):
 
 
 @every_loss
-@pytest.mark.parametrize("weights", [[1.0], [1.0] * 5, [-1.0, 2.0, 1.0], [0.0, 0.0, 0.0], [math.nan, 1.0, 1.0], [math.inf, 1.0, 1.0], []])
-def test_class_weights_refused(name, channels, weights):
-    weights = weights[: max(channels, 2)] if len(weights) == 3 else weights
-    with pytest.raises(ValueError, match=f"class_weights are {max(channels, 2)} numbers, one for each class, none below 0"):
-        LOSSES[name](*random_inputs(channels), class_weights=weights)
+def test_class_weights_refused(name, channels):
+    classes = max(channels, 2)
+    others = [1.0] * (classes - 1)
+    for weights in (others, [1.0] * 5, [-1.0, *others], [0.0] * classes, [math.nan, *others], [math.inf, *others], []):
+        with pytest.raises(ValueError, match=f"class_weights are {classes} numbers, one for each class, none below 0"):
+            LOSSES[name](*random_inputs(channels), class_weights=weights)
 
 
 def test_label_smoothing_of_a_sum():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['LOSSES', 'SMOOTHED', 'check_labels', 'cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss',
-           'focal_loss', 'ce_dice_loss', 'weighted_loss']
+           'focal_loss', 'ce_dice_loss', 'boundary_dou_loss', 'weighted_loss']
 
 # %% ../../nbs/11_losses.ipynb #c019
 def check_labels(target: Tensor, classes: int, ignore_index: int | None = None, name: str = "target") -> None:
@@ -238,6 +238,32 @@ def ce_dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int | None = N
     options = {"ignore_index": ignore_index, "class_weights": class_weights}
     return pixelwise(logits, target, label_smoothing=label_smoothing, **options) + overlap(logits, target, **options)
 
+# %% ../../nbs/11_losses.ipynb #rim01
+def boundary_dou_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5, ignore_index: int | None = None,
+                      class_weights: Sequence[float] | None = None) -> Tensor:
+    """Boundary difference over union, mean over classes: logits [B, C, H, W], target [B, H, W] int64 -> 0 to 1.
+
+    C = 1 or 2: of class 1 alone. The sums run over the whole batch.
+
+    Reference: Sun et al. 2023, arXiv 2308.00220.
+    """
+    logits, weights = _checked(logits, target, ignore_index=ignore_index), _per_class(class_weights, logits)
+    if logits.shape[1] > 2:
+        probability, labels = logits.softmax(dim=1), torch.arange(logits.shape[1], device=target.device)
+    else:
+        probability, labels = _lesion_logit(logits, target, ignore_index).sigmoid()[:, None], target.new_ones(1)
+        weights = None
+    truth = (target[:, None] == labels[:, None, None]).to(probability.dtype)  # [B, K, H, W]
+    if ignore_index is not None:
+        probability = probability * (target != ignore_index)[:, None]
+    padded = F.pad(truth, (1, 1, 1, 1))
+    inside = padded[..., 1:-1, 2:] * padded[..., 1:-1, :-2] * padded[..., 2:, 1:-1] * padded[..., :-2, 1:-1]
+    rim, size, overlap = ((truth * maps).sum(dim=(0, 2, 3)) for maps in (1 - inside, truth, probability))  # each [K]
+    alpha = (1 - 2 * (rim + smooth) / (size + smooth)).clamp(max=0.8)
+    total = probability.square().sum(dim=(0, 2, 3)) + size
+    losses = (total - 2 * overlap) / (total - (1 + alpha) * overlap + smooth)
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+
 # %% ../../nbs/11_losses.ipynb #c074
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "ce": cross_entropy_loss,
@@ -246,6 +272,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "categorical_dice": categorical_dice_loss,
     "focal": focal_loss,
     "ce_dice": ce_dice_loss,
+    "boundary_dou": boundary_dou_loss,
 }
 SMOOTHED = ("ce", "bce", "ce_dice")  # those that smooth labels
 
