@@ -34,6 +34,7 @@ from qtseg.evaluation.scores import (BINS, SCORES, SIZES, THRESHOLDS, Protocol, 
 from qtseg.evaluation.tables import FILES, aligned, markdown, replaced_results, require_replaceable, table_rows, to_dict
 from qtseg.evaluation.timing import multiply_adds, network_cost
 from qtseg.evaluation.uncertainty import bootstrap_interval, bootstrap_means, sampling_units, student_quantile
+from qtseg.prediction.predictor import Predictor
 from qtseg.training.frequencies import class_frequencies
 from qtseg.evaluation.metrics import MEASURES, confusion_counts, hard_masks
 from qtseg.network.model import QTSeg
@@ -628,6 +629,18 @@ def test_threshold_is_used_at_both_sizes(run):
         assert predicted[0] > predicted[1]
     sweep = {row["threshold"]: row["dice"] for row in threshold_rows(bold)}
     assert sweep[0.05] == pytest.approx(bold.summary["training"]["mean"]["dice"]["mean"])
+
+
+def test_evaluation_with_flips_scores_what_prediction_with_flips_makes(run):
+    data, network = open_for(run / "best_dice"), QTSeg.from_pretrained(run / "best_dice")
+    plain, flipped = (evaluate(network, data, "all", Protocol(tta=tta, **QUICK)) for tta in (False, True))
+    assert (plain.counts != flipped.counts).any() and to_dict(flipped)["protocol"]["tta"]
+    predictor = Predictor(run / "best_dice", device="cpu", tta=True)
+    _, splits = choose_splits(data, "all")
+    paths = [image for split in splits for image, _ in split.paths]
+    for place in (0, 7):
+        tp, fp, *_ = flipped.counts[1, place, 0]
+        assert (predictor(paths[place]) > 0).sum() == tp + fp
 
 
 def test_batch_size_order_and_mode_do_not_matter(endoscopy):

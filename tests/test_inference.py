@@ -37,7 +37,7 @@ from qtseg.evaluation.scores import class_probabilities, decide, own_size_mask
 from qtseg.cli import main
 from qtseg.prediction.folders import predict_files
 from qtseg.prediction.inputs import as_rgb, find_images, name_outputs
-from qtseg.prediction.networks import FLIPS, OnnxNetwork, keep_largest_components
+from qtseg.prediction.networks import OnnxNetwork, keep_largest_components
 from qtseg.prediction.outputs import describe_mask
 from qtseg.prediction.predictor import Predictor, window_starts
 from qtseg.network.model import QTSeg

@@ -162,8 +162,8 @@ def test_edges_lie_beside_the_line_and_nowhere_else():
     line = (plain == (1, 2, 3)).all(axis=2)
     black = (edged == 0).all(axis=2)
     near = np.zeros_like(line)
-    for down in range(-2, 3):
-        for right in range(-2, 3):
+    for down in range(-3, 4):
+        for right in range(-3, 4):
             near |= np.roll(line, (down, right), (0, 1))
     assert (edged[line] == (1, 2, 3)).all() and black.sum() > 3 * line.sum() and not black[~near].any()
     assert (edged[~near] == 90).all() and (edged[8, 20:40] == 0).all() and (edged[12, 20:40] == 0).all()
@@ -174,7 +174,7 @@ def test_outlines_of_target_and_prediction():
     mask[10:30, 10:50] = 1
     image = np.full((40, 60, 3), 90, np.uint8)
     both = outline_masks(image, mask, np.roll(mask, 5, 1))
-    assert (both[10, 10:14] == TARGET).all() and (both[10, 20:50] == PREDICTION).all() and (image == 90).all()
+    assert (both[10, 10:13] == TARGET).all() and (both[10, 20:50] == PREDICTION).all() and (image == 90).all()
     assert TARGET == (255, 255, 255) and not (outline_masks(image, mask) == PREDICTION).all(axis=2).any()
     batch = Batch(torch.from_numpy(image).permute(2, 0, 1)[None], torch.from_numpy(mask)[None], ["a"])
     assert (mask_pictures(batch, torch.from_numpy(np.roll(mask, 5, 1))[None].long()) == both).all(), "training draws the same"

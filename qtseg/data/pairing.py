@@ -296,11 +296,11 @@ def label(found: Found, column: str, pattern: str) -> None:
         setattr(pair, column, key or "")
         lost += [] if key else [pair.id]
     if lost:
-        found.problems.append(f"--{column} {pattern!r} finds nothing in {len(lost)} name(s): {first_names(lost, 5)}")
+        found.problems.append(f"--{column} '{pattern}' finds nothing in {len(lost)} name(s): {first_names(lost, 5)}")
     kinds = Counter(getattr(pair, column) for pair in found.pairs)
     if kinds:
         sizes = " to ".join(map(str, sorted({min(kinds.values()), max(kinds.values())})))
-        found.notes.append(f"{column}: {len(kinds)} by {pattern!r}, with {sizes} images each")
+        found.notes.append(f"{column}: {len(kinds)} by '{pattern}', with {sizes} images each")
     for kind in kinds:
         bare = "".join(sign for sign in kind.casefold() if sign.isprintable() and sign != " ")
         alike.setdefault(bare, set()).add(kind)

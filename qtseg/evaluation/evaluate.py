@@ -24,7 +24,8 @@ from ..data.dataset import Split, normalize
 from ..data.segmentation import SegmentationData
 from .metrics import MEASURES, hard_masks, scores_in_percent
 from .scores import (RATES, SCORES, SIZES, THRESHOLDS, ImageScores, Protocol, calibration_error,
-                                     class_probabilities, decide, rates_in_percent, score_image, surface_functions)
+                                     class_probabilities, decide, flip_average, rates_in_percent, score_image,
+                                     surface_functions)
 from .uncertainty import Units, bootstrap_interval, bootstrap_means, sampling_units
 from ..training.frequencies import class_frequencies
 
@@ -34,19 +35,30 @@ __all__ = ['PARTS', 'predict_batch', 'choose_splits', 'Evaluation', 'image_rows'
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation066
 @torch.no_grad()
-def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+def predict_batch(network: nn.Module, images: Tensor, threshold: float | None = None,
+                  tta: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [B, 3, size, size] -> probabilities float32 [B, size, size, K], masks uint8 [B, size, size].
 
     FloatingPointError if the network returns NaN or infinity: such a mask would look like an empty one.
     """
-    logits = network(normalize(images)).float()
-    if not logits.isfinite().all():
-        raise FloatingPointError("the network returns logits that are not finite (NaN or infinity)")
-    probabilities = class_probabilities(logits).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # [B, size, size, K]
-    masks = hard_masks(logits).to(torch.uint8).cpu().numpy() if threshold is None else decide(probabilities, threshold)
-    return probabilities, masks
+    def logits_of(batch: Tensor) -> Tensor:
+        logits = network(batch).float()
+        if not logits.isfinite().all():
+            raise FloatingPointError("the network returns logits that are not finite (NaN or infinity)")
+        return logits
 
+    logits, images = None, normalize(images)
+    if tta:
+        probabilities = flip_average(logits_of, images)
+    else:
+        logits = logits_of(images)
+        probabilities = class_probabilities(logits)
+    probabilities = probabilities.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # [B, size, size, K]
+    if logits is None or threshold is not None:
+        return probabilities, decide(probabilities, threshold)
+    return probabilities, hard_masks(logits).to(torch.uint8).cpu().numpy()
 
+# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation069
 def _score_all(network: nn.Module, splits: Sequence[Split], batch: int, device: torch.device, progress: bool,
                **options) -> list[ImageScores]:
     """Score every image of the splits; threads score a batch while the network computes the next. Keeps no picture."""
@@ -70,7 +82,8 @@ def _score_all(network: nn.Module, splits: Sequence[Split], batch: int, device: 
         for split in splits:
             position = 0
             for part in split.batches(batch, device=device):
-                images = zip(*predict_batch(network, part.images, protocol.threshold), part.masks.cpu().numpy())
+                answers = predict_batch(network, part.images, protocol.threshold, protocol.tta)
+                images = zip(*answers, part.masks.cpu().numpy())
                 waiting.append([pool.submit(score, split, place, *maps) for place, maps in enumerate(images, position)])
                 position += len(part.masks)
                 if len(waiting) > 1:

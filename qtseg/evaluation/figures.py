@@ -50,7 +50,8 @@ def draw_gallery(
                 split, position = places[place]
                 image = to_rgb(read_image(split.paths[position][0], data.white, data.shape[0]))
                 target = split.original_mask(position)
-                probabilities, _ = predict_batch(network, split.batch([position]).images.to(device), threshold)
+                probabilities, _ = predict_batch(
+                    network, split.batch([position]).images.to(device), threshold, evaluation.protocol.tta)
                 prediction = own_size_mask(probabilities[0], *target.shape, data.resize, threshold)
                 masks = (np.where(target == data.ignore_index, 0, mask) for mask in (target, prediction))
                 axes.imshow(outline_masks(image, *masks, width=max(1, round(max(target.shape) / 180))))

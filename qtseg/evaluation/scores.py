@@ -22,10 +22,10 @@ from .metrics import MEASURES, confusion_counts, scores_in_percent
 from ..files.optional import import_optional
 
 # %% auto #0
-__all__ = ['RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'class_probabilities', 'undo_resize', 'decide',
-           'own_size_mask', 'rates_in_percent', 'surface_functions', 'surface_scores', 'mask_scores', 'lesion_counts',
-           'calibration_counts', 'calibration_error', 'threshold_counts', 'Protocol', 'constant_counts', 'ImageScores',
-           'score_image']
+__all__ = ['FLIPS', 'RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'class_probabilities', 'flip_average',
+           'undo_resize', 'decide', 'own_size_mask', 'rates_in_percent', 'surface_functions', 'surface_scores',
+           'mask_scores', 'lesion_counts', 'calibration_counts', 'calibration_error', 'threshold_counts', 'Protocol',
+           'constant_counts', 'ImageScores', 'score_image']
 
 # %% ../../nbs/reference/evaluation_scores.ipynb #evaluation010
 def class_probabilities(logits: Tensor) -> Tensor:
@@ -40,6 +40,17 @@ def class_probabilities(logits: Tensor) -> Tensor:
         return logits.float().softmax(dim=1)
     foreground = logits.float().sigmoid()
     return torch.cat([1 - foreground, foreground], dim=1)  # [B, 1, H, W] -> [B, 2, H, W]
+
+
+FLIPS = ((), (-1,), (-2,), (-2, -1))  # the dimensions to flip: none, left and right, up and down, both
+
+
+def flip_average(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Test-time augmentation: probabilities [B, K, H, W], averaged over an image and its three mirror images.
+
+    images: [B, C, H, W]; network: images -> logits [B, classes, H, W]. Each answer is mirrored back before the average.
+    """
+    return sum(class_probabilities(network(images.flip(dims))).flip(dims) for dims in FLIPS) / len(FLIPS)
 
 # %% ../../nbs/reference/evaluation_scores.ipynb #evaluation013
 def undo_resize(maps: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
@@ -237,6 +248,7 @@ class Protocol:
     lesion_overlap: float = 0.1  # the share of a lesion's area that must be covered for it to count as found
     draws: int = 2000  # of the bootstrap
     seed: int = 1996
+    tta: bool = False  # whether probabilities are averaged over mirror images, see `flip_average`
 
     def __post_init__(self):
         if self.threshold is not None and not 0 < self.threshold < 1:

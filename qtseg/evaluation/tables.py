@@ -85,6 +85,8 @@ def evaluation_report(evaluations: dict[str, Evaluation]) -> str:
              f"best constant mask: {printable(first.constant['mask'])}", "", aligned(table_rows(evaluations)), ""]
     if first.protocol.legacy:
         lines.insert(0, "accuracy, Dice and IoU by the official code's rule (legacy): a missed lesion scores above 0")
+    if first.protocol.tta:
+        lines.insert(0, "probabilities averaged over each image and its three mirror images")
     if not first.protocol.surface:
         lines += ["without HD95 and surface Dice: for these pip install monai, and leave out --no-surface", ""]
     lines += [aligned(cost_rows(first.cost)), ""]

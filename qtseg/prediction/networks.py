@@ -18,24 +18,13 @@ from torch import nn, Tensor
 from ..data.dataset import normalize
 from ..data.preprocessing import Preprocessing
 from ..evaluation.runs import weights_sha256
-from ..evaluation.scores import class_probabilities, decide
+from ..evaluation.scores import class_probabilities, decide, flip_average
 from ..files.optional import import_optional
 from ..training.hardware import choose_device
 
 # %% auto #0
-__all__ = ['FLIPS', 'WORKERS', 'AMP', 'LARGEST_ONNX', 'flip_average', 'keep_largest_components', 'check_finite',
-           'with_background', 'NetworkRunner', 'OnnxNetwork', 'open_onnx']
-
-# %% ../../nbs/reference/prediction_networks.ipynb #inference026
-FLIPS = ((), (-1,), (-2,), (-2, -1))  # the dimensions to flip: none, left and right, up and down, both
-
-
-def flip_average(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Test-time augmentation: probabilities [B, K, H, W], averaged over an image and its three mirror images.
-
-    images: [B, 3, H, W]; network: images -> logits [B, C, H, W]. Each answer is mirrored back before the average.
-    """
-    return sum(class_probabilities(network(images.flip(dims))).flip(dims) for dims in FLIPS) / len(FLIPS)
+__all__ = ['WORKERS', 'AMP', 'LARGEST_ONNX', 'keep_largest_components', 'check_finite', 'with_background', 'NetworkRunner',
+           'OnnxNetwork', 'open_onnx']
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference029
 def keep_largest_components(mask: np.ndarray) -> np.ndarray:

@@ -80,7 +80,7 @@ def overlay_jpg(pixels: np.ndarray, mask: np.ndarray, opacity: float = 0.3) -> b
         size = [max(1, round(side * scale)) for side in mask.shape[::-1]]
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
         mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
-    colors, width = class_colors(256), max(1, round(max(mask.shape) / 250))
+    colors, width = class_colors(256), max(2, round(max(mask.shape) / 150))
     tinted = cv2.addWeighted(pixels, 1 - opacity, colors[mask], opacity, 0)
     picture = np.where((mask > 0)[:, :, None], tinted, pixels)
     for label in np.unique(mask[mask > 0]):

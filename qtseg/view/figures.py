@@ -33,7 +33,7 @@ def _array(values: np.ndarray | Tensor) -> np.ndarray:
 def _panels(pictures: Mapping[str, np.ndarray], legend: Mapping[str, tuple]) -> Figure:
     """Pictures of one size side by side, pixel by pixel, with titles, and a legend below."""
     height, width = next(iter(pictures.values())).shape[:2]
-    figure = new_figure(7.5, 2.4 * height / width + 0.7)
+    figure = new_figure(7.5, 2.4 * height / width + 0.8)
     for axes, (title, picture) in zip(figure.subplots(1, len(pictures)), pictures.items()):
         axes.imshow(picture, interpolation="nearest" if max(height, width) < 200 else "antialiased")
         axes.set_title(title, fontsize=9)
