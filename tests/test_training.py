@@ -1246,8 +1246,7 @@ def measured(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("normalize_by", ["range", "statistics"])
-@pytest.mark.parametrize("channels, deep", [(4, False), (5, True)])
+@pytest.mark.parametrize("channels, deep, normalize_by", [(4, False, "range"), (5, True, "statistics")])
 def test_any_number_of_channels_goes_the_whole_way(channels, deep, normalize_by, tiny, measured, tmp_path):
     """From PNG with alpha or TIFF pages through training and evaluation to predictions, by PyTorch and by ONNX Runtime."""
     source = measured(channels, deep)

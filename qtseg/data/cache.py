@@ -20,20 +20,20 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from .census import ENTRY, file_facts, identical_files
 from .layout import Record, Survey
 from .mask_values import IGNORE, MASKS, MaskReading, MaskValues, look_at, stored_values, value_code
 from .masks import judge_masks, looks_up
 from .preprocessing import (COLORS, LARGEST_SIZE, RESIZES, fitted_size, is_whole_number, nearest_pixels,
                                       resize_image, to_color)
-from .reading import WHITES, rgb_of, value_span
+from .reading import WHITES, rgb_of
 from ..files.pictures import Picture, read_picture
 from ..files.text import first_names, printable, read_json
 from ..files.writing import require_space
 
 # %% auto #0
-__all__ = ['UNPACKING_TABLES', 'CACHE_VERSION', 'ENTRY', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key',
-           'cache_root', 'Prepared', 'in_order', 'build_cache', 'identical_files', 'leave_out_twins', 'Cache',
-           'load_cache', 'DataProblems']
+__all__ = ['UNPACKING_TABLES', 'CACHE_VERSION', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
+           'Prepared', 'in_order', 'build_cache', 'leave_out_twins', 'Cache', 'load_cache', 'DataProblems']
 
 # %% ../../nbs/reference/data_cache.ipynb #data090
 def mask_bits(classes: int) -> int:
@@ -146,8 +146,8 @@ def _shrunk(picture: Picture, white: int, settings: Settings, entry: dict) -> np
         small = small[..., :1]
     small = to_color(small, settings.color)
     rows, columns = fitted_size(*picture.values.shape[:2], settings.size, settings.resize)
-    filled = small[:rows, :columns] / np.float32(255)
-    entry["mean"], entry["square"] = filled.mean(axis=(0, 1), dtype=float), np.square(filled).mean((0, 1), dtype=float)
+    filled = small[:rows, :columns] / 255
+    entry["mean"], entry["square"] = filled.mean(axis=(0, 1)), np.square(filled).mean(axis=(0, 1))
     return small
 
 # %% ../../nbs/reference/data_cache.ipynb #c-prep
@@ -175,11 +175,7 @@ def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> 
     if image is None:
         return Prepared(None, codes, seen, entry, problems)
     height, width = image.values.shape[:2]
-    entry |= {"hash": image.digest, "height": height, "width": width, "bits": image.bits,
-              "deep": image.values.dtype == np.uint16, "low": int(image.values.min()),
-              "high": int(image.values.max()), "frames": image.frames,
-              "turned": image.turned}
-    entry["span"] = value_span(image.values) if entry["deep"] else 0
+    entry |= file_facts(image)
     if shape and shape != (height, width):
         turned = "; one of the two carries an EXIF rotation that the other lacks?" if shape == (width, height) else ""
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but {survey.short(record.mask)} is "
@@ -210,12 +206,6 @@ def _start_array(path: Path, shape: Sequence[int]):
     file = open(path, "wb")
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
     return file
-
-# %% ../../nbs/reference/data_cache.ipynb #data124
-ENTRY = [
-    ("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
-    ("span", "u2"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"),
-    ("ignored", "u8")]  # then the pixels per class, and the mean and mean square of each channel in [0, 1]
 
 # %% ../../nbs/reference/data_cache.ipynb #f6679e91
 def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, workers: int,
@@ -304,15 +294,6 @@ def build_cache(
                  "notes": judged.notes + vanished}
         (folder / "index.json").write_text(json.dumps(index))
     return [entry.get("hash", "") for entry in entries], problems
-
-# %% ../../nbs/reference/data_cache.ipynb #data127
-def identical_files(hashes: Sequence[str]) -> list[list[int]]:
-    """Rows whose image files are identical, byte for byte; one list per such picture. A file without a hash has no
-    twin."""
-    where: dict[str, list[int]] = {}
-    for row, digest in enumerate(hashes):
-        where.setdefault(digest or f"unreadable {row}", []).append(row)
-    return [rows for rows in where.values() if len(rows) > 1]
 
 # %% ../../nbs/reference/data_cache.ipynb #data128
 def leave_out_twins(

@@ -137,6 +137,8 @@ class TrainConfig(BaseModel):
     resize: Literal[RESIZES] = Field("squash", description="how an image becomes a square")
     color: Literal[tuple(COLOR_SPACES)] = Field("rgb", description="color space of the images")
     channels: int = Field(3, ge=1, le=1024, description="channels of an image")
+    normalize: Literal["range", "statistics"] = Field(
+        "range", description="pixels become -1 to 1, or (x - mean) / std of the training images' channel")
     fold: int | None = Field(None, ge=0, le=9999, description="the fold that validates, from 0")
     folds: int | None = Field(None, ge=2, le=10000, description="make so many folds where the data have none")
     valid_share: float = Field(0.1, gt=0, lt=1, description="share that validates where the data do not say it")
