@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,6 +45,15 @@ class _Command(TyperCommand):
                 words.append(option)
             words.append(word)
         return super().parse_args(ctx, words)
+
+    def format_epilog(self, ctx, formatter) -> None:
+        """The examples; for `train`, all keys of a configuration, too."""
+        super().format_epilog(ctx, formatter)
+        if self.name == "train":
+            from qtseg.training.config import config_table
+
+            formatter.write("\nKeys and their defaults (what a key takes):\n")
+            formatter.write(textwrap.indent(config_table(), "  ") + "\n")
 
 # %% ../nbs/reference/cli.ipynb #786e68b6
 _EXPECTED = (OSError, ValueError, ModuleNotFoundError, FloatingPointError)  # their messages are written for the user
@@ -91,8 +101,15 @@ def subcommand(group: typer.Typer, examples: str, *also: type[Exception], **sett
     return register
 
 # %% ../nbs/reference/cli.ipynb #14c55793
+_EXAMPLES = """\b
+Examples:
+  qtseg prepare phantoms data/phantoms --n 400
+  qtseg train data=data/phantoms size=128 epochs=20 name=first
+  qtseg evaluate runs/first
+  qtseg predict runs/first photo.jpg --output masks"""
 app = typer.Typer(name="qtseg", help="Segment 2D medical images.", no_args_is_help=True, add_completion=False,
-                  rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+                  epilog=_EXAMPLES, rich_markup_mode=None,
+                  context_settings={"help_option_names": ["-h", "--help"]})
 
 # %% ../nbs/reference/cli.ipynb #1fe4c3a6
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # %% ../nbs/reference/cli.ipynb #dd5b2342
 prepare = typer.Typer(name="qtseg prepare", help="Download, check and convert a data set for training.",
+                      epilog="\b\nExamples:\n  qtseg prepare busi --root data\n  qtseg prepare own --help",
                       no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
 
@@ -211,16 +229,20 @@ def read_parameters(words: Sequence[str] = ()) -> TrainConfig:
 @subcommand(app, "  qtseg train nbs/experiments/params/demo.yaml\n"
                  "  qtseg train params.yaml lr=3e-4 fold=1 name=fold1\n"
                  "  qtseg train data=my_images classes=2 size=256 epochs=100 name=mine\n"
-                 "  torchrun --standalone --nproc-per-node 2 --module qtseg.cli train params.yaml name=two")
-def train(words: Annotated[list[str] | None, Argument(metavar="FILE KEY=VALUE", help=(
-        "a YAML file of TrainConfig's fields, and changes of single fields, whose values are YAML"))] = None) -> None:
+                 "  torchrun --standalone --nproc-per-node 2 --module qtseg.cli train params.yaml name=two",
+            no_args_is_help=True)
+def train(words: Annotated[list[str], Argument(metavar="FILE KEY=VALUE", help=(
+        "a YAML file of keys, or single keys, or both; values are YAML"))]) -> None:
     """Train a network. Stopped or crashed, a run with resume=true goes on where it was."""
-    config = read_parameters(words or [])
+    config = read_parameters(words)
     from qtseg.training.distributed import STARTED_BY_TORCHRUN, TeamError, joined_team
     from qtseg.training.hardware import keep_freed_memory
     from qtseg.training.loop import fit
 
     keep_freed_memory()  # this process has nothing else to do
+    if config.progress and os.environ.get("RANK", "0") == "0":  # of several processes that train together one speaks
+        print(printable(f"{config.folder}: {config.model} on {config.data} at {config.size} x {config.size}, "
+                        f"{config.classes} classes, {config.epochs} epochs, batch {config.batch}"), flush=True)
     together = all(name in os.environ for name in STARTED_BY_TORCHRUN)
     try:
         with joined_team(config.device) if together else nullcontext() as team:
@@ -237,6 +259,7 @@ _Amp = Literal["none", "bf16", "fp16"]
 _Engine = Literal["torch", "onnx"]
 _Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps")]
 _NoProgress = Annotated[bool, Option("--no-progress", help="without a progress bar")]
+_Tta = Annotated[bool, Option("--tta", help="average over mirror images: four times the work")]
 _RUN = "the folder of a run, or a checkpoint in it such as RUN/best_dice"
 
 
@@ -270,6 +293,7 @@ def evaluate(
         device: _Device = "auto",
         legacy: Annotated[bool, Option("--legacy", help="accuracy, Dice and IoU by the official code's rule")] = False,
         threshold: Annotated[float | None, Option(help="foreground begins above this probability")] = None,
+        tta: _Tta = False,
         tolerance: Annotated[float, Option(help="of the surface Dice, in pixels")] = 2.0,
         lesion_overlap: Annotated[float, Option(metavar="SHARE", help=(
             "share of a lesion's area that must be covered for it to count as found"))] = 0.1,
@@ -284,7 +308,7 @@ def evaluate(
     from qtseg.training.hardware import keep_freed_memory
 
     keep_freed_memory()
-    protocol = Protocol(threshold, legacy, False if no_surface else None, tolerance, lesion_overlap)
+    protocol = Protocol(threshold, legacy, False if no_surface else None, tolerance, lesion_overlap, tta=tta)
     print(evaluation_report(evaluate_run(
         checkpoint, data, output, split=split, protocol=protocol, batch=batch, device=device, sizes=sizes or (),
         pictures=False if no_pictures else None, progress=not no_progress, masks=masks, mask_values=mask_values,
@@ -303,7 +327,7 @@ def predict(
             "also write NAME_probability: 16-bit PNG, or NumPy with all classes"))] = None,
         palette: Annotated[bool, Option("--palette", help="masks in color, which some programs misread")] = False,
         batch: Annotated[int, Option(help="images (or windows) at a time")] = 8,
-        tta: Annotated[bool, Option("--tta", help="average over mirror images: four times the work")] = False,
+        tta: _Tta = False,
         threshold: Annotated[float | None, Option(help="foreground begins above this probability, from 0 to 1")] = None,
         keep_largest: Annotated[bool, Option("--keep-largest", help="keep one connected piece per class")] = False,
         device: _Device = "auto",
@@ -339,7 +363,6 @@ def export(
         checkpoint: Annotated[Path, Argument(help=_RUN)],
         onnx: Annotated[bool, Option("--onnx", help="write model.onnx, checked against PyTorch")] = False,
         opset: Annotated[int, Option(help="version of ONNX's operations")] = 20,
-        torch: Annotated[bool, Option("--torch", help="write model.pt2, checked against PyTorch")] = False,
         card: Annotated[bool, Option("--card", help="write README.md, the model card")] = False,
         pack: Annotated[Path | None, Option(metavar="DIR", help="copy what others need into a new folder")] = None,
         push: Annotated[str | None, Option(metavar="USER/NAME", help=(
@@ -348,7 +371,7 @@ def export(
     """Export a checkpoint, describe it, share it. Without options: --onnx --card."""
     from qtseg.prediction.cards import export_checkpoint
 
-    for line in export_checkpoint(checkpoint, onnx=onnx, opset=opset, torch=torch, card=card, folder=pack, repo_id=push,
+    for line in export_checkpoint(checkpoint, onnx=onnx, opset=opset, card=card, folder=pack, repo_id=push,
                                   public=public):
         print(printable(line), flush=True)
 

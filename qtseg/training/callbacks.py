@@ -22,6 +22,7 @@ from ..data.mask_values import IGNORE
 from ..data.preprocessing import outline_masks, to_rgb
 from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import hard_masks
+from ..files.optional import import_optional
 from .config import BEST, TrainConfig, shown_value
 from .validation import evaluating
 
@@ -127,8 +128,7 @@ def epoch_line(history: Sequence[dict], epochs: int) -> str:
 class ProgressBar:
     """A callback: one bar that moves with the steps, and a line for each epoch; for `progress=True`."""
 
-    def __init__(self):
-        self._bar = None
+    _bar = None
 
     def before_fit(self, state: FitState) -> None:
         notebook = sys.modules.get("IPython")  # imported elsewhere too, but only a kernel has a shell
@@ -153,11 +153,7 @@ class Tracker:
     """A callback: parameters, metrics and pictures go to MLflow, an SQLite file beside the runs; for `track=True`."""
 
     def __init__(self):
-        try:
-            import mlflow
-        except ImportError:
-            raise ModuleNotFoundError("track=True needs MLflow: pip install mlflow, or set track=False") from None
-        self.run_id, self._mlflow = "", mlflow
+        self.run_id, self._mlflow = "", import_optional("mlflow", "track=True")
 
     def before_fit(self, state: FitState) -> None:
         mlflow, root = self._mlflow, Path(state.config.runs).resolve()

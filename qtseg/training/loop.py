@@ -36,7 +36,7 @@ from .frequencies import best_constant_mask
 from .hardware import choose_device, hardware, versions
 from .run_folder import SPLITS_FILE, clear_disk_errors, split_table, write_history, write_text
 from .state import load_state, save_state
-from .trainer import Team, Trainer, full_name, run_by_leader, step_rate
+from .trainer import Team, Trainer, full_name, step_rate
 from .validation import validate
 
 # %% auto #0
@@ -62,16 +62,14 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 # %% ../../nbs/13_training.ipynb #c106
-def _is_ours(model: nn.Module) -> bool:
-    """Whether `pretrained` can build the network from its config.json; a subclass may be anything."""
-    return type(model) in (QTSeg, Baseline)
+_OURS = (QTSeg, Baseline)  # what `pretrained` builds from a config.json; a subclass of theirs may be anything
 
 
 def _save_checkpoint(trainer: Trainer, name: str, model: nn.Module) -> None:
     """A checkpoint folder: weights and network in the Hugging Face layout, and how its images are prepared."""
     folder = trainer.config.folder / name
     with clear_disk_errors(folder):
-        if _is_ours(model):
+        if type(model) in _OURS:
             model.save_pretrained(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +85,7 @@ def _save_checkpoint(trainer: Trainer, name: str, model: nn.Module) -> None:
 def _read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
     """The network of a checkpoint of this run, in evaluation mode, on the run's device."""
     folder = trainer.config.folder / name
-    if _is_ours(trainer.model):
+    if type(trainer.model) in _OURS:
         return pretrained(folder).to(trainer.device)
     model = copy.deepcopy(trainer.model)
     load_model(model, folder / "model.safetensors")
@@ -102,7 +100,7 @@ def _keep_best(trainer: Trainer, scores: dict[str, float], epoch: int) -> None:
             continue
         if name not in p.best or better(scores[name], p.best[name]["value"]) != p.best[name]["value"]:
             p.best[name] = {"epoch": epoch, "value": scores[name]}
-            run_by_leader(trainer.team, _save_checkpoint, trainer, f"best_{name}", trainer.state.validated)
+            trainer.lead(partial(_save_checkpoint, trainer, f"best_{name}", trainer.state.validated))
 
 # %% ../../nbs/13_training.ipynb #c112
 def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[str]:
@@ -129,15 +127,15 @@ def _settle(trainer: Trainer, pending: tuple | None, before: list[str]) -> list[
     return ids
 
 # %% ../../nbs/13_training.ipynb #c115
-def _anybody(team: Team | None, asked: threading.Event) -> bool:
-    """Was any process of the team asked to stop? All get the same answer, so all stop after the same step."""
-    return asked.is_set() if team is None else bool(team.mean(torch.tensor(float(asked.is_set()))) > 0)
-
-
 def _train_epoch(trainer: Trainer, asked: threading.Event) -> bool:
     """Run the epoch from where it stands; False when it was asked to stop before the end."""
     p, batches, pending, ids = trainer.progress, trainer.begin_epoch(), None, []
-    while p.step < trainer.steps and not _anybody(trainer.team, asked):
+    while p.step < trainer.steps:
+        stop = asked.is_set()
+        if trainer.team:  # if any process was asked: all stop after the same step
+            stop = trainer.team.mean(torch.tensor(float(stop))) > 0
+        if stop:
+            break
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
@@ -160,7 +158,7 @@ def _validate(trainer: Trainer, epoch: int) -> dict:
     c, begin = trainer.config, time.perf_counter()
     score = partial(validate, batch=c.valid_batch, device=trainer.device, amp=c.amp, loss=trainer.loss,
                     ignore_index=trainer.data.ignore_index)
-    scores = run_by_leader(trainer.team, score, trainer.state.validated, trainer.data.valid, c.classes)
+    scores = trainer.lead(partial(score, trainer.state.validated, trainer.data.valid, c.classes))
     _keep_best(trainer, scores, epoch)
     return {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
 
@@ -198,27 +196,22 @@ class Result:
     folder: Path
 
 # %% ../../nbs/13_training.ipynb #c127
-def _final_metrics(trainer: Trainer) -> dict:
-    """Scores of the selected checkpoint in float32 on both splits, and everything needed to reproduce them."""
+def _write_metrics(trainer: Trainer) -> dict:
+    """Score the selected checkpoint in float32 on both splits -> what metrics.json then holds."""
     c, p, data = trainer.config, trainer.progress, trainer.data
     if c.select not in p.best:
-        raise FloatingPointError(
-            f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, under another "
-            f"name, with a lower lr (now {c.lr})"
-        )
+        raise FloatingPointError(f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, "
+                                 f"under another name, with a lower lr (now {c.lr})")
     score = partial(validate, _read_checkpoint(trainer, f"best_{c.select}"), classes=c.classes, batch=c.valid_batch,
                     device=trainer.device, ignore_index=data.ignore_index, loss=trainer.loss)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
-    constant = {
-        name: best_constant_mask(data, split, batch=c.valid_batch)
-        for name, split in (("valid", data.valid), ("test", data.test))
-        if split
-    }
+    constant = {name: best_constant_mask(data, split, batch=c.valid_batch)
+                for name, split in (("valid", data.valid), ("test", data.test)) if split}
     seconds = sum(row["seconds"] for row in p.history)
-    speed = sum(row["seconds"] * row["images_per_second"] for row in p.history) / seconds
-    waited = sum(row["seconds"] * row["waited_percent"] for row in p.history) / seconds
-    return {
+    speed, waited = (sum(row["seconds"] * row[name] for row in p.history) / seconds
+                     for name in ("images_per_second", "waited_percent"))
+    metrics = {
         "test": test,
         "test_is": "the test split" if data.test else "the validation split: this data has no test split",
         "valid": valid,
@@ -236,34 +229,37 @@ def _final_metrics(trainer: Trainer) -> dict:
         "versions": versions(),
         "config": c.to_dict(),
     }
+    with clear_disk_errors(c.folder):
+        write_text(c.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 # %% ../../nbs/13_training.ipynb #c128
+_DATA = {"classes", "size", "fold", "folds", "resize", "color", "channels", "masks", "mask_values", "ignore_value",
+         "valid_share", "seed", "cache", "progress"}  # keys that `SegmentationData.open` takes
+
+
 def open_data(config: TrainConfig) -> SegmentationData:
     """The data that a configuration names, checked and cached. `DataProblems` lists what is wrong with it."""
-    c = config
-    return SegmentationData.open(c.data, classes=c.classes, size=c.size, fold=c.fold, folds=c.folds, resize=c.resize,
-                                 color=c.color, channels=c.channels, masks=c.masks, mask_values=c.mask_values,
-                                 ignore_value=c.ignore_value,
-                                 valid_share=c.valid_share, seed=c.seed, cache=c.cache, progress=c.progress)
+    return SegmentationData.open(config.data, **config.model_dump(include=_DATA))
 
 # %% ../../nbs/13_training.ipynb #c129b
-def _refuse_unequal_shares(config: TrainConfig, team: Team) -> None:
-    """Raise ValueError unless every process of the team gets equally many images in every step."""
+def _for_team(config: TrainConfig, team: Team) -> TrainConfig:
+    """The configuration for one process of a team: the leader alone shows progress. ValueError unless every process
+    gets equally many images in every step."""
     if config.batch % team.size:
         raise ValueError(f"a batch of {config.batch} cannot be shared equally by {team.size} processes: "
                          f"choose a multiple of {team.size}")
     if team.size > 1 and not config.drop_last:
         raise ValueError(
             "drop_last=False leaves a last batch that a team may not be able to share equally: set drop_last=True")
+    return config.replace(progress=config.progress and team.leads)
 
 
-def _opened(config: TrainConfig, team: Team | None) -> SegmentationData:
-    """The data; a team's leader opens them first, who may build the cache that the others then only read."""
-    if team is None:
-        return open_data(config)
+def _opened_by_all(config: TrainConfig, team: Team) -> SegmentationData:
+    """The data, in a team. The leader opens them first: it may build the cache that the others only read."""
     opened: list[SegmentationData] = []
     team.lead(lambda: opened.append(open_data(config)))
-    return opened[0] if opened else open_data(config.replace(progress=False))
+    return opened[0] if opened else open_data(config)
 
 
 def _given_data(config: TrainConfig,
@@ -282,12 +278,12 @@ def _given_data(config: TrainConfig,
     return config.replace(data=source, channels=data.shape[0]), data
 
 
-def _write_metrics(trainer: Trainer) -> dict:
-    """Score the selected checkpoint and write metrics.json -> its content."""
-    metrics = _final_metrics(trainer)
-    with clear_disk_errors(trainer.config.folder):
-        write_text(trainer.config.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    return metrics
+def _refuse_unseen_classes(data: SegmentationData) -> None:
+    """Raise ValueError if a foreground class is in no mask of the data."""
+    found = {row[0].removesuffix(": images"): row[-1] for row in data.census.table if row[0].endswith(": images")}
+    if unseen := [name for name, images in found.items() if images == "0"]:
+        raise ValueError(f"no mask of {printable(data.name)} holds {printable(', '.join(unseen))}, which cannot be "
+                         f"learned: lower classes, now {data.classes}, or say with mask_values what each class has")
 
 # %% ../../nbs/13_training.ipynb #c131
 def _refuse_other_runs(config: TrainConfig) -> None:
@@ -325,25 +321,35 @@ def _save(trainer: Trainer, finished: bool) -> None:
     save_state(trainer)
 
 
-def _run(trainer: Trainer, asked: threading.Event) -> None:
-    """Epochs until the last one; KeyboardInterrupt after saving when it was asked to stop."""
-    p, c, team, state, begin = trainer.progress, trainer.config, trainer.team, trainer.state, time.perf_counter()
+def _run(trainer: Trainer) -> Result:
+    """Train from where the run stands to its end, and score it; KeyboardInterrupt after saving if asked to stop."""
+    p, c, state, begin = trainer.progress, trainer.config, trainer.state, time.perf_counter()
     done = p.seconds
-    while p.epoch < c.epochs and not state.stop:
-        finished = _train_epoch(trainer, asked)
-        if finished:
-            _finish_epoch(trainer)
-        p.seconds = done + time.perf_counter() - begin
-        try:
-            state.stop = run_by_leader(team, trainer.call, "after_epoch") if finished else state.stop
-        finally:  # what a callback does wrong costs no epoch
-            run_by_leader(team, _save, trainer, finished)
-        if not finished:
-            raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
-                                    "run again with resume=True to go on from there")
-    if p.history and not p.step and "valid_loss" not in p.history[-1]:  # it ended earlier than planned
-        p.history[-1] |= _validate(trainer, p.epoch)
-        run_by_leader(team, _save, trainer, True)
+    trainer.lead(partial(_write_config, c, trainer.data))
+    for sentence in trainer.data.census.warnings if trainer.team is None or trainer.team.leads else ():
+        warnings.warn(f"{c.data}: {printable(sentence)}", stacklevel=3)
+    try:
+        with stop_signals() as asked, torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
+            state.stop = trainer.lead(partial(trainer.call, "before_fit"))
+            while p.epoch < c.epochs and not state.stop:
+                finished = _train_epoch(trainer, asked)
+                if finished:
+                    _finish_epoch(trainer)
+                p.seconds = done + time.perf_counter() - begin
+                try:
+                    state.stop = trainer.lead(partial(trainer.call, "after_epoch")) if finished else state.stop
+                finally:  # what a callback does wrong costs no epoch
+                    trainer.lead(partial(_save, trainer, finished))
+                if not finished:
+                    raise KeyboardInterrupt(f"stopped in epoch {p.epoch + 1} after step {p.step}, saved in {c.folder}: "
+                                            "run again with resume=True to go on from there")
+            if p.history and not p.step and "valid_loss" not in p.history[-1]:  # it ended earlier than planned
+                p.history[-1] |= _validate(trainer, p.epoch)
+                trainer.lead(partial(_save, trainer, True))
+        state.metrics = trainer.lead(partial(_write_metrics, trainer))
+    finally:
+        trainer.call("after_fit")
+    return Result(state.metrics, c.folder / f"best_{c.select}", p.history, c.folder)
 
 # %% ../../nbs/13_training.ipynb #c139
 def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationData | Sequence[Dataset] | None = None,
@@ -374,26 +380,17 @@ def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationD
     """
     choose_device(config.device)  # refusals that cost nothing come first, and config.json after all of them
     if team is not None:
-        _refuse_unequal_shares(config, team)
+        config = _for_team(config, team)
     if data is not None:
         config, data = _given_data(config, data)
-    run_by_leader(team, _refuse_other_runs, config)
-    trainer = Trainer(config, _opened(config, team) if data is None else data, model, loss, augment, callbacks, team)
+    if team is None:
+        _refuse_other_runs(config)
+    else:
+        team.lead(partial(_refuse_other_runs, config))
+    if data is None:
+        data = open_data(config) if team is None else _opened_by_all(config, team)
+    if config.classes > 2 and config.init is None:  # init may know a class that these masks lack
+        _refuse_unseen_classes(data)
+    trainer = Trainer(config, data, model, loss, augment, callbacks, team)
     load_state(trainer)
-    return _fit(trainer)
-
-# %% ../../nbs/13_training.ipynb #2e9d22cb
-def _fit(trainer: Trainer) -> Result:
-    """Train from where the run stands to its end, and score it."""
-    config, team, state = trainer.config, trainer.team, trainer.state  # epochs: at least those that were done
-    run_by_leader(team, _write_config, config, trainer.data)
-    for sentence in trainer.data.census.warnings if team is None or team.leads else ():
-        warnings.warn(f"{config.data}: {printable(sentence)}", stacklevel=3)
-    try:
-        with stop_signals() as asked, torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
-            state.stop = run_by_leader(team, trainer.call, "before_fit")
-            _run(trainer, asked)
-        state.metrics = run_by_leader(team, _write_metrics, trainer)
-    finally:
-        trainer.call("after_fit")
-    return Result(state.metrics, config.folder / f"best_{config.select}", trainer.progress.history, config.folder)
+    return _run(trainer)

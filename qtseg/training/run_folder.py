@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
 # %% ../../nbs/reference/training_run_folder.ipynb #c084
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_then_rename(path, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def write_history(path: Path, history: Sequence[dict]) -> None:
@@ -95,12 +96,15 @@ def data_digest(data: SegmentationData, opened: int = 16) -> str:
     """What a run trains and validates on, wherever it lies: hexadecimal digits.
 
     The names of all pairs and the sizes of their files enter it, and the bytes of up to `opened` pairs of each split.
-    Of a Dataset of the user's own, only its length does: it may draw its images.
+    Of a Dataset of the user's own its length counts, and shape, type and id of its first and last pair. Their pixels do
+    not: it may draw or change its images at random.
     """
     digest = hashlib.blake2b(digest_size=16)
     for split in (data.train, data.valid):
         if data.folder is None:
-            digest.update(f"{len(split)}|".encode())
+            ends = [split[0], split[len(split) - 1]]
+            digest.update(f"{len(split)}|{[(list(image.shape), image.dtype, name) for image, _, name in ends]}|".encode(
+                errors="surrogatepass"))
             continue
         looked_into = set(np.linspace(0, len(split) - 1, min(opened, len(split))).astype(int).tolist())
         for row, (name, paths) in enumerate(zip(split.ids, split.paths)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .callbacks import Tracker
 from .config import (BEST, OPTIMIZERS, SCHEDULERS, TrainConfig, is_path, located,
                                    read_stored_config)
 from .run_folder import clear_disk_errors, read_splits, split_table
-from .trainer import Progress, Trainer, run_by_leader, step_rate
+from .trainer import Progress, Trainer, step_rate
 
 # %% auto #0
 __all__ = ['ROW', 'save_state', 'load_state']
@@ -102,7 +103,8 @@ def _sound_progress(found, trainer: Trainer) -> bool:
         return False
     p = Progress(**found)
     counted = all(type(value) is int for value in (p.epoch, p.step)) and 0 <= p.epoch and 0 <= p.step <= trainer.steps
-    return (counted and _is_number(p.seconds) and isinstance(p.notes, list) and all(isinstance(note, str) for note in p.notes)
+    return (counted and _is_number(p.seconds)
+            and isinstance(p.notes, list) and all(isinstance(note, str) for note in p.notes)
             and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set())
             and isinstance(p.history, list) and len(p.history) == p.epoch
             and all(numbers(row, ROW) for row in p.history)
@@ -159,7 +161,7 @@ def _follow_schedule(trainer: Trainer, before: int) -> None:
         group["lr"] = new
     p.notes.append(f"{before} epochs became {c.epochs} after epoch {p.epoch}: from there on the rate follows the "
                    f"{c.scheduler} curve of {c.epochs} epochs ({old:.2e} -> {new:.2e})")
-    if c.progress and (trainer.team is None or trainer.team.leads):
+    if c.progress:
         print(p.notes[-1])
 
 # %% ../../nbs/reference/training_state.ipynb #ebf64d9d
@@ -195,7 +197,7 @@ def load_state(trainer: Trainer) -> None:
         raise ValueError(f"{path} does not fit this run ({wrong}): it is damaged, or of another network, optimizer or "
                          f"version; delete {path.parent} and start again, or choose another name")
     _refuse_other_data(trainer, state)
-    run_by_leader(trainer.team, _load_callbacks, trainer, state.get("callbacks", {}))
+    trainer.lead(partial(_load_callbacks, trainer, state.get("callbacks", {})))
     for name in ("model", "optimizer", "scheduler", "scaler"):
         getattr(trainer, name).load_state_dict(state[name])
     trainer.progress = Progress(**state["progress"])

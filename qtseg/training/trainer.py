@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from ..data.dataset import Batch, network_input
 from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import confusion_counts, hard_masks
 from ..network.baselines import Baseline
+from ..network.checkpoints import init_from
 from ..network.fast import accelerate
-from ..network.model import QTSeg
+from ..network.model import QTSeg, standardize
 from .augmentation import Augmentation
 from .callbacks import FitState, ProgressBar, Tracker, require_callbacks
 from .config import OPTIMIZERS, SCHEDULERS, TrainConfig
@@ -33,8 +35,7 @@ from .run_folder import data_digest
 from .validation import evaluating, mixed_precision, require_images
 
 # %% auto #0
-__all__ = ['T', 'Progress', 'draw_seed', 'Team', 'run_by_leader', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate',
-           'Trainer']
+__all__ = ['T', 'Progress', 'draw_seed', 'Team', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate', 'Trainer']
 
 # %% ../../nbs/reference/training_trainer.ipynb #c087
 @dataclass
@@ -78,31 +79,38 @@ class Team(typing.Protocol):
         """Values on the CPU, averaged over the processes."""
 
     def lead(self, function: Callable[[], T]) -> T:
-        """Let the leader run a function; its result, or its failure, is everybody's."""
-
-
-def run_by_leader(team: Team | None, function: Callable[..., T], *arguments) -> T:
-    """Call a function. In a team the leader alone calls it, and its result, or its failure, is everybody's."""
-    return function(*arguments) if team is None else team.lead(partial(function, *arguments))
+        """Let the leader run a function; all get its result, or its failure."""
 
 # %% ../../nbs/reference/training_trainer.ipynb #c094a
 def build_network(config: TrainConfig) -> QTSeg | Baseline:
-    """The network that a configuration describes, with random weights. ValueError for names that do not fit."""
+    """The network that a configuration describes, with the random weights of its seed. ValueError for names that do
+    not fit."""
     c = config
-    if c.model != "qtseg":
-        return Baseline(c.model, c.encoder, c.classes, c.channels)
-    return QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position,
-                 c.encoder)
-
-
-def _seeded_network(config: TrainConfig) -> QTSeg | Baseline:
-    """The network with seeded weights, stored channels last, as its forward pass wants them."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = build_network(config)
+        torch.manual_seed(c.seed)
+        if c.model != "qtseg":
+            return Baseline(c.model, c.encoder, c.classes, c.channels)
+        return QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position,
+                     c.encoder)
+
+
+def _own_network(config: TrainConfig, data: SegmentationData, notes: list[str]) -> QTSeg | Baseline:
+    """The network that a run begins with. What `init` kept goes into the notes. A run that goes on has its weights."""
+    model = build_network(config).to(memory_format=torch.channels_last)  # as its forward pass wants weights
+    if config.normalize == "statistics":
+        if not data.preprocessing or not data.preprocessing.mean:
+            raise ValueError("normalize statistics needs data that SegmentationData opened: they are counted while the "
+                             "cache is built")
+        standardize(model, [data.preprocessing.mean, data.preprocessing.std])
+    if (config.folder / "resume.pt").is_file():
+        return model
     if config.encoder_weights is not None:
         model.load_encoder(config.encoder_weights, strict=False)
-    return model.to(memory_format=torch.channels_last)
+    if config.init is not None:
+        notes.append(init_from(model, config.init))
+        if config.progress:
+            print(notes[-1])
+    return model
 
 # %% ../../nbs/reference/training_trainer.ipynb #bef1ee12
 def full_name(thing: object) -> str:
@@ -116,9 +124,13 @@ def _checked_network(model: nn.Module, config: TrainConfig, shape: tuple[int, in
     name = full_name(model)
     if not isinstance(model, nn.Module) or not any(weight.requires_grad for weight in model.parameters()):
         raise ValueError(f"{name} cannot be trained: a model is an nn.Module with weights that require gradients")
-    if config.encoder_weights is not None:
-        raise ValueError(f"encoder_weights {config.encoder_weights} are for the network that the configuration "
-                         f"describes: {name} comes with its own weights")
+    for key in ("init", "encoder_weights"):
+        if getattr(config, key) is not None:
+            raise ValueError(f"{key} {getattr(config, key)} is for the network that the configuration describes: "
+                             f"{name} comes with its own weights")
+    if config.normalize == "statistics":
+        raise ValueError("normalize statistics is for the network that the configuration describes: let "
+                         f"{name} do it as its first step")
     images = torch.zeros(1, *shape, device=next(model.parameters()).device)
     with torch.no_grad(), evaluating(model):
         try:
@@ -141,26 +153,19 @@ def _freeze_norm(model: nn.Module) -> None:
             module.eval()
 
 # %% ../../nbs/reference/training_trainer.ipynb #c095
-def _trains_alone(model: nn.Module, shape: tuple[int, int, int], freeze_norm: bool) -> bool:
-    """Can the network train on one image, or would BatchNorm see one value per channel? A forward pass tells."""
-    model = copy.deepcopy(model).train()
-    if freeze_norm:
-        _freeze_norm(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            model(torch.zeros(1, *shape, device=next(model.parameters()).device))
-        except ValueError:  # BatchNorm's, or the network's own
-            return False
-    return True
-
-
-def _refuse_ignored(data: SegmentationData) -> None:
-    """Raise ValueError, before the first step, if every pixel of a part is ignored."""
+def _steps_of(config: TrainConfig, data: SegmentationData) -> int:
+    """How many steps an epoch has. ValueError, before the first one, for data that nothing can be learned from."""
     for what, split in (("training", data.train), ("validation", data.valid)):
-        parts = require_images(split, what).batches(1) if data.ignore_index is not None else ()
-        if parts and not any((part.masks != data.ignore_index).any() for part in parts):
+        require_images(split, what)
+        if data.ignore_index is not None and all((part.masks == data.ignore_index).all() for part in split.batches(1)):
             raise ValueError(f"every pixel of the {what} images in {data.folder} is ignored: label some of them, or "
                              "choose another split")
+    images = len(data.train)
+    steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
+    if not steps:
+        raise ValueError(
+            f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
+    return steps
 
 
 def _refuse_lone_images(config: TrainConfig, images: int, model: nn.Module, shape: tuple[int, int, int], processes: int,
@@ -168,14 +173,22 @@ def _refuse_lone_images(config: TrainConfig, images: int, model: nn.Module, shap
     """Raise ValueError, before the first step, if a step would hold one image that BatchNorm cannot train on alone."""
     together = processes if device.type == "cpu" else 1  # on GPUs, a team's BatchNorm sees the whole batch
     last = config.batch if config.drop_last else images % config.batch or config.batch
-    alone = "a process's share of a batch" if processes > 1 else "a batch"
-    if last < config.batch:
-        alone = "the last batch of an epoch"
-    if last > together or _trains_alone(model, shape, config.freeze_norm):
+    if last > together:
         return
-    drop = "drop_last=True, " if last < config.batch < images else ""
-    raise ValueError(f"{alone} holds one image ({images} training images, batch {config.batch}), of which BatchNorm "
-                     f"would see one value per channel at size {shape[1]}: set {drop}another batch or a larger size")
+    model = copy.deepcopy(model).train()
+    if config.freeze_norm:
+        _freeze_norm(model)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model(torch.zeros(1, *shape, device=next(model.parameters()).device))
+    except ValueError as error:  # BatchNorm's, which would see one value per channel, or the network's own
+        alone = "a process's share of a batch" if processes > 1 else "a batch"
+        if last < config.batch:
+            alone = "the last batch of an epoch"
+        drop = "drop_last=True, " if last < config.batch < images else ""
+        raise ValueError(f"{alone} holds one image ({images} training images, batch {config.batch}), of which "
+                         f"BatchNorm would see one value per channel at size {shape[1]}: set {drop}another batch or a "
+                         "larger size") from error
 
 # %% ../../nbs/reference/training_trainer.ipynb #c095x1
 class GivenAugmentation:
@@ -250,17 +263,17 @@ class Trainer:
                  team: Team | None = None):
         require_callbacks(callbacks)
         self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
-        images = len(require_images(data.train, "training"))
-        self.steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
-        if not self.steps:
-            raise ValueError(
-                f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
+        self.lead = getattr(team, "lead", operator.methodcaller("__call__"))  # one process just calls the function
+        self.steps = _steps_of(config, data)
         given = {"model": model, "loss": loss, "augment": augment}
         self.given = {name: full_name(part) for name, part in given.items() if part is not None}
         self.given["callbacks"] = [full_name(one) for one in callbacks]
-        model = _seeded_network(config) if model is None else _checked_network(model, config, data.shape)
-        _refuse_lone_images(config, images, model, data.shape, team.size if team else 1, self.device)
-        _refuse_ignored(data)
+        self.progress = Progress()
+        if model is None:
+            model = _own_network(config, data, self.progress.notes)
+        else:
+            model = _checked_network(model, config, data.shape)
+        _refuse_lone_images(config, len(data.train), model, data.shape, team.size if team else 1, self.device)
         self.model = model.to(self.device)
         if config.forms != "plain":
             accelerate(self.model)
@@ -273,7 +286,7 @@ class Trainer:
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
         self.unclaimed: dict[str, dict] = {}  # states of callbacks that are switched off
-        self.progress, self.callbacks = Progress(), []
+        self.callbacks: list[object] = []
         if team is None or team.leads:
             shown, tracked = [ProgressBar()] if config.progress else [], [Tracker()] if config.track else []
             self.callbacks = [*shown, *callbacks, *tracked]
