@@ -21,8 +21,8 @@ pytest.importorskip("pandas", reason="reports need pandas: pip install pandas")
 stats = pytest.importorskip("scipy.stats", reason="reports need scipy: pip install scipy")
 multitest = pytest.importorskip("statsmodels.stats.multitest", reason="compares with statsmodels: pip install statsmodels")
 
-from qtseg.study import (drawing, report as study_report, results as study_results, sentences as study_sentences,
-                         statistics as study_statistics, tables as study_tables)
+from qtseg.study import (drawing, report as study_report, results as study_results, statistics as study_statistics,
+                         tables as study_tables)
 
 NOTEBOOK = ROOT / "nbs/experiments/report.ipynb"
 TINY = {"width": 4, "depths": [1, 1, 1], "mlp_width": 16}
@@ -152,7 +152,7 @@ def test_runs_are_read_with_what_is_unfinished(tmp_path):
     first = frame.iloc[0]
     assert (first["study"], first["reference"], first["arm"], first["seed"], first["dice"]) == ("tiny", "qtseg", "qtseg", 1, 90.0)
     assert (first["scored_on"], first["scored_images"], first["seconds"], first["hardware"]) == ("validation", 30, 10.0, "an abacus")
-    sentence = study_sentences.caveats(frame)[0]
+    sentence = study_tables.caveats(frame)[0]
     assert "3 of 6 runs are not finished" in sentence
     assert "qtseg-seed3 (waiting), unet-seed2 (unfinished), unet-seed3 (failed: RuntimeError: no memory left)" in sentence
 
@@ -172,8 +172,8 @@ def test_every_damaged_file_is_named_at_once(tmp_path):
     (folder / "qtseg-seed3/metrics.json").write_text(text.replace('"dice": 92.0', '"dice": NaN'))
     with pytest.raises(ValueError) as error:
         study_results.read_runs(folder)
-    for words in ("qtseg-seed1/metrics.json is no JSON that can be read", "qtseg-seed2/metrics.json is damaged (it lacks test.mae",
-                  "qtseg-seed3/metrics.json is damaged (a score, a count or a time is no finite number)", "repeats this run alone"):
+    for words in ("qtseg-seed1/metrics.json is no JSON that can be read", "qtseg-seed2/metrics.json is damaged (test.mae is missing",
+                  "qtseg-seed3/metrics.json is damaged (test.dice should be a finite number, not nan)", "qtseg-seed1 to repeat this run"):
         assert words in str(error.value)
     assert "seed4" not in str(error.value)
 
@@ -203,11 +203,9 @@ def test_metrics_with_values_of_another_kind_are_refused(tmp_path, part, key, va
     metrics = json.loads((folder / "a-seed1/metrics.json").read_text())
     metrics[part] = metrics[part] | {key: value} if key else value
     (folder / "a-seed1/metrics.json").write_text(json.dumps(metrics))
-    if value is True:  # a number, after all
-        assert study_results.read_runs(folder)["iou"].tolist() == [1.0]
-    else:
-        with pytest.raises(ValueError, match="a-seed1/metrics.json is "):
-            study_results.read_runs(folder)
+    with pytest.raises(ValueError, match="a-seed1/metrics.json is damaged") as error:
+        study_results.read_runs(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_copied_run_and_a_folder_that_is_no_study_are_refused(tmp_path):
@@ -221,7 +219,7 @@ def test_a_copied_run_and_a_folder_that_is_no_study_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="study.json is missing: name the folder of a study"):
         study_results.read_runs(tmp_path)
     (folder / "study.json").write_text('{"study": "tiny", "arms": {"a": {}}, "reference": "b", "seeds": [1]}')
-    with pytest.raises(ValueError, match="reference 'b' is none of its arms"):
+    with pytest.raises(ValueError, match="reference names the arm 'b', which is not there: a"):
         study_results.read_runs(folder)
 
 
@@ -286,7 +284,7 @@ def test_doubtful_comparisons_say_so(tmp_path, reference, other, note, p):
     assert row["note"] == note and row["p"] == pytest.approx(p, nan_ok=True) == pytest.approx(row["p_holm"], nan_ok=True)
     assert study_tables.comparison_rows(table)[1][-1].startswith(note)
     assert drawing.draw_differences(table)._repr_png_().startswith(b"\x89PNG")
-    said = study_sentences.describe_differences(table)
+    said = study_tables.describe_differences(table)
     assert len(said) == 1 and ("no arm can be tested" in said[0]) == math.isnan(p)
 
 
@@ -300,7 +298,7 @@ def test_compare_refuses_what_it_cannot_mean(tmp_path):
 def test_caveats_name_what_is_unlike(tmp_path):
     folder = write_study(tmp_path, {("a", 1, 0): 90.0, ("a", 1, 1): 91.0, ("b", 1, 0): 90.0}, images={"train": 90, "valid": 10, "test": 20})
     write_run(folder / "b-seed1-fold1", "b", 1, 1, 92.0, images={"train": 80, "valid": 10, "test": 20}, epochs=8)
-    text = " ".join(study_sentences.caveats(study_results.read_runs(folder)))
+    text = " ".join(study_tables.caveats(study_results.read_runs(folder)))
     for words in ("one seed", "scored on the same test images", "arms differ in epochs (4, 8)", "arms differ in training images (90, 80)"):
         assert words in text
     assert "validation split" not in text and "pixels" not in text and "hardware" not in text
@@ -319,7 +317,7 @@ def test_costs_are_those_of_the_checkpoints(tmp_path, checkpoint):
     assert (table["latency_low"] <= table["latency_ms"]).all() and (table["latency_ms"] <= table["latency_high"]).all()
     silent = study_results.costs(frame[frame["arm"] == "a"], 64, rounds=0)
     assert silent["latency_ms"].isna().all() and set(silent["multiply_adds"]) == {study_results.multiply_adds(network, 64)}
-    assert study_tables.arm_cost_rows(silent)[1][5] == "not measured"
+    assert study_tables.cost_rows(silent)[1][5] == "not measured"
     shutil.rmtree(folder / "b-seed1/best_dice")
     with pytest.raises(FileNotFoundError, match="best_dice"):
         study_results.costs(frame, rounds=0)
@@ -354,32 +352,21 @@ def test_what_differs_of_an_equal_run_is_nothing_and_isic_counts_its_images():
     assert "1 kinds of augmentation instead of 10" in study_tables.what_differs(paper | {"operations": ["vertical_flip"]}, {"train": 900, "valid": 0, "test": 379})
 
 
-def test_latex_escapes_every_special_character():
-    rows = [["arm_1 & 2", "Dice"], ["50 % of {a}\\b^c~d #1 $", "90.00 ± 0.50"], ["a|b < c", "–"]]
-    text = study_tables.latex(rows, "100 % of it_", "tab:x")
-    for words in (r"\begin{tabular}{lr}", r"arm\_1 \& 2 & Dice \\", r"50 \% of \{a\}\textbackslash{}b\textasciicircum{}c\textasciitilde{}d \#1 \$ & 90.00 $\pm$ 0.50 \\",
-                  r"a\textbar{}b $<$ c & -- \\", r"\caption{100 \% of it\_}", r"\label{tab:x}", r"\bottomrule"):
-        assert words in text
-    assert text.count("{") == text.count("}") and text.isascii()
-    odd = study_tables.latex([["arm", "Dice"], ["[2cm] \\input{/etc/passwd}", "``a--b'' \"\x1b[2J\r\n,,"]], "", "tab:x")
-    assert r"{}[2cm] \textbackslash{}input\{/etc/passwd\} & \textasciigrave{}\textasciigrave{}a-{}-b{'}{'} {\char34}\textbackslash{}x1b[2J ,{}, \\" in odd
-
-
 def test_sentences_follow_the_numbers(tmp_path):
     dice = by_seed(a=[90.0, 90.2, 89.9], b=[80.1, 80.3, 80.1], c=[90.3, 90.1, 90.2])
     frame = study_results.read_runs(write_study(tmp_path, dice))
     summary, comparison = study_results.summarize(frame), study_results.compare(frame)
-    assert "best mean Dice is c's (90.20 ± 0.10, 3 runs), the worst b's (80.17)" in study_sentences.describe_scores(summary)[0]
-    assert "0.30 points apart (a): more than the 0.17 points between the best arm and the second, a" in study_sentences.describe_scores(summary)[0]
-    assert "the best mean MAE is c's" in study_sentences.describe_scores(summary, "mae")[0]
-    assert study_sentences.describe_scores(study_results.summarize(frame[frame["seed"] == 1]))[0] == (
+    assert "best mean Dice is c's (90.20 ± 0.10, 3 runs), the worst b's (80.17)" in study_tables.describe_scores(summary)[0]
+    assert "0.30 points apart (a): more than the 0.17 points between the best arm and the second, a" in study_tables.describe_scores(summary)[0]
+    assert "the best mean MAE is c's" in study_tables.describe_scores(summary, "mae")[0]
+    assert study_tables.describe_scores(study_results.summarize(frame[frame["seed"] == 1]))[0] == (
         "tiny: the best mean Dice is c's (90.30, 1 run), the worst b's (80.10). No arm was run twice: how far luck moves a score is unknown.")
-    said = study_sentences.describe_differences(comparison)[0]
+    said = study_tables.describe_differences(comparison)[0]
     assert "1 of 2 differences in Dice has p < 0.05 after Holm's correction: b (−9.87 [" in said and "below 0.25" in said
-    assert "all arms take 3.00 G" in study_sentences.describe_costs(summary, priced(frame))[0]
-    said = study_sentences.describe_costs(summary, priced(frame, 300_000_000, 10_000_000, 200_000_000))[0]
+    assert "all arms take 3.00 G" in study_tables.describe_costs(summary, priced(frame))[0]
+    said = study_tables.describe_costs(summary, priced(frame, 300_000_000, 10_000_000, 200_000_000))[0]
     assert "run from 10.00 M (b) to 0.300 G (a), 30.0 times as many." in said and said.split("fewer of them: ")[1].startswith("c, b.")
-    assert "to 0.110 G (a), 10 % more." in study_sentences.describe_costs(summary, priced(frame, 110_000_000, 100_000_000, 100_000_000))[0]
+    assert "to 0.110 G (a), 10 % more." in study_tables.describe_costs(summary, priced(frame, 110_000_000, 100_000_000, 100_000_000))[0]
     curves = drawing.learning_curves(frame)
     assert curves["tiny", "a"].shape == (4, 4) and curves["tiny", "a"][0].tolist() == pytest.approx([1, 90.0333 / 2, 89.9 / 2, 90.2 / 2], abs=1e-3)
     assert "between epochs 3 and 4 c rose most, by +5.64 points: training had not ended" in drawing.describe_curves(curves)[0]
@@ -389,7 +376,6 @@ def test_sentences_follow_the_numbers(tmp_path):
 
 
 FILES = {*(f"{name}.csv" for name in ("runs", "summary", "comparison", "costs", "published")),
-         *(f"{name}.tex" for name in ("summary", "comparison", "costs", "published")),
          "report.json", "report.md", "dots.png", "differences.png", "bubble.png", "curves.png"}
 
 
@@ -443,7 +429,7 @@ def test_texts_of_a_study_stay_texts_in_markdown_and_in_spreadsheets(tmp_path):
     (folder / "b-seed1/error.txt").write_text('=HYPERLINK("x") <img src=x onerror=alert(1)> \x1b[2J | [a](javascript:b)\n')
     frame = study_results.read_runs(folder)
     whole = study_report.Report("dice", frame, study_results.summarize(frame), study_results.compare(frame), priced(frame), study_tables.beside_published(frame, priced(frame)),
-                          study_sentences.caveats(frame), {"scores": study_sentences.describe_scores(study_results.summarize(frame)), "differences": [], "costs": [], "curves": []}, {})
+                          study_tables.caveats(frame), {"scores": study_tables.describe_scores(study_results.summarize(frame)), "differences": [], "costs": [], "curves": []}, {})
     study_report.write_report(whole, tmp_path / "out")
     text = (tmp_path / "out/report.md").read_text()
     assert "onerror" in text and "<img" not in text and "](" not in text and "\x1b" not in text
@@ -460,7 +446,7 @@ def test_a_single_arm_is_reported_without_comparison(tmp_path, checkpoint):
 def test_missing_library_is_one_sentence(monkeypatch, tmp_path):
     folder = write_study(tmp_path, by_seed(a=[90.0]))
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ModuleNotFoundError, match="a report needs pandas, which is not installed: pip install"):
+    with pytest.raises(ModuleNotFoundError, match="a report needs pandas: pip install pandas"):
         study_results.read_runs(folder)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .results import finished
+from .results import by_study, finished
+from .tables import NAMES, format_interval, format_number, format_operations, format_probability, format_spread
 from ..view.figures import read_history
 from ..view.pictures import class_color, new_figure, returns_figure
 
@@ -22,196 +23,112 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['NAMES', 'INKS', 'by_study', 'format_number', 'format_spread', 'format_interval', 'format_operations',
-           'format_probability', 'draw_runs', 'draw_differences', 'draw_costs', 'learning_curves', 'describe_curves',
-           'draw_learning']
-
-# %% ../../nbs/reference/study_drawing.ipynb #98601d59
-def by_study(frame: DataFrame) -> Iterable[tuple[str, DataFrame]]:
-    """Name and rows of each study, in the order of the table."""
-    return frame.groupby("study", sort=False)
-
-# %% ../../nbs/reference/study_drawing.ipynb #report059
-NAMES = {"mae": "MAE", "acc": "accuracy", "dice": "Dice", "iou": "IoU"}
-
-
-def format_number(value: float, sign: bool = False) -> str:
-    """A number for a table; nothing there is a dash."""
-    return "–" if math.isnan(value) else f"{value:{'+' if sign else ''}.2f}".replace("-", "−")
-
-
-def format_spread(mean: float, sd: float) -> str:
-    """mean ± sd; a single run has no sd, and no ± that would pretend one."""
-    return format_number(mean) + ("" if math.isnan(sd) else f" ± {sd:.2f}")
-
-
-def format_interval(low: float, high: float) -> str:
-    return "–" if math.isnan(low) else f"[{format_number(low, sign=True)}, {format_number(high, sign=True)}]"
-
-
-def format_operations(count: float) -> str:
-    """Multiply-adds, in thousand millions or millions."""
-    return f"{count / 1e9:.{2 if count >= 1e9 else 3}f} G" if count >= 1e8 else f"{count / 1e6:.2f} M"
-
-# %% ../../nbs/reference/study_drawing.ipynb #19eb886d
-def format_probability(p: float) -> str:
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+__all__ = ['draw_runs', 'draw_differences', 'draw_costs', 'learning_curves', 'describe_curves', 'draw_learning']
 
 # %% ../../nbs/reference/study_drawing.ipynb #report060
-def _panels(studies: Mapping[str, int], width: float = 7.5) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each study, as high as its number of rows asks for -> figure, axes by study."""
-    figure = new_figure(width, sum(0.9 + 0.42 * rows for rows in studies.values()))
-    panels = figure.subplots(
-        len(studies), 1, squeeze=False, height_ratios=[0.9 + 0.42 * rows for rows in studies.values()])[:, 0]
-    for axes, (study, rows) in zip(panels, studies.items()):
+def _panels(heights: Mapping[str, float], width: float = 7.5) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each study, and the panels' axes by study; heights in inches."""
+    figure, ratios = new_figure(width, sum(heights.values())), list(heights.values())
+    panels = dict(zip(heights, figure.subplots(len(heights), 1, squeeze=False, height_ratios=ratios)[:, 0]))
+    for study, axes in panels.items():
         axes.set_title(study, fontsize=10, loc="left")
-        axes.set_ylim(rows - 0.4, -0.6)  # the first arm on top
-        axes.grid(axis="x", alpha=0.3)
-    return figure, dict(zip(studies, panels))
+        axes.grid(alpha=0.3)
+    return figure, panels
 
 
-INKS = (7, 2, 3, 5, 6, 1, 4)  # classes whose colors are taken in turn: yellow, which white paper swallows, comes last
+def _row_panels(rows: Mapping[str, list[str]], width: float = 7.5) -> tuple[Figure, dict[str, Axes]]:
+    """Panels with a line for each arm, the first on top."""
+    figure, panels = _panels({study: 0.9 + 0.42 * len(arms) for study, arms in rows.items()}, width)
+    for study, axes in panels.items():
+        axes.set_yticks(range(len(rows[study])), rows[study])
+        axes.set_ylim(len(rows[study]) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+    return figure, panels
 
 
 def _ink(place: int) -> tuple[float, ...]:
-    """The color of the place-th arm or fold, dark enough for white paper: 0 to 1."""
-    return tuple(0.85 * part / 255 for part in class_color(INKS[place % len(INKS)]))
-
-
-@returns_figure
-def draw_runs(frame: DataFrame, measure: str = "dice") -> Figure:
-    """Every finished run as a dot, lines between those of one seed and fold, mean ± sd in black -> a figure, a panel a
-    study.
-
-    Dots have the color of their fold, where there are several. Percent. ValueError if no run is finished.
-    """
-    done = finished(frame)
-    figure, panels = _panels({study: rows["arm"].nunique() for study, rows in by_study(done)})
-    for study, rows in by_study(done):
-        _strip(panels[study], rows.assign(fold=rows["fold"].fillna(0).astype(int)), measure)
-    return figure
+    """The color of the place-th arm or fold, dark enough for white paper: 0 to 1. Yellow comes last."""
+    return tuple(0.85 * part / 255 for part in class_color((7, 2, 3, 5, 6, 1, 4)[place % 7]))
 
 # %% ../../nbs/reference/study_drawing.ipynb #report061
-def _strip(axes: Axes, rows: DataFrame, measure: str) -> None:
-    """Draw the runs of one study, an arm a line."""
-    arms, folds = list(dict.fromkeys(rows["arm"])), sorted(set(rows["fold"]))
-    pairs = sorted(set(zip(rows["fold"], rows["seed"])))
-    named = dict.fromkeys(folds) if len(folds) > 1 else {}  # folds whose name the legend still lacks
-    for place, (fold, seed) in enumerate(pairs):
-        same = rows[(rows["fold"] == fold) & (rows["seed"] == seed)]
-        # a little lower for every pair
-        heights = [arms.index(arm) + 0.3 * (place + 0.5) / len(pairs) for arm in same["arm"]]
-        color = _ink(folds.index(fold))
-        axes.plot(same[measure], heights, color=color, linewidth=0.6, alpha=0.5)
-        axes.scatter(
-            same[measure], heights, s=16, color=color, zorder=3, label=f"fold {fold}" if fold in named else None)
-        named.pop(fold, None)
-    for place, arm in enumerate(arms):
-        values = rows.loc[rows["arm"] == arm, measure]
-        axes.errorbar(
-            values.mean(), place - 0.18, xerr=values.std() if len(values) > 1 else None, fmt="D", color="black",
-            markersize=4, capsize=3, label="mean ± sd" if place == 0 else None)
-    axes.set_yticks(range(len(arms)), arms)
-    axes.set_xlabel(f"{NAMES[measure]}, percent")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+@returns_figure
+def draw_runs(frame: DataFrame, measure: str = "dice") -> Figure:
+    """Every finished run as a dot in its fold's color, lines between those of one seed and fold, mean ± sd in black.
+
+    A panel a study, percent. ValueError if no run is finished.
+    """
+    done = finished(frame).assign(fold=finished(frame)["fold"].fillna(0).astype(int))
+    arms = {study: list(dict.fromkeys(rows["arm"])) for study, rows in by_study(done)}
+    figure, panels = _row_panels(arms)
+    for study, rows in by_study(done):
+        axes, folds, pairs = panels[study], sorted(set(rows["fold"])), rows.groupby(["fold", "seed"])
+        for place, ((fold, _), same) in enumerate(pairs):
+            heights = [arms[study].index(arm) + 0.3 * (place + 0.5) / len(pairs) for arm in same["arm"]]
+            first = len(folds) > 1 and f"fold {fold}" not in axes.get_legend_handles_labels()[1]
+            axes.plot(same[measure], heights, ".-", color=_ink(folds.index(fold)), linewidth=0.6, markersize=8,
+                      label=f"fold {fold}" if first else None)
+        for place, arm in enumerate(arms[study]):
+            values = rows.loc[rows["arm"] == arm, measure]
+            axes.errorbar(values.mean(), place - 0.18, xerr=values.std() if len(values) > 1 else None, fmt="D",
+                          color="black", markersize=4, capsize=3, label="mean ± sd" if place == 0 else None)
+        axes.set_xlabel(f"{NAMES[measure]}, percent")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
 
 # %% ../../nbs/reference/study_drawing.ipynb #report064
 @returns_figure
 def draw_differences(comparison: DataFrame) -> Figure:
-    """The differences of `compare` with their 95 % intervals, numbers beside them -> a figure, a panel a study.
+    """The differences of `compare` with their 95 % intervals, numbers beside them: a panel a study.
 
-    An interval that leaves the panel ends in an arrow; a difference without an interval is a hollow dot.
+    A difference without an interval is a hollow dot.
     """
-    figure, panels = _panels({study: len(rows) for study, rows in by_study(comparison)}, width=8)
+    figure, panels = _row_panels({study: list(rows["arm"]) for study, rows in by_study(comparison)}, width=9)
     for study, rows in by_study(comparison):
         axes, first = panels[study], rows.iloc[0]
         bounds = rows.loc[rows["n"] > 2, ["low", "high"]].abs().max().max()
         limit = 1.1 * np.nanmax([bounds, 1.5 * rows["difference"].abs().max(), 0.1])
         for place, row in enumerate(rows.itertuples()):
-            _whisker(axes, place, row, limit)
+            axes.plot([row.low, row.high], [place, place], color=_ink(0), linewidth=2, solid_capstyle="butt")
+            axes.plot(row.difference, place, "o", color=_ink(3),
+                      markerfacecolor="white" if math.isnan(row.low) else _ink(3))
+            numbers = (f"{format_number(row.difference, sign=True)} {format_interval(row.low, row.high)}, n = {row.n}, "
+                       f"p {format_probability(row.p_holm)}")
+            axes.annotate(numbers, (1, place), (8, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                          fontsize=8, va="center", annotation_clip=False)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), rows["arm"])
+        axes.set_title(f"{study} (95 % intervals; p by Holm)", fontsize=10, loc="left")
         axes.set(xlim=(-limit, limit), xlabel=f"{NAMES[first['measure']]} − that of {first['reference']}, points")
-        _beside(axes, -0.75, ("mean", "95 % interval", "n", "p (Holm)"))
     return figure
-
-# %% ../../nbs/reference/study_drawing.ipynb #6e4059d2
-def _whisker(axes: Axes, place: int, row: tuple, limit: float) -> None:
-    """One difference: dot, interval, numbers."""
-    known = not math.isnan(row.low)
-    if known:
-        axes.plot(
-            np.clip([row.low, row.high], -limit, limit), [place, place], color=_ink(0), linewidth=2,
-            solid_capstyle="butt")
-        for end, marker in ((row.low, "<"), (row.high, ">")):
-            if abs(end) > limit:
-                axes.plot(math.copysign(0.985 * limit, end), place, marker, color=_ink(0), markersize=6)
-    axes.plot(
-        row.difference, place, "o", color=_ink(3), markerfacecolor=_ink(3) if known else "white", markersize=6, zorder=3
-    )
-    numbers = (
-        format_number(row.difference, sign=True), format_interval(row.low, row.high), str(row.n),
-        format_probability(row.p_holm))
-    _beside(axes, place, numbers)
-
-
-def _beside(axes: Axes, place: float, texts: Sequence[str]) -> None:
-    """Four texts in columns to the right of the panel."""
-    for points, text in zip((8, 46, 122, 142), texts):
-        axes.annotate(
-            text, (1, place), (points, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8,
-            va="center", annotation_clip=False)
 
 # %% ../../nbs/reference/study_drawing.ipynb #report067
 @returns_figure
 def draw_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> Figure:
-    """Mean score against multiply-adds, the bubble's area its latency: tables of `summarize` and `costs` -> a figure.
+    """Mean score against multiply-adds, the bubble's area its latency, from `summarize` and `costs`: a panel a study.
 
-    A panel a study; bars are ± sd over runs; the legend gives each bubble's numbers. Without latencies all bubbles are
-    alike.
+    Bars are ± sd over runs; the legend gives each bubble's numbers. Without latencies all bubbles are alike.
     """
-    arms = summary.merge(table, on=["study", "arm"], validate="one_to_one")
-    slowest = arms["latency_ms"].max()
-    heights = [max(3.4, 1.2 + 0.2 * len(rows)) for _, rows in by_study(arms)]
-    figure = new_figure(8, sum(heights))
-    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (study, rows) in zip(panels, by_study(arms)):
-        unit, name = (1e9, "thousand millions (G)") if rows["multiply_adds"].max() >= 1e8 else (1e6, "millions (M)")
-        for place, (_, row) in enumerate(rows.iterrows()):
-            _bubble(axes, place, row["multiply_adds"] / unit, row, measure, slowest)
-        if rows["multiply_adds"].max() > 5 * rows["multiply_adds"].min():
-            _log_axis(axes)
-        axes.margins(0.2)
-        axes.set(xlabel=f"multiply-adds per image, {name}", ylabel=f"mean {NAMES[measure]}, percent")
+    merged = summary.merge(table, on=["study", "arm"], validate="one_to_one")
+    slowest = merged["latency_ms"].max()
+    figure, panels = _panels({study: max(3.4, 1.2 + 0.2 * len(rows)) for study, rows in by_study(merged)}, width=8)
+    for study, rows in by_study(merged):
+        axes, adds = panels[study], rows["multiply_adds"]
+        unit, name = (1e9, "thousand millions (G)") if adds.max() >= 1e8 else (1e6, "millions (M)")
+        for place, row in enumerate(rows.to_dict("records")):
+            x, mean, sd = row["multiply_adds"] / unit, row[f"{measure}_mean"], row[f"{measure}_sd"]
+            label = f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {format_operations(row['multiply_adds'])}"
+            area, latency = (200, "") if math.isnan(slowest) else (
+                1200 * row["latency_ms"] / slowest, f", {row['latency_ms']:.1f} ms")
+            axes.errorbar(x, mean, yerr=None if math.isnan(sd) else sd, fmt=".", color=_ink(place), label=label + latency)
+            axes.scatter(x, mean, s=area, color=_ink(place), alpha=0.4, zorder=2 - 0.01 * place)
+            corner = ((4, 3), (-9, 3), (4, -10), (-9, -10))[place % 4]  # for arms of equal cost and score
+            axes.annotate(str(place + 1), (x, mean), corner, textcoords="offset points", fontsize=8, zorder=4)
         axes.set_title(f"{study}; " + ("latency not measured" if math.isnan(slowest) else
                                        f"area: latency on {rows['device'].iloc[0]}"), fontsize=9, loc="left")
-        axes.grid(alpha=0.3)
+        axes.margins(0.2)
+        axes.set(xlabel=f"multiply-adds per image, {name}", ylabel=f"mean {NAMES[measure]}, percent",
+                 xscale="log" if adds.max() > 5 * adds.min() else "linear")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
-
-# %% ../../nbs/reference/study_drawing.ipynb #report068
-def _log_axis(axes: Axes) -> None:
-    """A logarithmic x axis whose ticks read 1, 2, 5, 10."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _bubble(axes: Axes, place: int, cost: float, row: Mapping, measure: str, slowest: float) -> None:
-    """One arm at its cost and mean score, numbered, with its entry in the legend."""
-    mean, sd, known = row[f"{measure}_mean"], row[f"{measure}_sd"], not math.isnan(slowest)
-    latency = f", {row['latency_ms']:.1f} ms" if known else ""
-    axes.errorbar(cost, mean, yerr=None if math.isnan(sd) else sd, color="#777777", linewidth=0.8)
-    axes.scatter(cost, mean, s=1200 * row["latency_ms"] / slowest if known else 200, color=_ink(place), alpha=0.4,
-                 zorder=2 - 0.01 * place)
-    operations = format_operations(row["multiply_adds"])
-    axes.plot(cost, mean, ".", color=_ink(place), zorder=3,
-              label=f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {operations}{latency}")
-    corner = ((4, 3), (-9, 3), (4, -10), (-9, -10))[place % 4]  # arms of equal cost and score keep their numbers apart
-    axes.annotate(str(place + 1), (cost, mean), corner, textcoords="offset points", fontsize=8, zorder=4)
 
 # %% ../../nbs/reference/study_drawing.ipynb #report071
 def learning_curves(frame: DataFrame, measure: str = "dice") -> dict[tuple[str, str], np.ndarray]:
@@ -254,19 +171,15 @@ def describe_curves(curves: Mapping[tuple[str, str], np.ndarray]) -> list[str]:
 # %% ../../nbs/reference/study_drawing.ipynb #report072
 @returns_figure
 def draw_learning(curves: Mapping[tuple[str, str], np.ndarray], measure: str = "dice") -> Figure:
-    """Curves of `learning_curves`: an arm's mean as a line, least to greatest as a band -> a figure, a panel a
-    study."""
-    studies = list(dict.fromkeys(study for study, _ in curves))
-    figure = new_figure(7.5, 3.2 * len(studies))
-    for axes, study in zip(figure.subplots(len(studies), 1, squeeze=False)[:, 0], studies):
-        for place, ((_, arm), curve) in enumerate(item for item in curves.items() if item[0][0] == study):
+    """Curves of `learning_curves`: an arm's mean as a line, least to greatest as a band: a panel a study."""
+    figure, panels = _panels(dict.fromkeys((study for study, _ in curves), 3.2))
+    for study, axes in panels.items():
+        for place, (arm, curve) in enumerate((arm, curve) for (other, arm), curve in curves.items() if other == study):
             epochs, mean, least, most = curve.T
-            style = {"color": _ink(place), "linestyle": ("-", "--", ":")[place // 7 % 3]}
-            axes.plot(epochs, mean, label=arm, marker="." if len(curve) < 20 else None, **style)
-            axes.fill_between(epochs, least, most, color=style["color"], alpha=0.12, linewidth=0)
+            axes.plot(epochs, mean, label=arm, marker="." if len(curve) < 20 else None, color=_ink(place),
+                      linestyle=("-", "--", ":")[place // 7 % 3])
+            axes.fill_between(epochs, least, most, color=_ink(place), alpha=0.12, linewidth=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title(study, fontsize=10, loc="left")
         axes.set(xlabel="epoch", ylabel=f"{NAMES[measure]} on the validation split")
-        axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError,
+                      model_validator)
 
 from ..files.text import read_json
 from ..files.yaml import read_yaml
@@ -23,7 +24,7 @@ from ..training.config import RESUMABLE, TrainConfig, shown_value
 
 # %% auto #0
 __all__ = ['MOST_ARMS', 'MOST_RUNS', 'LARGEST_SEED', 'FolderName', 'Number', 'Numbers', 'Run', 'grid_arms', 'Study',
-           'first_problems', 'validation_problems', 'parse_study', 'read_study']
+           'first_problems', 'validation_problems', 'read_checked', 'read_study']
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments012
 MOST_ARMS, MOST_RUNS, LARGEST_SEED = 1000, 10_000, 2**63 - 1
@@ -42,11 +43,11 @@ def _distinct(numbers: list[int]) -> list[int]:
 
 
 FolderName = Annotated[str, AfterValidator(_named)]  # of one folder, on every system
-Number = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Number = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED)]
 Numbers = Annotated[list[Number], AfterValidator(_distinct)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Run:
     """One run of a study: an arm, trained once from this seed and, where the study has folds, on this fold."""
 
@@ -185,12 +186,15 @@ def validation_problems(error: ValidationError) -> str:
     return first_problems(found)
 
 
-def parse_study(values: Mapping, source: str | os.PathLike = "this mapping") -> Study:
-    """A study from plain values; `source` is what an error names. Its arms' configurations are not checked."""
+def read_checked(kind: type, path: Path, remedy: str) -> Any:
+    """A JSON file as `kind`, which pydantic checks. ValueError names the file, what is wrong, and the remedy."""
     try:
-        return Study.model_validate(dict(values))
+        return TypeAdapter(kind).validate_python(read_json(path))
     except ValidationError as error:
-        raise ValueError(f"{source} is no study: {validation_problems(error)}") from None
+        said = f"{path} is damaged ({validation_problems(error)})"
+    except ValueError as error:
+        said = str(error)
+    raise ValueError(f"{said}: {remedy}")
 
 
 def read_study(source: str | os.PathLike | Mapping) -> Study:
@@ -204,9 +208,13 @@ def read_study(source: str | os.PathLike | Mapping) -> Study:
         FileNotFoundError: no such file.
     """
     if isinstance(source, Mapping):
-        study, source = parse_study(source), "this mapping"
+        values, source = dict(source), "this mapping"
     else:
-        study = parse_study((read_json if Path(source).suffix == ".json" else read_yaml)(source), source)
+        values = (read_json if Path(source).suffix == ".json" else read_yaml)(source)
+    try:
+        study = Study.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{source} is no study: {validation_problems(error)}") from None
     problems, first = [], {}
     for arm in study.arms:
         try:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.tables import markdown, replaced_results, require_replaceable
+from ..files.optional import import_optional
 from ..files.text import csv_cell, escape
-from .drawing import (NAMES, by_study, describe_curves, draw_costs, draw_differences, draw_learning,
-                                 draw_runs, learning_curves)
-from .results import compare, costs, distinct_values, read_runs, summarize
-from .sentences import caveats, describe_costs, describe_differences, describe_scores
-from .statistics import report_library
-from .tables import (arm_cost_rows, beside_published, comparison_rows, latex, published_rows,
-                                summary_rows)
+from .drawing import (describe_curves, draw_costs, draw_differences, draw_learning, draw_runs,
+                                 learning_curves)
+from .results import by_study, compare, costs, distinct_values, read_runs, summarize
+from .tables import (NAMES, beside_published, caveats, comparison_rows, cost_rows, describe_costs,
+                                describe_differences, describe_scores, published_rows, summary_rows)
 from ..training.hardware import versions
 
 if TYPE_CHECKING:
@@ -47,23 +46,17 @@ class Report:
 
     def tables(self) -> dict[str, tuple[list[list[str]], str]]:
         """Rows and caption of each table for print."""
-        name = NAMES[self.measure]
         return {
-            "summary": (
-                summary_rows(self.summary), "Scores in percent, mean ± standard deviation over seeds and folds."),
-            "comparison": (
-                comparison_rows(self.comparison),
-                f"Paired differences in {name}, points; t intervals, variance "
-                "corrected for overlapping folds (Nadeau and Bengio 2003); p-values also corrected by Holm.",
-            ),
-            "costs": (
-                arm_cost_rows(self.costs),
-                "Cost of one image: multiply-adds of convolutions and matrix products; "
-                "latency in float32 at batch 1, all networks interleaved in one process.",
-            ),
-            "published": (
-                published_rows(self.published), "Published results (arXiv 2412.17241) and these runs, percent."),
-        }
+            "summary": (summary_rows(self.summary),
+                        "Scores in percent, mean ± standard deviation over seeds and folds."),
+            "comparison": (comparison_rows(self.comparison),
+                           f"Paired differences in {NAMES[self.measure]}, points; t intervals, variance corrected for "
+                           "overlapping folds (Nadeau and Bengio 2003); p-values also corrected by Holm."),
+            "costs": (cost_rows(self.costs),
+                      "Cost of one image: multiply-adds of convolutions and matrix products; latency in float32 at "
+                      "batch 1, all networks interleaved in one process."),
+            "published": (published_rows(self.published),
+                          "Published results (arXiv 2412.17241) and these runs, percent.")}
 
 # %% ../../nbs/reference/study_report.ipynb #report093
 def build_report(
@@ -82,7 +75,7 @@ def build_report(
     Raises:
         ValueError: damaged files; and what `compare` and `costs` raise.
     """
-    runs, pandas = read_runs(studies), report_library("pandas")
+    runs, pandas = read_runs(studies), import_optional("pandas", "a report")
     summary, table, curves = (
         summarize(runs), costs(runs, size, rounds=rounds, device=device), learning_curves(runs, measure))
     parts = [compare(rows, reference, measure) for study, rows in by_study(runs) if study in set(summary["study"])]
@@ -114,40 +107,30 @@ def report_markdown(report: Report) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/reference/study_report.ipynb #report095
-def _records(table: DataFrame) -> list[dict]:
-    """Rows as JSON knows them: NaN becomes null."""
-    return json.loads(table.to_json(orient="records", double_precision=15))
-
-
-def _harmless(table: DataFrame) -> DataFrame:
-    """A table whose texts do nothing in a spreadsheet."""
-    numeric = report_library("pandas").api.types.is_numeric_dtype
-    return table.assign(**{name: column.map(csv_cell) for name, column in table.items() if not numeric(column)})
-
-
 def write_report(report: Report, output: str | os.PathLike) -> Path:
     """Write a report into a folder, whole or not at all; an earlier report's files are replaced, all others stay.
 
     Args:
         report: of `build_report`
-        output: the folder; it gets runs, summary, comparison, costs and published .csv, the last four as .tex too,
-            report.json, report.md, and each figure as NAME.png
+        output: the folder; it gets runs, summary, comparison, costs and published .csv, report.json, report.md, and
+            each figure as NAME.png
     Returns:
         the folder
     Raises:
         FileExistsError: the folder holds other files and no report
         OSError: it cannot be written
     """
-    folder = Path(output)
+    folder, numeric = Path(output), import_optional("pandas", "a report").api.types.is_numeric_dtype
     require_replaceable(folder, "report.json")
     frames = {name: getattr(report, name) for name in ("runs", "summary", "comparison", "costs", "published")}
-    everything = {"measure": report.measure, **{name: _records(table) for name, table in frames.items()},
-                  "sentences": report.sentences, "caveats": report.caveats, "versions": versions()}
+    everything = {  # by way of to_json: NaN becomes null
+        "measure": report.measure,
+        **{name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in frames.items()},
+        "sentences": report.sentences, "caveats": report.caveats, "versions": versions()}
     with replaced_results(folder, "report.json") as private:
         for name, table in frames.items():
-            _harmless(table).to_csv(private / f"{name}.csv", index=False, lineterminator="\n")
-        for name, (rows, caption) in report.tables().items():
-            (private / f"{name}.tex").write_text(latex(rows, caption, f"tab:{name}"), encoding="utf-8")
+            texts = {column: values.map(csv_cell) for column, values in table.items() if not numeric(values)}
+            table.assign(**texts).to_csv(private / f"{name}.csv", index=False, lineterminator="\n")
         for name, figure in report.figures.items():
             figure.savefig(private / f"{name}.png")
         (private / "report.md").write_text(report_markdown(report), encoding="utf-8")

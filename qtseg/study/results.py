@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 # %% auto #0
-__all__ = ['COLUMNS', 'read_runs', 'distinct_values', 'finished', 'summarize', 'run_name', 'compare', 'costs']
+__all__ = ['COLUMNS', 'read_runs', 'distinct_values', 'finished', 'by_study', 'summarize', 'run_name', 'compare', 'costs']
 
 # %% ../../nbs/reference/study_results.ipynb #report040
 def _run_folders(folder: Path) -> tuple[Study, dict[Run, Path]]:
-    """A study, and where each run lies: all that it plans, in its order, then any other that has a run.json."""
+    """A study, and where each run lies: all that it plans, arm by arm, then any other that has a run.json."""
     path, found = folder / "study.json", {}
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name the folder of a study, RUNS/STUDY, that qtseg study wrote")
@@ -44,7 +44,8 @@ def _run_folders(folder: Path) -> tuple[Study, dict[Run, Path]]:
         if run in found:
             raise ValueError(f"{found[run]} and {path.parent} both call themselves {run.name}: delete the copy")
         found[run] = path.parent
-    return study, {run: folder / run.name for run in study.runs()} | found
+    planned = sorted(study.runs(), key=lambda run: [*study.arms].index(run.arm))
+    return study, {run: folder / run.name for run in planned} | found
 
 
 def _row(run: Run, folder: Path) -> dict:
@@ -113,6 +114,11 @@ def finished(frame: DataFrame) -> DataFrame:
         raise ValueError(f"none of the {len(frame)} runs of {distinct_values(frame['study'])} is finished: there is "
                          "nothing to report")
     return done
+
+
+def by_study(frame: DataFrame) -> Iterable[tuple[str, DataFrame]]:
+    """Name and rows of each study, in the order of the table."""
+    return frame.groupby("study", sort=False)
 
 # %% ../../nbs/reference/study_results.ipynb #report046
 def summarize(frame: DataFrame) -> DataFrame:

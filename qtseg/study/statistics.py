@@ -5,38 +5,21 @@
 # %% ../../nbs/reference/study_statistics.ipynb #63852450
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-# %% auto #0
-__all__ = ['MOST_FLIPS', 'report_library', 'Paired', 'paired_interval', 'sign_flip_p', 'holm']
+from ..files.optional import import_optional
 
-# %% ../../nbs/reference/study_statistics.ipynb #report020
-def report_library(module: str):
-    """Import what only reports need, when they need it; ModuleNotFoundError with the remedy where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"a report needs {error.name}, which is not installed: "
-                                  "pip install matplotlib pandas scipy") from None
+# %% auto #0
+__all__ = ['MOST_FLIPS', 'Paired', 'paired_interval', 'sign_flip_p', 'holm']
 
 # %% ../../nbs/reference/study_statistics.ipynb #report021
-@dataclass(frozen=True)
-class Paired:
-    """The mean of paired differences.
-
-    Attributes:
-        n: differences.
-        mean: of the differences.
-        sd: their standard deviation (n - 1).
-        low: the interval's lower end.
-        high: its upper end.
-        p: of the test of no difference.
-    """
+class Paired(NamedTuple):
+    """The mean of n paired differences, their standard deviation (n - 1), the ends of the interval, and p of no
+    difference."""
 
     n: int
     mean: float
@@ -71,7 +54,7 @@ def paired_interval(differences: Sequence[float], overlap: float = 0.0, level: f
     n, mean = values.size, float(values.mean())
     if n == 1:
         return Paired(1, mean, math.nan, math.nan, math.nan, math.nan)
-    student, sd = report_library("scipy.stats").t(n - 1), float(values.std(ddof=1))
+    student, sd = import_optional("scipy.stats", "a report").t(n - 1), float(values.std(ddof=1))
     if sd <= 1e-9:  # percent: what remains is rounding
         return Paired(n, mean, 0.0, *((mean, mean, 1.0) if abs(mean) <= 1e-9 else (math.nan,) * 3))
     error = sd * math.sqrt(1 / n + overlap)
