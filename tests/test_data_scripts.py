@@ -333,7 +333,7 @@ def test_isic_downloads_then_prepares_then_does_nothing(monkeypatch, tmp_path, c
     assert asked == [f"{sets.ISIC_BUCKET}/2016/{name}" for name in sets.isic_archives(2016)]
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["downloads"]
     out = prepared()
-    assert "train  valid  test  sum" in out and "contact_sheet.png" in out and len(asked) == 8
+    assert re.search("train +valid +test +all", out) and "contact_sheet.png" in out and len(asked) == 8
     assert "prepared already" in prepared() and len(asked) == 8
     prepared(force=True)
     assert len(asked) == 12 and {path.name for path in (tmp_path / "data").iterdir()} == {"downloads", "isic2016"}
@@ -570,7 +570,7 @@ def test_own_what_masks_may_be_called(tmp_path, image, mask, masks):
 
 def test_own_masks_of_ignored_pixels_only(tmp_path):
     folder = own_run(painted(tmp_path, lambda mask, i: ignoring(mask, i) * 0 + 255 if i < 2 else ignoring(mask, i)), "--ignore", "255")
-    assert any("2 masks hold ignored pixels only, and count nowhere: x0, x1" in note for note in description(folder)["notes"])
+    assert any("2 masks hold ignored pixels only" in note and "(x0, x1)" in note for note in description(folder)["notes"])
     data = SegmentationData.from_prepared(folder, size=64, progress=False, cache=tmp_path / "cache")
     assert data.ignore_index == 255 and any("2 masks hold ignored pixels only" in warning for warning in data.census.warnings)
 
@@ -628,7 +628,7 @@ def test_own_masks_with_ignored_pixels(tmp_path, arguments):
     for i, row in enumerate(rows(folder).values()):
         assert np.array_equal(stored(folder, row), ignoring(np.asarray(phantom("endoscopy", i, 64)[1]), i))
     said = description(folder)
-    assert said["ignore"] == 255 and "6 with ignored pixels" in said["summary"][-1]
+    assert said["ignore"] == 255 and any("ignored: % of pixels" in line for line in said["summary"])
     assert bool(arguments) != any("255" in note and "--ignore 255" in note for note in said["notes"])
     data = SegmentationData.from_prepared(folder, size=64, progress=False, cache=tmp_path / "cache")
     assert data.ignore_index == 255

@@ -7,16 +7,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .cache import Cache, identical_files
-from .layout import Survey
+from .reading import value_span
+from ..files.pictures import Picture
 from ..files.text import first_names, printable
 
 # %% auto #0
-__all__ = ['Census', 'inverted', 'take_census']
+__all__ = ['ENTRY', 'ALWAYS_TRAIN', 'file_facts', 'identical_files', 'Census', 'inverted', 'take_census']
+
+# %% ../../nbs/reference/data_census.ipynb #data148a
+ENTRY = [  # what is noted of each pair; then the pixels per class, and what else the caller notes
+    ("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
+    ("span", "u2"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"),
+    ("ignored", "u8")]
+ALWAYS_TRAIN = "always train"  # the part of images that are in no fold
+
+
+def file_facts(picture: Picture) -> dict:
+    """Describe a decoded image file by the names of ENTRY."""
+    values, deep = picture.values, picture.values.dtype == np.uint16
+    return {"hash": picture.digest, "height": values.shape[0], "width": values.shape[1], "bits": picture.bits,
+            "deep": deep, "low": int(values.min()), "high": int(values.max()), "frames": picture.frames,
+            "turned": picture.turned, "span": value_span(values) if deep else 0}
+
+
+def identical_files(hashes: Sequence[str]) -> list[list[int]]:
+    """Rows whose image files are identical, byte for byte; one list per such picture. A file without a hash has no
+    twin."""
+    where: dict[str, list[int]] = {}
+    for row, digest in enumerate(hashes):
+        where.setdefault(digest or f"unreadable {row}", []).append(row)
+    return [rows for rows in where.values() if len(rows) > 1]
 
 # %% ../../nbs/reference/data_census.ipynb #data148c
 @dataclass
@@ -32,19 +56,32 @@ class Census:
 
     def to_dict(self) -> dict:
         """The same for JSON."""
-        return {"table": self.table, "warnings": self.warnings}
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """The table in lines."""
+        names, numbers = max(len(row[0]) for row in self.table), max(map(len, self.table[0]))
+        return "\n".join(row[0].ljust(names) + "".join(f"  {cell:>{numbers}}" if cell or row[-1].isdigit() else ""
+                                                       for cell in row[1:]) for row in self.table)
 
 
-def _counts_by_split(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
-    """Rows of the table that have a number for each split: images, empty and full masks, classes."""
+def _counts(
+    records: Sequence, entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
+    """Rows of the table that have a number for each part: images, patients, strata, empty and full masks, classes."""
     pixels, sizes = entries["pixels"].astype(np.float64), entries["height"].astype(np.float64) * entries["width"]
     empty, full = pixels[:, 1:].sum(axis=1) == 0, pixels[:, 0] == 0
-    counted = {"images": np.ones(len(entries), bool), "empty masks": empty & ~full, "full masks": full & ~empty}
+    strata = np.array([printable(record.stratum) for record in records])
+    counted = {"images": np.ones(len(entries), bool)}
+    counted |= {f"  {stratum}": strata == stratum for stratum in sorted(set(strata.tolist()) - {""})}
+    counted |= {"empty masks": empty & ~full, "full masks": full & ~empty}
     counted |= {"ignored altogether": empty & full} if (empty & full).any() else {}
     counted |= {f"{name}: images": pixels[:, index] > 0 for index, name in enumerate(names) if index}
     groups = [*parts.values(), [row for rows in parts.values() for row in rows]]
     table = [["", *parts, "all"]] + [
         [name, *(str(int(values[rows].sum())) for rows in groups)] for name, values in counted.items()]
+    patients = [len({records[row].patient for row in rows} - {""}) for rows in groups]
+    if any(patients):
+        table.insert(2, ["patients", *map(str, patients)])
     shares = {f"{name}: % of pixels": pixels[:, index] for index, name in enumerate(names) if index}
     if entries["ignored"].any():
         shares["ignored: % of pixels"] = entries["ignored"].astype(np.float64)
@@ -54,7 +91,7 @@ def _counts_by_split(entries: np.ndarray, parts: dict[str, list[int]], names: Se
     return table
 
 # %% ../../nbs/reference/data_census.ipynb #data148cp
-def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
+def _facts(entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Rows of the table that have one text for the whole set."""
     sizes = Counter(zip(entries["width"].tolist(), entries["height"].tolist()))
     ordered, (often, times) = sorted(sizes, key=lambda size: (size[0] * size[1], size)), sizes.most_common(1)[0]
@@ -71,37 +108,31 @@ def _facts(survey: Survey, entries: np.ndarray, white: int) -> dict[str, str]:
         facts["pages or frames"] = f"{(several > 1).sum()} files with up to {several.max()}; the first of each is read"
     if (entries["turned"] | entries["mask_turned"]).any():
         facts["turned by EXIF"] = f"{(entries['turned'] > 0).sum()} images, {(entries['mask_turned'] > 0).sum()} masks"
-    if survey.passed:
-        facts["passed over"] = (
-            f"{len(survey.passed)}: {first_names([f'{name} ({reason})' for name, reason in survey.passed], 6)}")
+    if passed:
+        facts["passed over"] = f"{len(passed)}: {first_names([f'{name} ({reason})' for name, reason in passed], 6)}"
     return facts
 
 # %% ../../nbs/reference/data_census.ipynb #data148d
 def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[str]:
-    """Sentences about classes that are missing, in the whole set or in a split."""
-    pixels, found = entries["pixels"], []
-    found += [
-        f"every pixel of {part} is ignored: there is nothing to learn from, or to score"
-        for part, rows in parts.items()
-        if rows and not pixels[rows].any()
-    ]
+    """Sentences about classes that are missing, in the whole set or in a part."""
+    pixels = entries["pixels"]
+    found = [f"every pixel of {part} is ignored: there is nothing to learn from, or to score"
+             for part, rows in parts.items() if rows and not pixels[rows].any()]
     if not pixels.any():
         return found
     if not pixels[:, 1:].any():
-        return [
-            *found,
-            "no mask holds any foreground: every mask is empty, and a network that finds nothing would score 100"]
+        return found + ["no mask holds any foreground: every mask is empty, and a network that finds nothing would "
+                        "score 100"]
     if not pixels[:, 0].any():
         found.append(
             "every mask is full: no pixel is background; if the labels begin with 1, name them with mask_values")
     for index, name in enumerate(names):
         holding = {part: int((pixels[rows, index] > 0).sum()) for part, rows in parts.items() if rows}
-        if not any(holding.values()) and (index or len(found) == 0):
+        if not any(holding.values()) and (index or not found):
             found.append(f"class {index} ({name}) occurs in no mask")
-        elif index and (lacking := [part for part, count in holding.items() if not count]):
-            found.append(
-                f"class {index} ({name}) occurs in {sum(holding.values())} images, but never in {' and '.join(lacking)}"
-            )
+        elif index and (lacking := [part for part in holding if not holding[part] and part != ALWAYS_TRAIN]):
+            found.append(f"class {index} ({name}) occurs in {sum(holding.values())} images, but never in "
+                         f"{' and '.join(lacking)}")
     return found
 
 # %% ../../nbs/reference/data_census.ipynb #data148da
@@ -114,80 +145,73 @@ def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
     """
     much = (shares > 0.5) & (shares < 1)
     if much.sum() > len(shares) / 2:
-        return [
-            f"foreground fills more than half of {much.sum()} of {len(shares)} masks: if black and white are "
-            "exchanged, name the "
-            "background's value first (mask_values; --classes of qtseg prepare own)"
-        ]
+        return [f"foreground fills more than half of {much.sum()} of {len(shares)} masks: if black and white are "
+                "exchanged, name the background's value first (mask_values; --classes of qtseg prepare own)"]
     usual = np.median(shares[~much]) if much.any() else 0.0
     odd = much & (1 - shares < 2 * usual)
-    return (
-        [
-            f"foreground fills {100 * shares[odd].mean():.0f} % of {odd.sum()} masks "
-            f"({first_names([ids[row] for row in np.flatnonzero(odd)])}) "
-            f"and {100 * usual:.2g} % of the others (median): are black and white exchanged there?"
-        ]
-        if odd.any()
-        else []
-    )
+    if not odd.any():
+        return []
+    return [f"foreground fills {100 * shares[odd].mean():.0f} % of {odd.sum()} masks "
+            f"({first_names([ids[row] for row in np.flatnonzero(odd)])}) and {100 * usual:.2g} % of the others "
+            "(median): are black and white exchanged there?"]
 
 # %% ../../nbs/reference/data_census.ipynb #data148db
-def _file_warnings(survey: Survey, entries: np.ndarray, white: int) -> list[str]:
+def _file_warnings(records: Sequence, entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -> list[str]:
     """Sentences about turned images, several pages, twins, depths, and files that could not be taken."""
     def ids(chosen: np.ndarray) -> str:
-        return first_names([survey.records[row].id for row in np.flatnonzero(chosen)])
+        return first_names([records[row].id for row in np.flatnonzero(chosen)])
 
-    found = []
-    if (void := ~entries["pixels"].any(axis=1)).any():
+    found, pixels, deep = [], entries["pixels"], entries["deep"]
+    if (void := ~pixels.any(axis=1)).any():
         found.append(
             f"{void.sum()} masks hold ignored pixels only, and count nowhere, neither in training nor in scores "
             f"({ids(void)})")
+    full = (pixels[:, 0] == 0) & ~void
+    if 0 < full.sum() <= len(full) / 2:
+        found.append(f"{full.sum()} masks are full: no pixel is background ({ids(full)})")
     if (turned := entries["turned"] != entries["mask_turned"]).any():
         found.append(
             f"{turned.sum()} images and their masks carry different EXIF orientations, and each was turned as its "
-            f"own says ({ids(turned)}): look whether the masks fit"
-        )
-    digests = [digest.decode() for digest in entries["hash"]]
-    torn = [[survey.records[row] for row in rows] for rows in identical_files(digests)]
-    torn = [" = ".join(record.id for record in same) for same in torn if len({record.patient for record in same}) > 1]
-    if torn:
-        found.append(
-            f"{len(torn)} image files belong to two patients ({first_names(torn)}): if these are one person, give "
-            "them one name"
-        )
+            f"own says ({ids(turned)}): look whether the masks fit")
+    twins = [[records[row] for row in rows] for rows in identical_files([one.decode() for one in entries["hash"]])]
+    for several, column in (("patients", "patient"), ("strata", "stratum")):
+        torn = [" = ".join(record.id for record in same) for same in twins
+                if len({getattr(record, column) for record in same}) > 1]
+        if torn:
+            found.append(f"{len(torn)} image files belong to two {several} ({first_names(torn)}): if these are one "
+                         f"{'person' if column == 'patient' else 'kind'}, give them one name")
     if (several := np.maximum(entries["frames"], entries["mask_frames"]) > 1).any():
         found.append(
             f"{several.sum()} files hold several pages or frames, of which only the first is read ({ids(several)})")
-    if (flat := entries["deep"] & (entries["span"] < white / 12)).any():
+    if (flat := deep & (entries["span"] < white / 12)).any():
         found.append(
             f"{flat.sum()} images keep fewer than 22 of 256 levels ({ids(flat)}): nearly all values lie within "
             f"{entries['span'][flat].max()} of each other, and {white} becomes white; rescale them, or remove stray "
-            "values"
-        )
-    if entries["deep"].any() and not entries["deep"].all():
-        deep = entries["deep"]
+            "values")
+    if deep.any() and not deep.all():
         found.append(f"{deep.sum()} images have more than 8 bits, {(~deep).sum()} have 8 ({ids(deep)}; {ids(~deep)}): "
                      "are they equally bright?")
-    return found + _unread(survey)
-
-# %% ../../nbs/reference/data_census.ipynb #d42afcd1
-def _unread(survey: Survey) -> list[str]:
-    """A sentence about files that could not be taken."""
     usual = ("hidden", "no picture", "no images and masks side by side")
-    lost = [f"{name} ({reason})" for name, reason in survey.passed if reason not in usual]
-    return [f"passed over: {first_names(lost)}"] if lost else []
+    lost = [f"{name} ({reason})" for name, reason in passed if reason not in usual]
+    return found + ([f"passed over: {first_names(lost)}"] if lost else [])
 
 # %% ../../nbs/reference/data_census.ipynb #5e17375a
-def take_census(survey: Survey, cache: Cache, parts: dict[str, list[int]], names: Sequence[str]) -> Census:
-    """The census of a set that has been read: rows by split first, then facts about the whole set."""
-    table = _counts_by_split(cache.entries, parts, [printable(name) for name in names])
-    patients = {part: len({survey.records[row].patient for row in rows} - {""}) for part, rows in parts.items()}
-    if any(patients.values()):
-        table.insert(2, ["patients", *map(str, patients.values()), str(sum(patients.values()))])
-    table += [[name, *[""] * len(parts), text] for name, text in _facts(survey, cache.entries, cache.white).items()]
-    found = [note.removeprefix("WARNING: ") for note in cache.notes if note.startswith("WARNING: ")]
-    shares = cache.entries["pixels"][:, 1:].sum(axis=1) / np.maximum(cache.entries["pixels"].sum(axis=1), 1)
-    found += inverted(shares, [record.id for record in survey.records]) if len(names) == 2 else []
-    return Census(
-        table, found + _class_warnings(cache.entries, parts, names) + _file_warnings(survey, cache.entries, cache.white)
-    )
+def take_census(records: Sequence, entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str], white: int,
+                passed: Sequence[tuple[str, str]] = ()) -> Census:
+    """Take the census of a set that has been read: rows by part first, then facts about the whole set.
+
+    Args:
+        records: One per pair, with id, patient and stratum.
+        entries: One per pair, of ENTRY and "pixels" of each class.
+        parts: Name of a split or fold -> its rows.
+        names: Of the classes.
+        white: The stored value that is shown white in images of more than 8 bits.
+        passed: Files that were not used, each with the reason.
+    """
+    table = _counts(records, entries, parts, [printable(name) for name in names])
+    table += [[name, *[""] * len(parts), text] for name, text in _facts(entries, white, passed).items()]
+    pixels = entries["pixels"]
+    shares = pixels[:, 1:].sum(axis=1) / np.maximum(pixels.sum(axis=1), 1)
+    found = inverted(shares, [record.id for record in records]) if len(names) == 2 else []
+    return Census(table, found + _class_warnings(entries, parts, names)
+                  + _file_warnings(records, entries, white, passed))

@@ -9,18 +9,13 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['CHANNELS', 'FAMILIES', 'CLASS_NAMES', 'best_threshold', 'fit_field', 'noise', 'rough_circle', 'stretched', 'paint',
+__all__ = ['CHANNELS', 'CLASS_NAMES', 'FAMILIES', 'best_threshold', 'fit_field', 'noise', 'rough_circle', 'stretched', 'paint',
            'share', 'blur', 'grid', 'color', 'speckle', 'check_whole', 'phantom']
 
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms009
+# %% ../../nbs/reference/data_phantoms.ipynb #phantoms010
 CHANNELS = ("gray", "red", "green", "blue")
 
 
-def _channel(image: np.ndarray, name: str) -> np.ndarray:
-    """One of CHANNELS of an RGB image uint8 [H, W, 3]: uint8 [H, W]."""
-    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if name == "gray" else image[..., CHANNELS.index(name) - 1]
-
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms010
 def best_threshold(images: np.ndarray, masks: np.ndarray) -> tuple[float, str, int, bool]:
     """Find the one threshold that suits a whole set best: every value of every channel, foreground above or below.
 
@@ -33,19 +28,17 @@ def best_threshold(images: np.ndarray, masks: np.ndarray) -> tuple[float, str, i
         (value > t) or dark (value <= t).
     """
     best = (-1.0, "", 0, False)
-    for name in CHANNELS:
-        values = [_channel(image, name) for image in images]
-        # [N, 256]
-        within = np.stack([np.bincount(value[mask != 0], minlength=256) for value, mask in zip(values, masks)])
-        hits, marked = (
-            within.cumsum(axis=1), np.stack([np.bincount(v.ravel(), minlength=256) for v in values]).cumsum(axis=1))
+    for index, name in enumerate(CHANNELS):
+        values = [image[..., index - 1] if index else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images]
+        inside = [np.bincount(value[mask != 0], minlength=256) for value, mask in zip(values, masks)]
+        # [N, 256]: how many pixels, of the foreground and of all, are at most t
+        hits, marked = (np.cumsum(counts, axis=1) for counts in (
+            inside, [np.bincount(value.ravel(), minlength=256) for value in values]))
         true, pixels = hits[:, -1:], marked[:, -1:]  # [N, 1]
         for bright in (False, True):
-            # column t: what threshold t finds
             found, hit = (pixels - marked, true - hits) if bright else (marked, hits)
             dice = np.where(found + true == 0, 100.0, 200 * hit / np.maximum(found + true, 1)).mean(axis=0)  # [256]
-            if dice.max() > best[0]:
-                best = (float(dice.max()), name, int(dice.argmax()), bright)
+            best = max(best, (float(dice.max()), name, int(dice.argmax()), bright), key=lambda one: one[0])
     return best
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms014
@@ -248,27 +241,19 @@ def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
     vessels = np.exp(-50 * noise(rng, 9, size) ** 2) * np.clip(noise(rng, 4, size), 0, 1)
     return light * (color(218, 138, 118) + rng.uniform(-1, 1) * color(8, 22, 20) - vessels * color(20, 42, 34))
 
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms057
-def _pits(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Surface of a non-neoplastic polyp, float32 [size, size], 0..1: round spots in loose rows."""
-    y, x = grid(size)
-    angle, pitch = rng.uniform(0, np.pi), rng.uniform(75, 95)
-    along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y + 0.025 * noise(rng, 6, size)
-    across = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x + 0.025 * noise(rng, 6, size)
-    return np.maximum(np.sin(pitch * along) * np.sin(pitch * across), 0)
-
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms058
-def _ridges(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Surface of a neoplastic polyp, float32 [size, size], 0..1: winding ridges, the level lines of a smooth field."""
-    return 0.5 + 0.5 * np.sin(rng.uniform(8, 11) * noise(rng, 7, size))
-
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms059
 def _surface(rng: np.random.Generator, size: int, label: int) -> np.ndarray:
     """A polyp's color relative to the wall, float32 [3, size, size]: paler with spots (1), browner with ridges (2)."""
-    if label == 1:
-        tint, marks = color(1.02, 1.14, 1.12), 0.24 * (_pits(rng, size) - 0.1)
-    else:
-        tint, marks = color(0.95, 0.82, 0.80), 0.26 * (_ridges(rng, size) - 0.5)
+    if label == 1:  # round spots in loose rows, 0..1
+        y, x = grid(size)
+        angle, pitch = rng.uniform(0, np.pi), rng.uniform(75, 95)
+        along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y + 0.025 * noise(rng, 6, size)
+        across = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x + 0.025 * noise(rng, 6, size)
+        spots = np.maximum(np.sin(pitch * along) * np.sin(pitch * across), 0)
+        tint, marks = color(1.02, 1.14, 1.12), 0.24 * (spots - 0.1)
+    else:  # winding ridges, the level lines of a smooth field, 0..1
+        ridges = 0.5 + 0.5 * np.sin(rng.uniform(8, 11) * noise(rng, 7, size))
+        tint, marks = color(0.95, 0.82, 0.80), 0.26 * (ridges - 0.5)
     return tint ** rng.uniform(-0.1, 1.4) * (1 - marks * color(0.7, 1.15, 1.1))  # below 0: the other class's tint
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms062
@@ -359,14 +344,13 @@ def _nuclei(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray
     return (_histology if rng.uniform() < 0.5 else _fluorescence)(rng, stain), cover > 127
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms075
-FAMILIES = ("dermoscopy", "ultrasound", "endoscopy", "nuclei")
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "dermoscopy": ("background", "lesion"),
     "ultrasound": ("background", "lesion"),
     "endoscopy": ("background", "non-neoplastic polyp", "neoplastic polyp"),
     "nuclei": ("background", "nucleus"),
 }
-_DRAW = {"dermoscopy": _dermoscopy, "ultrasound": _ultrasound, "endoscopy": _endoscopy, "nuclei": _nuclei}
+FAMILIES = tuple(CLASS_NAMES)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms076
 def check_whole(name: str, value: int, least: int, most: float = float("inf")) -> None:
@@ -394,7 +378,7 @@ def phantom(family: str, seed: int, size: int = 128) -> tuple[np.ndarray, np.nda
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     check_whole("seed", seed, 0)
     check_whole("size", size, 32)
-    # [3, size, size], [size, size]
-    image, mask = _DRAW[family](np.random.default_rng([FAMILIES.index(family), seed]), size)
+    draw = {"dermoscopy": _dermoscopy, "ultrasound": _ultrasound, "endoscopy": _endoscopy, "nuclei": _nuclei}[family]
+    image, mask = draw(np.random.default_rng([FAMILIES.index(family), seed]), size)  # [3, size, size], [size, size]
     planes = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
     return cv2.merge(list(planes)), mask.astype(np.uint8)  # [size, size, 3]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cache import DataProblems
-from .conversion import Done, alarms, as_png, contact_sheet, convert_all, drop_twins, summary, white_of
+from .conversion import Done, as_png, census_of, contact_sheet, convert_all, drop_twins, white_of
 from .pairing import NOBODYS, Found, Pair, Reader, bad_names, slices, union_of
 from .phantom_sets import write_manifest
 from .sources import unpack
@@ -187,7 +187,7 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
         DataProblems: Everything that is wrong with the source.
     """
     found, done = collect(dataset, sources, private, wishes["folds"], workers, progress)
-    dropped, twins = drop_twins(found.pairs, done)
+    dropped, twins = drop_twins(found.pairs, [result.entry["hash"] for result in done])
     for result in (result for pair, result in zip(found.pairs, done) if pair.id in dropped):
         (private / result.row["image"]).unlink()
         (private / result.row["mask"]).unlink()
@@ -196,14 +196,15 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
     rows = [result.row | {"patient": pair.patient, "stratum": pair.stratum, "fold": pair.fold, "split": pair.split}
             for pair, result in zip(pairs, done)]
     white, names = white_of(done), dataset.class_names
+    census = census_of(pairs, done, names, found.turned, white)
     (private / "LICENSE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
     (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, names, workers, white=white)))
     shutil.rmtree(private / "unpacked", ignore_errors=True)
     # ids stay exact in the table, even "=1+1": they are names of files, and have to be found again
     write_manifest(
         private, rows, dataset.name, names, title=dataset.title, license=dataset.license, citation=dataset.citation,
-        page=dataset.page, notes=found.notes + twins + alarms(pairs, done, names, found.turned, white),
-        summary=summary(rows, done, names), white=white, **found.decided, prepared=wishes)
+        page=dataset.page, notes=found.notes + twins + [f"WARNING: {text}" for text in census.warnings],
+        summary=str(census).splitlines(), white=white, **found.decided, prepared=wishes)
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation095
 MADE = {"manifest.csv", "dataset.json", "LICENSE.txt", "contact_sheet.png"}

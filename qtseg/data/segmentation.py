@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from .cache import (Cache, DataProblems, Settings, build_cache, cache_key, cache_root, identical_files,
+from .cache import (Cache, DataProblems, Settings, build_cache, cache_key, cache_root,
                               leave_out_twins, load_cache)
-from .census import Census, take_census
+from .census import Census, identical_files, take_census
 from .dataset import DatasetSplit, Split
 from .layout import SPLITS, Record, Survey, survey_folder
 from .mask_values import IGNORE, value_code
@@ -224,7 +224,8 @@ class SegmentationData(OpenedData):
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
         cached = _cached(survey, settings, folder, workers or os.cpu_count() or 1, progress)
         parts = leave_out_twins(survey, cached.hashes, parts, notes)
-        census = take_census(survey, cached, parts, names)
+        census = take_census(survey.records, cached.entries, parts, names, cached.white, survey.passed)
+        census.warnings[:0] = [note[9:] for note in cached.notes if note.startswith("WARNING: ")]
         if highest := cached.entries["high"][cached.entries["deep"]].max(initial=0):
             why = f"as asked; so does all above it, up to {highest}"
             notes.append(f"images with more than 8 bits: {cached.white} becomes white, "
