@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from qtseg.prediction import cards as prediction_cards, export as prediction_export
 from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
 from qtseg.prediction.cards import data_name, model_card, pack, push_to_hub, write_card
-from qtseg.prediction.export import (AnySize, export_onnx, export_torch, largest_difference, parity_images,
-                                     record_graph)
+from qtseg.prediction.export import AnySize, export_onnx, largest_difference, parity_images, record_graph
 from qtseg.cli import main
 from qtseg.evaluation.runs import weights_sha256
 from qtseg.prediction.networks import OnnxNetwork
@@ -162,13 +161,10 @@ def test_the_predictor_answers_alike_with_both_engines(exported):
     assert abs(probabilities[0] - probabilities[1]).max() < 1e-4
 
 
-def test_torch_export_computes_the_same_logits(tmp_path):
+def test_the_recorded_graph_computes_the_same_logits():
     """With three classes; sides of 32 are not recorded."""
-    checkpoint = save_checkpoint(tmp_path / "a", small_network(3, bridge="identity", decoder="conv"), Preprocessing(64, class_names=("a", "b", "c")))
-    assert 0 <= export_torch(checkpoint) < 1e-4
-    data = (checkpoint / "model.pt2").read_bytes()
-    assert str(ROOT).encode() not in data and b"site-packages" not in data
-    program, network = torch.export.load(checkpoint / "model.pt2").module(), QTSeg.from_pretrained(checkpoint)
+    network = small_network(3, bridge="identity", decoder="conv")
+    program = record_graph(network.fuse()).module()
     assert largest_difference(network, program, [images(*shape) for shape in SHAPES if min(shape[1:]) >= prediction_export.SMALLEST_RECORDED]) < 1e-4
 
 
@@ -557,7 +553,7 @@ def unsafe_weights(path: Path, kind: str, evidence: Path) -> None:
 def test_unsafe_weights_are_one_sentence_and_run_no_code(checkpoint, tmp_path, capsys, kind):
     evidence = tmp_path / "evidence"
     unsafe_weights(checkpoint / "model.safetensors", kind, evidence)
-    for refused in (Predictor, export_onnx, export_torch, model_card, lambda folder: pack(folder, tmp_path / "packed")):
+    for refused in (Predictor, export_onnx, model_card, lambda folder: pack(folder, tmp_path / "packed")):
         with pytest.raises(ValueError) as caught:
             refused(checkpoint)
         one_sentence(caught, "model.safetensors")
@@ -621,7 +617,7 @@ def test_without_options_it_exports_and_describes(checkpoint, translation, capsy
     assert main(["export", str(checkpoint)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1].startswith(f"{checkpoint / 'model.onnx'}: ") and "logits within" in said[1] and said[2] == str(checkpoint / "README.md")
-    assert (checkpoint / "model.onnx").is_file() and (checkpoint / "README.md").is_file() and not (checkpoint / "model.pt2").exists()
+    assert (checkpoint / "model.onnx").is_file() and (checkpoint / "README.md").is_file()
 
 
 def test_an_option_asks_for_that_alone(checkpoint, tmp_path, capsys):

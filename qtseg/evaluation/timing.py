@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn, Tensor
-from torch.utils.benchmark import Timer
 
 from ..network.fast import HAS_ONE_DNN
 from ..training.hardware import hardware
@@ -188,11 +187,14 @@ def network_cost(network: nn.Module, size: int, *, batch: int = 8, device: str |
     device = torch.device(device)
     fast = (network.fuse() if hasattr(network, "fuse") else copy.deepcopy(network)).to(device).eval()
     channels, seconds = getattr(network, "config", {}).get("in_channels", 3), {}
+    wait = getattr(torch, device.type).synchronize if device.type in ("cuda", "mps") else (lambda: None)
     with torch.inference_mode():
         for images in (1, batch):
-            run = {"network": fast, "images": torch.zeros(images, channels, size, size, device=device)}
-            timer = Timer("network(images)", globals=run, num_threads=torch.get_num_threads())  # waits for a GPU
-            seconds[images] = timer.blocked_autorange(min_run_time=budget).median
+            inputs = torch.zeros(images, channels, size, size, device=device)
+            jobs = {"network": lambda: (fast(inputs), wait())}
+            [once] = interleaved_times(jobs, rounds=1)["network"]
+            rounds = max(5, min(1000, round(1000 * budget / once)))
+            seconds[images] = statistics.median(interleaved_times(jobs, rounds, 0)["network"]) / 1000
     machine = hardware(device)
     named = f"{machine['processor']}, threads: {machine['threads']}" if device.type == "cpu" else machine["device"]
     return {"size": size, "parameters": sum(p.numel() for p in network.parameters()),

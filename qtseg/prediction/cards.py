@@ -19,7 +19,7 @@ from ..files.text import escape, printable, read_json, read_text
 from ..files.writing import new_folder, write_then_rename
 from ..network.hub import SHARED, upload_checkpoint
 from ..network.state import find_checkpoint
-from .export import ONNX_FILE, OPSET, TORCH_FILE, check_opset, export_onnx, export_torch
+from .export import ONNX_FILE, OPSET, check_opset, export_onnx
 from .networks import open_onnx
 from ..training.config import TrainConfig
 
@@ -239,14 +239,14 @@ def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, t
         return upload_checkpoint(pack(checkpoint, Path(folder) / "packed"), repo_id, private=private, token=token)
 
 # %% ../../nbs/reference/prediction_cards.ipynb #d700e20c
-def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int = OPSET, torch: bool = False,
-                      card: bool = False, folder: str | Path | None = None, repo_id: str | None = None,
+def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int = OPSET, card: bool = False,
+                      folder: str | Path | None = None, repo_id: str | None = None,
                       public: bool = False) -> Iterator[str]:
     """Export a checkpoint, describe it, share it: yields a line for each step. Nothing asked for: onnx and card.
 
     Args:
         checkpoint: its folder, or the folder of a run.
-        onnx, opset, torch, card: see `export_onnx`, `export_torch`, `write_card`.
+        onnx, opset, card: see `export_onnx`, `write_card`.
         folder, repo_id: see `pack` and `push_to_hub`.
         public: whether a repository that has to be created is public.
 
@@ -255,19 +255,15 @@ def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int 
     """
     if public and not repo_id:
         raise ValueError("a public repository needs a name: --public goes with --push USER/NAME")
-    nothing = not (onnx or torch or card or folder or repo_id)
+    nothing = not (onnx or card or folder or repo_id)
     if onnx or nothing:
         check_opset(opset)
     checkpoint = find_checkpoint(checkpoint)
     read_checkpoint(checkpoint)  # refuses now what would be refused in a minute
-    written = "{}: {:.1f} MB, logits within {:.1g} of PyTorch's"
     if onnx or nothing:
         yield "recording, translating and checking the graph takes about a minute"
         path, difference = checkpoint / ONNX_FILE, export_onnx(checkpoint, opset=opset)
-        yield written.format(path, path.stat().st_size / 1e6, difference)
-    if torch:
-        path, difference = checkpoint / TORCH_FILE, export_torch(checkpoint)
-        yield written.format(path, path.stat().st_size / 1e6, difference)
+        yield f"{path}: {path.stat().st_size / 1e6:.1f} MB, logits within {difference:.1g} of PyTorch's"
     if card or nothing:
         yield str(write_card(checkpoint))
     if folder:
