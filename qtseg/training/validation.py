@@ -18,7 +18,7 @@ from ..files.optional import import_optional
 from .losses import weighted_loss
 
 # %% auto #0
-__all__ = ['mixed_precision', 'require_images', 'slide_window', 'evaluating', 'validate']
+__all__ = ['mixed_precision', 'require_images', 'Windowed', 'evaluating', 'validate']
 
 # %% ../../nbs/reference/training_validation.ipynb #c058
 def mixed_precision(device: torch.device, amp: str):
@@ -34,22 +34,30 @@ def require_images(split: Split, what: str) -> Split:
     return split
 
 # %% ../../nbs/reference/training_validation.ipynb #windows02
-def slide_window(network: Callable[[Tensor], Tensor], images: Tensor, window: int | None = None,
-                 overlap: float = 0.25, batch: int = 4) -> Tensor:
-    """Logits [B, classes, H, W] of images [B, C, H, W], in windows where they are larger than one.
+class Windowed(nn.Module):
+    """A network that answers images larger than a window in windows, and others as they are.
 
     Args:
-        window: its side in pixels; None: the network gets whole images.
+        network: images [B, C, H, W] -> logits [B, classes, H, W].
+        window: side of a window in pixels; None: no windows.
         overlap: the share of a window that neighbors have in common.
         batch: windows at a time.
 
     Raises:
         ModuleNotFoundError: windows without MONAI.
     """
-    if window is None or max(images.shape[2:]) <= window:
-        return network(images)
-    slide = import_optional("monai.inferers.utils", "a sliding window").sliding_window_inference
-    return slide(images, (window, window), batch, network, overlap, mode="gaussian", cval=-1.0)  # -1: black
+
+    def __init__(self, network: Callable[[Tensor], Tensor], window: int | None, overlap: float = 0.25, batch: int = 4):
+        super().__init__()
+        self.network, self.window, self.overlap, self.batch = network, window, overlap, batch
+        if window is not None:
+            self.slide = import_optional("monai.inferers.utils", "a sliding window").sliding_window_inference
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.window is None or max(images.shape[2:]) <= self.window:
+            return self.network(images)
+        return self.slide(images, (self.window, self.window), self.batch, self.network, self.overlap, mode="gaussian",
+                          cval=-1.0)  # around the image: black
 
 # %% ../../nbs/reference/training_validation.ipynb #c065
 @contextlib.contextmanager
@@ -67,7 +75,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def validate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: int = 16,
              device: str | torch.device = "cpu", amp: str = "none", ignore_index: int | None = None,
-             loss: Callable[[Tensor, Tensor], Tensor] | None = None, window: int | None = None,
+             loss: Callable[[Tensor, Tensor], Tensor] | None = None,
              class_weights: Sequence[float] | None = None) -> dict[str, float]:
     """Scores at training size, in percent (see `SegmentationMetrics`), and the mean "loss".
 
@@ -77,7 +85,6 @@ def validate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: i
         classes: how many, the background included.
         ignore_index: the label of pixels that count nowhere, the data's own.
         loss: a function (logits, labels) -> scalar; None: `ce_dice_loss`.
-        window: see `slide_window`.
         class_weights: for a weighted mean of the scores over classes, see `SegmentationMetrics`; not of the loss.
 
     Raises:
@@ -90,7 +97,7 @@ def validate(model: nn.Module, split: Split | Dataset, classes: int, *, batch: i
         for part in require_images(split, "validation").batches(batch, device=device):
             target = part.masks.long()
             with mixed_precision(device, amp):
-                logits = slide_window(model, network_input(part.images), window)
+                logits = model(network_input(part.images))
             total += float(loss(logits.float(), target)) * len(target)
             metrics.update_masks(hard_masks(logits.float()), target)  # where they are NaN, the loss says so
     return {"loss": total / len(split), **metrics.compute()}
