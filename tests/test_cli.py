@@ -11,6 +11,7 @@ import typer
 from conftest import ROOT
 
 from qtseg.cli import app, main, prepare, subcommand
+from qtseg.training.config import TrainConfig
 
 COMMANDS = [[name] for name in ("train", "evaluate", "predict", "export", "study")] + [["prepare", command.name or command.callback.__name__]
                                                                                        for command in prepare.registered_commands]
@@ -22,11 +23,22 @@ def test_help_shows_an_example_of_every_command_and_needs_no_torch():
             "    with contextlib.redirect_stdout(io.StringIO()) as out:\n        assert main([*words, '--help']) == 0\n"
             "    said.append(out.getvalue())\n"
             "heavy = {'torch', 'cv2', 'matplotlib', 'rich'} & sys.modules.keys()\nprint(json.dumps([said, sorted(heavy)]))")
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([[], *COMMANDS])], capture_output=True, text=True, check=True)
+    others = COMMANDS[1:]  # train's names the choices of every key, and imports them
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([[], *others])], capture_output=True, text=True, check=True)
     (overview, *pages), heavy = json.loads(done.stdout)
-    assert not heavy and all(f"  {words[0]} " in overview for words in COMMANDS) and len(pages) == 17
-    for words, page in zip(COMMANDS, pages):
+    assert not heavy and all(f"  {words[0]} " in overview for words in COMMANDS) and len(pages) == 16
+    for words, page in zip(others, pages):
         assert f"Usage: qtseg {' '.join(words)} " in page and f"\n    qtseg {' '.join(words)} " in page.partition("Examples:")[2], page
+
+
+def test_help_of_train_lists_every_key_with_default_meaning_and_what_it_takes(capsys):
+    assert main(["train", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "Usage: qtseg train " in page and "\n    qtseg train " in page
+    table = page.partition("Keys and their defaults")[2]
+    for key, field in TrainConfig.model_fields.items():
+        assert f"\n  {key}=" in table and field.description and field.description.split(",")[0][:40] in " ".join(table.split())
+    assert "lr=0.001" in table and "(a number > 0)" in table and "(one of adamw, adam, sgd)" in table
 
 
 def test_the_console_script_is_this_command():
@@ -34,7 +46,7 @@ def test_the_console_script_is_this_command():
     assert scripts == 'qtseg = "qtseg.cli:main"'
 
 
-@pytest.mark.parametrize("words, status", [([], 2), (["--help"], 0), (["-h"], 0), (["fly"], 2), (["train", "--help"], 0), (["evaluate"], 2), (["study"], 2),
+@pytest.mark.parametrize("words, status", [([], 2), (["--help"], 0), (["-h"], 0), (["fly"], 2), (["train", "--help"], 0), (["train"], 2), (["evaluate"], 2), (["study"], 2),
                                            (["export", "x", "--opset", "new"], 2), (["prepare"], 2), (["prepare", "busi", "--folds", "many"], 2),
                                            (["prepare", "own"], 2), (["predict", "run", "image"], 2), (["evaluate", "run", "--split", "exam"], 2)])
 def test_wrong_usage_is_status_2(words, status, capsys):

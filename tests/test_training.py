@@ -212,6 +212,19 @@ def test_all_problems_come_at_once():
     assert "unknown configuration keys: epoch;" in said and "fold is below folds" in said and "min_lr" not in said.split("; size is")[1]
 
 
+def test_a_copy_with_other_values_is_checked_and_nothing_is_assigned(monkeypatch):
+    config = TrainConfig(epochs=3)
+    assert config.replace(lr=0.01) == TrainConfig(epochs=3, lr=0.01) and config.lr == 1e-3
+    with pytest.raises(ValueError, match="lr is a number > 0, not -1"):
+        config.replace(lr=-1)
+    with pytest.raises(ValueError, match="frozen"):
+        config.lr = 0.01
+    with pytest.raises(ValueError, match="scheduler is one of constant, "):
+        TrainConfig(scheduler="mine")
+    monkeypatch.setitem(SCHEDULERS, "mine", SCHEDULERS["step"])  # a choice that is added is accepted, and named
+    assert TrainConfig(scheduler="mine").scheduler == "mine" and TrainConfig.allowed("scheduler").endswith("mine")
+
+
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
 def test_parameter_files_hold_valid_configurations(path):
     config = TrainConfig.from_dict(yaml.safe_load(path.read_text()))
@@ -984,11 +997,48 @@ def test_a_given_network_is_trained_kept_scored_and_resumed_to_the_same_result(t
         pretrained(whole.checkpoint_dir)
 
 
+def test_a_run_starts_from_the_weights_of_another_with_other_classes(tiny, uninterrupted, phantoms, tmp_path, capsys, monkeypatch):
+    """The trunk and the classes that fit are kept; what was kept is printed, and a note of the run."""
+    source = shutil.copytree(uninterrupted / "best_dice", tmp_path / "source")
+    three = tiny(data="phantoms:endoscopy:20", classes=3, epochs=1, init=str(source), progress=True)
+    kept, first = pretrained(source).state_dict(), {}
+    monkeypatch.setattr(Trainer, "begin_epoch", lambda self, begin=Trainer.begin_epoch: first.update(copy.deepcopy(self.model.state_dict())) or begin(self))
+    result = fit(three)
+    (note,) = [note for note in result.metrics["notes"] if note.startswith("started from")]
+    assert "classes 0, 1 kept, 2 drawn" in note and capsys.readouterr().out.count(note) == 1
+    assert all(torch.equal(first[name], kept[name]) for name in kept if name.startswith(("encoder.", "bridge.")))
+    assert json.loads((result.folder / "config.json").read_text())["init"] == str(source)
+    shutil.rmtree(source)  # a run that goes on has its weights in resume.pt
+    again = fit(three.replace(epochs=2, resume=True))
+    assert len(again.history) == 2 and note in again.metrics["notes"] and note not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="begun with another configuration .init: "):
+        fit(three.replace(init=None, resume=True))
+    with pytest.raises(ValueError, match="holds another network .width 4 instead of 8"):
+        fit(tiny(init=str(uninterrupted / "best_dice"), width=8, name="other"))
+
+
+def test_a_class_that_no_mask_holds_is_refused(tiny):
+    with pytest.raises(ValueError, match="no mask of phantoms: dermoscopy holds class 2, which cannot be learned: lower classes, now 3"):
+        fit(tiny(data="phantoms:dermoscopy:16", classes=3))
+    assert not tiny().folder.exists()
+
+
+def test_a_run_on_given_datasets_goes_on_with_the_same_names_only(tiny, opened):
+    def pairs(prefix: str = ""):
+        return tuple(Pairs(split, lambda image, mask, name: (image, mask, prefix + name)) for split in (opened.train, opened.valid))
+
+    fit(tiny(epochs=1, augment=False), data=pairs())
+    assert len(fit(tiny(epochs=2, augment=False, resume=True), data=pairs()).history) == 2
+    with pytest.raises(ValueError, match="was begun with other images or masks"):
+        fit(tiny(epochs=3, augment=False, resume=True), data=pairs("other_"))
+
+
 @pytest.mark.parametrize("model, changes, said", [
     (torch.nn.Conv2d(3, 5, 1), {}, "Conv2d makes [1, 5, 64, 64] of images [1, 3, 64, 64]: logits [1, 2, 64, 64] are needed, for classes=2"),
     (torch.nn.Conv2d(3, 2, 3), {}, "Conv2d makes [1, 2, 62, 62] of images"), (torch.nn.Conv2d(1, 2, 1), {}, "Conv2d does not take images [1, 3, 64, 64]: "),
     (torch.nn.LSTM(64, 2), {}, "LSTM does not take images"), (torch.nn.ReLU(), {}, "ReLU cannot be trained: a model is an nn.Module with weights"),
-    (len, {}, "builtins.len cannot be trained"), (small_network(), {"encoder_weights": "imagenet", "encoder": "resnet18"}, "encoder_weights imagenet are for the network that"),
+    (len, {}, "builtins.len cannot be trained"), (small_network(), {"encoder_weights": "imagenet", "encoder": "resnet18"}, "encoder_weights imagenet is for the network that"),
+    (small_network(), {"init": "phantoms"}, "init phantoms is for the network that the configuration describes"),
 ])
 def test_a_network_that_does_not_fit_is_one_sentence(tiny, model, changes, said):
     with pytest.raises(ValueError) as caught:

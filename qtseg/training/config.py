@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,9 +27,9 @@ from .losses import LOSSES
 from .operations import OPERATIONS
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'FileName', 'MaskValue', 'Share', 'RESUMABLE', 'is_folder_name', 'shown_value',
-           'allowed_values', 'meant', 'TrainConfig', 'config_table', 'is_path', 'located', 'recipe_changes',
-           'read_stored_config', 'same_recipe']
+__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'FileName', 'MaskValue', 'Share', 'RESUMABLE', 'one_of', 'is_folder_name',
+           'shown_value', 'allowed_values', 'meant', 'TrainConfig', 'config_table', 'is_path', 'located',
+           'recipe_changes', 'read_stored_config', 'same_recipe']
 
 # %% ../../nbs/reference/training_config.ipynb #c010
 OPTIMIZERS: dict[str, Callable] = {
@@ -59,6 +59,12 @@ BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the mea
 FileName = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not empty, no control characters
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def one_of(names: Collection[str]) -> type[str]:
+    """The type of a text that is one of these names, also of those that are added later."""
+    return Annotated[str, Predicate(lambda name: name in names),
+                     Field(json_schema_extra=lambda schema: schema.update(enum=[*names]))]
 
 
 def is_folder_name(text: str) -> bool:
@@ -126,7 +132,7 @@ class TrainConfig(BaseModel):
     data: FileName = Field("phantoms:all:400", title="a folder, a .zip or phantoms[:family[:number]]",
                            description="images and masks")
     classes: int = Field(2, ge=1, le=256, description="number of classes, the background included")
-    masks: Literal[MASKS] = Field("auto", description="how masks are read")
+    masks: one_of(MASKS) = Field("auto", description="how masks are read")
     mask_values: list[MaskValue] | None = Field(
         None, title="a list of whole numbers from 0 to 65535 or colors \"#rrggbb\", or null",
         description="what class 0, 1, … has in the masks")
@@ -134,8 +140,8 @@ class TrainConfig(BaseModel):
         None, title="a whole number from 0 to 65535, a color \"#rrggbb\" or null",
         description="what pixels that count nowhere have in the masks")
     size: int = Field(512, ge=32, le=16384, description="side in pixels at which images are trained")
-    resize: Literal[RESIZES] = Field("squash", description="how an image becomes a square")
-    color: Literal[tuple(COLOR_SPACES)] = Field("rgb", description="color space of the images")
+    resize: one_of(RESIZES) = Field("squash", description="how an image becomes a square")
+    color: one_of(COLOR_SPACES) = Field("rgb", description="color space of the images")
     channels: int = Field(3, ge=1, le=1024, description="channels of an image")
     normalize: Literal["range", "statistics"] = Field(
         "range", description="pixels become -1 to 1, or (x - mean) / std of the training images' channel")
@@ -146,16 +152,16 @@ class TrainConfig(BaseModel):
     workers: int = Field(0, ge=0, le=1024, description="processes that read a Dataset given to fit")
 
     # network
-    model: Literal[NETWORKS] = Field("qtseg", description="QTSeg or a baseline")
+    model: one_of(NETWORKS) = Field("qtseg", description="QTSeg or a baseline")
     encoder: str = Field("fpn", description="fpn, or an encoder that segmentation-models-pytorch knows")
-    bridge: Literal[tuple(BRIDGES)] = Field("mlff", description="what joins the encoder's maps")
-    decoder: Literal[tuple(DECODERS)] = Field("mqm", description="what makes masks of them")
+    bridge: one_of(BRIDGES) = Field("mlff", description="what joins the encoder's maps")
+    decoder: one_of(DECODERS) = Field("mqm", description="what makes masks of them")
     width: int = Field(16, ge=1, le=1024, description="base width n: the maps have 4n, 8n and 16n channels")
     depths: list[Annotated[int, Field(ge=0, le=100)]] = Field(
         [1, 2, 3], min_length=3, max_length=3, description="decoder blocks at strides 8, 16 and 32")
     heads: int = Field(8, ge=1, le=1024, description="attention heads")
     mlp_width: int = Field(2048, ge=1, le=65536, description="hidden width of the tokens' MLPs")
-    position: Literal[tuple(POSITIONS)] = Field("fourier", description="positional encoding")
+    position: one_of(POSITIONS) = Field("fourier", description="positional encoding")
     init: FileName | None = Field(
         None, title="a checkpoint folder, phantoms, an id on the Hugging Face hub, or null",
         description="weights to start from; another number of classes is allowed")
@@ -169,17 +175,17 @@ class TrainConfig(BaseModel):
     epochs: int = Field(350, ge=1, le=1000000, description="passes over the training images")
     batch: int = Field(32, ge=1, le=1000000, description="images in a step")
     drop_last: bool = Field(True, description="leave out the incomplete last batch")
-    losses: Annotated[dict[Literal[tuple(LOSSES)], Annotated[float, Field(ge=0)]],
+    losses: Annotated[dict[one_of(LOSSES), Annotated[float, Field(ge=0)]],
                       Predicate(lambda weights: any(weights.values()))] = Field(
         {"ce_dice": 1.0}, description="losses and their weights",
         title=f"a mapping of one or more of {', '.join(LOSSES)} to numbers >= 0, one above 0")
-    optimizer: Literal[tuple(OPTIMIZERS)] = Field("adamw", description="what changes the weights")
+    optimizer: one_of(OPTIMIZERS) = Field("adamw", description="what changes the weights")
     lr: float = Field(1e-3, gt=0, description="learning rate of the first epoch")
     weight_decay: float = Field(1e-4, ge=0, description="how far each step pulls weights to 0")
     betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay of Adam's averages")
     momentum: Share = Field(0.99, description="momentum of sgd")
     nesterov: bool = Field(False, description="Nesterov's momentum, of sgd")
-    scheduler: Literal[tuple(SCHEDULERS)] = Field("step", description="how the learning rate falls, epoch by epoch")
+    scheduler: one_of(SCHEDULERS) = Field("step", description="how the learning rate falls, epoch by epoch")
     step_epochs: int = Field(50, ge=1, le=1000000, description="epochs until the rate falls: step, plateau, restarts")
     milestones: Annotated[list[int], Predicate(lambda given: all(a < b for a, b in zip([0, *given], given)))] = Field(
         [], title="a list of epochs from 1 on, in rising order", description="epochs at which multistep falls")
@@ -190,7 +196,7 @@ class TrainConfig(BaseModel):
 
     # augmentation, drawn for each image
     augment: bool = Field(True, description="change training images at random")
-    operations: Annotated[list[Literal[tuple(OPERATIONS)]],
+    operations: Annotated[list[one_of(OPERATIONS)],
                           Predicate(lambda names: len(set(names)) == len(names))] = Field(
         [*OPERATIONS], description="changes to draw from",
         title=f"a list of different names out of {', '.join(OPERATIONS)}")
@@ -207,7 +213,7 @@ class TrainConfig(BaseModel):
     # what is checked and kept
     validate_every: int = Field(1, ge=1, le=1000000, description="epochs from one validation to the next")
     valid_batch: int = Field(16, ge=1, le=1000000, description="images in a step of validation")
-    select: Literal[tuple(BEST)] = Field("dice", description="the measure that selects the checkpoint")
+    select: one_of(BEST) = Field("dice", description="the measure that selects the checkpoint")
     runs: FileName = Field("runs", title="the name of a folder", description="where runs lie")
     name: Annotated[FileName, Predicate(is_folder_name)] = Field(
         "phantoms", title="the name of one folder: no / or \\, not . or .., at most 200 bytes",

@@ -5,12 +5,12 @@
 # %% ../../nbs/reference/training_state.ipynb #18016560
 from __future__ import annotations
 
-import dataclasses
 import zipfile
 from functools import partial
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn, Tensor
 
 from ..data.layout import SPLITS
@@ -29,7 +29,7 @@ __all__ = ['ROW', 'save_state', 'load_state']
 def save_state(trainer: Trainer) -> None:
     """Write resume.pt: all that a continuation needs, whole or not at all."""
     kept = {type(one).__name__: one.state_dict() for one in trainer.callbacks if hasattr(one, "state_dict")}
-    state = {"progress": dataclasses.asdict(trainer.progress), "data": trainer.digest,
+    state = {"progress": trainer.progress.model_dump(), "data": trainer.digest,
              "callbacks": trainer.unclaimed | kept,
              "model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict(),
              "scheduler": trainer.scheduler.state_dict(), "scaler": trainer.scaler.state_dict()}
@@ -95,21 +95,14 @@ ROW = {"epoch", "lr", "train_loss", "train_dice", "seconds", "images_per_second"
 # %% ../../nbs/reference/training_state.ipynb #c103bx1
 def _sound_progress(found, trainer: Trainer) -> bool:
     """Is this a Progress that this run can have reached?"""
-    def numbers(values, names: set) -> bool:
-        return isinstance(values, dict) and names <= values.keys() and all(
-            isinstance(name, str) and name.isidentifier() and _is_number(value) for name, value in values.items())
-
-    if not isinstance(found, dict) or not found.keys() <= {f.name for f in dataclasses.fields(Progress)}:
+    try:
+        p = Progress.model_validate(found)
+    except ValidationError:
         return False
-    p = Progress(**found)
-    counted = all(type(value) is int for value in (p.epoch, p.step)) and 0 <= p.epoch and 0 <= p.step <= trainer.steps
-    return (counted and _is_number(p.seconds)
-            and isinstance(p.notes, list) and all(isinstance(note, str) for note in p.notes)
-            and numbers(p.sums, {"loss", "dice", "seconds", "waited"} if p.step else set())
-            and isinstance(p.history, list) and len(p.history) == p.epoch
-            and all(numbers(row, ROW) for row in p.history)
-            and isinstance(p.best, dict) and p.best.keys() <= BEST.keys()
-            and all(numbers(best, {"epoch", "value"}) for best in p.best.values()))
+    running = {"loss", "dice", "seconds", "waited"} if p.step else set()
+    return (p.step <= trainer.steps and running <= p.sums.keys() and p.best.keys() <= BEST.keys()
+            and all({"epoch", "value"} <= best.keys() for best in p.best.values())
+            and len(p.history) == p.epoch and all(ROW <= row.keys() for row in p.history))
 
 
 def _unsound(state, trainer: Trainer) -> str:

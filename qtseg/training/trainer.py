@@ -11,11 +11,12 @@ import math
 import operator
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn, Tensor
 
 from ..data.dataset import Batch, network_input
@@ -35,20 +36,24 @@ from .run_folder import data_digest
 from .validation import evaluating, mixed_precision, require_images
 
 # %% auto #0
-__all__ = ['T', 'Progress', 'draw_seed', 'Team', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate', 'Trainer']
+__all__ = ['Numbers', 'T', 'Progress', 'draw_seed', 'Team', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate',
+           'Trainer']
 
 # %% ../../nbs/reference/training_trainer.ipynb #c087
-@dataclass
-class Progress:
+Numbers = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], int | float]
+
+
+class Progress(BaseModel):
     """Where a run stands; everything but tensors that a continuation needs."""
 
-    epoch: int = 0  # the epoch that is running, or comes next
-    step: int = 0  # steps done in it
-    sums: dict[str, float] = field(default_factory=dict)  # of the epoch so far
-    history: list[dict] = field(default_factory=list)
-    best: dict[str, dict] = field(default_factory=dict)  # measure -> {"epoch", "value"}
+    model_config = ConfigDict(strict=True, extra="forbid")
+    epoch: int = Field(0, ge=0)  # the epoch that is running, or comes next
+    step: int = Field(0, ge=0)  # steps done in it
+    sums: Numbers = {}  # of the epoch so far
+    history: list[Numbers] = []
+    best: dict[str, Numbers] = {}  # measure -> {"epoch", "value"}
     seconds: float = 0.0  # of training, validation included, over all sessions
-    notes: list[str] = field(default_factory=list)  # what a continuation changed
+    notes: list[str] = []  # what `init` kept, what a continuation changed
 
 # %% ../../nbs/reference/training_trainer.ipynb #c092
 def draw_seed(seed: int, epoch: int, step: int) -> int:
