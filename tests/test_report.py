@@ -317,7 +317,7 @@ def test_costs_are_those_of_the_checkpoints(tmp_path, checkpoint):
     assert (table["latency_low"] <= table["latency_ms"]).all() and (table["latency_ms"] <= table["latency_high"]).all()
     silent = study_results.costs(frame[frame["arm"] == "a"], 64, rounds=0)
     assert silent["latency_ms"].isna().all() and set(silent["multiply_adds"]) == {study_results.multiply_adds(network, 64)}
-    assert study_tables.cost_rows(silent)[1][5] == "not measured"
+    assert study_tables.arm_cost_rows(silent)[1][5] == "not measured"
     shutil.rmtree(folder / "b-seed1/best_dice")
     with pytest.raises(FileNotFoundError, match="best_dice"):
         study_results.costs(frame, rounds=0)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .results import by_study, finished
-from .tables import NAMES, format_interval, format_number, format_operations, format_probability, format_spread
+from .tables import (NAMES, format_interval, format_number, format_operations, format_probability,
+                                format_spread)
 from ..view.figures import read_history
 from ..view.pictures import class_color, new_figure, returns_figure
 
@@ -118,7 +119,8 @@ def draw_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> F
             label = f"{place + 1}  {row['arm']}: {format_spread(mean, sd)}, {format_operations(row['multiply_adds'])}"
             area, latency = (200, "") if math.isnan(slowest) else (
                 1200 * row["latency_ms"] / slowest, f", {row['latency_ms']:.1f} ms")
-            axes.errorbar(x, mean, yerr=None if math.isnan(sd) else sd, fmt=".", color=_ink(place), label=label + latency)
+            axes.errorbar(x, mean, yerr=None if math.isnan(sd) else sd, fmt=".", color=_ink(place),
+                          label=label + latency)
             axes.scatter(x, mean, s=area, color=_ink(place), alpha=0.4, zorder=2 - 0.01 * place)
             corner = ((4, 3), (-9, 3), (4, -10), (-9, -10))[place % 4]  # for arms of equal cost and score
             axes.annotate(str(place + 1), (x, mean), corner, textcoords="offset points", fontsize=8, zorder=4)
@@ -127,6 +129,7 @@ def draw_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") -> F
         axes.margins(0.2)
         axes.set(xlabel=f"multiply-adds per image, {name}", ylabel=f"mean {NAMES[measure]}, percent",
                  xscale="log" if adds.max() > 5 * adds.min() else "linear")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
 

@@ -23,11 +23,11 @@ from ..files.yaml import read_yaml
 from ..training.config import RESUMABLE, TrainConfig, shown_value
 
 # %% auto #0
-__all__ = ['MOST_ARMS', 'MOST_RUNS', 'LARGEST_SEED', 'FolderName', 'Number', 'Numbers', 'Run', 'grid_arms', 'Study',
-           'first_problems', 'validation_problems', 'read_checked', 'read_study']
+__all__ = ['MOST_ARMS', 'MOST_RUNS', 'FolderName', 'Number', 'Numbers', 'Run', 'grid_arms', 'Study', 'first_problems',
+           'validation_problems', 'read_checked', 'read_study']
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments012
-MOST_ARMS, MOST_RUNS, LARGEST_SEED = 1000, 10_000, 2**63 - 1
+MOST_ARMS, MOST_RUNS = 1000, 10_000
 
 
 def _named(text: str) -> str:
@@ -43,7 +43,7 @@ def _distinct(numbers: list[int]) -> list[int]:
 
 
 FolderName = Annotated[str, AfterValidator(_named)]  # of one folder, on every system
-Number = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED)]
+Number = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Numbers = Annotated[list[Number], AfterValidator(_distinct)]
 
 
@@ -94,7 +94,7 @@ def grid_arms(grid: Mapping[str, Sequence]) -> dict[str, dict]:
 _OWN = ("seed", "fold", "folds", "runs", "name", "resume")  # keys of TrainConfig that a study decides
 _Changes = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
 
-
+# %% ../../nbs/reference/study_plan.ipynb #plan-study
 class Study(BaseModel):
     """A question, and the runs that answer it: every arm with every seed on every fold. `read_study` reads one.
 
@@ -185,7 +185,7 @@ def validation_problems(error: ValidationError) -> str:
         found.append(f"{place} {said}".strip())
     return first_problems(found)
 
-
+# %% ../../nbs/reference/study_plan.ipynb #plan-read
 def read_checked(kind: type, path: Path, remedy: str) -> Any:
     """A JSON file as `kind`, which pydantic checks. ValueError names the file, what is wrong, and the remedy."""
     try:
@@ -196,7 +196,7 @@ def read_checked(kind: type, path: Path, remedy: str) -> Any:
         said = str(error)
     raise ValueError(f"{said}: {remedy}")
 
-
+# %% ../../nbs/reference/study_plan.ipynb #plan-study-read
 def read_study(source: str | os.PathLike | Mapping) -> Study:
     """Read and check a study.
 

@@ -18,7 +18,7 @@ from ..files.text import csv_cell, escape
 from .drawing import (describe_curves, draw_costs, draw_differences, draw_learning, draw_runs,
                                  learning_curves)
 from .results import by_study, compare, costs, distinct_values, read_runs, summarize
-from .tables import (NAMES, beside_published, caveats, comparison_rows, cost_rows, describe_costs,
+from .tables import (NAMES, arm_cost_rows, beside_published, caveats, comparison_rows, describe_costs,
                                 describe_differences, describe_scores, published_rows, summary_rows)
 from ..training.hardware import versions
 
@@ -52,7 +52,7 @@ class Report:
             "comparison": (comparison_rows(self.comparison),
                            f"Paired differences in {NAMES[self.measure]}, points; t intervals, variance corrected for "
                            "overlapping folds (Nadeau and Bengio 2003); p-values also corrected by Holm."),
-            "costs": (cost_rows(self.costs),
+            "costs": (arm_cost_rows(self.costs),
                       "Cost of one image: multiply-adds of convolutions and matrix products; latency in float32 at "
                       "batch 1, all networks interleaved in one process."),
             "published": (published_rows(self.published),
@@ -68,9 +68,7 @@ def build_report(
         studies: folders RUNS/STUDY.
         measure: what is compared and drawn.
         reference: the arm that all others are compared with; None: each study's own.
-        size: of `costs`.
-        rounds: of `costs`.
-        device: of `costs`.
+        size, rounds, device: of `costs`.
 
     Raises:
         ValueError: damaged files; and what `compare` and `costs` raise.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..evaluation.metrics import MEASURES
 from ..evaluation.timing import interleaved_times, multiply_adds
@@ -124,15 +124,9 @@ def by_study(frame: DataFrame) -> Iterable[tuple[str, DataFrame]]:
 def summarize(frame: DataFrame) -> DataFrame:
     """Mean and spread of every measure over an arm's finished runs.
 
-    Args:
-        frame: of `read_runs`.
-
     Returns:
         a row for each study and arm: study, arm, n, planned, seeds and folds (how many different ones), seconds (mean),
         then MEASURE_mean, _sd (n - 1; NaN for one run), _min, _max in percent.
-
-    Raises:
-        ValueError: no run is finished.
     """
     spread = {f"{name}_{what}": (name, function) for name in MEASURES
               for what, function in (("mean", "mean"), ("sd", "std"), ("min", "min"), ("max", "max"))}
@@ -179,11 +173,6 @@ def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice
     The unit is the fold, seeds averaged within, where the finished runs have several folds; the variance is then
     corrected for their overlap. Else it is the seed.
 
-    Args:
-        frame: of `read_runs`, one study.
-        reference: an arm; None: the study's own.
-        measure: one of MEASURES.
-
     Returns:
         a row for each arm: study, reference, arm, measure, unit, n, difference, sd, low, high (95 %), p, p_holm (over
         the arms), p_flip (`sign_flip_p`), p_flip_least, unpaired, note.
@@ -214,25 +203,25 @@ def compare(frame: DataFrame, reference: str | None = None, measure: str = "dice
 @torch.inference_mode()
 def _latencies(networks: Mapping[tuple, nn.Module], size: int, device: torch.device, rounds: int) -> dict:
     """Quartiles of the milliseconds of one image of size x size pixels, by network. The networks take turns."""
-    image = torch.zeros(1, 3, size, size, device=device)
-
-    def once(network: nn.Module) -> None:
+    def once(network: nn.Module, image: Tensor) -> None:
         network(image)
         if device.type in ("cuda", "mps"):
             getattr(torch, device.type).synchronize()  # the call returns before a GPU is done
 
-    times = interleaved_times({pair: partial(once, network) for pair, network in networks.items()}, rounds)
-    return {pair: tuple(np.percentile(values, [25, 50, 75]).tolist()) for pair, values in times.items()}
+    jobs = {}
+    for pair, network in networks.items():
+        channels = getattr(network, "config", {}).get("in_channels", 3)
+        jobs[pair] = partial(once, network, torch.zeros(1, channels, size, size, device=device))
+    return {pair: tuple(np.percentile(values, [25, 50, 75]).tolist())
+            for pair, values in interleaved_times(jobs, rounds).items()}
 
 # %% ../../nbs/reference/study_results.ipynb #report056
 def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device: str = "cpu") -> DataFrame:
     """What the network of each arm's first finished run costs for one image.
 
     Args:
-        frame: of `read_runs`.
         size: pixels of the image's side; None: the size that the arm was trained at.
         rounds: of the timing; 0: no latency.
-        device: where it is timed.
 
     Returns:
         a row for each study and arm: study, arm, size, parameters, multiply_adds, latency_ms with its quartiles

@@ -16,12 +16,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..data.dataset import normalize
 from ..data.segmentation import SegmentationData
 from ..evaluation.timing import multiply_adds
-from ..evaluation.metrics import hard_masks
+from ..evaluation.metrics import MEASURES, hard_masks
 from ..files.text import printable, read_json
 from ..files.writing import write_then_rename
 from ..network.baselines import pretrained
@@ -33,9 +33,8 @@ from ..training.trainer import build_network
 from ..view.figures import read_history
 
 # %% auto #0
-__all__ = ['Finite', 'locked', 'Scores', 'TrainingFacts', 'ImageCounts', 'Recipe', 'Machine', 'Metrics', 'read_metrics',
-           'require_same_values', 'run_arm', 'config_rows', 'network_rows', 'score_rows', 'validation_masks',
-           'last_error', 'run_row', 'study_table', 'state_rows']
+__all__ = ['Finite', 'locked', 'Recipe', 'Metrics', 'read_metrics', 'require_same_values', 'run_arm', 'config_rows',
+           'network_rows', 'score_rows', 'validation_masks', 'last_error', 'run_row', 'study_table', 'state_rows']
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments038
 def locked(path: Path) -> bool:
@@ -58,32 +57,8 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class Scores(_Part):
-    """Mean scores of a split, in percent."""
-
-    mae: Finite
-    acc: Finite
-    dice: Finite
-    iou: Finite
-
-
-class TrainingFacts(_Part):
-    """How long a run was trained."""
-
-    seconds: Finite
-    epochs: int
-
-
-class ImageCounts(_Part):
-    """Images of each split."""
-
-    train: int
-    valid: int
-    test: int
-
-
 class Recipe(_Part, extra="allow"):
-    """The run's `TrainConfig`, whose other keys are kept as they are."""
+    """A run's `TrainConfig`, whose other keys are kept as they are."""
 
     size: int
     seed: int
@@ -91,21 +66,14 @@ class Recipe(_Part, extra="allow"):
     operations: list[str] = []
 
 
-class Machine(_Part):
-    """Where a run was trained."""
-
-    device: str
-    processor: str = "cpu"
-
-
 class Metrics(_Part):
-    """What a study needs of a run's metrics.json."""
+    """What a study needs of a run's metrics.json; scores are those of the test split, in percent."""
 
-    test: Scores
-    train: TrainingFacts
-    images: ImageCounts
+    test: create_model("Scores", __base__=_Part, **dict.fromkeys(MEASURES, (Finite, ...)))
+    train: create_model("Training", __base__=_Part, seconds=(Finite, ...), epochs=(int, ...))
+    images: create_model("Images", __base__=_Part, **dict.fromkeys(("train", "valid", "test"), (int, ...)))
     config: Recipe
-    hardware: Machine
+    hardware: create_model("Machine", __base__=_Part, device=(str, ...), processor=(str, "cpu"))
     selected_by: Literal[tuple(BEST)] = "dice"
 
 
@@ -126,19 +94,7 @@ def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks:
     """Train one run of a study, continue it, or do nothing if it is complete.
 
     Its folder RUNS/STUDY/RUN is locked meanwhile: a second process waits, then looks again. At the end it holds
-    config.json, metrics.json, history.csv, run.json and one checkpoint.
-
-    Args:
-        study: of `read_study`.
-        run: one of `study.runs()`.
-        runs: the folder of all studies.
-        callbacks: of `fit`.
-
-    Returns:
-        the run's result, read from its folder.
-
-    Raises:
-        ValueError: the folder holds a run with other values; and what `fit` raises.
+    config.json, metrics.json, history.csv, run.json and one checkpoint. ValueError if it holds a run with other values.
     """
     config = study.config(run, runs)
     folder, lock, checkpoint = config.folder, config.folder / ".lock", f"best_{config.select}"

@@ -115,11 +115,12 @@ def _finish(study: Study, run: Run, runs: Path, future) -> dict:
 def _show(bar: tqdm, rows: Mapping[str, dict]) -> None:
     """Put epochs and states of all runs into the progress bar."""
     count = collections.Counter(row["state"] for row in rows.values())
-    bar.set_postfix_str(f"{count['done']}/{len(rows)} runs, {count['running']} running, {count['failed']} failed", False)
+    text = f"{count['done']}/{len(rows)} runs, {count['running']} running, {count['failed']} failed"
+    bar.set_postfix_str(text, refresh=False)
     bar.n = sum(row["epochs" if row["state"] == "done" else "epoch"] for row in rows.values())
     bar.refresh()
 
-
+# %% ../../nbs/reference/study_sweep.ipynb #sweep-loop
 def _sweep(client, study: Study, runs: Path, notebooks: Mapping[str, Path], rows: dict[str, dict]) -> None:
     """Until every run has ended, well or not. KeyboardInterrupt (Ctrl-C): the running ones save and stop first."""
     session, root, futures, shown = uuid.uuid4().hex[:8], runs / study.name, {}, 0.0
@@ -198,7 +199,7 @@ def run_study(study: Study | Mapping | str | os.PathLike, runs: str | os.PathLik
     A failed run does not stop the others and is tried again the next time.
 
     Args:
-        workers: runs at a time on this machine (a worker per GPU, or per core where there is none), or SLURM jobs
+        workers: runs at a time on this machine (by default one per GPU, or per core), or SLURM jobs
         scheduler: a connected Dask client, or the address of a scheduler, tls://host:port, instead of this machine
         slurm: what dask_jobqueue.SLURMCluster takes, as a mapping or a YAML file
         notebooks: the folder of the notebooks that train; by default the repository's

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NAMES', 'DATA_SETS', 'PUBLISHED', 'COUNTERPARTS', 'NETWORK_KEYS', 'RECIPE_KEYS', 'format_number', 'format_spread',
-           'format_interval', 'format_operations', 'format_probability', 'summary_rows', 'comparison_rows', 'cost_rows',
-           'caveats', 'describe_scores', 'describe_differences', 'describe_costs', 'what_differs', 'beside_published',
-           'published_rows']
+           'format_interval', 'format_operations', 'format_probability', 'summary_rows', 'comparison_rows',
+           'arm_cost_rows', 'caveats', 'describe_scores', 'describe_differences', 'describe_costs', 'what_differs',
+           'beside_published', 'published_rows']
 
 # %% ../../nbs/reference/study_tables.ipynb #report059
 NAMES = {"mae": "MAE", "acc": "accuracy", "dice": "Dice", "iou": "IoU"}
@@ -83,11 +83,12 @@ def comparison_rows(comparison: DataFrame) -> list[list[str]]:
         "remark": lambda row: "; ".join(filter(None, [row.note, row.unpaired and f"without partner: {row.unpaired}"]))})
 
 
-def cost_rows(table: DataFrame) -> list[list[str]]:
+def arm_cost_rows(table: DataFrame) -> list[list[str]]:
     """The table of `costs` as texts, head first."""
     return _texts(table, {
         "study": lambda row: row.study, "arm": lambda row: row.arm, "size": lambda row: f"{row.size}²",
-        "parameters": lambda row: f"{row.parameters:,}", "multiply-adds": lambda row: format_operations(row.multiply_adds),
+        "parameters": lambda row: f"{row.parameters:,}",
+        "multiply-adds": lambda row: format_operations(row.multiply_adds),
         "latency, median (quartiles)": lambda row: "not measured" if math.isnan(row.latency_ms) else (
             f"{row.latency_ms:.1f} ms ({row.latency_low:.1f} to {row.latency_high:.1f})"),
         "device": lambda row: row.device})
@@ -131,8 +132,9 @@ def describe_scores(summary: DataFrame, measure: str = "dice") -> list[str]:
     for study, arms in by_study(summary):
         ranked = _ranked(arms, measure).set_index("arm")
         means, best = ranked[f"{measure}_mean"], ranked.iloc[0]
-        text = (f"{study}: the best mean {NAMES[measure]} is {means.index[0]}'s "
-                f"({format_spread(means.iloc[0], best[f'{measure}_sd'])}, {best['n']} run{'' if best['n'] == 1 else 's'})")
+        spread = format_spread(means.iloc[0], best[f"{measure}_sd"])
+        text = (f"{study}: the best mean {NAMES[measure]} is {means.index[0]}'s ({spread}, {best['n']} "
+                f"run{'' if best['n'] == 1 else 's'})")
         ranges = (ranked[f"{measure}_max"] - ranked[f"{measure}_min"])[ranked["n"] > 1]
         if len(ranked) > 1:
             text += f", the worst {means.index[-1]}'s ({means.iloc[-1]:.2f})"
@@ -223,11 +225,8 @@ RECIPE_KEYS = ("size", "resize", "epochs", "batch", "losses", "optimizer", "lr",
 def what_differs(config: Mapping, images: Mapping) -> list[str]:
     """How a run departs from the published experiment, whose recipe is `TrainConfig`'s defaults.
 
-    Of a baseline only the encoder is named: the paper does not say how it was built.
-
-    Args:
-        config: as in metrics.json.
-        images: as in metrics.json.
+    Of a baseline only the encoder is named: the paper does not say how it was built. `config` and `images` are those of
+    metrics.json.
     """
     paper, ours = TrainConfig().to_dict(), config.get("model", "qtseg") == "qtseg"
     found = [] if ours else [f"encoder {config.get('encoder')}"]
@@ -246,16 +245,9 @@ def what_differs(config: Mapping, images: Mapping) -> list[str]:
 def beside_published(frame: DataFrame, table: DataFrame) -> DataFrame:
     """The paper's results on the data sets of these runs, and under them each arm that has a counterpart there.
 
-    Args:
-        frame: of `read_runs`.
-        table: of `costs`.
-
     Returns:
         method, source, size, parameters (M), multiply_adds (G), mae, dice, iou (percent, mean over runs), differs. No
         rows for data that the paper does not have.
-
-    Reference:
-        see PUBLISHED.
     """
     rows: dict[str, list[dict]] = {}  # by data set
     for (study, arm), done in finished(frame).groupby(["study", "arm"], sort=False):
