@@ -337,7 +337,7 @@ def predict(
         overlap: Annotated[float | None, Option(help="with --window: shared part of neighbors (0.25)")] = None,
         overwrite: Annotated[bool, Option("--overwrite", help="replace earlier results of any settings")] = False,
         no_progress: _NoProgress = False) -> int:
-    """Segment images with a trained network, at their own size. Bad files end up in errors.csv."""
+    """Segment images at their own size. Bad files end up in errors.csv; after Ctrl-C the same command goes on."""
     from qtseg.network.state import find_checkpoint
     from qtseg.prediction.folders import predict_files
     from qtseg.prediction.predictor import Predictor

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..colors import FAILURE, hex_color
+from ..files.optional import import_optional
 from ..files.text import printable
 from .controls import Stateful
 
@@ -73,13 +74,8 @@ def crosshair(picture: np.ndarray, x: float, y: float) -> np.ndarray:
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-widgets
 def require_widgets():
-    """The package ipywidgets; ModuleNotFoundError with the remedy where it is missing."""
-    try:
-        import ipywidgets
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("controls need ipywidgets: pip install ipywidgets anywidget "
-                                  "(without them .picture() and the attributes still work)") from None
-    return ipywidgets
+    """The package ipywidgets; without it a widget's `picture()` and attributes still work."""
+    return import_optional("ipywidgets", "a widget with controls")
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-js-queue
 # Browser to kernel: one event at a time. Moves and wheel turns that wait are merged, so that a slow kernel never lags
