@@ -339,7 +339,6 @@ def test_a_name_in_this_package(model, folder, monkeypatch, tmp_path):
     one_sentence(caught, "phantoms is no folder")
 
 
-@pytest.mark.skipif(not SHIPPED["phantoms"].is_dir(), reason="qtseg/weights/phantoms is not trained yet")
 def test_the_shipped_checkpoint():
     folder = SHIPPED["phantoms"]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
@@ -410,6 +409,16 @@ def test_input_channels_that_are_all_equal_give_the_same(tmp_path, build, given,
     assert torch.allclose(before, after, atol=1e-3 * before.abs().max())
 
 
+def test_standardized_input_may_differ_and_is_said(folder, tmp_path):
+    """Each data set has statistics of its own, which stay."""
+    statistics = [[0.5], [0.2]]
+    network, _, said = start(folder, statistics=statistics)
+    assert network.config["statistics"] == statistics and said.endswith("it was trained without normalize: statistics")
+    network.save_pretrained(tmp_path / "standardized")
+    assert start(tmp_path / "standardized")[2].endswith("it was trained with normalize: statistics")
+    assert start(tmp_path / "standardized", statistics=[[0.4], [0.1]])[2].endswith("all kept")
+
+
 @pytest.mark.parametrize("changes, words", [({"width": 16}, "width 8 instead of 16"), ({"encoder": "resnet18"}, "encoder fpn instead of resnet18"),
                                             ({"heads": 4, "bridge": "identity"}, "bridge mlff instead of identity"), ({"depths": (1, 1, 1)}, "depths")])
 def test_another_network_gives_no_weights(folder, changes, words):
@@ -429,6 +438,8 @@ def test_damaged_weights_start_nothing(model, folder, baseline_folder):
         init_from(model.fuse(), folder)
     state = load_file(folder / "model.safetensors")
     save_file({**state, "encoder.down2.conv.weight": state["encoder.down2.conv.weight"] * torch.nan}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="a Linear starts from no checkpoint"):
+        init_from(torch.nn.Linear(1, 1), folder)
     network = QTSeg(**{**SMALL, "classes": 2})
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(ValueError, match="not finite"):
@@ -944,7 +955,10 @@ def test_imagenet_weights(monkeypatch, build, body):
         raise OSError("cannot reach the hub\nTraceback, a page of it")
 
     monkeypatch.setattr(smp.encoders, "get_encoder", fetched)
+    learned = {"input_range": [0, 1], "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.15]}
+    monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda name, pretrained: learned)
     assert network.load_encoder("imagenet") is network
+    assert torch.tensor(network.config["statistics"]).allclose(torch.tensor([[0.4], [0.2]])), "of one channel"
     assert all((tensor == 7).all() for tensor in body(network).state_dict().values())
     monkeypatch.setattr(smp.encoders, "get_encoder", offline)
     with pytest.raises(ConnectionError) as caught:

@@ -169,3 +169,32 @@ def test_every_baseline_takes_it(model):
         torch.testing.assert_close(network.fuse()(image), network(image), atol=1e-4, rtol=1e-4)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.fuse().modules())
     assert [network.encoder.ends, network.encoder.output_stride] == [[0, 2, 4, 10, 15], 16 if model == "deeplabv3plus" else 32]
+
+
+@pytest.mark.parametrize("build", [lambda: QTSeg(**SMALL, encoder="resnet18"), lambda: Baseline("unet", "resnet18")], ids=["qtseg", "unet"])
+def test_each_encoder_sees_the_numbers_that_it_learned(build, monkeypatch, tmp_path):
+    """In every form, along the border too, and after loading; without a request where the weights are at hand."""
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="a development extra")
+    learned = {"input_range": [0, 255], "mean": [127.5, 102, 76.5], "std": [51, 63.75, 76.5]}
+    torch.manual_seed(0)
+    trained = with_statistics(smp.encoders.get_encoder("resnet18", weights=None))
+    monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda name, pretrained: learned)
+    model = build().eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(smp.encoders, "get_encoder", lambda *arguments, **options: trained)
+        model.load_encoder("imagenet")
+    assert model.config["statistics"] == [pytest.approx([0.5, 0.4, 0.3]), pytest.approx([0.2, 0.25, 0.3])]
+
+    pixels = torch.randint(0, 256, (2, 3, 40, 64)).float()
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        logits = model(pixels / 127.5 - 1)
+        numbers = [torch.tensor(learned[key])[:, None, None] for key in ("mean", "std")]
+        torch.testing.assert_close(seen[0][..., :40, :], (pixels - numbers[0]) / numbers[1], atol=1e-5, rtol=1e-5)
+        for form in (model.naive(), model.fuse()):
+            torch.testing.assert_close(form(pixels / 127.5 - 1), logits, atol=1e-4, rtol=1e-4)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(pretrained(tmp_path)(pixels / 127.5 - 1), logits)
+        assert build().load_encoder(tmp_path).config == model.config, "an encoder takes its statistics along"
+    assert "statistics" not in build().config

@@ -12,8 +12,8 @@ from torch import nn, Tensor
 
 from ..files.optional import import_optional
 from .efficientnet import LITES, EfficientNetLite
-from .encoders import check_encoder, check_imagenet, fold_batchnorms
-from .model import QTSeg, Segmenter, standardize
+from .encoders import check_encoder, check_imagenet, fold_batchnorms, standardize
+from .model import QTSeg, Segmenter
 from .state import checked_whole, choose_part, find_checkpoint, read_config
 
 # %% auto #0
@@ -44,7 +44,7 @@ class Baseline(Segmenter):
         classes: with the background, 1 to 256.
         in_channels: of the images.
         encoder_weights: what `load_encoder` takes, such as "imagenet".
-        statistics: see `network.model.standardize`.
+        statistics: see `network.encoders.standardize`.
 
     Raises:
         ModuleNotFoundError: a package is not installed.

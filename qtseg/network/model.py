@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +16,15 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .bridge import BRIDGES
-from .checkpoints import load_checkpoint, load_encoder, save_checkpoint
+from .checkpoints import Checkpoints
 from .decoders import DECODERS
-from .encoders import build_encoder, check_imagenet
+from .encoders import build_encoder, check_imagenet, standardize
 from .fast import accelerate
-from .hub import upload_checkpoint
 from .mqm import StageOutput
 from .state import checked_whole, choose_part
 
 # %% auto #0
-__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'standardize', 'Segmenter', 'QTSeg']
+__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'QTSeg']
 
 # %% ../../nbs/06_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:
@@ -68,39 +66,14 @@ class Decoding(NamedTuple):
     stages: list[StageOutput]
     low_res_logits: Tensor
 
-# %% ../../nbs/06_model.ipynb #mdl-standardize
-def standardize(network: Segmenter, statistics: Sequence[Sequence[float]]) -> None:
-    """Let a network bring its images, which are in [-1, 1], to (x - mean) / std as its first step.
-
-    Args:
-        network: its configuration keeps the statistics.
-        statistics: mean and standard deviation of each channel, in [0, 1].
-
-    Raises:
-        ValueError: other numbers.
-    """
-    channels, values = network.config["in_channels"], torch.tensor(statistics, dtype=torch.float64, device="cpu")
-    if values.shape != (2, channels) or not values.isfinite().all() or (values < 0).any() or (values > 1).any():
-        raise ValueError(f"statistics are a mean and a standard deviation for each of {channels} channel(s), not "
-                         f"{statistics}")
-    mean, std = values.float()[..., None, None]
-    std = std.clamp(min=1 / 255)
-    network.config["statistics"] = values.tolist()
-    network.register_buffer("input_scale", 0.5 / std, persistent=False)  # x in [-1, 1] is (x + 1) / 2 in [0, 1]
-    network.register_buffer("input_shift", (0.5 - mean) / std, persistent=False)
-
 # %% ../../nbs/06_model.ipynb #mdl-segmenter
-class Segmenter(nn.Module):
+class Segmenter(Checkpoints):
     """What all networks of this repository share: a configuration, how images come in, other forms, and checkpoints.
 
     A subclass sets `config`, the constructor's arguments, and `encoder`.
     """
 
-    model_type: str  #: what stands in config.json
-    encoder_prefix = "encoder."  #: how the encoder's entries in the state dict begin
-    config: dict[str, Any]
     use_naive = False
-    fused = False
 
     def prepare(self, images: Tensor) -> Tensor:
         """Check and (if so configured) standardize images, pad them to multiples of 32, and lay them out channels last
@@ -144,48 +117,6 @@ class Segmenter(nn.Module):
         self.encoder.requires_grad_(True)
         return self
 
-    def load_encoder(self, source: str | Path, strict: bool = True) -> Segmenter:
-        """Load weights that were trained elsewhere into the encoder; returns the model.
-
-        Args:
-            source: a checkpoint or run of the same type with the same encoder; "imagenet" for encoders other than
-                "fpn" (see `network.encoders.load_imagenet`); or an official file (`fpn-nano.pth`: YOLOv8n's COCO
-                weights, AGPL-3.0).
-            strict: False ignores entries of an official file that are not the encoder's. Missing ones are refused.
-
-        Raises:
-            FileNotFoundError, ValueError: the source is missing or does not fit.
-            ModuleNotFoundError, ConnectionError: ImageNet weights are not installed, or could not be fetched.
-        """
-        load_encoder(self, source, strict)
-        return self
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and model.safetensors, each whole or not at all; returns the folder.
-
-        ValueError for a fused copy.
-        """
-        return save_checkpoint(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options) -> Segmenter:
-        """The network of a checkpoint, in evaluation mode; all files are checked before a network is built.
-
-        Args:
-            name: the folder of a checkpoint or a run, or a repository on the Hugging Face Hub as "user/name".
-            options: `revision` and `cache` of `network.hub.download_checkpoint`.
-
-        Raises:
-            FileNotFoundError, ValueError: something is missing or does not fit; the message names it.
-            PermissionError, ConnectionError: of the Hub.
-        """
-        return load_checkpoint(cls, name, **options)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Save and upload to the Hub; arguments, result and errors are those of `network.hub.upload_checkpoint`."""
-        with tempfile.TemporaryDirectory() as folder:
-            return upload_checkpoint(self.save_pretrained(folder), repo_id, private=private, token=token)
-
 # %% ../../nbs/06_model.ipynb #5d986bfd
 class QTSeg(Segmenter):
     """Query-token segmentation network: images [B, in_channels, H, W] in [-1, 1] -> logits [B, classes, H, W].
@@ -204,7 +135,7 @@ class QTSeg(Segmenter):
         encoder: "fpn", "efficientnet_lite0" (1, 2) or a name of segmentation-models-pytorch.
         encoder_weights: what `load_encoder` takes, such as "imagenet". Not a part of the configuration: a checkpoint
             holds all weights.
-        statistics: see `standardize`.
+        statistics: see `network.encoders.standardize`.
 
     Raises:
         ValueError: an argument is outside its bounds or unknown.

@@ -25,15 +25,18 @@ from ..evaluation.metrics import confusion_counts, hard_masks
 from ..network.baselines import Baseline
 from ..network.checkpoints import init_from
 from ..network.fast import accelerate
-from ..network.model import QTSeg, standardize
-from .augmentation import Augmentation
-from .callbacks import FitState, ProgressBar, Tracker, require_callbacks
+from ..network.encoders import standardize
+from ..network.model import QTSeg
+from ..network.state import read_config
+from .augmentation import Augmentation, random_crops
+from .callbacks import EMA, EarlyStopping, FitState, ProgressBar, Tracker, require_callbacks
 from .config import OPTIMIZERS, SCHEDULERS, TrainConfig
 from .hardware import choose_device
 from .losses import weighted_loss
 from .operations import seeded
+from .recipe import scaled_rates, warm_up, weight_groups
 from .run_folder import data_digest
-from .validation import evaluating, mixed_precision, require_images
+from .validation import Windowed, evaluating, mixed_precision, require_images
 
 # %% auto #0
 __all__ = ['Numbers', 'T', 'Progress', 'draw_seed', 'Team', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate',
@@ -108,6 +111,11 @@ def _own_network(config: TrainConfig, data: SegmentationData, notes: list[str]) 
                              "cache is built")
         standardize(model, [data.preprocessing.mean, data.preprocessing.std])
     if (config.folder / "resume.pt").is_file():
+        saved = config.folder / "last" / "config.json"
+        if config.encoder_weights is not None and saved.is_file():
+            _, began = read_config(saved.parent)
+            if "statistics" in began:
+                standardize(model, began["statistics"])
         return model
     if config.encoder_weights is not None:
         model.load_encoder(config.encoder_weights, strict=False)
@@ -166,10 +174,11 @@ def _steps_of(config: TrainConfig, data: SegmentationData) -> int:
             raise ValueError(f"every pixel of the {what} images in {data.folder} is ignored: label some of them, or "
                              "choose another split")
     images = len(data.train)
-    steps = images // config.batch if config.drop_last else math.ceil(images / config.batch)
+    together = config.batch * config.accumulate
+    steps = images // together if config.drop_last else math.ceil(images / together)
     if not steps:
         raise ValueError(
-            f"{images} training images do not fill a batch of {config.batch}: lower batch, or drop_last=False")
+            f"{images} training images do not fill a batch of {together}: lower batch, or drop_last=False")
     return steps
 
 
@@ -260,41 +269,48 @@ def _scalar(loss: Tensor, function: Callable) -> Tensor:
     return loss
 
 # %% ../../nbs/reference/training_trainer.ipynb #c097x1
+def _all_callbacks(config: TrainConfig, given: Sequence[object]) -> list[object]:
+    """The callbacks of a run: those that the configuration asks for, and those that were given."""
+    own = [ProgressBar()] if config.progress else []
+    own += [EMA(config.ema)] if config.ema else []
+    own += [EarlyStopping(config.early_stopping)] if config.early_stopping else []
+    require_callbacks([*own, *given])
+    return [*own, *given, *([Tracker()] if config.track else [])]
+
+# %% ../../nbs/reference/training_trainer.ipynb #c097x2
 class Trainer:
     """One run: network, optimizer, schedule, loss, augmentation, and one step of them. Its arguments are `fit`'s."""
 
     def __init__(self, config: TrainConfig, data: SegmentationData, model: nn.Module | None = None,
                  loss: Callable | None = None, augment: Callable | None = None, callbacks: Sequence[object] = (),
                  team: Team | None = None):
-        require_callbacks(callbacks)
         self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
         self.lead = getattr(team, "lead", operator.methodcaller("__call__"))  # one process just calls the function
         self.steps = _steps_of(config, data)
+        self.shape = (data.shape[0], config.crop, config.crop) if config.crop else data.shape  # as the network sees it
         given = {"model": model, "loss": loss, "augment": augment}
         self.given = {name: full_name(part) for name, part in given.items() if part is not None}
         self.given["callbacks"] = [full_name(one) for one in callbacks]
         self.progress = Progress()
-        if model is None:
-            model = _own_network(config, data, self.progress.notes)
-        else:
-            model = _checked_network(model, config, data.shape)
-        _refuse_lone_images(config, len(data.train), model, data.shape, team.size if team else 1, self.device)
+        model = (_own_network(config, data, self.progress.notes) if model is None
+                 else _checked_network(model, config, self.shape))
+        _refuse_lone_images(config, len(data.train), model, self.shape, team.size if team else 1, self.device)
         self.model = model.to(self.device)
         if config.forms != "plain":
             accelerate(self.model)
         self.network, self.frozen = None, None  # what `step` calls: begin_epoch makes it, anew for an encoder set free
-        self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), config)
+        self.optimizer = OPTIMIZERS[config.optimizer](weight_groups(self.model, config), config)
         self.scheduler = SCHEDULERS[config.scheduler](self.optimizer, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.augment = _augmentation(config, data, augment)
-        self.loss = loss or weighted_loss(config.losses, data.ignore_index)
+        self.loss = loss or weighted_loss(config.losses, data.ignore_index, config.class_weights,
+                                          config.label_smoothing)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
+        if self.shape != data.shape:
+            Windowed(self.model, config.crop)  # which validates; refused here if MONAI is missing
         self.unclaimed: dict[str, dict] = {}  # states of callbacks that are switched off
-        self.callbacks: list[object] = []
-        if team is None or team.leads:
-            shown, tracked = [ProgressBar()] if config.progress else [], [Tracker()] if config.track else []
-            self.callbacks = [*shown, *callbacks, *tracked]
+        self.callbacks = _all_callbacks(config, callbacks) if team is None or team.leads else []
         self.state = FitState(config, data, self.model, self.model, self.progress.history, self.steps)
 
     @cached_property
@@ -316,31 +332,41 @@ class Trainer:
         if c.encoder_weights is not None:
             self.model.freeze_encoder() if frozen else self.model.unfreeze_encoder()
         if frozen is not self.frozen:
-            network, self.frozen = self.team.wrap(self.model, self.data.shape) if self.team else self.model, frozen
+            network, self.frozen = self.team.wrap(self.model, self.shape) if self.team else self.model, frozen
             self.network = torch.compile(network) if c.compile else network
         self.model.train()
         if c.freeze_norm:
             _freeze_norm(self.model)
-        return iter(self.data.train.batches(c.batch, shuffle=draw_seed(c.seed, p.epoch, -1), drop_last=c.drop_last,
-                                            start=p.step, device=self.device))
+        return iter(self.data.train.batches(c.batch * c.accumulate, shuffle=draw_seed(c.seed, p.epoch, -1),
+                                            drop_last=c.drop_last, start=p.step, device=self.device))
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Augment, forward, backward, update, on this process's share -> loss, counts [B, classes - 1, 4]."""
-        seed, (images, masks), rank = draw_seed(self.config.seed, self.progress.epoch, self.progress.step), batch[:2], 0
+        c, p, (images, masks), rank, rows = self.config, self.progress, batch[:2], 0, self.config.batch
         if self.team:
             images, masks, rank = self.team.share(images), self.team.share(masks), self.team.rank
+            rows //= self.team.size
+        seed, before = draw_seed(c.seed, p.epoch, p.step), rank * len(images)
         torch.manual_seed(seed + rank)  # for dropout, and for an augmentation of the user's own
-        images, target = self.augment(images, masks, seed, rank * len(images))
-        with mixed_precision(self.device, self.config.amp):
-            logits = self.network(images)
-        logits = logits.float()  # losses sum over many pixels: float32 whatever the network computed in
-        loss = _scalar(self.loss(logits, target), self.loss)
+        if c.crop:
+            images, masks = random_crops(images, masks, c.crop, seed, before, foreground=c.crop_foreground,
+                                         ignore_index=self.data.ignore_index)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.config.clip:
+        losses, counts = [], []
+        for first in range(0, len(images), rows):  # once, unless gradients are accumulated
+            part = images[first : first + rows]
+            inputs, target = self.augment(part, masks[first : first + rows], seed, before + first)
+            with mixed_precision(self.device, c.amp):
+                logits = self.network(inputs)
+            logits = logits.float()  # losses sum over many pixels: float32 whatever the network computed in
+            loss = _scalar(self.loss(logits, target), self.loss) * (len(part) / len(images))
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            counts.append(confusion_counts(hard_masks(logits.detach()), target, c.classes, self.data.ignore_index))
+        if c.clip:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.scaler.step(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        with scaled_rates(self.optimizer, warm_up(c, p.epoch + (p.step + 1) / self.steps)):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        counts = confusion_counts(hard_masks(logits.detach()), target, self.config.classes, self.data.ignore_index)
-        return loss.detach(), counts
+        return sum(losses), torch.cat(counts)
