@@ -26,7 +26,7 @@ from qtseg.cli import main
 from qtseg.evaluation.evaluate import choose_splits, evaluate, image_rows, predict_batch, stratum_rows, threshold_rows
 from qtseg.evaluation.figures import draw_gallery
 from qtseg.evaluation.run_data import open_for, training_notes
-from qtseg.evaluation.runs import evaluate_checkpoint, find_checkpoints
+from qtseg.evaluation.runs import evaluate_checkpoint, evaluate_run, find_checkpoints
 from qtseg.evaluation.scores import (BINS, SCORES, SIZES, THRESHOLDS, Protocol, calibration_counts, calibration_error, constant_counts, score_image,
                                      class_probabilities, decide, lesion_counts, mask_scores, own_size_mask,
                                      surface_scores, threshold_counts, undo_resize)
@@ -34,7 +34,7 @@ from qtseg.evaluation.tables import FILES, aligned, markdown, replaced_results, 
 from qtseg.evaluation.timing import multiply_adds, network_cost
 from qtseg.evaluation.uncertainty import bootstrap_interval, bootstrap_means, sampling_units, student_quantile
 from qtseg.prediction.predictor import Predictor
-from qtseg.training.frequencies import class_frequencies
+from qtseg.training.validation import class_frequencies
 from qtseg.evaluation.metrics import MEASURES, confusion_counts, hard_masks
 from qtseg.network.model import QTSeg
 from qtseg.data.phantom_sets import write_prepared
@@ -647,6 +647,13 @@ def test_batch_size_order_and_mode_do_not_matter(endoscopy):
     one, many = (evaluate(network, endoscopy, "train", Protocol(**QUICK), batch=batch) for batch in (1, 16))
     assert network.training and one.ids == many.ids == endoscopy.train.ids
     np.testing.assert_array_equal(one.counts, many.counts)
+
+
+def test_impossible_requests_are_refused_before_anything_is_read(tmp_path):
+    for wrong, sentence in (({"batch": 0}, "batch must be at least 1, got 0"), ({"sizes": [64, 8]}, "from 32 to 4096, got 8")):
+        for function in (evaluate_run, evaluate_checkpoint):
+            with pytest.raises(ValueError, match=sentence):
+                function(tmp_path / "nowhere", **wrong)
 
 
 def test_splits(endoscopy):

@@ -27,7 +27,7 @@ from .scores import (RATES, SCORES, SIZES, THRESHOLDS, ImageScores, Protocol, ca
                                      class_probabilities, decide, flip_average, rates_in_percent, score_image,
                                      surface_functions)
 from .uncertainty import Units, bootstrap_interval, bootstrap_means, sampling_units
-from ..training.frequencies import class_frequencies
+from ..training.validation import class_frequencies
 
 # %% auto #0
 __all__ = ['PARTS', 'predict_batch', 'choose_splits', 'Evaluation', 'image_rows', 'stratum_rows', 'threshold_rows',

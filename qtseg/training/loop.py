@@ -32,12 +32,11 @@ from ..files.writing import write_then_rename
 from ..network.baselines import Baseline, pretrained
 from ..network.model import QTSeg
 from .config import BEST, TrainConfig, located, read_stored_config, same_recipe, shown_value
-from .frequencies import best_constant_mask
 from .hardware import choose_device, hardware, versions
 from .run_folder import SPLITS_FILE, clear_disk_errors, split_table, write_history, write_text
 from .state import load_state, save_state
 from .trainer import Team, Trainer, full_name, step_rate
-from .validation import validate
+from .validation import best_constant_mask, validate
 
 # %% auto #0
 __all__ = ['stop_signals', 'Result', 'open_data', 'fit']
