@@ -1,7 +1,6 @@
 """Bad networks, wrong files and hostile archives: each ends right, or in one clear sentence. No test leaves this machine."""
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -10,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import stat
 import tarfile
 import threading
@@ -168,6 +166,7 @@ def test_a_good_network(archive, get, tmp_path):
     assert get().read_bytes() == CONTENT
     assert json.loads((tmp_path / "checksums.json").read_text()) == {NAME: hashlib.sha256(CONTENT).hexdigest()}
     assert leftovers(tmp_path) == [] and archive.ranges_asked() == [None]
+    assert all(path.stat().st_mode & 0o666 == 0o666 for path in tmp_path.glob(".*.lock")), "another user can take the lock"
 
 
 def test_a_second_run_asks_nothing(archive, get):
@@ -658,8 +657,8 @@ def test_kaggle_refusals(kaggle, tmp_path, behavior, words, capsys):
 def test_kaggle_refusals_by_their_status():
     for status, words in ((401, "does not accept the API token"), (404, f"no dataset named {BUSI}"), (429, "too many requests"),
                           (403, f"Kaggle refuses {BUSI}: it is private")):
-        text = str(data_kaggle.refusal({"problem": status}, "dataset", BUSI))
-        assert words in text and "rules" not in text and f"https://www.kaggle.com/datasets/{BUSI} in a browser" in text
+        text = str(data_kaggle.refusal({"problem": status}, "dataset", BUSI, "https://x"))
+        assert words in text and "rules" not in text and "https://x in a browser" in text
 
 
 def test_kaggle_sends_more_than_the_limit(kaggle, tmp_path):
@@ -941,7 +940,7 @@ def test_a_disk_that_fills_up_while_unpacking(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources, "pieces", full)
+    monkeypatch.setattr(sources.shutil, "copyfileobj", full)
     text = refusal(OSError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
     assert "no space left" in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
@@ -953,7 +952,7 @@ def test_an_interrupted_unpacking_leaves_nothing_and_is_done_again(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sources, "pieces", interrupted)
+        patch.setattr(sources.shutil, "copyfileobj", interrupted)
         unpack(path, tmp_path / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
     assert tree(unpack(path, tmp_path / "out", progress=False)) == FILES

@@ -64,7 +64,7 @@ class Census:
         return "\n".join(row[0].ljust(names) + "".join(f"  {cell:>{numbers}}" if cell or row[-1].isdigit() else ""
                                                        for cell in row[1:]) for row in self.table)
 
-
+# %% ../../nbs/reference/data_census.ipynb #data148b
 def _counts(
     records: Sequence, entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
     """Rows of the table that have a number for each part: images, patients, strata, empty and full masks, classes."""

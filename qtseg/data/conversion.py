@@ -28,8 +28,8 @@ from ..files.pictures import Picture
 from ..files.writing import NO_SPACE
 
 # %% auto #0
-__all__ = ['CELL', 'CAPTION', 'Done', 'drop_twins', 'copyable', 'as_shown', 'as_png', 'convert', 'write_pair', 'convert_all',
-           'outlined', 'write_on', 'contact_sheet', 'white_of', 'census_of']
+__all__ = ['CELL', 'CAPTION', 'Done', 'drop_twins', 'copyable', 'as_png', 'convert', 'write_pair', 'convert_all', 'outlined',
+           'contact_sheet', 'white_of', 'census_of']
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation052
 class Done(NamedTuple):
@@ -64,17 +64,6 @@ def drop_twins(pairs: list[Pair], hashes: list[str]) -> tuple[set[str], list[str
     return dropped, notes
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation058
-def _channels(jpeg: bytes) -> int:
-    """How many channels a JPEG has, by its frame header; 0 if there is none where it should be."""
-    place = 2
-    while jpeg[place:place + 1] == b"\xff" and place + 10 < len(jpeg):
-        kind, length = jpeg[place + 1], int.from_bytes(jpeg[place + 2:place + 4], "big")
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            return jpeg[place + 9]
-        place += 2 + length
-    return 0
-
-
 def copyable(picture: Picture, data: bytes) -> str | None:
     """The extension under which an image file can be copied byte for byte; None where it must be written anew.
 
@@ -84,14 +73,14 @@ def copyable(picture: Picture, data: bytes) -> str | None:
         return None
     if picture.format == "PNG" and data[24] in (8, 16) and data[25] in (0, 2):  # bits of a channel; gray, RGB
         return ".png"
-    return ".jpg" if picture.format == "JPEG" and _channels(data) == 3 else None
-
-
-def as_shown(picture: Picture) -> np.ndarray:
-    """A decoded picture as gray [H, W] or RGB [H, W, 3]: palettes looked up, bits made black and white."""
-    if picture.palette is not None:
-        return picture.palette[picture.values]
-    return picture.values * np.uint8(255) if picture.bits == 1 else picture.values
+    place, channels = 2, 0
+    while picture.format == "JPEG" and data[place:place + 1] == b"\xff" and place + 10 < len(data):
+        kind = data[place + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # the header of a frame
+            channels = data[place + 9]
+            break
+        place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
+    return ".jpg" if channels == 3 else None
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation059
 def as_png(pixels: np.ndarray) -> bytes:
@@ -141,7 +130,12 @@ def write_pair(pair: Pair, picture: Picture, mask: np.ndarray, folder: Path) -> 
     height, width = mask.shape
     row = {"id": pair.id, "image": f"images/{pair.id}{extension or '.png'}", "mask": f"masks/{pair.id}.png",
            "height": height, "width": width}
-    image = data if extension else as_png(as_shown(picture))
+    if extension:
+        image = data
+    elif picture.palette is not None:
+        image = as_png(picture.palette[picture.values])
+    else:
+        image = as_png(picture.values * np.uint8(255 if picture.bits == 1 else 1))
     for name, content in ((row["image"], image), (row["mask"], as_png(mask))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)  # an id may hold the name of a sub-folder
         (folder / name).write_bytes(content)
@@ -179,12 +173,6 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     thumbnail[top:top + size[1], left:left + size[0]] = small
     return thumbnail
 
-
-def write_on(sheet: np.ndarray, text: str, x: int, y: int, color: Sequence[int] = (220, 220, 220)) -> int:
-    """Write a small line onto a picture, its lower left corner at (x, y); returns the x after it."""
-    cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.36, color, 1, cv2.LINE_AA)
-    return x + 14 + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.36, 1)[0][0]
-
 # %% ../../nbs/reference/data_conversion.ipynb #preparation072
 def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], workers: int = 1, most: int = 24,
                   white: int = 65535) -> np.ndarray:
@@ -192,6 +180,10 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
 
     They are chosen evenly by stratum and name. white: the stored value that is shown white, for images of 16 bits.
     """
+    def write(text: str, x: int, y: int, color: Sequence[int] = (220, 220, 220)) -> int:
+        cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.36, color, 1, cv2.LINE_AA)
+        return x + 14 + cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.36, 1)[0][0]
+
     def thumbnail(row: dict) -> np.ndarray:
         return outlined(read_image(folder / row["image"], white), read_named_picture(folder / row["mask"]).values)
 
@@ -200,12 +192,12 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
     sheet = np.full((CAPTION + (CELL[1] + CAPTION) * -(-len(chosen) // columns), CELL[0] * columns, 3), 40, np.uint8)
     x = 4
     for index, name in enumerate(class_names[1:]):
-        x = write_on(sheet, name, x, 12, class_colors(index + 2)[index + 1].tolist())
+        x = write(name, x, 12, class_colors(index + 2)[index + 1].tolist())
     with ThreadPoolExecutor(workers) as pool:
         for place, (row, picture) in enumerate(zip(chosen, pool.map(thumbnail, chosen))):
             top, left = CAPTION + place // columns * (CELL[1] + CAPTION), place % columns * CELL[0]
             sheet[top:top + CELL[1], left:left + CELL[0]] = picture
-            write_on(sheet, row["id"][:22], left + 4, top + CELL[1] + 12)
+            write(row["id"][:22], left + 4, top + CELL[1] + 12)
     return sheet
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation076a

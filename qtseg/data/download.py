@@ -33,8 +33,8 @@ from ..files.writing import write_then_rename
 
 # %% auto #0
 __all__ = ['MAX_DOWNLOAD', 'MOST_PAUSE', 'DownloadError', 'way_out', 'Interruption', 'check_url', 'CheckedRedirects', 'Transfer',
-           'send_request', 'match_part', 'read_piece', 'receive', 'require_room', 'connect', 'one_at_a_time',
-           'is_recorded', 'is_finished', 'accept', 'complete', 'fetch']
+           'send_request', 'match_part', 'receive', 'require_room', 'connect', 'one_at_a_time', 'is_recorded',
+           'is_finished', 'accept', 'complete', 'fetch']
 
 # %% ../../nbs/reference/data_download.ipynb #download014
 class DownloadError(OSError):
@@ -174,22 +174,20 @@ def match_part(one: Transfer, response: http.client.HTTPResponse) -> None:
         one.discard()
         raise Interruption(f"{one.host} sent a piece that does not fit (status {response.status}), starting anew")
 
-
-def read_piece(response: http.client.HTTPResponse) -> bytes:
-    """Read what has come in since, up to 256 KiB; Interruption if nothing comes or the connection breaks."""
-    try:
-        return response.read1(1 << 18)  # read() would wait for all 256 KiB, and lose them on an error
-    except TimeoutError as error:
-        raise Interruption(f"the server has fallen silent ({error})") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise Interruption(f"the connection broke ({error or type(error).__name__})") from error
-
 # %% ../../nbs/reference/data_download.ipynb #download047
 def receive(one: Transfer, response: http.client.HTTPResponse, bar: tqdm) -> None:
     """Append the response's bytes to the part as they come; Interruption if they stop, or come too slowly."""
     since, before = time.monotonic(), one.held
     with open(one.part, "ab") as stream:
-        while piece := read_piece(response):
+        while True:
+            try:
+                piece = response.read1(1 << 18)  # read() would wait for all 256 KiB, and lose them on an error
+            except TimeoutError as error:
+                raise Interruption(f"the server has fallen silent ({error})") from error
+            except (OSError, http.client.HTTPException) as error:
+                raise Interruption(f"the connection broke ({error or type(error).__name__})") from error
+            if not piece:
+                return
             stream.write(piece)
             stream.flush()
             one.held += len(piece)
@@ -229,7 +227,7 @@ def connect(one: Transfer, bar: tqdm) -> None:
 def one_at_a_time(target: Path) -> Iterator[None]:
     """Hold the lock of a file: a second process that comes here waits until the first has left, or has died."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    lock = FileLock(target.with_name(f".{target.name}.lock"), mode=0o666)  # another user may come next
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -23,7 +23,7 @@ from ..files.limits import limit
 from ..files.writing import NO_SPACE
 
 # %% auto #0
-__all__ = ['CLIENT', 'run_client', 'kaggle_page', 'refusal', 'fetch_kaggle']
+__all__ = ['CLIENT', 'run_client', 'refusal', 'fetch_kaggle']
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download084
 CLIENT = """
@@ -97,12 +97,7 @@ def run_client(kind: str, name: str, arriving: Path, timeout: float, most: int, 
             return {"problem": "other", "said": f"it ended with code {process.returncode}"}
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download094
-def kaggle_page(kind: str, name: str) -> str:
-    """Return where people find a data set or the files of a competition."""
-    return f"https://www.kaggle.com/{kind}s/{name}" + "/data" * (kind == "competition")
-
-
-def refusal(found: dict, kind: str, name: str) -> DownloadError:
+def refusal(found: dict, kind: str, name: str, page: str) -> DownloadError:
     """Return the error for what run_client found. What may be a secret is cut out."""
     said = re.sub(r"\?\S+|[\w-]{20,}", "…", found.get("said", ""))  # signatures in addresses, tokens, keys
     token = (
@@ -121,7 +116,7 @@ def refusal(found: dict, kind: str, name: str) -> DownloadError:
                 "larger number of bytes and run this again",
         429: "Kaggle has had too many requests from here: wait an hour and run this again",
         "network": f"no connection to Kaggle ({said}): check the network and run this again, it continues",
-    }.get(found["problem"], f"the kaggle client failed ({said})"), kaggle_page(kind, name), f"{name} as a zip")
+    }.get(found["problem"], f"the kaggle client failed ({said})"), page, f"{name} as a zip")
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download097
 def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: str | os.PathLike | None = None,
@@ -143,6 +138,7 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
             f'kind must be "dataset" (named "owner/name") or "competition" (a bare name), got {kind!r}, {name!r}')
     target = Path(folder).expanduser().absolute() / f"{name.split('/')[-1]}.zip"
     checksums = checksums and Path(checksums).expanduser()
+    page = f"https://www.kaggle.com/{kind}s/{name}" + "/data" * (kind == "competition")
     with one_at_a_time(target):
         if is_finished(target, checksums):
             return target
@@ -157,7 +153,7 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
                 private.rmdir()  # only if nothing has arrived
             if found.get("errno") in NO_SPACE:
                 raise OSError(found["errno"], f"no space left in {target.parent}: free some and run it again")
-            raise refusal(found, kind, name)
-        accept(arriving, target, checksums, kaggle_page(kind, name))
+            raise refusal(found, kind, name, page)
+        accept(arriving, target, checksums, page)
         shutil.rmtree(private)
     return target

@@ -95,12 +95,12 @@ def paint(curves: np.ndarray, size: int, values: np.ndarray | None = None) -> np
     half = cv2.resize(canvas, (2 * size, 2 * size), interpolation=cv2.INTER_AREA)
     return cv2.resize(half, (size, size), interpolation=cv2.INTER_AREA)
 
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms027
+# %% ../../nbs/reference/data_phantoms.ipynb #phantoms028
 def share(cover: np.ndarray) -> np.ndarray:
     """Coverage uint8 0..255 -> float32 0..1."""
     return cover * np.float32(1 / 255)
 
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms028
+
 def blur(field: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur of a float32 field [size, size], sigma in units of the side; if wide, done at 64 x 64."""
     size = len(field)
@@ -197,13 +197,6 @@ def _tissue(rng: np.random.Generator, size: int, dark: float) -> np.ndarray:
     values = [1, 0.9, dark, 1.1 * dark, bright, 0.9 * bright, 1.3, 1.2, dark, 0.7 * dark]
     return np.interp(depth, places, values).astype(np.float32) * (1 + 0.22 * noise(rng, (14, 7), size))
 
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms048
-def _shadow(rng: np.random.Generator, inside: np.ndarray) -> np.ndarray:
-    """What reaches the depths, float32 [size, size]: less below a lesion (shadow), more below a cyst."""
-    below = np.maximum.accumulate(inside, axis=0) - inside  # 1 under the lesion, 0 elsewhere
-    strength = rng.uniform(0.35, 0.85) if rng.uniform() < 0.8 else rng.uniform(-0.6, -0.2)
-    return 1 - strength * blur(below, 0.02)
-
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms050
 def _contact(rng: np.random.Generator, size: int) -> np.ndarray:
     """Gain, its change with depth, and up to two dark stripes of poor contact with the skin: float32 [size, size]."""
@@ -222,7 +215,10 @@ def _ultrasound(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
         rough_circle(rng, rng.uniform(0.17, 0.26), rng.uniform(0.03, 0.25)), rng.uniform(0.9, 1.8), rng.normal(0, 0.2))
     cover = paint(curve[None] + [rng.uniform(0.32, 0.68), rng.uniform(0.4, 0.56)], size)
     inside = share(cover)
-    echo = _tissue(rng, size, dark) * _shadow(rng, inside)
+    echo = _tissue(rng, size, dark)
+    # less reaches the depths below a lesion (shadow), more below a cyst
+    strength = rng.uniform(0.35, 0.85) if rng.uniform() < 0.8 else rng.uniform(-0.6, -0.2)
+    echo *= 1 - strength * blur(np.maximum.accumulate(inside, axis=0) - inside, 0.02)
     echo += rng.uniform(0.3, 0.7) * blur(inside, 0.02) * (1 - inside)  # the rim
     echo += inside * (dark * rng.uniform(0.5, 1.0) * (1 + 0.3 * noise(rng, 8, size)) - echo)
     echo *= _contact(rng, size) * speckle(rng, size)
@@ -269,14 +265,6 @@ def _polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
         polyps.append((curve[None] + middle, radius, int(rng.integers(1, 3))))
     return polyps
 
-# %% ../../nbs/reference/data_phantoms.ipynb #phantoms063
-def _gleams(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Specular highlights, where the wet wall mirrors the lamp: coverage uint8 [size, size]."""
-    count = int(rng.integers(3, 14))
-    spots = rough_circle(rng, rng.uniform(0.006, 0.02, count), 0.25, waves=4, points=16)
-    spots = stretched(spots, rng.uniform(1, 3, count), rng.uniform(0, np.pi, count))
-    return paint(spots + rng.normal(0.5, 0.2, (count, 1, 2)), size)
-
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms065
 def _endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image float32 [3, size, size] and mask [size, size], 0, 1, 2: polyps on the wall, highlights, cut corners."""
@@ -290,7 +278,11 @@ def _endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
         lit = (0.25 * image + 0.75 * image.mean(axis=(1, 2), keepdims=True)) * (0.56 + 0.58 * dome)
         image += inside * (lit * _surface(rng, size, label) - image)
         mask[cover > 127] = label
-    image += share(_gleams(rng, size)) * (235 - image)
+    # specular highlights, where the wet wall mirrors the lamp
+    count = int(rng.integers(3, 14))
+    spots = rough_circle(rng, rng.uniform(0.006, 0.02, count), 0.25, waves=4, points=16)
+    spots = stretched(spots, rng.uniform(1, 3, count), rng.uniform(0, np.pi, count))
+    image += share(paint(spots + rng.normal(0.5, 0.2, (count, 1, 2)), size)) * (235 - image)
     if rng.uniform() < 0.5:
         y, x = grid(size)
         image *= np.clip((rng.uniform(0.82, 0.9) - np.abs(y - 0.5) - np.abs(x - 0.5)) * size, 0.03, 1)

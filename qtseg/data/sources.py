@@ -31,7 +31,7 @@ from ..files.writing import NO_SPACE, new_folder
 
 # %% auto #0
 __all__ = ['MAX_MEMBERS', 'MAX_DEPTH', 'LINK', 'RAR_TOOLS', 'Refused', 'reading', 'Member', 'most_bytes', 'checked',
-           'zip_members', 'Header', 'tar_members', 'pieces', 'write_members', 'unpack_rar', 'unpack', 'find_source']
+           'zip_members', 'Header', 'tar_members', 'write_members', 'unpack_rar', 'unpack', 'find_source']
 
 # %% ../../nbs/reference/data_sources.ipynb #data107
 MAX_MEMBERS, MAX_DEPTH = 1_000_000, 64  # files in an archive, folders within one another
@@ -49,9 +49,9 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever Python's readers of archives raise into one sentence."""
     try:
         yield
-    except Refused:
-        raise
     except Exception as error:
+        if isinstance(error, Refused) or getattr(error, "errno", None) in NO_SPACE:
+            raise
         said = printable(f"{path} is damaged ({error or type(error).__name__}): delete it and download it again")
         raise ValueError(said[:1000]) from error
 
@@ -132,13 +132,6 @@ def tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
         yield Member("./", len(piece), "", None)  # counts as bytes, like a folder
 
 # %% ../../nbs/reference/data_sources.ipynb #download107
-def pieces(path: Path, member: Member) -> Iterator[bytes]:
-    """Yield the content of a member, 1 MiB at a time."""
-    with reading(path), member.open() as source:
-        while piece := source.read(1 << 20):
-            yield piece
-
-
 def write_members(path: Path, members: list[Member], folder: Path, progress: bool) -> None:
     """Write members below a folder, with a progress bar."""
     whole = sum(member.size for member in members)
@@ -153,8 +146,8 @@ def write_members(path: Path, members: list[Member], folder: Path, progress: boo
                 if getattr(error, "errno", None) in NO_SPACE:
                     raise
                 raise Refused(path, f"this disk cannot take one of its names ({error})") from error
-            with copy:
-                copy.writelines(pieces(path, member))
+            with copy, reading(path), member.open() as source:
+                shutil.copyfileobj(source, copy, 1 << 20)
             bar.update(member.size)
 
 # %% ../../nbs/reference/data_sources.ipynb #download113
