@@ -7,30 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from .mask_values import COLORED, FEW, MaskReading, MaskValues, brightness, spell
+from .mask_values import COLORED, FEW, MaskValues, brightness, spell
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = ['Judgement', 'refused', 'total_pixels', 'named', 'values_by_file', 'class_options', 'looks_like_photograph',
-           'not_masks', 'index_remedy', 'lossy_refusal', 'ambiguous_ignore', 'as_brightness', 'ignored_note',
-           'colored_refusal', 'between_note', 'flat_note']
+__all__ = ['Refused', 'total_pixels', 'named', 'values_by_file', 'class_options', 'as_brightness', 'looks_like_photograph',
+           'require_masks', 'index_remedy', 'refuse_lossy', 'colored_refusal']
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #masks017
-class Judgement(NamedTuple):
-    """How the masks of a set are read (None if they are refused), what is wrong, and what is worth knowing."""
-
-    reading: MaskReading | None
-    problems: list[str]
-    notes: list[str]
-
-
-def refused(sentence: str) -> Judgement:
-    """The judgement on masks that cannot be read, and why."""
-    return Judgement(None, [sentence], [])
+class Refused(ValueError):
+    """A set of masks that cannot be read; its arguments are the reasons."""
 
 
 def total_pixels(files: Sequence[MaskValues], part: str = "counts") -> Counter:
@@ -51,27 +40,30 @@ def values_by_file(files: Sequence[MaskValues], most: int = 4) -> str:
     kinds: dict[tuple, list[MaskValues]] = {}
     for seen in files:
         kinds.setdefault(tuple(seen.counts), []).append(seen)
-    parts = [
-        f"{spell(codes)} in {named(members, 2)}"
-        for codes, members in sorted(kinds.items(), key=lambda item: len(item[1]))
-    ]
+    rarest = sorted(kinds.items(), key=lambda item: len(item[1]))
+    parts = [f"{spell(codes)} in {named(members, 2)}" for codes, members in rarest]
     return "; ".join(parts[:most]) + (f"; and {len(parts) - most} more kinds" if len(parts) > most else "")
 
 
 def class_options(codes: Sequence[int]) -> str:
     """The options for a set with these values: each a class, or all foreground."""
-    listed = f"[{spell(codes, 12)}]"
-    return (
-        f"if each is a class, pass classes={len(codes)} and mask_values={listed} (background first); if all but "
-        f"the background "
-        f'are foreground, masks="any"; if one of them counts nowhere, name it with ignore_value'
-    )
+    return (f"if each is a class, pass classes={len(codes)} and mask_values=[{spell(codes, 12)}] (background first); "
+            'if all but the background are foreground, masks="any"; if one of them counts nowhere, name it with '
+            "ignore_value")
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #masks019
 def _spread(seen: MaskValues, top: int) -> tuple[int, int]:
     """How many pixels lie between an eighth and seven eighths of `top`, and how many above."""
     return tuple(sum(count for code, count in seen.counts.items() if low < code <= limit)
                  for low, limit in ((top / 8, top * 7 / 8), (top * 7 / 8, top)))
+
+
+def as_brightness(seen: MaskValues) -> MaskValues:
+    """The brightness of a mask's values."""
+    counts: Counter = Counter()
+    for code, count in seen.counts.items():
+        counts[int(brightness(np.array([code], np.uint32))[0])] += count
+    return seen._replace(counts=dict(counts))
 
 
 def looks_like_photograph(seen: MaskValues, top: int) -> bool:
@@ -86,37 +78,28 @@ def looks_like_photograph(seen: MaskValues, top: int) -> bool:
     return (
         max(seen.counts) >= COLORED or middle > 0.25 * seen.pixels or (middle > 0.05 * seen.pixels and middle > bright))
 
-
-def _looks_numbered(seen: MaskValues) -> bool:
-    """Many values, each of which fills a region."""
-    if len(seen.counts) <= FEW or seen.steady <= 0.7 or seen.lossy:
-        return False
-    middle, bright = _spread(seen, seen.top)
-    return max(seen.counts) >= COLORED or middle > 0.2 * (middle + bright)
-
 # %% ../../nbs/reference/data_mask_doubts.ipynb #ecb8a77c
-def not_masks(files: Sequence[MaskValues]) -> list[str]:
-    """A problem for photographs among the masks, or else one for maps of numbered instances."""
-    top = max(seen.top for seen in files)
+def require_masks(files: Sequence[MaskValues]) -> None:
+    """Refuse photographs among the masks, or else maps of numbered instances: many values, each of which fills a
+    region."""
+    top, numbered = max(seen.top for seen in files), []
     if photographs := [seen for seen in files if looks_like_photograph(seen, seen.top if not seen.lossy else top)]:
         most = max(len(seen.counts) for seen in photographs)
-        return [
-            f"{len(photographs)} of {len(files)} masks look like photographs, not like masks "
-            f"({named(photographs)}): up to "
-            f"{most} values spread over the whole range; are the folders of images and masks mixed up? Soft masks "
-            f"(probabilities) "
-            "must be made black and white first"
-        ]
-    if numbered := [seen for seen in files if _looks_numbered(seen)]:
+        raise Refused(
+            f"{len(photographs)} of {len(files)} masks look like photographs, not like masks ({named(photographs)}): "
+            f"up to {most} values spread over the whole range; are the folders of images and masks mixed up? Soft "
+            "masks (probabilities) must be made black and white first")
+    for seen in files:
+        if len(seen.counts) > FEW and seen.steady > 0.7 and not seen.lossy:
+            middle, bright = _spread(seen, seen.top)
+            numbered += [seen] if max(seen.counts) >= COLORED or middle > 0.2 * (middle + bright) else []
+    if numbered:
         largest = max(total_pixels(files))
         each = f", or classes={largest + 1} if each number is a class" if largest < 255 else ""
-        return [
+        raise Refused(
             f"{len(numbered)} of {len(files)} masks hold many flat values ({named(numbered)}: "
-            f"{spell(numbered[0].counts)}), "
-            'as maps of numbered instances do: pass masks="any" to read every number but 0 as foreground '
-            f"(qtseg prepare own: --instances){each}"
-        ]
-    return []
+            f'{spell(numbered[0].counts)}), as maps of numbered instances do: pass masks="any" to read every number '
+            f"but 0 as foreground (qtseg prepare own: --instances){each}")
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #02ddac8f
 def index_remedy(found: list[int], classes: int) -> str:
@@ -135,43 +118,11 @@ def index_remedy(found: list[int], classes: int) -> str:
     return class_options(found)
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #masks020a
-def lossy_refusal(files: Sequence[MaskValues]) -> str:
-    """The refusal of class indices in a format whose compression changes values."""
-    return (f'{named(files)}: a {files[0].format}, whose compression may invent class indices: save it as PNG, or pass '
-            'masks="binary"')
-
-
-def ambiguous_ignore(
-    marked: Sequence[MaskValues], beside: Sequence[MaskValues], codes: Sequence[int], classes: int) -> str:
-    """The refusal of sets in which 255 is "ignore" in some files and foreground, as it seems, in others."""
-    alone = [seen for seen in marked if seen not in beside]
-    white = "" if classes > 2 else f"; if 255 is foreground, correct the values other than 0 and 255 in {named(beside)}"
-    return (
-        f"255 stands beside other classes in {len(beside)} masks ({named(beside)}), and alone or only with 0 in "
-        f"{len(alone)} "
-        f"({named(alone)}): if 255 counts nowhere, pass ignore_value=255; if it is a class, pass "
-        f"classes={len(codes)} and "
-        f"mask_values=[{spell(codes, 12)}]{white}"
-    )
-
-# %% ../../nbs/reference/data_mask_doubts.ipynb #f22bc298
-def as_brightness(seen: MaskValues) -> MaskValues:
-    """The brightness of a mask's values."""
-    counts: Counter = Counter()
-    for code, count in seen.counts.items():
-        counts[int(brightness(np.array([code], np.uint32))[0])] += count
-    return seen._replace(counts=dict(counts))
-
-# %% ../../nbs/reference/data_mask_doubts.ipynb #c534aef8
-def ignored_note(files: Sequence[MaskValues], marked: Sequence[MaskValues], classes: Sequence[int]) -> str:
-    """What is said where 255 was taken for "ignore"."""
-    share = sum(seen.counts[255] for seen in marked) / sum(seen.pixels for seen in files)
-    return (
-        f'masks: the value 255 beside {spell(classes)} is read as "ignore": {100 * share:.2g} % of all pixels, in '
-        f"{len(marked)} of {len(files)} masks ({named(marked)}), count nowhere, neither in training nor in scores "
-        f"(ignore_value=255); if 255 is a class, pass classes={len(classes) + 1} and "
-        f"mask_values=[{spell([*classes, 255], 12)}]"
-    )
+def refuse_lossy(files: Sequence[MaskValues]) -> None:
+    """Refuse class indices in a format whose compression changes values."""
+    if lossy := [seen for seen in files if seen.lossy]:
+        raise Refused(f"{named(lossy)}: a {lossy[0].format}, whose compression may invent class indices: save it as "
+                      'PNG, or pass masks="binary"')
 
 
 def colored_refusal(files: Sequence[MaskValues]) -> str:
@@ -179,47 +130,13 @@ def colored_refusal(files: Sequence[MaskValues]) -> str:
     colored, total = [seen for seen in files if max(seen.counts) >= COLORED], total_pixels(files)
     codes = sorted(total, key=lambda code: (code > 0, -total[code]))  # black first, then the most frequent
     if len(codes) > FEW:
-        return (
-            f"{named(colored)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG "
-            f"make them: save "
-            "it with its few exact colors (PNG, nearest neighbor), then name them with mask_values"
-        )
+        return (f"{named(colored)}: a colored mask of {len(codes)} colors ({spell(codes)}), as blended edges or JPEG "
+                "make them: save it with its few exact colors (PNG, nearest neighbor), then name them with mask_values")
     gray = total_pixels([seen for seen in files if seen not in colored])
     if {*gray} - {0}:
-        return (
-            f"{named(colored)}: a colored mask, with the colors {spell(total_pixels(colored), 12)}, while "
-            f"{len(files) - len(colored)} "
-            f"masks hold only {spell(gray)}: save it as they are; or, {class_options(codes)}"
-        )
+        return (f"{named(colored)}: a colored mask, with the colors {spell(total_pixels(colored), 12)}, while "
+                f"{len(files) - len(colored)} masks hold only {spell(gray)}: save it as they are; or, "
+                f"{class_options(codes)}")
     black = (
         'if this is black background and one color, pass masks="binary"; ' if len(codes) == 2 and codes[0] == 0 else "")
     return f"{named(colored)}: a colored mask, with the colors {spell(codes, 12)}: {black}{class_options(codes)}"
-
-# %% ../../nbs/reference/data_mask_doubts.ipynb #7dc65f97
-def between_note(files: Sequence[MaskValues], total: Counter, between: Sequence[int]) -> str:
-    """What is said about the few exact values between black and white, which may be edges, dots or borders."""
-    holding, half = [seen for seen in files if not set(between).isdisjoint(seen.counts)], max(total) // 2
-    share = 100 * sum(total[code] for code in between) / sum(total.values())
-    return (
-        f"{'WARNING: ' * (len(between) < 3)}masks: {share:.2g} % of the pixels, in {len(holding)} masks "
-        f"({named(holding)}), hold "
-        f"{spell(between)}, taken for edges: up to {half} they are background, above it foreground; if they count "
-        f"nowhere or are "
-        "a class, name them (ignore_value, mask_values)"
-    )
-
-
-def flat_note(files: Sequence[MaskValues], ends: Sequence[int]) -> list[str]:
-    """What is said about a single gray value that fills regions beside softened edges."""
-    white = max(ends)
-    between = Counter(
-        {code: count for code, count in total_pixels(files, "flat").items() if white / 8 < code < white * 7 / 8})
-    for code, count in between.most_common(1):
-        if count > max(35, 0.5 * sum(between.values())):
-            holding = [seen for seen in files if code in seen.flat]
-            return [
-                f"WARNING: masks: {len(holding)} masks hold flat regions of {code} ({named(holding)}), which are "
-                f"read as "
-                f"{'foreground' if code > white // 2 else 'background'}: is it a class of its own?"
-            ]
-    return []

@@ -5,44 +5,58 @@
 # %% ../../nbs/reference/data_masks.ipynb #9a8141fc
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
-from .mask_doubts import (Judgement, ambiguous_ignore, as_brightness, between_note, class_options,
-                                    colored_refusal, flat_note, ignored_note, index_remedy, looks_like_photograph,
-                                    lossy_refusal, named, not_masks, refused, total_pixels, values_by_file)
+from .mask_doubts import (Refused, as_brightness, class_options, colored_refusal, index_remedy,
+                                    looks_like_photograph, named, refuse_lossy, require_masks, total_pixels,
+                                    values_by_file)
 from .mask_values import COLORED, FEW, MaskReading, MaskValues, codes_to_rgb, spell, value_code
 
 # %% auto #0
-__all__ = ['looks_up', 'judge_masks']
+__all__ = ['Judgement', 'looks_up', 'judge_masks']
 
 # %% ../../nbs/reference/data_masks.ipynb #masks020
-def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None) -> Judgement:
+def _ignored(files: Sequence[MaskValues], total: Counter, classes: int, notes: list[str]) -> bool:
+    """Whether 255, the only value above the classes, counts nowhere: it does if it stands beside other classes."""
+    marked = [seen for seen in files if 255 in seen.counts]
+    beside = [seen for seen in marked if not {0, 255}.issuperset(seen.counts)]
+    if not beside:
+        return False
+    if 10 * (len(marked) - len(beside)) > len(marked):
+        alone = [seen for seen in marked if seen not in beside]
+        white = f"; if 255 is foreground, correct the values other than 0 and 255 in {named(beside)}"
+        raise Refused(
+            f"255 stands beside other classes in {len(beside)} masks ({named(beside)}), and alone or only with 0 in "
+            f"{len(alone)} ({named(alone)}): if 255 counts nowhere, pass ignore_value=255; if it is a class, pass "
+            f"classes={len(total)} and mask_values=[{spell(total, 12)}]{'' if classes > 2 else white}")
+    named_classes = [code for code in total if code != 255]
+    share = sum(seen.counts[255] for seen in marked) / sum(seen.pixels for seen in files)
+    notes.append(
+        f'masks: the value 255 beside {spell(named_classes)} is read as "ignore": {100 * share:.2g} % of all pixels, '
+        f"in {len(marked)} of {len(files)} masks ({named(marked)}), count nowhere, neither in training nor in scores "
+        f"(ignore_value=255); if 255 is a class, pass classes={len(total)} and mask_values=[{spell(total, 12)}]")
+    return True
+
+
+def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None, notes: list[str]) -> MaskReading:
     """Every code is a class; 255 beside the classes is ignored."""
-    if lossy := [seen for seen in files if seen.lossy]:
-        return refused(lossy_refusal(lossy))
+    refuse_lossy(files)
     total = total_pixels(files)
     strays = [code for code in total if code >= classes and code != ignore]
-    marked = [seen for seen in files if 255 in seen.counts]
-    if (
-        strays == [255]
-        and ignore is None
-        and (beside := [seen for seen in marked if not {0, 255}.issuperset(seen.counts)])
-    ):
-        if 10 * (len(marked) - len(beside)) > len(marked):
-            return refused(ambiguous_ignore(marked, beside, list(total), classes))
-        note = ignored_note(files, marked, [code for code in total if code != 255])
-        return Judgement(MaskReading("index", classes, ignore=255), [], [note])
-    if not strays:
-        return Judgement(MaskReading("index", classes, ignore=ignore), [], [])
-    holding = [seen for seen in files if not set(strays).isdisjoint(seen.counts)]
-    if problems := not_masks(files):
-        return Judgement(None, problems, [])
-    if strays[-1] >= COLORED:
-        return refused(colored_refusal(holding))
-    return refused(
-        f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to "
-        f"{classes - 1}: {index_remedy(list(total), classes)}")
+    if strays == [255] and ignore is None and _ignored(files, total, classes, notes):
+        return MaskReading("index", classes, ignore=255)
+    if strays:
+        holding = [seen for seen in files if not set(strays).isdisjoint(seen.counts)]
+        require_masks(files)
+        if strays[-1] >= COLORED:
+            raise Refused(colored_refusal(holding))
+        raise Refused(
+            f"{named(holding)}: holds class index {spell(strays, 4)}, but classes={classes} allows 0 to "
+            f"{classes - 1}: {index_remedy(list(total), classes)}")
+    return MaskReading("index", classes, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022
 def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
@@ -54,8 +68,7 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     for seen in files:
         flat.update(seen.counts if len(seen.counts) <= 2 else {})
     exact = exact and len(total) <= FEW
-    margin = top // 32 if exact else top // 8
-    ends = [min(total), max(total)]
+    margin, ends = top // 32 if exact else top // 8, [min(total), max(total)]
 
     def is_noise(code: int, end: int) -> bool:
         """Whether a value so near to black or white is rare beside it, wherever it occurs."""
@@ -66,70 +79,82 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     noise = [code for code in flat for end in ends if 0 < abs(code - end) <= margin and is_noise(code, end)]
     if noise and exact:
         notes.append(f"masks: the few pixels of {spell(noise)} are read as noise of {spell(ends)}")
-    if exact and (between := [code for code in total if code not in noise and code not in ends]):
-        notes.append(between_note(files, total, between))
+    between = [code for code in total if code not in noise and code not in ends] if exact else []
+    if between:  # edges, dots, borders
+        holding, half = [seen for seen in files if not set(between).isdisjoint(seen.counts)], max(total) // 2
+        share = 100 * sum(total[code] for code in between) / sum(total.values())
+        notes.append(
+            f"{'WARNING: ' * (len(between) < 3)}masks: {share:.2g} % of the pixels, in {len(holding)} masks "
+            f"({named(holding)}), hold {spell(between)}, taken for edges: up to {half} they are background, above it "
+            "foreground; if they count nowhere or are a class, name them (ignore_value, mask_values)")
     left = {code: count for code, count in flat.items() if code not in noise and code not in ends}
-    least = 0 if exact else max(0.3 * sum(left.values()), 0.002 * sum(total.values()))
-    levels = sorted(set(ends))
+    least, levels = 0 if exact else max(0.3 * sum(left.values()), 0.002 * sum(total.values())), sorted(set(ends))
     while left:
         peak = max(left, key=left.get)
-        size = sum(left.pop(code) for code in list(left)
-                   if (code == peak if exact else abs(code - peak) <= top // 16))
+        near = [code for code in left if (code == peak if exact else abs(code - peak) <= top // 16)]
+        size = sum(left.pop(code) for code in near)
         if size > least and size >= 0.05 * total[peak]:
             levels.append(peak)
     return sorted(levels)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022p
-def _is_pale(seen: MaskValues, white: int) -> bool:
-    """Whether a mask's foreground is flat, and clearly darker than the white of its set."""
-    if not white / 8 < seen.top < white * 3 / 4 or white < 32:
-        return False
-    bright, flat = (sum(count for code, count in part.items() if code > seen.top * share)
-                    for part, share in ((seen.counts, 1 / 2), (seen.flat or seen.counts, 7 / 8)))
-    return flat > max(8, bright / 4)
-
-# %% ../../nbs/reference/data_masks.ipynb #masks022a
-def _judge_binary(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
-    """Two levels in the whole set, of which the darker is background."""
-    total, lossy = total_pixels(files), any(seen.lossy for seen in files)
-    if max(total) >= COLORED:
-        return _judge_two_colors(files, ignore)
-    if not lossy and set(total) == {0, 1, 255} and ignore is None:
-        return _judge_index(files, 2, None)
-    if problems := not_masks(files):
-        return Judgement(None, problems, [])
-    if lossy and 0 < max(total) < 32:
-        return refused(
-            f"{named(files)}: a {files[0].format} whose brightest value is {max(total)}, the noise of an empty "
-            "mask: save it as PNG")
-    if (lossy or len(total) > FEW) and (pale := [seen for seen in files if _is_pale(seen, max(total))]):
-        return refused(
-            f"{named(pale)}: flat regions of {pale[0].top} are the brightest, while the set's white is {max(total)}: "
-            f"save them with {max(total)} if they are foreground; if that value is a class of its own, save all masks "
+def _check_brightness(files: Sequence[MaskValues], total: Counter) -> None:
+    """Refuse an empty JPEG's noise, flat foreground that is clearly darker than the set's white, and a 255 that may
+    mean "ignore"."""
+    lossy, white = any(seen.lossy for seen in files), max(total)
+    if lossy and 0 < white < 32:
+        raise Refused(
+            f"{named(files)}: a {files[0].format} whose brightest value is {white}, the noise of an empty mask: save "
+            "it as PNG")
+    pale = []
+    for seen in files if white >= 32 and (lossy or len(total) > FEW) else ():
+        bright, flat = (sum(count for code, count in part.items() if code > seen.top * share)
+                        for part, share in ((seen.counts, 1 / 2), (seen.flat or seen.counts, 7 / 8)))
+        pale += [seen] if white / 8 < seen.top < white * 3 / 4 and flat > max(8, bright / 4) else []
+    if pale:
+        raise Refused(
+            f"{named(pale)}: flat regions of {pale[0].top} are the brightest, while the set's white is {white}: "
+            f"save them with {white} if they are foreground; if that value is a class of its own, save all masks "
             "without softened edges, and name the values with mask_values")
     if (not lossy and 255 in total and 3 < len(total) <= FEW and (last := sorted(total)[-2]) < 32
             and not any({0, 255}.issuperset(seen.counts) for seen in files if seen.top == 255)):
-        return refused(
+        raise Refused(
             f"masks hold {spell(total, 12)} ({values_by_file(files)}): pass classes={last + 1} if 255 counts nowhere; "
             + class_options(list(total)))
-    notes: list[str] = []
-    levels = _levels(files, notes)
-    # beside black and white
-    indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= max(total) // 4]
+
+# %% ../../nbs/reference/data_masks.ipynb #masks022a
+def _judge_binary(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
+    """Two levels in the whole set, of which the darker is background."""
+    total, lossy = total_pixels(files), any(seen.lossy for seen in files)
+    if max(total) >= COLORED:
+        return _judge_two_colors(files, ignore, notes)
+    if not lossy and set(total) == {0, 1, 255} and ignore is None:
+        return _judge_index(files, 2, None, notes)
+    require_masks(files)
+    _check_brightness(files, total)
+    levels, white = _levels(files, notes), max(total)
+    indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= white // 4]  # beside black and white
     if indexed or len(levels) > 2:
         levels = sorted({*levels, *(code for seen in indexed for code in seen.counts)})
-        return refused(
+        raise Refused(
             f"masks hold {len(levels)} flat values, which are no black and white ({values_by_file(files)}): "
             + class_options(levels))
-    if len(levels) == 2 and levels[0] > (max(total) // 8 if lossy or len(total) > FEW else 0):
-        return refused(
+    if len(levels) == 2 and levels[0] > (white // 8 if lossy or len(total) > FEW else 0):
+        raise Refused(
             f"masks hold {spell(levels)} and no 0 ({values_by_file(files)}): if {levels[0]} is the background, pass "
             f"mask_values=[{spell(levels)}]")
-    notes += [] if lossy or len(total) <= FEW else flat_note(files, list(total))
-    return Judgement(MaskReading("binary", 2, threshold=max(total) // 2, ignore=ignore), [], notes)
+    flat = {} if lossy or len(total) <= FEW else total_pixels(files, "flat")
+    between = Counter({code: count for code, count in flat.items() if white / 8 < code < white * 7 / 8})
+    for code, count in between.most_common(1):  # one gray value that fills regions
+        if count > max(35, 0.5 * sum(between.values())):
+            holding = [seen for seen in files if code in seen.flat]
+            notes.append(
+                f"WARNING: masks: {len(holding)} masks hold flat regions of {code} ({named(holding)}), which are read "
+                f"as {'foreground' if code > white // 2 else 'background'}: is it a class of its own?")
+    return MaskReading("binary", 2, threshold=white // 2, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022b
-def _judge_by_white(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
+def _judge_by_white(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
     """As _judge_binary; files whose white is 1 may stand beside files whose white is 255 or 65535."""
     kinds = {white: [seen for seen in files if low < seen.top <= white and (white > 1 or not seen.lossy)]
              for low, white in ((0, 1), (1, 255), (255, 65535))}
@@ -138,66 +163,75 @@ def _judge_by_white(files: Sequence[MaskValues], ignore: int | None) -> Judgemen
     total = total_pixels(files)
     ignoring = len(total) <= FEW and any(1 in seen.counts and len(seen.counts) > 2 for seen in files if seen.top == 255)
     if not apart or ignoring or max(total) >= COLORED:
-        return _judge_binary(files, ignore)
-    judged = [_judge_binary(members, ignore) for members in kinds.values()]
-    problems = [problem for one in judged for problem in one.problems]
-    parts = [
-        f"0 and {max(seen.top for seen in members)} in {len(members)} ({named(members, 2)})"
-        for members in kinds.values()
-    ]
-    note = f"masks: the files hold two kinds of black and white, {', '.join(parts)}; each is read by its own white"
-    reading = MaskReading("binary", 2, mixed=True, ignore=ignore)
-    return Judgement(None if problems else reading, problems, [*(text for one in judged for text in one.notes), note])
+        return _judge_binary(files, ignore, notes)
+    problems = []
+    for members in kinds.values():
+        try:
+            _judge_binary(members, ignore, notes)
+        except Refused as error:
+            problems += error.args
+    if problems:
+        raise Refused(*problems)
+    parts = [f"0 and {max(seen.top for seen in members)} in {len(members)} ({named(members, 2)})"
+             for members in kinds.values()]
+    notes.append(f"masks: the files hold two kinds of black and white, {', '.join(parts)}; each is read by its own "
+                 "white")
+    return MaskReading("binary", 2, mixed=True, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022q
-def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
+def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
     """Black and one color, softened edges between them included."""
     total = total_pixels(files)
-    if problems := not_masks(files):
-        return Judgement(None, problems, [])
+    require_masks(files)
     colors = [code for code in total if code >= COLORED]
     strongest = codes_to_rgb([max(colors, key=lambda code: (total[code], code))])[0]
     shades = codes_to_rgb(list(total))
     top = shades.max(axis=1, keepdims=True)
     # not on the line from black to that color
     if (abs(shades * strongest.max() - top * strongest) > 4 * strongest.max()).any():
-        return refused(colored_refusal(files))
-    notes: list[str] = []
+        raise Refused(colored_refusal(files))
     if len(_levels([as_brightness(seen) for seen in files], notes)) > 2:
-        return refused(
+        raise Refused(
             f"masks hold one color in several strengths ({values_by_file(files)}): {class_options(list(total))}")
-    return Judgement(MaskReading("binary", 2, threshold=int(top.max()) // 2, ignore=ignore), [], notes)
+    return MaskReading("binary", 2, threshold=int(top.max()) // 2, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023
-def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: int | None) -> Judgement:
+def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: int | None,
+                  notes: list[str]) -> MaskReading:
     """Every code is one that mask_values names, or (of a lossy file) is read as the nearest."""
     known = {*values, ignore}
     strays = [seen for seen in files if not known.issuperset(seen.counts)]
-    exact, notes = [seen for seen in strays if not seen.lossy], []
-    if exact:
-        codes = sorted(code for code in total_pixels(exact) if code not in known)
+    if exact := [seen for seen in strays if not seen.lossy]:
         total = total_pixels(exact)
+        codes = [code for code in total if code not in known]
         share = sum(total[code] for code in codes) / sum(seen.pixels for seen in exact)
         look = any(seen.palette for seen in exact) and max(values) < COLORED
         palette = "these are indices of a palette: name them, or its colors" if look else "add them"
-        return refused(
+        raise Refused(
             f"{named(exact)}: holds {spell(codes)} ({100 * share:.3g} % of the pixels), which "
             f"mask_values=[{spell(values, 12)}] does not name: {palette}, name one with ignore_value, or save "
             "the mask without softened edges")
-    if strays and (problems := not_masks(strays)):
-        return Judgement(None, problems, [])
-    flat = total_pixels(strays, "flat")
-    far = [code for code in flat if min(abs(code - value) for value in known if value is not None) > 40]
-    if sum(flat[code] for code in far) > 0.01 * sum(seen.pixels for seen in strays):
-        return refused(
-            f"{named(strays)}: flat regions of {max(far, key=flat.get)}, which mask_values=[{spell(values, 12)}] "
-            "does not name: add it, or name it with ignore_value")
     if strays:
+        require_masks(strays)
+        flat = total_pixels(strays, "flat")
+        far = [code for code in flat if min(abs(code - value) for value in known if value is not None) > 40]
+        if sum(flat[code] for code in far) > 0.01 * sum(seen.pixels for seen in strays):
+            raise Refused(
+                f"{named(strays)}: flat regions of {max(far, key=flat.get)}, which mask_values=[{spell(values, 12)}] "
+                "does not name: add it, or name it with ignore_value")
         notes.append(
             f"masks: {named(strays)}: compression changed the values; each pixel takes the nearest of mask_values")
-    return Judgement(MaskReading("values", len(values), values, ignore=ignore), [], notes)
+    return MaskReading("values", len(values), values, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #057a850c
+class Judgement(NamedTuple):
+    """How the masks of a set are read (None if they are refused), what is wrong, and what is worth knowing."""
+
+    reading: MaskReading | None
+    problems: list[str]
+    notes: list[str]
+
+
 def looks_up(masks: str, mask_values: Sequence[int | str] = (), ignore_value: int | str | None = None) -> bool:
     """Whether a palette's colors count, not its indices: a color is named, or black and white are wanted."""
     given = [value for value in (*mask_values, ignore_value) if value is not None]
@@ -225,45 +259,37 @@ def judge_masks(
     judged = [seen._replace(counts={code: n for code, n in seen.counts.items() if code != ignore},
                             flat={code: n for code, n in seen.flat.items() if code != ignore})
               for seen in files if set(seen.counts) - {ignore}]  # files that are ignored altogether say nothing
-    if not judged:
-        reading = MaskReading("index", count, ignore=ignore, look_up=look_up)
-        return Judgement(reading, [], [])
-    faults, notes = _judge_files(judged, masks, look_up, bool(values), ignore)
-    if faults:
-        return Judgement(None, faults, [])
-    if values:
-        found = _judge_values(judged, values, ignore)
-    elif masks == "binary":
-        found = _judge_by_white(judged, ignore)
-    elif masks == "any":
-        found = _judge_any(judged, ignore)
-    else:
-        found = _judge_index(judged, count, ignore)
-    reading = found.reading and replace(found.reading, look_up=look_up)
-    missing = ignore is not None and not any(ignore in seen.counts for seen in files)
-    notes += [*found.notes, *[f"masks: ignore_value={ignore_value!r} occurs in no mask"] * missing]
-    return found._replace(reading=reading, notes=notes)
+    reading, notes = MaskReading("index", count, ignore=ignore), []
+    if judged:
+        try:
+            _check_files(judged, masks, look_up, bool(values), ignore, notes)
+            if values:
+                reading = _judge_values(judged, values, ignore, notes)
+            elif masks == "index":
+                reading = _judge_index(judged, count, ignore, notes)
+            else:
+                reading = (_judge_by_white if masks == "binary" else _judge_any)(judged, ignore, notes)
+        except Refused as error:
+            return Judgement(None, list(error.args), notes)
+        if ignore is not None and not any(ignore in seen.counts for seen in files):
+            notes.append(f"masks: ignore_value={ignore_value!r} occurs in no mask")
+    return Judgement(replace(reading, look_up=look_up), [], notes)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023q
-def _judge_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_value: bool,
-                 ignore: int | None) -> tuple[list[str], list[str]]:
-    """Problems and notes on what the values do not show: alpha channels, compression, palettes."""
+def _check_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_value: bool, ignore: int | None,
+                 notes: list[str]) -> None:
+    """Refuse what the values do not show: masks in alpha channels, ignored pixels in JPEGs, palettes that differ."""
     if hidden := [seen for seen in files if seen.hidden]:
-        return [
+        raise Refused(
             f"{len(hidden)} masks hold one single value each, while their alpha channel, which is not read, holds "
             f"{hidden[0].hidden} ({named(hidden)}): if the mask stands in the alpha channel, save that channel as "
-            f"a gray PNG"
-        ], []
+            "a gray PNG")
     if ignore is not None and not by_value and (lossy := [seen for seen in files if seen.lossy]):
-        return [f"{named(lossy)}: a {lossy[0].format}, whose compression changes ignored pixels, too: name every value "
-                "(mask_values=[0, 255]), and each pixel takes the nearest"], []
-    return ([], []) if by_value or look_up else _judge_palettes(files, masks, ignore)
-
-
-def _judge_palettes(files: Sequence[MaskValues], masks: str, ignore: int | None) -> tuple[list[str], list[str]]:
-    """A problem for palettes that contradict each other, a note for one whose background is not its black."""
+        raise Refused(
+            f"{named(lossy)}: a {lossy[0].format}, whose compression changes ignored pixels, too: name every value "
+            "(mask_values=[0, 255]), and each pixel takes the nearest")
     colors: dict[int, dict[int, MaskValues]] = {}  # index -> color -> a file that has it
-    for seen in files:
+    for seen in () if by_value or look_up else files:
         for index, color in seen.palette.items():
             colors.setdefault(index, {}).setdefault(color, seen)
     every = sorted({color for found in colors.values() for color in found}, key=lambda code: (code > 0, code))
@@ -271,33 +297,27 @@ def _judge_palettes(files: Sequence[MaskValues], masks: str, ignore: int | None)
     for index, found in sorted(colors.items()):
         if len(found) > 1 and (index == 0 or masks != "any"):
             (one, first), (other, second), *_ = found.items()
-            return [
+            raise Refused(
                 f"masks have palettes that differ: index {index} is {spell([one], 1, True)} in {first.name}, "
                 f"{spell([other], 1, True)} in {second.name}: {names}; if the indices count whatever their colors, "
-                f"mask_values=[{spell(sorted(colors), 12)}]"
-            ], []
+                f"mask_values=[{spell(sorted(colors), 12)}]")
     black = [index for index, found in colors.items() if 0 in found and index not in (0, 255, ignore)]
     if black and 0 in colors and 0 not in colors[0]:
-        return [], [
+        notes.append(
             f"WARNING: masks: index 0, the background, is {spell(colors[0], 1, True)} in the palette, and index "
-            f"{black[0]} "
-            f"is black: if black is the background, {names}"
-        ]
-    return [], []
+            f"{black[0]} is black: if black is the background, {names}")
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023r
-def _judge_any(files: Sequence[MaskValues], ignore: int | None) -> Judgement:
+def _judge_any(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
     """Everything but 0 is foreground."""
-    if lossy := [seen for seen in files if seen.lossy]:
-        return refused(lossy_refusal(lossy))
+    refuse_lossy(files)
     top = max(seen.top for seen in files)
-    photographs = [seen for seen in files if looks_like_photograph(seen, top)]
-    if photographs:
-        return Judgement(None, not_masks(files), [])
+    if any(looks_like_photograph(seen, top) for seen in files):
+        require_masks(files)
     total = total_pixels(files)
     if len(total) > 1 and min(total) > 0:
-        return refused(
+        raise Refused(
             f"masks hold {spell(total)} and no 0 ({values_by_file(files)}): every pixel would be foreground; if "
             f"{spell([min(total)])} is the background, pass mask_values=[{spell(total, 12)}] and "
             f"classes={len(total)}")
-    return Judgement(MaskReading("any", 2, ignore=ignore), [], [])
+    return MaskReading("any", 2, ignore=ignore)

@@ -232,12 +232,14 @@ class SegmentationData(OpenedData):
                          f"{'because no value exceeds it' if highest <= cached.white else why}")
         notes += [*(note for note in cached.notes if not note.startswith("WARNING: ")), *census.warnings]
         train, valid, test = (Split(survey.records, cached, parts[part], settings) for part in SPLITS)
-        mean, square = (cached.entries[name][parts["train"]].mean(axis=0) for name in ("mean", "square"))
-        std = np.sqrt(np.maximum(square - mean**2, 0))
+        mean = std = ()
+        if parts["train"]:  # of twins that validate, nothing may be left
+            mean, square = (cached.entries[name][parts["train"]].mean(axis=0) for name in ("mean", "square"))
+            mean, std = mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
         return cls(
             survey.name, classes, names, size, resize, color, COLORS[color], notes, survey.folder,
             folder, train, valid, test or None, IGNORE if cached.ignored else None, cached.white, census,
-            Preprocessing(size, resize, color, names, cached.white, channels, mean.tolist(), std.tolist()))
+            Preprocessing(size, resize, color, names, cached.white, channels, mean, std))
 
     @classmethod
     def from_prepared(
