@@ -255,15 +255,6 @@ def _pages(source: BinaryIO, size: int) -> int:
             break
     return max(1, len(seen))
 
-
-def _require_sane_tiff(tags: dict[int, tuple[int, int]]) -> None:
-    """Raise ValueError for millions of pieces, or for tiles far larger than the picture."""
-    pieces = max(tags.get(tag, (0, 0))[0] for tag in (273, 324))  # StripOffsets, TileOffsets
-    require_within("MAX_PIECES", pieces, f"is cut into {pieces} pieces")
-    width, height, across, down = (tags.get(tag, (1, 0))[1] for tag in (256, 257, 322, 323))
-    if across * down > max(4 * width * height, 2**22):
-        raise Refusal(f"has tiles of {across} x {down} pixels in a picture of {width} x {height}")
-
 # %% ../../nbs/reference/files_headers.ipynb #files-018
 def _gif_frames(source: BinaryIO, size: int) -> int:
     """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first."""
@@ -305,7 +296,11 @@ def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tu
         require_few_parts(name, source, size)
     if name == "TIFF":
         tags = first_directory(source, size)
-        _require_sane_tiff(tags)
+        pieces = max(tags.get(tag, (0, 0))[0] for tag in (273, 324))  # StripOffsets, TileOffsets
+        require_within("MAX_PIECES", pieces, f"is cut into {pieces} pieces")
+        width, height, across, down = (tags.get(tag, (1, 0))[1] for tag in (256, 257, 322, 323))
+        if across * down > max(4 * width * height, 2**22):
+            raise Refusal(f"has tiles of {across} x {down} pixels in a picture of {width} x {height}")
         return tags, _pages(source, size)
     if name in ("WEBP", "AVIF"):
         require_within("MAX_WHOLE_BYTES", size, f"has {size} bytes, which this format's decoder takes at once")

@@ -52,18 +52,6 @@ def is_picture(path: str | os.PathLike) -> bool:
         return False
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-012
-def _source(file: BinaryIO) -> tuple[BinaryIO, int]:
-    """A file within the limit, as it is or (up to MAX_WHOLE_BYTES bytes) read into memory, and its size in bytes."""
-    size = os.fstat(file.fileno()).st_size
-    require_within("MAX_FILE_BYTES", size, f"has {size} bytes")
-    if size == 0:
-        raise Refusal("is empty (0 bytes)")
-    if size > MAX_WHOLE_BYTES:
-        return file, size
-    data = file.read(size)
-    return io.BytesIO(data), len(data)
-
-
 def hash_file(file: str | os.PathLike | BinaryIO, digest: hashlib._Hash | None = None) -> hashlib._Hash:
     """Feed all bytes of a regular file, or of an open one, to a digest of hashlib (None: a new SHA-256); returns it."""
     digest = digest or hashlib.sha256()
@@ -73,27 +61,24 @@ def hash_file(file: str | os.PathLike | BinaryIO, digest: hashlib._Hash | None =
             digest.update(part)
     return digest
 
-# %% ../../nbs/reference/files_pictures.ipynb #26a799a5
-def _memory(picture: Image.Image, deep: bool, scans: int) -> tuple[int, int]:
-    """How many bytes a pixel has in the result, and in all copies while it is decoded; `deep`: colors of 16 bits."""
-    bands = len(picture.getbands())
-    gray = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I": 4, "F": 4}.get(picture.mode, 1)
-    plain = min(bands, 3) * gray * (1 + deep)
-    extra = {"WEBP": 16, "AVIF": 12, "JPEG2000": 8 * bands}.get(picture.format, 2 * bands * (scans > 1))
-    return plain, plain + (8 + plain if deep else gray if bands == 1 else 4) + extra
-
 # %% ../../nbs/reference/files_pictures.ipynb #326a6ac0
 SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 
 def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
-    """Raise ValueError for a picture, known by its header, that would take too much memory or time."""
-    width, height = picture.size
+    """Raise ValueError for a picture, known by its header, that would take too much memory or time.
+
+    `deep`: it has colors of 16 bits.
+    """
+    (width, height), bands = picture.size, len(picture.getbands())
     scans = jpeg_scans(source) if picture.format in ("JPEG", "MPO") else 1
-    plain, peak = _memory(picture, deep, scans)
-    require_memory(width, height, plain, peak, size, stored_values)
+    gray = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I": 4, "F": 4}.get(picture.mode, 1)
+    plain = min(bands, 3) * gray * (1 + deep)  # bytes of a pixel in the result
+    extra = {"WEBP": 16, "AVIF": 12, "JPEG2000": 8 * bands}.get(picture.format, 2 * bands * (scans > 1))
+    copies = 8 + plain if deep else gray if bands == 1 else 4
+    require_memory(width, height, plain, plain + copies + extra, size, stored_values)
     require_plausible_size(width, height, plain, frames, size)
-    samples = width * height * len(picture.getbands())
+    samples = width * height * bands
     if picture.tile and picture.tile[0][0] in SLOW and max(samples, size // 4) > 2**22:
         raise Refusal(f"has {width} x {height} pixels in {size} bytes of a form that is read slowly: save it as PNG")
     require_few_scans(scans, samples)
@@ -283,10 +268,9 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False, channels:
     """Read one image file, whatever its name.
 
     Args:
-        path: A PNG, JPEG, TIFF, … (`FORMATS`) or DICOM file, or a link to one.
-        stored_values: Whether the values of DICOM and PGM files stay as they are stored, as those of a mask must.
-        Otherwise the
-            picture is judged by its size as RGB.
+        path: a PNG, JPEG, TIFF, … (`FORMATS`) or DICOM file, or a link to one.
+        stored_values: whether the values of DICOM and PGM files stay as they are stored, as those of a mask must. If
+            not, the picture is judged by its size as RGB.
         channels: 1 or 3: gray or RGB, as the file has it. Another number: the file must have so many, and all are
             read, alpha too.
 
@@ -301,7 +285,11 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False, channels:
     """
     with open_regular(path) as file:
         try:
-            source, size = _source(file)
+            size = os.fstat(file.fileno()).st_size
+            require_within("MAX_FILE_BYTES", size, f"has {size} bytes")
+            if size == 0:
+                raise Refusal("is empty (0 bytes)")
+            source = io.BytesIO(file.read(size)) if size <= MAX_WHOLE_BYTES else file
             decoded = _decode(source, size, stored_values, None if channels in (1, 3) else channels)
         except Refusal as error:
             raise ValueError(str(error)) from error.__cause__

@@ -144,6 +144,15 @@ def read_json(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no JSON object but {type(found).__name__}")
     return found
 
+# %% ../../nbs/reference/files_text.ipynb #files-0340
+def _limited_lines(text: str, length: list[int]) -> Iterator[str]:
+    """The lines of a text; ValueError if `length`, which counts their characters until the caller resets it, is large."""
+    for line in io.StringIO(text, newline=""):
+        length[0] += len(line)
+        if length[0] > MAX_ROW:
+            raise ValueError(f"it has a row of more than {MAX_ROW} characters")
+        yield line
+
 # %% ../../nbs/reference/files_text.ipynb #files-0341
 def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, interrupted: bool = False,
                **options) -> tuple[list[str], Iterator[dict[str, str]]]:
@@ -160,25 +169,16 @@ def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, int
     Raises:
         ValueError, OSError: as `read_text`, at once or at the row; it is not CSV, or exceeds a limit.
     """
-    def lines() -> Iterator[str]:
-        nonlocal length
-        for line in io.StringIO(text, newline=""):
-            length += len(line)
-            if length > MAX_ROW:
-                raise ValueError(f"it has a row of more than {MAX_ROW} characters")
-            yield line
-
     text = read_text(path, "replace" if interrupted else "strict", "MAX_TABLE_BYTES")
     if interrupted:
         text = text[:text.rfind("\n") + 1]
     elif "\0" in text[:2]:  # UTF-16 without a byte order mark
         raise ValueError(f"{path} {NO_UTF8}")
-    length = 0  # of a row
+    row_length = [0]
 
     def parts() -> Iterator[list[str] | dict[str, str]]:
-        nonlocal length
         try:
-            rows = csv.DictReader(lines(), **options)
+            rows = csv.DictReader(_limited_lines(text, row_length), **options)
             columns = list(rows.fieldnames or ())
             if len(columns) > wide:
                 raise ValueError(f"it has more than {wide} columns")
@@ -186,7 +186,7 @@ def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, int
             for number, row in enumerate(rows):
                 if number == most:
                     raise ValueError(f"it has more than {most} rows")
-                length = 0
+                row_length[0] = 0
                 yield row
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path} is no table that can be read ({printable(error)[:300]})") from None

@@ -156,7 +156,7 @@ def init_from(model: Checkpoints, source: str | Path) -> str:
         FileNotFoundError, ValueError: the source is missing, damaged, or another kind of network.
         PermissionError, ConnectionError: of the Hub.
     """
-    if not isinstance(model, Checkpoints):
+    if not hasattr(model, "model_type"):  # a network of the user's own
         raise ValueError(f"a {type(model).__name__} starts from no checkpoint: only QTSeg and the baselines do")
     _require_unfused(model)
     folder = find_checkpoint(source)

@@ -15,8 +15,9 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..files.limits import limit
+from ..files.limits import require_within
 from ..files.text import first_names, printable, read_json
 from .hub import HUB_NAME, download_checkpoint
 
@@ -33,43 +34,33 @@ __all__ = ['SHIPPED', 'RANDOM_FILLS', 'check_state', 'read_config', 'find_checkp
            'shapes_only', 'read_safetensors', 'copy_into', 'plain_state', 'read_official']
 
 # %% ../../nbs/reference/network_state.ipynb #9f7195b5
-def _kind(tensor: Tensor) -> str:
-    """Which numbers a tensor holds: float of any width, whole, or another name of PyTorch."""
-    if tensor.is_floating_point():
-        return "float"
-    return str(tensor.dtype) if tensor.is_complex() or tensor.dtype == torch.bool else "whole"
-
-
 def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError naming the missing, unexpected, mis-shaped and mistyped entries of a state dict, all at once."""
+    def kind(tensor: Tensor) -> str:
+        other = tensor.is_complex() or tensor.dtype == torch.bool
+        return "float" if tensor.is_floating_point() else str(tensor.dtype) if other else "whole"
+
     both = given.keys() & wanted.keys()
     shapes = [f"{name} {list(given[name].shape)} instead of {list(wanted[name].shape)}" for name in both
               if given[name].shape != wanted[name].shape]
     kinds = [f"{name} {given[name].dtype} instead of {wanted[name].dtype}" for name in both
-             if _kind(given[name]) != _kind(wanted[name])]
+             if kind(given[name]) != kind(wanted[name])]
     problems = {"missing": wanted.keys() - given.keys(), "unexpected": given.keys() - wanted.keys(),
                 "mis-shaped": shapes, "of another type": kinds}
-    found = [f"{len(names)} {kind} ({first_names(sorted(names), 5)})" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {what} ({first_names(sorted(names), 5)})" for what, names in problems.items() if names]
     if found:
         raise ValueError(printable(f"{source} does not fit this network: {'; '.join(found)}"))
 
 # %% ../../nbs/reference/network_state.ipynb #mdl-wrappers
-# what DataParallel, DistributedDataParallel and torch.compile put before every name
-_WRAPPERS = ("module.", "_orig_mod.")
-
-
 def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """A state dict without the prefixes of wrappers; ValueError where only some of the names have one."""
     state = dict(state)
-    for prefix in 2 * _WRAPPERS:  # one inside the other, in either order
+    for prefix in 2 * ("module.", "_orig_mod."):  # of DataParallel and torch.compile, one inside the other
         having = [name for name in state if name.startswith(prefix)]
         if having and len(having) < len(state):
-            raise ValueError(
-                printable(
-                    f"{source} is half wrapped: {len(having)} of {len(state)} names begin with {prefix} "
-                    f"({first_names(sorted(having), 5)}); save the state dict of the network inside the wrapper"
-                )
-            )
+            raise ValueError(printable(
+                f"{source} is half wrapped: {len(having)} of {len(state)} names begin with {prefix} "
+                f"({first_names(sorted(having), 5)}); save the state dict of the network inside the wrapper"))
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
@@ -77,18 +68,12 @@ def _unwrapped(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Ten
 def _check_values(state: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError for weights that no network can compute with: NaN, infinite, a variance below zero."""
     for name, tensor in state.items():
-        # NaN if there is one
-        least, most = tensor.aminmax() if tensor.numel() else (torch.tensor(0.0), torch.tensor(0.0))
-        wrong = "" if least.isfinite() and most.isfinite() else "are not finite (NaN or infinite)"
-        if name.endswith("running_var") and least < 0:
-            wrong = wrong or "are variances below zero"
-        if wrong:
-            raise ValueError(
-                printable(
-                    f"{source} holds numbers in {name} that {wrong}: its training diverged or the file is "
-                    "damaged; take another checkpoint or copy it again"
-                )
-            )
+        least, most = tensor.aminmax() if tensor.numel() else torch.zeros(2)  # NaN if there is one
+        finite = least.isfinite() and most.isfinite()
+        if not finite or name.endswith("running_var") and least < 0:
+            wrong = "are variances below zero" if finite else "are not finite (NaN or infinite)"
+            raise ValueError(printable(f"{source} holds numbers in {name} that {wrong}: its training diverged or the "
+                                       "file is damaged; take another checkpoint or copy it again"))
 
 # %% ../../nbs/reference/network_state.ipynb #9a86644e
 def read_config(folder: Path) -> tuple[str, dict]:
@@ -191,19 +176,11 @@ def shapes_only() -> Iterator[None]:
         yield
 
 # %% ../../nbs/reference/network_state.ipynb #d1e5331e
-def _check_size(path: Path) -> None:
-    """Raise ValueError for a file of weights that is larger than the limit of all files."""
-    size = path.stat().st_size
-    if size > limit("MAX_FILE_BYTES"):
-        raise ValueError(f"{path} has {size} bytes, more than {limit('MAX_FILE_BYTES')}: set the environment variable "
-                         f"QTSEG_MAX_FILE_BYTES={size} if you trust this file")
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name; FileNotFoundError or ValueError in one sentence otherwise."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: copy the checkpoint folder again")
-    _check_size(path)
+    require_within("MAX_FILE_BYTES", size := path.stat().st_size, f"{path} has {size} bytes")
     try:
         return _unwrapped(load_file(path), path)
     except (SafetensorError, KeyError) as error:  # KeyError: a type of number that this version of PyTorch lacks
@@ -228,32 +205,28 @@ _PLAIN = re.compile(
 )  # what plain tensors need
 
 
-def _pickles(path: Path) -> list[BinaryIO]:
-    """The pickles in a PyTorch file: one in a zip archive, which must not be compressed, or five in a row."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return 5 * [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        names = {record.filename.lower() for record in records}
-        found = [record for record in records if record.filename.lower().endswith("/data.pkl")]
-        if (len(found) != 1 or len(names) < len(records) or any(record.compress_type for record in records)
-                or sum(record.file_size for record in records) > path.stat().st_size):
-            raise ValueError("not an archive that PyTorch wrote")
-        return [io.BytesIO(archive.read(found[0]))]
-
-
 def _check_pickles(path: Path) -> None:
-    """Raise UnpicklingError if a file names anything but what plain tensors need, ValueError if it has too many
-    steps."""
-    steps = 0
-    for content in _pickles(path):
-        for step, argument, _ in pickletools.genops(content):
-            steps += 1
-            if steps > _STEPS:
-                raise ValueError("too many steps")
-            if step.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not _PLAIN.fullmatch(str(argument)):
-                raise pickle.UnpicklingError(f"names {argument}")
+    """Raise UnpicklingError if a file names anything but what plain tensors need, ValueError if PyTorch wrote no such.
+
+    A file is a zip archive of one pickle, which must not be compressed, or (older) begins with five pickles.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\3\4"
+        pickles = [] if zipped else 5 * [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)]
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            found = [record for record in records if record.filename.lower().endswith("/data.pkl")]
+            if (len(found) != 1 or len({record.filename.lower() for record in records}) < len(records)
+                    or any(record.compress_type for record in records)
+                    or sum(record.file_size for record in records) > path.stat().st_size):
+                raise ValueError("not an archive that PyTorch wrote")
+            pickles = [io.BytesIO(archive.read(found[0]))]
+    for number, (step, argument, _) in enumerate(chain.from_iterable(map(pickletools.genops, pickles))):
+        if number == _STEPS:
+            raise ValueError("too many steps")
+        if step.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not _PLAIN.fullmatch(str(argument)):
+            raise pickle.UnpicklingError(f"names {argument}")
 
 
 def _check_storage(state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -286,7 +259,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a checkpoint folder, a run, or a file from the official "
                                 "repository's releases")
-    _check_size(path)
+    require_within("MAX_FILE_BYTES", size := path.stat().st_size, f"{path} has {size} bytes")
     try:
         _check_pickles(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
