@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .layout import SPLITS, Record, Survey
+from ..files.optional import import_optional
 from ..files.text import first_names
 
 # %% auto #0
@@ -37,19 +38,12 @@ def _units(records: Sequence[Record]) -> list[str]:
 
 def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     """Deterministic folds of whole patients, strata spread evenly; None for test images."""
-    try:
-        from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "folds that keep patients together need scikit-learn: pip install scikit-learn") from error
+    selection = import_optional("sklearn.model_selection", "making folds that keep patients together")
     pool = [i for i, record in enumerate(records) if record.split != "test"]
     units = [_units(records)[i] for i in pool]
     if len(set(units)) < 2:
-        raise ValueError(
-            f"all {len(pool)} images belong to one patient, who cannot train and validate: add other patients, or "
-            "leave "
-            "the patient out if that is wrong"
-        )
+        raise ValueError(f"all {len(pool)} images belong to one patient, who cannot train and validate: add other "
+                         "patients, or leave the patient out if that is wrong")
     if len(set(units)) < folds:
         raise ValueError(f"{len(set(units))} patients cannot make folds={folds}: choose at most {len(set(units))}")
     fold_of: list[int | None] = [None] * len(records)
@@ -57,7 +51,7 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     if max(Counter(strata).values()) < folds:
         raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
     # of one stratum, the more even one
-    splitter = StratifiedGroupKFold(folds) if len(set(strata)) > 1 else GroupKFold(folds)
+    splitter = (selection.StratifiedGroupKFold if len(set(strata)) > 1 else selection.GroupKFold)(folds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a stratum with fewer images than folds is spread as far as it goes
         for fold, (_, members) in enumerate(splitter.split(pool, strata, units)):
@@ -68,27 +62,18 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
 # %% ../../nbs/reference/data_splits.ipynb #17d41c87
 def _small_strata(records: Sequence[Record], fold_of: Sequence[int | None], folds: int) -> list[str]:
     """A note if strata have fewer images (or patients) than there are folds, and so are missing in some."""
-    units, members = _units(records), {}
+    units, members, found = _units(records), {}, []
     for i, record in enumerate(records):
         if record.stratum and record.split != "test":
             members.setdefault(record.stratum, []).append(i)
-    found = []
     for name, rows in sorted(members.items()):
         whole, held = len({units[i] for i in rows}), len({fold_of[i] for i in rows} - {None})
         if whole < folds:
             of = f" of {whole} patient{'s' * (whole > 1)}" if any(records[i].patient for i in rows) else ""
-            found.append(
-                f"{name} ({len(rows)} image{'s' * (len(rows) > 1)}{of}, "
-                f"{f'in {held} of {folds} folds' if held else 'always train'})"
-            )
-    return (
-        [
-            f"folds: strata with fewer members than {folds} folds: {first_names(found)}; choose fewer folds, or join "
-            "strata"
-        ]
-        if found
-        else []
-    )
+            where = f"in {held} of {folds} folds" if held else "always train"
+            found.append(f"{name} ({len(rows)} image{'s' * (len(rows) > 1)}{of}, {where})")
+    return [f"folds: strata with fewer members than {folds} folds: {first_names(found)}; choose fewer folds, or join "
+            "strata"] if found else []
 
 # %% ../../nbs/reference/data_splits.ipynb #data079
 def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: list[str]) -> list[int | None]:
@@ -111,23 +96,17 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
         raise ValueError(f"{pool} images cannot make folds={folds}: choose at most {pool}")
     patients = len({record.patient for record in survey.records if record.patient and record.split != "test"})
     fold_of = _folds_of_patients(survey.records, folds) if patients else _slices(survey.records, folds)
-    sizes, left = (
-        Counter(value for value in fold_of if value is not None), pool - sum(value is not None for value in fold_of))
+    sizes = Counter(value for value in fold_of if value is not None)
+    left = pool - sum(sizes.values())
     if not sizes:
         raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
     strata = any(record.stratum for record in survey.records)
     if patients:
-        notes.append(
-            f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} "
-            "patients in "
-            f"one of them{', strata spread evenly' if strata else ''}"
-        )
+        notes.append(f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} "
+                     f"patients in one of them{', strata spread evenly' if strata else ''}")
     else:
-        notes.append(
-            f"folds: {folds} equal slices of {sizes[0]} images, sorted by "
-            f"name{', within each stratum' if strata else ''}"
-            + (f"; the last {left} always train" if left else "")
-        )
+        notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name"
+                     f"{', within each stratum' if strata else ''}{f'; the last {left} always train' if left else ''}")
     notes += _small_strata(survey.records, fold_of, folds)
     if any(record.split == "valid" for record in survey.records):
         notes.append("folds: the folder's own validation images were put back among the others before they were made")
@@ -157,21 +136,14 @@ def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records
         return sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
     chosen = sorted(rows[i] for i in _even_share([records[row] for row in rows], count, seed))
     if len(set(_units([records[row] for row in rows]))) < 2:
-        raise ValueError(
-            f"all {len(rows)} training images belong to one patient, who cannot train and validate: add other "
-            "patients, "
-            "or name the split in the manifest"
-        )
+        raise ValueError(f"all {len(rows)} training images belong to one patient, who cannot train and validate: add "
+                         "other patients, or name the split in the manifest")
     if not 0 < len(chosen) < len(rows):
-        raise ValueError(
-            f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train with, "
-            "because patients stay whole: choose another share, or name the split in the manifest"
-        )
+        raise ValueError(f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train "
+                         "with, because patients stay whole: choose another share, or name the split in the manifest")
     patients = len({records[row].patient for row in chosen} - {""})
-    notes.append(
-        f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({len(chosen)} of {len(rows)} images"
-        f"{f', {patients} whole patients' if patients else ''})"
-    )
+    notes.append(f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({len(chosen)} of "
+                 f"{len(rows)} images{f', {patients} whole patients' if patients else ''})")
     return chosen
 
 # %% ../../nbs/reference/data_splits.ipynb #data082b
