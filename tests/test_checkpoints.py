@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import one_sentence
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qtseg
+from qtseg.cli import main
 from qtseg.network import checkpoints as network_checkpoints
 from qtseg.network.baselines import Baseline, pretrained
 from qtseg.network.checkpoints import init_from
@@ -349,6 +351,12 @@ def test_the_shipped_checkpoint():
     mask = qtseg.Predictor("phantoms", device="cpu")(qtseg.phantom("dermoscopy", 1, 128)[0])
     truth = qtseg.phantom("dermoscopy", 1, 128)[1]
     assert (mask == (truth > 0)).mean() > 0.9
+
+
+def test_the_command_predicts_with_it(tmp_path, capsys):
+    Image.fromarray(qtseg.phantom("dermoscopy", 1, 96)[0]).save(tmp_path / "image.png")
+    assert main(["predict", "phantoms", str(tmp_path / "image.png"), "--output", str(tmp_path / "masks"), "--device", "cpu", "--no-progress"]) == 0
+    assert Image.open(tmp_path / "masks" / "image.png").size == (96, 96) and "weights/phantoms" in capsys.readouterr().out
 
 
 # --- starting from other weights ---------------------------------------------------------------------------------------

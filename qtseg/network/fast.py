@@ -18,18 +18,13 @@ from .bridge import UpConv, UpConvBNAct
 from .mqm import MaskHead, Upscale
 
 # %% auto #0
-__all__ = ['HAS_ONE_DNN', 'ROLES', 'FAST', 'FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead', 'FastUpConvBNAct',
-           'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'forget_kept', 'accelerate']
+__all__ = ['OPERATORS', 'HAS_ONE_DNN', 'ROLES', 'FAST', 'FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead',
+           'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'forget_kept', 'accelerate']
 
 # %% ../../nbs/reference/network_fast.ipynb #c010
-HAS_ONE_DNN = (
-    torch.backends.mkldnn.is_available()
-    and all(  #: are the undocumented operators there that this module calls?
-        hasattr(torch.ops.mkldnn, name)
-        for name in (
-            "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight")
-    )
-)
+OPERATORS = "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"
+#: are oneDNN's undocumented operators there?
+HAS_ONE_DNN = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
 
 # %% ../../nbs/reference/network_fast.ipynb #c025
 def _through_heads(few: Tensor, matrices: Tensor) -> Tensor:
@@ -47,13 +42,9 @@ def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/network_fast.ipynb #c0265
 def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
-    """Whether absorbing is faster: at most `head_width` tokens, and enough pixels to outweigh more, smaller steps.
-
-    The limit of 2¹⁵ numbers was measured on two CPU cores. Nothing was measured on other devices, so there the plain
-    form stays.
-    """
-    enough = torch.compiler.is_compiling() or many.numel() >= 1 << 15  # compiled, small steps cost nothing
-    return few.shape[1] <= head_width and many.device.type == "cpu" and enough
+    """Whether absorbing is faster: few tokens, and enough pixels (2¹⁵ numbers, measured on 2 CPU cores; compiled, any)."""
+    enough = torch.compiler.is_compiling() or many.numel() >= 1 << 15
+    return few.shape[1] <= head_width and many.device.type == "cpu" and enough  # not measured on other devices
 
 # %% ../../nbs/reference/network_fast.ipynb #c028
 class FewQueriesAttention(Attention):
@@ -132,17 +123,13 @@ def _enlarged(x: Tensor, matrix: Tensor, bias: Tensor, channels: int, eps: float
     length = torch.linalg.vector_norm(children, dim=-1, keepdim=True)
     return children, length.square_().div_(channels).add_(eps).rsqrt_()
 
-
-def _normalized(children: Tensor, inverse: Tensor, scale: Tensor, shift: Tensor, into: Tensor) -> Tensor:
-    """The rest of layer norm, written into a tensor like `children`, which may be `children` itself."""
-    return torch.addcmul(shift, torch.mul(children, inverse, out=into), scale, out=into)
-
 # %% ../../nbs/reference/network_fast.ipynb #c0342
 def _recomputed(
     x: Tensor, matrix: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
     """One step forward for the way back: children, one over their standard deviation, normalized, activated."""
     children, inverse = _enlarged(x, matrix, bias, len(scale), eps)
-    normal = _normalized(children, inverse, scale, shift, into=torch.empty_like(children))
+    normal = children * inverse
+    torch.addcmul(shift, normal, scale, out=normal)  # the rest of layer norm
     return children, inverse, normal, F.gelu(normal)
 
 
@@ -180,7 +167,7 @@ class _ChunkedLogits(torch.autograd.Function):
         for x in pixels.split(chunk, dim=1):
             for matrix, bias, scale, shift in (steps[:4], steps[4:]):
                 children, inverse = _enlarged(x, matrix, bias, len(scale), eps)
-                x = torch.ops.aten.gelu_(_normalized(children, inverse, scale, shift, into=children))
+                x = torch.ops.aten.gelu_(torch.addcmul(shift, children.mul_(inverse), scale, out=children))
             parts.append(torch.bmm(tokens, x.transpose(1, 2)))
         return torch.cat(parts, dim=2)
 
@@ -291,11 +278,8 @@ class _KeepsPacked(nn.Module):
 
 
 def _infers_plainly(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is inference in float32 that oneDNN can do, with weights that are not trained.
-
-    PyTorch's fused optimizers write to weights without counting versions, and an inference tensor has no version at
-    all.
-    """
+    """Whether this is inference in float32 that oneDNN can do, with weights that are not trained."""
+    # PyTorch's fused optimizers write to weights without counting versions; an inference tensor has no version at all
     return (not torch.is_grad_enabled() and _one_dnn_takes(x) and weight.dtype == x.dtype and _as_it_stands(x)
             and not weight.requires_grad and not weight.is_inference())
 
