@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
@@ -190,70 +190,60 @@ def _require_few_blocks(source: BinaryIO, at: int) -> int:
 TIFF_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
-class _Layout(NamedTuple):
-    """How the numbers of a TIFF are stored."""
+class _Tiff:
+    """Reads the directories of a TIFF or of an EXIF block; struct.error where the file ends."""
 
-    count: struct.Struct
-    entry: struct.Struct
-    pointer: struct.Struct
-    shift: int  # a short value stands at the beginning of its field
+    def __init__(self, source: BinaryIO, size: int):
+        source.seek(0)
+        head = source.read(16)
+        order, big = "<>"[head[:1] == b"M"], head[2:4] in (b"+\0", b"\0+")
+        self.source, self.size = source, size
+        self.count, self.entry, self.pointer = (
+            struct.Struct(order + item) for item in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I")))
+        self.shift = 0 if order == "<" else 8 * (self.pointer.size - 2)  # a short value begins its field
+        self.first = self.pointer.unpack_from(head, 8 if big else 4)[0]
 
+    def directory(self, at: int) -> dict[int, tuple[int, int]]:
+        """The directory at a place, tag -> (count, value or position); ValueError if it is absurd."""
+        self.source.seek(at)
+        count = self.count.unpack(self.source.read(self.count.size))[0]
+        require_within("MAX_PIECES", count, f"has a directory of {count} entries")
+        table = list(self.entry.iter_unpack(self.source.read(count * self.entry.size)))
+        described = sum(many * TIFF_BYTES.get(kind, 1) for _, kind, many, _ in table)
+        long = any(many > 3 * 2**16 for tag, kind, many, _ in table
+                   if kind not in (1, 2, 6, 7) and tag not in (273, 279, 324, 325))
+        if long or described > min(2 * self.size + 2**20, MAX_WHOLE_BYTES):
+            raise Refusal(f"has a directory that describes {described} bytes, in a file of {self.size}: save it as PNG")
+        return {tag: (many, value >> self.shift if kind == 3 and many == 1 else value)
+                for tag, kind, many, value in table}
 
-def _layout(head: bytes) -> tuple[_Layout, int]:
-    """The layout that the first 16 bytes of a TIFF state, and where its first directory is."""
-    order, big = "<>"[head[:1] == b"M"], head[2:4] in (b"+\0", b"\0+")
-    items = [struct.Struct(order + item) for item in (("Q", "HHQQ", "Q") if big else ("H", "HHII", "I"))]
-    return _Layout(*items, 0 if order == "<" else 8 * (items[2].size - 2)), items[2].unpack_from(head, 8 if big else 4)[
-        0]
-
-
-def _directory(source: BinaryIO, layout: _Layout, at: int, size: int) -> tuple[dict[int, tuple[int, int]], int]:
-    """A directory, tag -> (count, value or position), and where the next one is; ValueError if it is absurd."""
-    source.seek(at)
-    count = layout.count.unpack(source.read(layout.count.size))[0]
-    require_within("MAX_PIECES", count, f"has a directory of {count} entries")
-    table = list(layout.entry.iter_unpack(source.read(count * layout.entry.size)))
-    following = layout.pointer.unpack(source.read(layout.pointer.size).ljust(layout.pointer.size, b"\0"))[0]
-    described = sum(many * TIFF_BYTES.get(kind, 1) for _, kind, many, _ in table)
-    if described > min(2 * size + 2**20, MAX_WHOLE_BYTES) or any(
-        many > 3 * 2**16 for tag, kind, many, _ in table if kind not in (1, 2, 6, 7) and tag not in (273, 279, 324, 325)
-    ):
-        raise Refusal(f"has a directory that describes {described} bytes, in a file of {size}: save it as PNG")
-    return {
-        tag: (many, value >> layout.shift if kind == 3 and many == 1 else value) for tag, kind, many, value in table
-    }, following
+    def pages(self) -> int:
+        """How many directories there are; counting ends at MAX_PIECES."""
+        at, seen = self.first, set()
+        while at and at not in seen and len(seen) < limit("MAX_PIECES"):
+            seen.add(at)
+            self.source.seek(at)
+            try:
+                count = self.count.unpack(self.source.read(self.count.size))[0]
+                self.source.seek(at + self.count.size + count * self.entry.size)
+                at = self.pointer.unpack(self.source.read(self.pointer.size))[0]
+            except (struct.error, OverflowError, OSError):  # the file ends here
+                break
+        return max(1, len(seen))
 
 # %% ../../nbs/reference/files_headers.ipynb #8962419f
 def first_directory(source: BinaryIO, size: int) -> dict[int, tuple[int, int]]:
     """The first directory of a TIFF or an EXIF block, with those inside it judged, too; empty if there is none."""
-    source.seek(0)
     first: dict[int, tuple[int, int]] = {}
     try:
-        layout, at = _layout(source.read(16))
-        first = inner = _directory(source, layout, at, size)[0]
+        tiff = _Tiff(source, size)
+        first = inner = tiff.directory(tiff.first)
         for tag in (34853, 34665, 40965):  # where the camera was, its settings, and what these hold in turn
             if tag in inner:
-                inner = _directory(source, layout, inner[tag][1], size)[0] | first
+                inner = tiff.directory(inner[tag][1]) | first
     except (struct.error, OverflowError):  # the file ends here
         pass
     return first
-
-# %% ../../nbs/reference/files_headers.ipynb #files-017
-def _pages(source: BinaryIO, size: int) -> int:
-    """How many directories a TIFF holds; counting ends at MAX_PIECES."""
-    source.seek(0)
-    layout, at = _layout(source.read(16))
-    seen: set[int] = set()
-    while at and at not in seen and len(seen) < limit("MAX_PIECES"):
-        seen.add(at)
-        source.seek(at)
-        try:
-            count = layout.count.unpack(source.read(layout.count.size))[0]
-            source.seek(at + layout.count.size + count * layout.entry.size)
-            at = layout.pointer.unpack(source.read(layout.pointer.size))[0]
-        except (struct.error, OverflowError, OSError):  # the file ends here
-            break
-    return max(1, len(seen))
 
 # %% ../../nbs/reference/files_headers.ipynb #files-018
 def _gif_frames(source: BinaryIO, size: int) -> int:
@@ -301,7 +291,7 @@ def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tu
         width, height, across, down = (tags.get(tag, (1, 0))[1] for tag in (256, 257, 322, 323))
         if across * down > max(4 * width * height, 2**22):
             raise Refusal(f"has tiles of {across} x {down} pixels in a picture of {width} x {height}")
-        return tags, _pages(source, size)
+        return tags, _Tiff(source, size).pages()
     if name in ("WEBP", "AVIF"):
         require_within("MAX_WHOLE_BYTES", size, f"has {size} bytes, which this format's decoder takes at once")
     if name == "AVIF":  # Pillow reads its EXIF block while it opens the file
