@@ -58,11 +58,9 @@ def stored_values(picture: Picture, look_up: bool = False) -> np.ndarray:
     """
     if picture.palette is not None and look_up:
         return _narrow(_codes(picture.palette[None])[0][picture.values])
-    return (
-        picture.values
-        if picture.values.ndim == 2
-        else _narrow(_codes(picture.values, 8 if picture.format in LOSSY else 0))
-    )
+    if picture.values.ndim == 2:
+        return picture.values
+    return _narrow(_codes(picture.values, 8 if picture.format in LOSSY else 0))
 
 
 def _codes(colors: np.ndarray, tolerance: int = 0) -> np.ndarray:
@@ -148,17 +146,6 @@ def _count(codes: np.ndarray) -> dict[int, int]:
     return dict(sorted(total.most_common(4096)))
 
 # %% ../../nbs/reference/data_mask_values.ipynb #masks011p
-def _steady(codes: np.ndarray, low: int, high: int) -> float:
-    """The share of the codes between `low` and `high` that equal their right neighbor; 1 if there are none."""
-    inside = equal = 0
-    for band in _bands(codes):
-        left, right = codes[band, :-1], codes[band, 1:]
-        between = (left > low) & (left < high)
-        inside += np.count_nonzero(between)
-        equal += np.count_nonzero(between & (left == right))
-    return equal / inside if inside else 1.0
-
-
 def look_at(name: str, codes: np.ndarray, picture: Picture | None = None) -> MaskValues:
     """Count what one mask holds.
 
@@ -174,7 +161,13 @@ def look_at(name: str, codes: np.ndarray, picture: Picture | None = None) -> Mas
             span = cv2.dilate(codes, kernel) - cv2.erode(codes, kernel)
             tolerance = max(counts) // 16 if max(counts) >= 64 else 0
             flat = _count(codes[span <= tolerance]) if (span <= tolerance).any() else {}
-        steady = _steady(codes, min(counts), max(counts))
+        inside = equal = 0
+        for band in _bands(codes):
+            left, right = codes[band, :-1], codes[band, 1:]
+            between = (left > min(counts)) & (left < max(counts))
+            inside += np.count_nonzero(between)
+            equal += np.count_nonzero(between & (left == right))
+        steady = equal / inside if inside else 1.0
     if picture is None:
         return MaskValues(name, counts, flat, steady, codes.size)
     colors = [] if picture.palette is None else _codes(picture.palette[None])[0].tolist()
