@@ -113,11 +113,8 @@ def _array(picture: Image.Image) -> np.ndarray:
         values = np.asarray(picture)
         if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
             remedy = "add an offset that makes them positive" if values.min() < 0 else "divide them"
-            raise Refusal(
-                f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: {remedy}, "
-                f"and save "
-                "it with 8 or 16 bits"
-            )
+            raise Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read: "
+                          f"{remedy}, and save it with 8 or 16 bits")
         return values.astype(np.uint16)
     if picture.mode in ("1", "L", "P", "LA", "La", "PA"):
         return np.array(picture.getchannel(0) if len(picture.getbands()) > 1 else picture).astype(np.uint8, copy=False)
@@ -208,8 +205,8 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool, channel
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
         frames = frames or getattr(picture, "n_frames", 1)
         _judge(picture, deep, frames, source, size, stored_values)
-        highest = (
-            picture.tile[0][3][1:] if name == "PPM" and picture.tile and isinstance(picture.tile[0][3], tuple) else ())
+        tile = picture.tile[0][3] if name == "PPM" and picture.tile else ()
+        highest = tile[1:] if isinstance(tile, tuple) else ()
         if channels:
             values = every_channel(picture, source, channels, deep, size)
             frames = 1 if len(picture.getbands()) == 1 else frames
@@ -241,9 +238,8 @@ def _decode(source: BinaryIO, size: int, stored_values: bool, channels: int | No
     head = source.read(132)
     name = format_of(head)
     if name is None:
-        other = next(
-            (other for other, pattern in OTHERS.items() if re.match(pattern, head)),
-            "no image, or damaged at its very beginning")
+        other = next((other for other, pattern in OTHERS.items() if re.match(pattern, head)),
+                     "no image, or damaged at its very beginning")
         raise Refusal(f"cannot be read ({other}): images are {', '.join(FORMATS)} and DICOM files")
     try:
         if name != "DICOM":
@@ -279,9 +275,9 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False, channels:
         them.
 
     Raises:
-        ValueError: The file is refused or damaged; the sentence continues "FILE ", which the caller puts in front.
-        ModuleNotFoundError: It is a DICOM file or a TIFF of many samples, and pydicom or tifffile is missing.
-        OSError: It cannot be opened.
+        ValueError: the file is refused or damaged; the sentence continues "FILE ", which the caller puts in front.
+        ModuleNotFoundError: it is a DICOM file or a TIFF of many samples, and pydicom or tifffile is missing.
+        OSError: it cannot be opened.
     """
     with open_regular(path) as file:
         try:
