@@ -18,18 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..data.mask_values import MASKS
 from ..data.preprocessing import RESIZES, COLORS as COLOR_SPACES
+from ..evaluation.metrics import foreground_weights
 from ..files.text import plain, printable, read_json
 from ..network.attention import POSITIONS
 from ..network.baselines import NETWORKS
 from ..network.bridge import BRIDGES
 from ..network.decoders import DECODERS
-from .losses import LOSSES
+from .losses import LOSSES, weighted_loss
 from .operations import OPERATIONS
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'FileName', 'MaskValue', 'Share', 'RESUMABLE', 'one_of', 'is_folder_name',
-           'shown_value', 'allowed_values', 'meant', 'TrainConfig', 'config_table', 'is_path', 'located',
-           'recipe_changes', 'read_stored_config', 'same_recipe']
+__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'FileName', 'HexColor', 'MaskValue', 'Share', 'RESUMABLE', 'one_of',
+           'is_folder_name', 'shown_value', 'allowed_values', 'meant', 'TrainConfig', 'config_table', 'is_path',
+           'located', 'recipe_changes', 'read_stored_config', 'same_recipe']
 
 # %% ../../nbs/reference/training_config.ipynb #c010
 OPTIMIZERS: dict[str, Callable] = {
@@ -57,7 +58,8 @@ SCHEDULERS: dict[str, Callable] = {  # each steps once an epoch
 # %% ../../nbs/reference/training_config.ipynb #c024
 BEST = {"loss": min, "mae": min, "acc": max, "dice": max, "iou": max}  # the measures that each keep a best checkpoint
 FileName = Annotated[str, Field(pattern=r"^\P{Cc}*[^\s\p{Cc}]\P{Cc}*$")]  # not empty, no control characters
-MaskValue = Annotated[int, Field(ge=0, le=65535)] | Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
+HexColor = Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")]
+MaskValue = Annotated[int, Field(ge=0, le=65535)] | HexColor
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -136,10 +138,12 @@ class TrainConfig(BaseModel):
     mask_values: list[MaskValue] | None = Field(
         None, title="a list of whole numbers from 0 to 65535 or colors \"#rrggbb\", or null",
         description="what class 0, 1, … has in the masks")
-    ignore_value: MaskValue | None = Field(
-        None, title="a whole number from 0 to 65535, a color \"#rrggbb\" or null",
+    ignore_value: Annotated[int, Field(ge=-65535, le=65535)] | HexColor | None = Field(
+        None, title="a whole number from -65535 to 65535, a color \"#rrggbb\" or null",
         description="what pixels that count nowhere have in the masks")
     size: int = Field(512, ge=32, le=16384, description="side in pixels at which images are trained")
+    crop: int | None = Field(None, ge=32, le=16384, description="train on random squares of this side in pixels")
+    crop_foreground: float = Field(0.0, ge=0, le=1, description="share of the crops that are placed over foreground")
     resize: one_of(RESIZES) = Field("squash", description="how an image becomes a square")
     color: one_of(COLOR_SPACES) = Field("rgb", description="color space of the images")
     channels: int = Field(3, ge=1, le=1024, description="channels of an image")
@@ -179,9 +183,15 @@ class TrainConfig(BaseModel):
                       Predicate(lambda weights: any(weights.values()))] = Field(
         {"ce_dice": 1.0}, description="losses and their weights",
         title=f"a mapping of one or more of {', '.join(LOSSES)} to numbers >= 0, one above 0")
+    class_weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, title="a list of numbers >= 0, one for each class, or null",
+        description="what each class counts in losses and in weighted scores")
+    label_smoothing: float = Field(0.0, ge=0, le=1, description="share of a label that is spread over all classes")
     optimizer: one_of(OPTIMIZERS) = Field("adamw", description="what changes the weights")
     lr: float = Field(1e-3, gt=0, description="learning rate of the first epoch")
+    encoder_lr_factor: float = Field(1.0, ge=0, description="the encoder's learning rate, as a multiple of lr")
     weight_decay: float = Field(1e-4, ge=0, description="how far each step pulls weights to 0")
+    decay_norms: bool = Field(True, description="pull norms, biases, positions and tokens too")
     betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2, description="decay of Adam's averages")
     momentum: Share = Field(0.99, description="momentum of sgd")
     nesterov: bool = Field(False, description="Nesterov's momentum, of sgd")
@@ -192,7 +202,11 @@ class TrainConfig(BaseModel):
     gamma: float = Field(0.5, gt=0, le=1, description="factor of each fall: step, multistep, exponential, plateau")
     power: float = Field(0.9, gt=0, description="exponent of polynomial")
     min_lr: float = Field(1e-5, ge=0, description="the lowest learning rate")
+    warmup_epochs: int = Field(0, ge=0, le=1000000, description="epochs in which the rate rises from 0, step by step")
     clip: float = Field(0.0, ge=0, description="longest gradient; 0: no bound")
+    accumulate: int = Field(1, ge=1, le=1000000, description="batches whose gradients make one step")
+    ema: Share = Field(0.0, description="decay of the weights' moving average, which is scored and kept; 0: none")
+    early_stopping: int | None = Field(None, ge=1, description="end after so many validations without a best")
 
     # augmentation, drawn for each image
     augment: bool = Field(True, description="change training images at random")
@@ -265,15 +279,33 @@ class TrainConfig(BaseModel):
         """What a key takes, in words."""
         return cls.model_fields[key].title or allowed_values(cls.model_json_schema()["properties"][key])
 
-# %% ../../nbs/reference/training_config.ipynb #c040
-def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
-    """Keys whose values do not go together, and what to say about them."""
+# %% ../../nbs/reference/training_config.ipynb #c040x2
+def _loss_conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
+    """`_conflicts` of losses and crops."""
     for name in c.losses if c.classes != 2 else ():  # every loss takes two
         try:
             LOSSES[name](torch.zeros(1, c.classes, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
         except ValueError as error:
             reason = str(error).split(", got")[0]
             yield {"losses", "classes"}, f"losses {name} does not go with classes {c.classes} ({reason})"
+    try:
+        weighted_loss(c.losses, label_smoothing=c.label_smoothing)
+    except ValueError as error:
+        yield {"losses", "label_smoothing"}, str(error)
+    if c.class_weights is not None:
+        try:
+            foreground_weights(c.class_weights, c.classes)
+        except ValueError as error:
+            yield {"class_weights", "classes"}, str(error)
+    if (c.crop or 0) > c.size:
+        yield {"crop", "size"}, f"crop, {c.crop}, is at most size, {c.size}: crops are cut out of images of that size"
+    if c.crop_foreground and c.crop is None:
+        yield {"crop", "crop_foreground"}, "crop_foreground needs crop, the side of the crops"
+
+# %% ../../nbs/reference/training_config.ipynb #c040
+def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
+    """Keys whose values do not go together, and what to say about them."""
+    yield from _loss_conflicts(c)
     if c.model == "qtseg" and c.decoder != "conv" and 2 * c.width % c.heads:
         yield ({"model", "decoder", "width", "heads"},
                f"heads divides twice the width, {2 * c.width}: {c.heads} does not")
@@ -295,7 +327,7 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
         yield ({"init", "encoder_weights"}, f"init {c.init} brings its own encoder: leave out encoder_weights, "
                "or leave out init")
 
-
+# %% ../../nbs/reference/training_config.ipynb #config-table
 def config_table() -> str:
     """All keys of `TrainConfig`: default, meaning, and what they take; a line each, or two."""
     lines = []

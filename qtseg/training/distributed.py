@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -17,12 +18,14 @@ from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .hardware import choose_device
-from .trainer import T
 
 # %% auto #0
-__all__ = ['STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team']
+__all__ = ['T', 'STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team']
 
 # %% ../../nbs/reference/training_distributed.ipynb #c016
+T = TypeVar("T")
+
+
 class TeamError(RuntimeError):
     """A team could not meet, or its leader failed at something that it did alone: one sentence."""
 
@@ -44,7 +47,9 @@ def _synchronized(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/reference/training_distributed.ipynb #c025
 class TorchTeam:
-    """The processes of torch.distributed's default group, which `joined_team` made: a `Team` for `fit`.
+    """The processes of torch.distributed's default group, which `joined_team` made, as one of them sees them.
+
+    `rank` is this process's number, from 0, of `size`; the one that `leads` validates, writes, and calls callbacks.
 
     Reference: PyTorch's DDP (Li et al. 2020).
     """

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -33,10 +34,14 @@ from ..network.baselines import Baseline, pretrained
 from ..network.model import QTSeg
 from .config import BEST, TrainConfig, located, read_stored_config, same_recipe, shown_value
 from .hardware import choose_device, hardware, versions
+from .recipe import warm_up
 from .run_folder import SPLITS_FILE, clear_disk_errors, split_table, write_history, write_text
 from .state import load_state, save_state
-from .trainer import Team, Trainer, full_name, step_rate
-from .validation import best_constant_mask, validate
+from .trainer import Trainer, full_name, step_rate
+from .validation import Windowed, best_constant_mask, validate
+
+if TYPE_CHECKING:
+    from qtseg.training.distributed import TorchTeam
 
 # %% auto #0
 __all__ = ['stop_signals', 'Result', 'open_data', 'fit']
@@ -78,6 +83,7 @@ def _save_checkpoint(trainer: Trainer, name: str, model: nn.Module) -> None:
                 "note": "a network that was given to fit: build it again, then safetensors.torch.load_model(network, "
                         "'model.safetensors')"}, indent=2) + "\n")
         if preparing := trainer.data.preprocessing:
+            preparing = dataclasses.replace(preparing, window=trainer.window)
             write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(preparing), indent=2) + "\n")
 
 
@@ -155,9 +161,10 @@ def _train_epoch(trainer: Trainer, asked: threading.Event) -> bool:
 def _validate(trainer: Trainer, epoch: int) -> dict:
     """Score the validation split after an epoch, counted from 1, and keep the best -> what the epoch's row gets."""
     c, begin = trainer.config, time.perf_counter()
-    score = partial(validate, batch=c.valid_batch, device=trainer.device, amp=c.amp, loss=trainer.loss,
-                    ignore_index=trainer.data.ignore_index)
-    scores = trainer.lead(partial(score, trainer.state.validated, trainer.data.valid, c.classes))
+    scores = trainer.lead(partial(
+        validate, Windowed(trainer.state.validated, trainer.window), trainer.data.valid, c.classes, batch=c.valid_batch,
+        device=trainer.device, amp=c.amp, loss=trainer.loss, ignore_index=trainer.data.ignore_index,
+        class_weights=c.class_weights))
     _keep_best(trainer, scores, epoch)
     return {f"valid_{name}": value for name, value in scores.items()} | {"valid_seconds": time.perf_counter() - begin}
 
@@ -166,9 +173,10 @@ def _finish_epoch(trainer: Trainer) -> dict:
     """Validate if it is time, keep the best, step the schedule -> the epoch's row of the history."""
     p, c, sums = trainer.progress, trainer.config, trainer.progress.sums
     row = {
-        "epoch": p.epoch + 1, "lr": trainer.optimizer.param_groups[0]["lr"], "train_loss": sums["loss"] / trainer.steps,
+        "epoch": p.epoch + 1, "lr": trainer.optimizer.param_groups[0]["lr"] * warm_up(c, p.epoch + 1),
+        "train_loss": sums["loss"] / trainer.steps,
         "train_dice": sums["dice"] / trainer.steps, "seconds": sums["seconds"],
-        "images_per_second": min(trainer.steps * c.batch, len(trainer.data.train)) / sums["seconds"],
+        "images_per_second": min(trainer.steps * c.batch * c.accumulate, len(trainer.data.train)) / sums["seconds"],
         "waited_percent": 100 * sums["waited"] / sums["seconds"]}
     if (p.epoch + 1) % c.validate_every == 0 or p.epoch + 1 == c.epochs:
         row |= _validate(trainer, p.epoch + 1)
@@ -201,8 +209,9 @@ def _write_metrics(trainer: Trainer) -> dict:
     if c.select not in p.best:
         raise FloatingPointError(f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, "
                                  f"under another name, with a lower lr (now {c.lr})")
-    score = partial(validate, _read_checkpoint(trainer, f"best_{c.select}"), classes=c.classes, batch=c.valid_batch,
-                    device=trainer.device, ignore_index=data.ignore_index, loss=trainer.loss)
+    network = Windowed(_read_checkpoint(trainer, f"best_{c.select}"), trainer.window)
+    score = partial(validate, network, classes=c.classes, batch=c.valid_batch, device=trainer.device,
+                    ignore_index=data.ignore_index, loss=trainer.loss, class_weights=c.class_weights)
     valid = score(data.valid)
     test = score(data.test) if data.test else valid
     constant = {name: best_constant_mask(data, split, batch=c.valid_batch)
@@ -211,23 +220,14 @@ def _write_metrics(trainer: Trainer) -> dict:
     speed, waited = (sum(row["seconds"] * row[name] for row in p.history) / seconds
                      for name in ("images_per_second", "waited_percent"))
     metrics = {
-        "test": test,
-        "test_is": "the test split" if data.test else "the validation split: this data has no test split",
-        "valid": valid,
-        "best_constant_mask": constant,
-        "selected_by": c.select,
-        "best": p.best,
-        "train": {
-            "seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
-            "processes": trainer.team.size if trainer.team else 1},
+        "test": test, "test_is": "the test split" if data.test else "the validation split: this data has no test split",
+        "valid": valid, "best_constant_mask": constant, "selected_by": c.select, "best": p.best,
+        "train": {"seconds": p.seconds, "images_per_second": speed, "waited_percent": waited, "epochs": p.epoch,
+                  "processes": trainer.team.size if trainer.team else 1},
         "given": trainer.given,
         "images": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test or ())},
-        "notes": [*data.notes, *p.notes],
-        "census": data.census.to_dict(),
-        "hardware": hardware(trainer.device),
-        "versions": versions(),
-        "config": c.to_dict(),
-    }
+        "notes": [*data.notes, *p.notes], "census": data.census.to_dict(), "hardware": hardware(trainer.device),
+        "versions": versions(), "config": c.to_dict()}
     with clear_disk_errors(c.folder):
         write_text(c.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
@@ -242,7 +242,7 @@ def open_data(config: TrainConfig) -> SegmentationData:
     return SegmentationData.open(config.data, **config.model_dump(include=_DATA))
 
 # %% ../../nbs/13_training.ipynb #c129b
-def _for_team(config: TrainConfig, team: Team) -> TrainConfig:
+def _for_team(config: TrainConfig, team: TorchTeam) -> TrainConfig:
     """The configuration for one process of a team: the leader alone shows progress. ValueError unless every process
     gets equally many images in every step."""
     if config.batch % team.size:
@@ -254,7 +254,7 @@ def _for_team(config: TrainConfig, team: Team) -> TrainConfig:
     return config.replace(progress=config.progress and team.leads)
 
 
-def _opened_by_all(config: TrainConfig, team: Team) -> SegmentationData:
+def _opened_by_all(config: TrainConfig, team: TorchTeam) -> SegmentationData:
     """The data, in a team. The leader opens them first: it may build the cache that the others only read."""
     opened: list[SegmentationData] = []
     team.lead(lambda: opened.append(open_data(config)))
@@ -315,7 +315,7 @@ def _write_config(config: TrainConfig, data: SegmentationData) -> None:
 def _save(trainer: Trainer, finished: bool) -> None:
     """Write where the run stands. The state comes last: a run that is killed before it repeats the epoch."""
     if finished:
-        _save_checkpoint(trainer, "last", trainer.model)
+        _save_checkpoint(trainer, "last", trainer.state.validated)
         write_history(trainer.config.folder / "history.csv", trainer.progress.history)
     save_state(trainer)
 
@@ -353,7 +353,7 @@ def _run(trainer: Trainer) -> Result:
 # %% ../../nbs/13_training.ipynb #c139
 def fit(config: TrainConfig, model: nn.Module | None = None, data: SegmentationData | Sequence[Dataset] | None = None,
         loss: Callable | None = None, augment: Callable | None = None, callbacks: Sequence[object] = (),
-        team: Team | None = None) -> Result:
+        team: TorchTeam | None = None) -> Result:
     """Train, keep the best, evaluate the selected checkpoint; everything goes into config.folder.
 
     Ctrl-C or SIGTERM saves between two steps and raises KeyboardInterrupt; with `resume` a run goes on where it

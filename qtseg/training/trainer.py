@@ -9,10 +9,9 @@ import copy
 import inspect
 import math
 import operator
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -38,9 +37,11 @@ from .recipe import scaled_rates, warm_up, weight_groups
 from .run_folder import data_digest
 from .validation import Windowed, evaluating, mixed_precision, require_images
 
+if TYPE_CHECKING:
+    from qtseg.training.distributed import TorchTeam
+
 # %% auto #0
-__all__ = ['Numbers', 'T', 'Progress', 'draw_seed', 'Team', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate',
-           'Trainer']
+__all__ = ['Numbers', 'Progress', 'draw_seed', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate', 'Trainer']
 
 # %% ../../nbs/reference/training_trainer.ipynb #c087
 Numbers = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], int | float]
@@ -65,29 +66,6 @@ def draw_seed(seed: int, epoch: int, step: int) -> int:
     Nothing that came before enters it, so a continued run draws exactly what the uninterrupted one would have drawn.
     """
     return int(np.random.SeedSequence([seed, epoch, step + 1]).generate_state(1, np.uint64)[0] >> 1)
-
-# %% ../../nbs/reference/training_trainer.ipynb #c093b
-T = typing.TypeVar("T")
-
-
-class Team(typing.Protocol):
-    """What `fit` asks of the processes that train one network together. One process needs none."""
-
-    rank: int  # this process's number, from 0
-    size: int  # how many there are
-    leads: bool  # whether this process validates, writes, and calls callbacks
-
-    def wrap(self, model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-        """The network as a step calls it: its gradients are those of the whole team's batch; images of [C, H, W]."""
-
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's rows of something that the whole team has drawn: [B, ...] -> [B / size, ...]."""
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Values on the CPU, averaged over the processes."""
-
-    def lead(self, function: Callable[[], T]) -> T:
-        """Let the leader run a function; all get its result, or its failure."""
 
 # %% ../../nbs/reference/training_trainer.ipynb #c094a
 def build_network(config: TrainConfig) -> QTSeg | Baseline:
@@ -277,6 +255,24 @@ def _all_callbacks(config: TrainConfig, given: Sequence[object]) -> list[object]
     require_callbacks([*own, *given])
     return [*own, *given, *([Tracker()] if config.track else [])]
 
+# %% ../../nbs/reference/training_trainer.ipynb #c097x3
+def _add_gradients(trainer: Trainer, images: Tensor, masks: Tensor, rows: int, seed: int,
+                   first: int) -> tuple[Tensor, Tensor]:
+    """Augment, forward, backward, so many rows at a time -> mean loss, counts [B, classes - 1, 4]."""
+    loss, counts = torch.zeros((), device=images.device), []
+    for at in range(0, len(images), rows):  # once, unless gradients are accumulated
+        part = images[at : at + rows]
+        inputs, target = trainer.augment(part, masks[at : at + rows], seed, first + at)
+        with mixed_precision(trainer.device, trainer.config.amp):
+            logits = trainer.network(inputs)
+        logits = logits.float()  # losses sum over many pixels: float32 whatever the network computed in
+        share = _scalar(trainer.loss(logits, target), trainer.loss) * (len(part) / len(images))
+        trainer.scaler.scale(share).backward()
+        loss += share.detach()
+        counts.append(confusion_counts(hard_masks(logits.detach()), target, trainer.config.classes,
+                                       trainer.data.ignore_index))
+    return loss, torch.cat(counts)
+
 # %% ../../nbs/reference/training_trainer.ipynb #c097x2
 class Trainer:
     """One run: network, optimizer, schedule, loss, augmentation, and one step of them. Its arguments are `fit`'s."""
@@ -307,8 +303,8 @@ class Trainer:
                                           config.label_smoothing)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.device)
-        if self.shape != data.shape:
-            Windowed(self.model, config.crop)  # which validates; refused here if MONAI is missing
+        self.window = config.crop if self.shape != data.shape else None
+        Windowed(self.model, self.window)  # is what will be validated; refused now if MONAI is missing
         self.unclaimed: dict[str, dict] = {}  # states of callbacks that are switched off
         self.callbacks = _all_callbacks(config, callbacks) if team is None or team.leads else []
         self.state = FitState(config, data, self.model, self.model, self.progress.history, self.steps)
@@ -352,21 +348,11 @@ class Trainer:
             images, masks = random_crops(images, masks, c.crop, seed, before, foreground=c.crop_foreground,
                                          ignore_index=self.data.ignore_index)
         self.optimizer.zero_grad(set_to_none=True)
-        losses, counts = [], []
-        for first in range(0, len(images), rows):  # once, unless gradients are accumulated
-            part = images[first : first + rows]
-            inputs, target = self.augment(part, masks[first : first + rows], seed, before + first)
-            with mixed_precision(self.device, c.amp):
-                logits = self.network(inputs)
-            logits = logits.float()  # losses sum over many pixels: float32 whatever the network computed in
-            loss = _scalar(self.loss(logits, target), self.loss) * (len(part) / len(images))
-            self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-            counts.append(confusion_counts(hard_masks(logits.detach()), target, c.classes, self.data.ignore_index))
+        loss, counts = _add_gradients(self, images, masks, rows, seed, before)
         if c.clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         with scaled_rates(self.optimizer, warm_up(c, p.epoch + (p.step + 1) / self.steps)):
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        return sum(losses), torch.cat(counts)
+        return loss, counts
