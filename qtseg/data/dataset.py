@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .cache import Cache, Settings, load_cache, mask_bits, unpack_masks
 from .layout import Record
-from .mask_values import IGNORE, LOSSY, stored_values
-from .reading import read_named_picture
+from .mask_values import IGNORE
+from .reading import read_classes
 
 # %% auto #0
 __all__ = ['Batch', 'normalize', 'network_input', 'to_device', 'batch_positions', 'Split', 'DatasetSplit']
@@ -142,8 +142,7 @@ class Split(Dataset):
     def original_mask(self, position: int) -> np.ndarray:
         """The target at the image's own size, read from its file anew: class index, uint8 [H, W], IGNORE where
         ignored."""
-        picture, reading = read_named_picture(self.paths[position][1], stored_values=True), self._cache.reading
-        return reading.classes_of(stored_values(picture, reading.look_up), picture.format in LOSSY)
+        return read_classes(self.paths[position][1], self._cache.reading)
 
     def batches(self, batch: int, *, shuffle: int | None = None, drop_last: bool = False, start: int = 0,
                 device: str | torch.device = "cpu") -> Iterator[Batch]:

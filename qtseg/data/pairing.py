@@ -20,9 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .layout import Survey, bare_name, list_pictures, name_of, namesakes, pictures_below
-from .mask_values import IGNORE, LOSSY, MaskValues, look_at, stored_values
+from .mask_values import IGNORE, MaskReading, MaskValues, look_at, stored_values
 from .masks import judge_masks, looks_up
-from .reading import read_image, read_mask, read_named_picture
+from .reading import read_classes, read_image, read_mask, read_named_picture
 from .splits import fold_of_each, hold_out
 from ..files.folders import walk
 from ..files.text import first_names, printable
@@ -239,13 +239,7 @@ def judge(found: Found, masks: str = "binary", classes: int = 2, mask_values: Se
 
     def read(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
         """A Reader of one mask per image; where the set is refused, it only looks whether the file can be read."""
-        picture = read_named_picture(paths[0], stored_values=True)
-        try:
-            codes = stored_values(picture, reading is not None and reading.look_up)
-        except ValueError as error:
-            raise ValueError(f"{paths[0]}: {error}") from error
-        lossy = picture.format in LOSSY
-        return np.zeros(codes.shape, np.uint8) if reading is None else reading.classes_of(codes, lossy)
+        return read_classes(paths[0], reading or MaskReading("any"))
 
     found.read, found.problems, found.notes = read, found.problems + problems, found.notes + notes
     if paged:

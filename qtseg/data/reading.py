@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .mask_values import LOSSY, MASKS, look_at, stored_values
+from .mask_values import LOSSY, MASKS, MaskReading, look_at, stored_values
 from .masks import judge_masks, looks_up
 from ..files.pictures import Picture, read_picture
 
 # %% auto #0
-__all__ = ['WHITES', 'rgb_of', 'read_named_picture', 'read_image', 'value_span', 'read_mask']
+__all__ = ['WHITES', 'rgb_of', 'read_named_picture', 'read_image', 'value_span', 'read_classes', 'read_mask']
 
 # %% ../../nbs/reference/data_reading.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -70,6 +70,15 @@ def value_span(values: np.ndarray) -> int:
     return int(high) - int(low)
 
 # %% ../../nbs/reference/data_reading.ipynb #data033
+def read_classes(path: str | os.PathLike, reading: MaskReading) -> np.ndarray:
+    """A mask file, read as all of its set are -> class index, uint8 [H, W]. ValueError names the file."""
+    picture = read_named_picture(path, stored_values=True)
+    try:
+        return reading.classes_of(stored_values(picture, reading.look_up), picture.format in LOSSY)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, mask_values: Sequence[int | str] = (),
               ignore_value: int | str | None = None) -> np.ndarray:
     """Read one mask file, judged alone -> class index, uint8 [H, W], upright; IGNORE where pixels count nowhere.
