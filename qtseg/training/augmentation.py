@@ -26,7 +26,7 @@ def _described(value: Any) -> str:
         return f"a {type(value).__name__}"
     return f"{value.dtype} {tuple(value.shape)} on {value.device}"
 
-
+# %% ../../nbs/reference/training_augmentation.ipynb #augmentation073x1
 @dataclass(frozen=True)
 class Augmentation:
     """The recipe: for each image between 0 and `most` of `operations`, drawn without replacement, in random order.
