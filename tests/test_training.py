@@ -42,7 +42,7 @@ from qtseg.network.baselines import BASELINES, Baseline, pretrained
 from qtseg.network.model import QTSeg
 from qtseg.data.phantom_sets import write_prepared
 from qtseg.training.callbacks import EMA, EarlyStopping, mask_pictures
-from qtseg.training.config import BEST, OPTIMIZERS, SCHEDULERS, TrainConfig
+from qtseg.training.config import BEST, OPTIMIZERS, SCHEDULERS, TrainConfig, read_stored_config
 from qtseg.training.loop import fit
 from qtseg.training.trainer import Trainer, draw_seed
 from qtseg.training.validation import validate
@@ -224,6 +224,15 @@ def test_a_copy_with_other_values_is_checked_and_nothing_is_assigned(monkeypatch
         TrainConfig(scheduler="mine")
     monkeypatch.setitem(SCHEDULERS, "mine", SCHEDULERS["step"])  # a choice that is added is accepted, and named
     assert TrainConfig(scheduler="mine").scheduler == "mine" and TrainConfig.allowed("scheduler").endswith("mine")
+
+
+def test_the_config_of_a_run_of_version_0_1_loads_with_defaults_for_younger_keys(tmp_path):
+    first = ["data", "classes", "masks", "size", "resize", "color", "fold", "valid_share", "cache", "model", "encoder", "bridge", "decoder", "width", "depths",
+             "heads", "mlp_width", "position", "encoder_weights", "freeze_epochs", "epochs", "batch", "drop_last", "losses", "optimizer", "lr", "weight_decay",
+             "betas", "scheduler", "step_epochs", "gamma", "min_lr", "clip", "augment", "device", "seed", "select", "runs", "name", "resume"]
+    config = TrainConfig(lr=0.01, depths=[1, 1, 1])
+    (tmp_path / "config.json").write_text(json.dumps({key: config.to_dict()[key] for key in first}))
+    assert read_stored_config(tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)

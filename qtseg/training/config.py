@@ -261,9 +261,7 @@ class TrainConfig(BaseModel):
                              "an empty or other file?")
         return cls(**{key if isinstance(key, str) else shown_value(key): value for key, value in values.items()})
 
-    def to_dict(self) -> dict:
-        """Plain values, fit for JSON."""
-        return self.model_dump()
+    to_dict = BaseModel.model_dump  # plain values, fit for JSON
 
     def replace(self, **changes) -> TrainConfig:
         """A copy with other values, checked again."""
