@@ -131,7 +131,9 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{number}: &a{number} [*a{number - 1}, *
 @pytest.mark.parametrize("name, text", [
     ("study.yaml", LAUGHS), ("study.yaml", LAUGHS.replace("[x, x]", "{x: 1}").replace(": &a", ": &a").replace("[*", "{<<: [*").replace("]\n", "]}\n")),
     ("study.yaml", "a: &a [*a]"), ("study.yaml", "a: " + "[" * 3000), ("study.yaml", "a: " + "9" * 5000), ("study.yaml", "a: \x07"),
-    ("study.json", '{"a": ' + "[" * 100_000), ("study.json", '{"a": ' + "9" * 5000 + "}"), ("study.json", "[1]"), ("study.json", "")])
+    ("study.json", '{"a": ' + "[" * 100_000), ("study.json", '{"a": ' + "9" * 5000 + "}"), ("study.json", "[1]"), ("study.json", ""),
+    *(("study.json", json.dumps(TINY | {"arms": None}) .replace('"arms": null', f'"arms": {{"plain": {{}}, "deep": {{"depths": {"[" * deep}{"]" * deep}}}}}'))
+      for deep in (100, 700))])
 def test_a_hostile_study_file_is_one_sentence(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name) as caught:

@@ -197,6 +197,21 @@ def read_checked(kind: type, path: Path, remedy: str) -> Any:
     raise ValueError(f"{said}: {remedy}")
 
 # %% ../../nbs/reference/study_plan.ipynb #plan-study-read
+def _arm_problems(study: Study) -> list[str]:
+    """Arms whose values make no configuration, and arms that do not differ from another."""
+    problems, first = [], {}
+    for arm in study.arms:
+        try:
+            values = study.config(Run(arm, study.seeds[0], study.folds and study.folds[0])).to_dict()
+        except ValueError as error:
+            problems.append(f"the arm {arm}: {error}")
+            continue
+        recipe = json.dumps({key: value for key, value in values.items() if key not in RESUMABLE}, sort_keys=True)
+        if (same := first.setdefault(recipe, arm)) != arm:
+            problems.append(f"the arms {same} and {arm} are alike")
+    return problems
+
+
 def read_study(source: str | os.PathLike | Mapping) -> Study:
     """Read and check a study.
 
@@ -213,18 +228,11 @@ def read_study(source: str | os.PathLike | Mapping) -> Study:
         values = (read_json if Path(source).suffix == ".json" else read_yaml)(source)
     try:
         study = Study.model_validate(values)
+        found = first_problems(_arm_problems(study))
     except ValidationError as error:
-        raise ValueError(f"{source} is no study: {validation_problems(error)}") from None
-    problems, first = [], {}
-    for arm in study.arms:
-        try:
-            values = study.config(Run(arm, study.seeds[0], study.folds and study.folds[0])).to_dict()
-        except ValueError as error:
-            problems.append(f"the arm {arm}: {error}")
-            continue
-        recipe = json.dumps({key: value for key, value in values.items() if key not in RESUMABLE}, sort_keys=True)
-        if (same := first.setdefault(recipe, arm)) != arm:
-            problems.append(f"the arms {same} and {arm} are alike")
-    if problems:
-        raise ValueError(f"{source} is no study: {first_problems(problems)}")
+        found = validation_problems(error)
+    except RecursionError:
+        found = "its values are nested too deep"
+    if found:
+        raise ValueError(f"{source} is no study: {found}")
     return study

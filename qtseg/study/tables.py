@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.metrics import MEASURES
+from ..evaluation.tables import LABELS
 from ..files.optional import import_optional
 from .results import by_study, distinct_values, finished, run_name
 from .runs import read_metrics
@@ -26,7 +27,7 @@ __all__ = ['NAMES', 'DATA_SETS', 'PUBLISHED', 'COUNTERPARTS', 'NETWORK_KEYS', 'R
            'beside_published', 'published_rows']
 
 # %% ../../nbs/reference/study_tables.ipynb #report059
-NAMES = {"mae": "MAE", "acc": "accuracy", "dice": "Dice", "iou": "IoU"}
+NAMES = {name: LABELS[name].removesuffix(", %") for name in MEASURES}
 
 
 def format_number(value: float, sign: bool = False) -> str:
