@@ -649,6 +649,9 @@ def test_census_counts_what_a_set_holds(opened, tmp_path):
     assert float(table["foreground: % of pixels"][-1]) == pytest.approx(100 * sum(m.sum() for m in masks) / sum(m.size for m in masks), rel=0.01)
     assert "masks/.hidden.png (hidden)" in table["passed over"][-1] and "images/notes.txt (no picture)" in table["passed over"][-1]
     assert table["bits"][-1] == "8 (8)" and data.census.warnings == ["1 masks are full: no pixel is background (case002)"]
+    lines = str(data.census).splitlines()
+    assert len(lines) == len(rows) and len({len(line) for line in lines[:6]}) == 1, "columns stand below one another"
+    assert next(line for line in lines if "% of pixels" in line).endswith(f"        {table['foreground: % of pixels'][-1]:>6}")
     again = opened(source, valid_share=0.25)
     assert again.census == data.census and json.loads(json.dumps(data.census.to_dict())) == data.census.to_dict()
 

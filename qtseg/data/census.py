@@ -61,8 +61,11 @@ class Census:
     def __str__(self) -> str:
         """The table in lines."""
         names, numbers = max(len(row[0]) for row in self.table), max(map(len, self.table[0]))
-        return "\n".join(row[0].ljust(names) + "".join(f"  {cell:>{numbers}}" if cell or row[-1].isdigit() else ""
-                                                       for cell in row[1:]) for row in self.table)
+        lines = []
+        for name, *cells in self.table:
+            cells = cells if any(cells[:-1]) else cells[-1:]  # or one text for the whole set
+            lines.append(name.ljust(names) + "".join(f"  {cell:>{numbers}}" for cell in cells))
+        return "\n".join(lines)
 
 # %% ../../nbs/reference/data_census.ipynb #data148b
 def _counts(
@@ -124,8 +127,8 @@ def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Seq
         return found + ["no mask holds any foreground: every mask is empty, and a network that finds nothing would "
                         "score 100"]
     if not pixels[:, 0].any():
-        found.append(
-            "every mask is full: no pixel is background; if the labels begin with 1, name them with mask_values")
+        found.append("every mask is full: no pixel is background; if the labels begin with 1, name them with "
+                     "mask_values (--classes of qtseg prepare own)")
     for index, name in enumerate(names):
         holding = {part: int((pixels[rows, index] > 0).sum()) for part, rows in parts.items() if rows}
         if not any(holding.values()) and (index or not found):

@@ -258,18 +258,18 @@ def is_recorded(path: Path, name: str, checksums: Path | None) -> bool:
         if name not in entries:
             text = json.dumps({**entries, name: digest}, indent=2, sort_keys=True) + "\n"
             write_then_rename(checksums, lambda place: place.write_text(text, encoding="utf-8"))
-    if same := entries.get(name, digest) == digest:
-        return same
-    path.replace(path.with_name(f"{name}.wrong"))
-    return False
+    same = entries.get(name, digest) == digest
+    if not same:
+        path.replace(path.with_name(f"{name}.wrong"))
+    return same
 
 # %% ../../nbs/reference/data_download.ipynb #download075
 def is_finished(target: Path, checksums: Path | None) -> bool:
     """Tell whether a whole download is there already; one that differs from its record is put aside."""
     if not target.is_file():
         return False
-    if same := is_recorded(target, target.name, checksums):
-        return same
+    if is_recorded(target, target.name, checksums):
+        return True
     print(printable(f"{target} has changed since it was downloaded: put aside as {target.name}.wrong, "
                     "downloading it again"))
     return False

@@ -142,14 +142,6 @@ def is_ready(folder: Path, wishes: dict) -> bool:
             "another --root to keep both")
     return True
 
-# %% ../../nbs/reference/data_preparation.ipynb #preparation091
-def _short(text: str, private: Path, sources: Iterable[Path]) -> str:
-    """Shorten a sentence: leave out the folders in which all files lie."""
-    text = re.sub(re.escape(str(private / "unpacked")) + r"[/\\]\d+[/\\]", "", text)
-    for source in sources:
-        text = text.replace(f"{source.parent}{os.sep}", "")
-    return text
-
 # %% ../../nbs/reference/data_preparation.ipynb #preparation092
 def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | None, workers: int,
             progress: bool) -> tuple[Found, list[Done]]:
@@ -161,6 +153,14 @@ def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | N
     Raises:
         DataProblems: Everything that is wrong with the source.
     """
+
+    def short(text: str) -> str:
+        """A sentence without the folders in which all files lie."""
+        text = re.sub(re.escape(str(private / "unpacked")) + r"[/\\]\d+[/\\]", "", text)
+        for source in sources:
+            text = text.replace(f"{source.parent}{os.sep}", "")
+        return text
+
     try:
         found = dataset.find(gather(sources, private / "unpacked", dataset.archives, progress))
         found.pairs.sort(key=lambda pair: pair.id)  # plain string order: slices and held_out build on it
@@ -175,8 +175,8 @@ def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | N
     except ValueError as error:
         problems = [str(error)]
     if problems:
-        raise DataProblems(dataset.title, [_short(problem, private, sources) for problem in problems])
-    found.notes = [_short(note, private, sources) for note in found.notes]
+        raise DataProblems(dataset.title, map(short, problems))
+    found.notes = [*map(short, found.notes)]
     return found, done
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation093
@@ -300,40 +300,24 @@ def report(folder: Path) -> str:
              f'use it: SegmentationData.from_prepared("{folder}", classes={len(lists["classes"])})']
     return "\n".join(map(printable, lines))
 
-# %% ../../nbs/reference/data_preparation.ipynb #preparation105
-def _require_options(root: Path, folds: int | None, workers: int | None) -> None:
-    """Refuse an impossible option, by its name on the command line."""
-    if folds is not None and (folds < 0 or folds == 1):
-        raise ValueError(f"--folds must be 0 or at least 2, got {folds}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {workers}")
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"--root must be a folder, and {root} is a file")
-
 # %% ../../nbs/reference/data_preparation.ipynb #663fbe40
 def prepare_set(
     dataset: DataSet, root: str | os.PathLike = "data", *, sources: Iterable[str | os.PathLike] | None = None,
     folds: int | None = None, workers: int | None = None, force: bool = False, download_only: bool = False) -> Path:
     """Print the terms of a data set, download it unless `sources` are given, prepare it, print the report.
 
-    Args:
-        root: Where everything goes: root/downloads and the prepared folder root/<name of the set>.
-        sources: The archives as downloaded, or folders; None to download.
-        folds: Their number, 0 for none; None for the set's own.
-        workers: Threads; None for one per core.
-        force: Prepare again, even if it is there already.
-        download_only: Download and stop.
+    Arguments and errors are those of `prepare`; `download_only` stops after the download.
 
     Returns:
         The prepared folder; the folder of downloads if `download_only`.
-
-    Raises:
-        ValueError: An impossible option, a folder made otherwise, or DataProblems (everything wrong with the source).
-        OSError: No space, a missing source, or a failed download (DownloadError).
-        ModuleNotFoundError: A package that this set needs is not installed.
     """
     root = Path(root).expanduser().absolute()
-    _require_options(root, folds, workers)
+    if folds is not None and (folds < 0 or folds == 1):
+        raise ValueError(f"--folds must be 0 or at least 2, got {folds}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--root must be a folder, and {root} is a file")
     print(dataset.terms, flush=True)
     try:
         if download_only:
