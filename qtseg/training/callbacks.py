@@ -27,7 +27,7 @@ from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import hard_masks
 from ..files.optional import import_optional
 from .config import BEST, TrainConfig, shown_value
-from .validation import evaluating
+from .validation import Windowed, evaluating
 
 # %% auto #0
 __all__ = ['MOMENTS', 'mask_pictures', 'FitState', 'require_callbacks', 'epoch_line', 'ProgressBar', 'Tracker', 'EarlyStopping',
@@ -62,7 +62,7 @@ class FitState:
         config: its configuration.
         data: its images.
         model: the network that trains.
-        validated: the network that is validated and kept in best checkpoints: `model`, or what a callback puts here.
+        validated: the network that is validated and kept in checkpoints: `model`, or what a callback puts here.
         history: a row of numbers for each epoch that is done. `after_epoch` may add numbers to the last one.
         steps: steps in an epoch.
         epoch: the running epoch, or the one that was just done, counted from 1.
@@ -92,7 +92,8 @@ class FitState:
         split, device = self.data.valid, next(self.model.parameters()).device
         batch = split.batch(np.linspace(0, len(split) - 1, min(images, len(split))).astype(int))
         with evaluating(self.validated):
-            predictions = hard_masks(self.validated(network_input(batch.images).to(device)).float())
+            network = Windowed(self.validated, self.config.crop)
+            predictions = hard_masks(network(network_input(batch.images).to(device)).float())
         return mask_pictures(batch, predictions, self.data.color)
 
 # %% ../../nbs/reference/training_callbacks.ipynb #7e3ff840
@@ -211,7 +212,7 @@ class EarlyStopping:
 
 # %% ../../nbs/reference/training_callbacks.ipynb #f5abe390
 class EMA:
-    """A callback: an exponential moving average of weights and statistics is validated, and kept in best checkpoints.
+    """A callback: an exponential moving average of weights and statistics is validated, and kept in checkpoints.
 
     Args:
         decay: above 0 and below 1; the average remembers about 1 / (1 - decay) steps.

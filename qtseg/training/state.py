@@ -120,7 +120,8 @@ def _unsound(state, trainer: Trainer) -> str:
     checks["optimizer"] = (
         isinstance(optimizer, dict) and optimizer.keys() == wanted.keys()
         and _alike(optimizer["param_groups"], wanted["param_groups"])
-        and _sound_moments(optimizer["state"], trainer.config, list(trainer.model.parameters())))
+        and _sound_moments(optimizer["state"], trainer.config,
+                           [weight for group in trainer.optimizer.param_groups for weight in group["params"]]))
     checks["progress"] = _sound_progress(state["progress"], trainer)
     return ", ".join(f"its {name}" for name, sound in checks.items() if not sound)
 

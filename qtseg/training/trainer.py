@@ -279,7 +279,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, data: SegmentationData, model: nn.Module | None = None,
                  loss: Callable | None = None, augment: Callable | None = None, callbacks: Sequence[object] = (),
-                 team: Team | None = None):
+                 team: TorchTeam | None = None):
         self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
         self.lead = getattr(team, "lead", operator.methodcaller("__call__"))  # one process just calls the function
         self.steps = _steps_of(config, data)
