@@ -640,7 +640,9 @@ def test_what_is_no_checkpoint_is_one_sentence(checkpoint, capsys, prepare, word
 def test_an_opset_that_is_none_is_one_sentence(tmp_path, capsys, opset):
     """Refused before the minute that recording takes: nothing was said on the screen."""
     assert main(["export", str(save_checkpoint(tmp_path / "ck", small_network())), "--onnx", "--opset", opset]) == 1
-    said = capsys.readouterr().err
+    printed = capsys.readouterr()
+    said = printed.err
+    assert not printed.out
     assert said.startswith("qtseg export: opset is a version of ONNX's operations from 18 to ") and said.count("\n") == 1
 
 
