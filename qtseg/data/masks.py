@@ -270,7 +270,7 @@ def judge_masks(
             else:
                 reading = (_judge_by_white if masks == "binary" else _judge_any)(judged, ignore, notes)
         except Refused as error:
-            return Judgement(None, list(error.args), notes)
+            return Judgement(None, list(error.args), [])
         if ignore is not None and not any(ignore in seen.counts for seen in files):
             notes.append(f"masks: ignore_value={ignore_value!r} occurs in no mask")
     return Judgement(replace(reading, look_up=look_up), [], notes)
