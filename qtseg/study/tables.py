@@ -190,7 +190,8 @@ def describe_costs(summary: DataFrame, table: DataFrame, measure: str = "dice") 
                              "costs nothing here.")
             continue
         more = f"{high / low:.1f} times as many." if high >= 2 * low else f"{100 * (high / low - 1):.0f} % more."
-        front = adds[adds < adds.cummin().shift(fill_value=math.inf)].index  # best first: all better ones cost more
+        # best first: an arm stays if all better ones cost more
+        front = adds[adds < adds.astype(float).cummin().shift(fill_value=math.inf)].index
         text = (f"{study}: multiply-adds run from {format_operations(low)} ({adds.idxmin()}) to "
                 f"{format_operations(high)} ({adds.idxmax()}), {more} On the front, where no other arm scores better "
                 f"for fewer of them: {', '.join(front)}.")
