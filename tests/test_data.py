@@ -347,7 +347,8 @@ def test_a_damaged_preprocessing_file_is_refused(tmp_path, text, words):
         read_preprocessing(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 64.0}, {"resize": "crop"}, {"color": "hsv"}, {"class_names": ("a",)}, {"class_names": ("a", 1)}])
+@pytest.mark.parametrize("wrong", [{"size": 31}, {"size": 64.0}, {"resize": "crop"}, {"color": "hsv"}, {"class_names": ("a",)}, {"class_names": ("a", 1)},
+                                   {"channels": 0}, {"channels": 4, "color": "ycrcb"}, {"mean": (0.5,)}, {"std": (0.1, 0.1, 2.0)}])
 def test_impossible_preprocessing(wrong):
     with pytest.raises(ValueError):
         Preprocessing(**wrong)

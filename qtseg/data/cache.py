@@ -26,7 +26,7 @@ from .mask_values import IGNORE, MASKS, MaskReading, MaskValues, look_at, stored
 from .masks import judge_masks, looks_up
 from .preprocessing import (COLORS, LARGEST_SIZE, RESIZES, fitted_size, is_whole_number, nearest_pixels,
                                       resize_image, to_color)
-from .reading import WHITES, rgb_of
+from .reading import rgb_of, white_of
 from ..files.pictures import Picture, read_picture
 from ..files.text import first_names, printable, read_json
 from ..files.writing import require_space
@@ -271,11 +271,7 @@ def build_cache(
     while wanted != white:
         white = wanted
         entries, seen, problems, gray = _read_all(folder, survey, settings, white, workers, progress)
-        # the least of WHITES that no value in images with more than 8 bits exceeds
-        highest = max((max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0)
-                       for entry in entries if entry.get("deep")), default=0)
-        if not settings.white and not problems:
-            wanted = next(level for level in WHITES if highest <= level) if highest else 65535
+        wanted = white if settings.white or problems else white_of(entries)
     judged = judge_masks(seen, settings.masks, settings.classes, settings.mask_values, settings.ignore_value)
     problems += judged.problems
     if not problems and not survey.problems:

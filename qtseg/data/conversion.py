@@ -23,13 +23,13 @@ from .census import ALWAYS_TRAIN, ENTRY, Census, file_facts, identical_files, ta
 from .mask_values import IGNORE
 from .pairing import Pair, Reader
 from .preprocessing import outline
-from .reading import WHITES, read_image, read_named_picture
+from .reading import read_image, read_named_picture
 from ..files.pictures import Picture
 from ..files.writing import NO_SPACE
 
 # %% auto #0
 __all__ = ['CELL', 'CAPTION', 'Done', 'drop_twins', 'copyable', 'as_png', 'convert', 'write_pair', 'convert_all', 'outlined',
-           'contact_sheet', 'white_of', 'census_of']
+           'contact_sheet', 'census_of']
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation052
 class Done(NamedTuple):
@@ -201,19 +201,13 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
     return sheet
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation076a
-def white_of(done: list[Done]) -> int:
-    """Return what is white in images of more than 8 bits, for the whole set: the least of WHITES that none exceeds."""
-    highest = max((one.entry["high"] for one in done if one.entry["deep"]), default=65535)
-    return next(white for white in WHITES if white >= highest)
-
-
 def census_of(pairs: list[Pair], done: list[Done], names: Sequence[str], turned: dict[Path, int], white: int) -> Census:
     """Take the census of pairs that were written, by fold or split.
 
     Args:
         names: Of the classes.
         turned: The EXIF orientations of mask files; empty where they were not looked at.
-        white: See white_of.
+        white: See `data.reading.white_of`.
     """
     rest, parts = ALWAYS_TRAIN if any(pair.fold is not None for pair in pairs) else "not split", {}
     for row, (pair, one) in enumerate(zip(pairs, done)):

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cache import DataProblems
-from .conversion import Done, as_png, census_of, contact_sheet, convert_all, drop_twins, white_of
+from .conversion import Done, as_png, census_of, contact_sheet, convert_all, drop_twins
 from .pairing import NOBODYS, Found, Pair, Reader, bad_names, slices, union_of
 from .phantom_sets import write_manifest
+from .reading import white_of
 from .sources import unpack
 from ..files.folders import same_form, walk
 from ..files.text import printable, read_json
@@ -195,7 +196,7 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
     pairs = [pair for pair in found.pairs if pair.id not in dropped]
     rows = [result.row | {"patient": pair.patient, "stratum": pair.stratum, "fold": pair.fold, "split": pair.split}
             for pair, result in zip(pairs, done)]
-    white, names = white_of(done), dataset.class_names
+    white, names = white_of([result.entry for result in done]), dataset.class_names
     census = census_of(pairs, done, names, found.turned, white)
     (private / "LICENSE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
     (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, names, workers, white=white)))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,18 @@ from .masks import judge_masks, looks_up
 from ..files.pictures import Picture, read_picture
 
 # %% auto #0
-__all__ = ['WHITES', 'rgb_of', 'read_named_picture', 'read_image', 'value_span', 'read_classes', 'read_mask']
+__all__ = ['WHITES', 'white_of', 'rgb_of', 'read_named_picture', 'read_image', 'value_span', 'read_classes', 'read_mask']
 
 # %% ../../nbs/reference/data_reading.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
+
+
+def white_of(entries: Iterable[dict]) -> int:
+    """What is white in a set's images of more than 8 bits: the least of WHITES that no value exceeds; see
+    `data.census.file_facts`."""
+    highest = [max(entry["high"], 2 ** entry["bits"] - 1 if entry["bits"] < 16 else 0)
+               for entry in entries if entry.get("deep")]
+    return next(white for white in WHITES if white >= (max(highest, default=0) or 65535))
 
 
 def rgb_of(picture: Picture, white: int = 65535) -> np.ndarray:
