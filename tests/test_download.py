@@ -842,6 +842,15 @@ def test_hostile_tars_end_soon_and_in_one_sentence(tmp_path, kind):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar.gz"]
 
 
+def test_a_long_name_makes_no_long_sentence(tmp_path):
+    for name in ("../" + "n" * 5000, "/".join("ab" * 200)):
+        assert len(refusal(ValueError, unpack, make_zip(tmp_path / "a.zip", {name: b"1"}), tmp_path / "out", progress=False)) < 500
+    content = make_zip(tmp_path / "a.zip", {"n" * 5000: b"1"}).read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(b"n" * 5000, b"m" * 5000, 1))  # the header differs from the table of contents
+    text = refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
+    assert len(text) < 500 and "\n" not in text
+
+
 def test_names_that_no_disk_takes_are_refused(tmp_path):
     for number, (make, names) in enumerate([(make_zip, ["a/" * 1200 + "x"]), (make_tar, ["a/" * 1200 + "x"]), (make_zip, ["n" * 300]),
                                             (make_tar, ["a", "a/b"]), (make_zip, ["a/b", "a"])]):

@@ -41,7 +41,7 @@ class Refused(ValueError):
     """An archive that is not to be unpacked."""
 
     def __init__(self, path: Path, problem: str):
-        super().__init__(printable(f"{path} is refused: {problem}"))
+        super().__init__(f"{printable(path)} is refused: {printable(problem)[:300]}")
 
 
 @contextlib.contextmanager
@@ -52,8 +52,8 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, Refused) or getattr(error, "errno", None) in NO_SPACE:
             raise
-        said = printable(f"{path} is damaged ({error or type(error).__name__}): delete it and download it again")
-        raise ValueError(said[:1000]) from error
+        said = printable(error)[:200] or type(error).__name__
+        raise ValueError(f"{printable(path)} is damaged ({said}): delete it and download it again") from error
 
 
 class Member(NamedTuple):
