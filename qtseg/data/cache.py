@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -146,8 +147,9 @@ def _shrunk(picture: Picture, white: int, settings: Settings, entry: dict) -> np
         small = small[..., :1]
     small = to_color(small, settings.color)
     rows, columns = fitted_size(*picture.values.shape[:2], settings.size, settings.resize)
-    filled = small[:rows, :columns] / 255
-    entry["mean"], entry["square"] = filled.mean(axis=(0, 1)), np.square(filled).mean(axis=(0, 1))
+    moments = [cv2.meanStdDev(plane) for plane in cv2.split(small[:rows, :columns])]
+    mean, std = np.array(moments)[..., 0, 0].T / 255
+    entry["mean"], entry["square"] = mean, std**2 + mean**2
     return small
 
 # %% ../../nbs/reference/data_cache.ipynb #c-prep
