@@ -51,15 +51,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(images, masks, batch.ids)
 
 # %% ../../nbs/09_data.ipynb #data142
-def _unpacked(cache: Cache, rows: np.ndarray, settings: Settings) -> np.ndarray:
-    """The masks of some rows of a cache: uint8 [B, size, size], IGNORE where ignored."""
-    classes = max(settings.classes, 2)
-    masks = unpack_masks(cache.masks[rows], mask_bits(classes + cache.ignored), settings.size)
-    if cache.ignored:
-        masks[masks == classes] = IGNORE
-    return masks
-
-
 def batch_positions(count: int, batch: int, *, shuffle: int | None = None, drop_last: bool = False,
                     start: int = 0) -> list[np.ndarray]:
     """Which of `count` pairs each batch of an epoch holds.
@@ -136,7 +127,11 @@ class Split(Dataset):
         images = torch.from_numpy(self._cache.images[rows]).permute(0, 3, 1, 2)
         if images.shape[1] < self.shape[0]:  # a gray set
             images = images.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        masks = _unpacked(self._cache, rows, self._settings)
+        classes = max(self._settings.classes, 2)  # ignored pixels are stored as one more class
+        bits = mask_bits(classes + self._cache.ignored)
+        masks = unpack_masks(self._cache.masks[rows], bits, self._settings.size)
+        if self._cache.ignored:
+            masks[masks == classes] = IGNORE
         return Batch(images, torch.from_numpy(masks), [self.ids[position] for position in positions])
 
     def original_mask(self, position: int) -> np.ndarray:
