@@ -33,10 +33,8 @@ def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
     run = checkpoint.absolute().parent
     files = (run / "config.json", run / "metrics.json")
     stored, metrics = (read_json(path) if path.is_file() else {} for path in files)
-    known = TrainConfig().to_dict()
-    if stored.keys() - known.keys() or any(known[name] is not None for name in known.keys() - stored.keys()):
-        # another program's config.json; defaults for what it lacks would be invented (None: not asked for)
-        return None, {}
+    if not {"data", "classes", "epochs", "losses", "optimizer"} <= stored.keys() <= TrainConfig.model_fields.keys():
+        return None, {}  # another program's config.json; keys that are younger than a run have their defaults
     scored = run / f"best_{metrics.get('selected_by')}"
     same = (scored / "model.safetensors").is_file() and weights_sha256(scored) == weights_sha256(checkpoint)
     return TrainConfig.from_dict(stored), metrics if same else {}
