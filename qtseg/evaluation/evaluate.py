@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data.dataset import Split, normalize
 from ..data.segmentation import SegmentationData
-from .metrics import MEASURES, hard_masks, scores_in_percent
+from .metrics import MEASURES, foreground_weights, hard_masks, scores_in_percent
 from .scores import (RATES, SCORES, SIZES, THRESHOLDS, ImageScores, Protocol, calibration_error,
                                      class_probabilities, decide, flip_average, rates_in_percent, score_image,
                                      surface_functions)
@@ -195,6 +195,10 @@ def _summary(scores: np.ndarray, evaluation: Evaluation) -> dict[str, dict[str, 
     interval = partial(bootstrap_interval, units=evaluation.units)  # of draws [draws, C, scores]
     means, defined = _mean(scores, 0), (~np.isnan(scores)).sum(axis=0)  # [C, scores]
     parts = {"mean": (_mean(means, 0), interval(_mean(draws, 1)), defined.sum(axis=0))}
+    if len(names) > 1 and protocol.class_weights:
+        weights = np.array(foreground_weights(protocol.class_weights, len(names) + 1))[:, None]
+        weighted = [(weights * one).sum(axis=-2) for one in (means, draws)]  # NaN where a class has no score
+        parts["weighted mean"] = (weighted[0], interval(weighted[1]), defined.sum(axis=0))
     if len(names) > 1:
         parts |= {name: (means[c], interval(draws[:, c]), defined[c]) for c, name in enumerate(names)}
     return {

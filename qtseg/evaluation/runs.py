@@ -24,6 +24,7 @@ from ..network.baselines import Baseline, pretrained
 from ..network.model import QTSeg
 from ..network.state import find_checkpoint
 from ..training.hardware import choose_device
+from ..training.validation import Windowed
 
 # %% auto #0
 __all__ = ['read_checkpoint', 'weights_sha256', 'find_checkpoints', 'check_request', 'evaluate_checkpoint', 'evaluate_run']
@@ -100,14 +101,14 @@ def evaluate_checkpoint(
         checkpoint: a checkpoint folder, or a run (its selected checkpoint).
         data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all is scored.
         output: <checkpoint>/evaluation_<split> unless named; the files of an earlier evaluation there are replaced.
-        sizes: for the cost table, in pixels; the checkpoint's own comes first.
-        pictures: None means if matplotlib is installed.
+        sizes, pictures: further sizes for the cost table, in pixels; pictures None means if matplotlib is installed.
 
     Raises FileNotFoundError, ValueError, FileExistsError (output holds something else), DataProblems.
     """
     check_request(sizes, batch, pictures)
     checkpoint, place = find_checkpoint(checkpoint), choose_device(device)
     network, p = read_checkpoint(checkpoint)
+    answering = Windowed(network, p.window) if p.window else network  # as it was trained
     if not isinstance(data, SegmentationData):
         data, whole = open_checkpoint_data(checkpoint, data, progress, options)
         split = split or whole
@@ -116,7 +117,7 @@ def evaluate_checkpoint(
     folder = Path(output or checkpoint / f"evaluation_{name}")
     require_replaceable(folder, "evaluation.json", FILES)
     try:
-        evaluation = evaluate(network, data, name, protocol, batch=batch, device=place, progress=progress)
+        evaluation = evaluate(answering, data, name, protocol, batch=batch, device=place, progress=progress)
     except FloatingPointError as error:
         raise ValueError(f"{checkpoint}: {error}; its training diverged or its images have other values: "
                          "choose another checkpoint") from error
@@ -126,7 +127,7 @@ def evaluate_checkpoint(
     with replaced_results(folder, "evaluation.json") as private:
         figures = {}
         if pictures or (pictures is None and importlib.util.find_spec("matplotlib")):
-            figures = {"gallery": draw_gallery(evaluation, network, data, place),
+            figures = {"gallery": draw_gallery(evaluation, answering, data, place),
                        "calibration": draw_calibration(evaluation), "thresholds": draw_thresholds(evaluation)}
         write_evaluation(evaluation, private, figures)
     return evaluation

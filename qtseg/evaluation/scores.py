@@ -249,6 +249,7 @@ class Protocol:
     draws: int = 2000  # of the bootstrap
     seed: int = 1996
     tta: bool = False  # whether probabilities are averaged over mirror images, see `flip_average`
+    class_weights: tuple[float, ...] | None = None  # for a weighted mean over the foreground classes as well
 
     def __post_init__(self):
         if self.threshold is not None and not 0 < self.threshold < 1:

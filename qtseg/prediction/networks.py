@@ -21,6 +21,7 @@ from ..evaluation.runs import weights_sha256
 from ..evaluation.scores import class_probabilities, decide, flip_average
 from ..files.optional import import_optional
 from ..training.hardware import choose_device
+from ..training.validation import Windowed
 
 # %% auto #0
 __all__ = ['WORKERS', 'AMP', 'LARGEST_ONNX', 'keep_largest_components', 'check_finite', 'with_background', 'NetworkRunner',
@@ -62,7 +63,7 @@ class NetworkRunner:
     Args:
         network: any callable from float [B, C, h, w] in [-1, 1] to logits [B, classes, h, w]; a torch module is moved
             to the device and put in evaluation mode.
-        preprocessing: how its training images were prepared.
+        preprocessing: how its training images were prepared. With a `window`, the network sees images in windows.
         classes: as the network's; 1 means a single sigmoid mask.
         device: see `choose_device`.
         amp: mixed precision: "none", "bf16" or "fp16".
@@ -91,7 +92,9 @@ class NetworkRunner:
                 f"the network takes images of {channels} channel(s), and its preprocessing makes "
                 f"{preprocessing.channels} of a file: give it the preprocessing that it was trained with")
         self.device = choose_device(device)
-        self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
+        network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
+        window = preprocessing.window
+        self.network = Windowed(network, window) if window else network  # as it was trained
         self.preprocessing, self.classes, self.class_names = preprocessing, classes, names
         self.amp, self.threshold, self.tta, self.keep_largest = amp, threshold, tta, keep_largest
         self.first_map = 1 if max(classes, 2) == 2 else 0  # of two probabilities one says it all
