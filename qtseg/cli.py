@@ -12,8 +12,8 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -80,13 +80,9 @@ def _status(name: str, function: Callable, given: dict, expected: tuple) -> int:
 
 
 def subcommand(group: typer.Typer, examples: str, *also: type[Exception], **settings) -> Callable:
-    """Make a function a subcommand. What it returns is the exit status; None is 0.
+    """Make a function a subcommand of a group, with examples below its help; settings are those of typer's `command`.
 
-    Args:
-        group: the command that it belongs to.
-        examples: shown below its help.
-        also: exceptions that end in a sentence, beside `_EXPECTED`.
-        settings: of typer's decorator `command`.
+    Its result is the exit status (None is 0). Exceptions of `also` end in a sentence, as those of `_EXPECTED` do.
     """
     def register(function: Callable) -> Callable:
         name = f"{group.info.name} {settings.get('name', function.__name__)}"
@@ -101,22 +97,15 @@ def subcommand(group: typer.Typer, examples: str, *also: type[Exception], **sett
     return register
 
 # %% ../nbs/reference/cli.ipynb #14c55793
-_EXAMPLES = """\b
-Examples:
-  qtseg prepare phantoms data/phantoms --n 400
-  qtseg train data=data/phantoms size=128 epochs=20 name=first
-  qtseg evaluate runs/first
-  qtseg predict runs/first photo.jpg --output masks"""
 app = typer.Typer(name="qtseg", help="Segment 2D medical images.", no_args_is_help=True, add_completion=False,
-                  epilog=_EXAMPLES, rich_markup_mode=None,
-                  context_settings={"help_option_names": ["-h", "--help"]})
+                  rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}, epilog=(
+                      "\b\nExamples:\n  qtseg prepare phantoms data/phantoms --n 400\n"
+                      "  qtseg train data=data/phantoms size=128 epochs=20 name=first\n"
+                      "  qtseg evaluate runs/first\n  qtseg predict runs/first photo.jpg --output masks"))
 
 # %% ../nbs/reference/cli.ipynb #1fe4c3a6
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `qtseg` with these words (None: those of the command line) and return its exit status.
-
-    0; 1 after an error, one sentence on stderr; 2 after wrong usage; 130 after Ctrl-C.
-    """
+    """Run `qtseg` with these words (None: the command line's) -> 0; 1: an error, 2: wrong usage, 130: Ctrl-C."""
     try:
         typer.main.get_command(app)(None if arguments is None else list(arguments), prog_name="qtseg")
     except SystemExit as end:
@@ -125,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # %% ../nbs/reference/cli.ipynb #dd5b2342
 prepare = typer.Typer(name="qtseg prepare", help="Download, check and convert a data set for training.",
-                      epilog="\b\nExamples:\n  qtseg prepare busi --root data\n  qtseg prepare own --help",
-                      no_args_is_help=True)
+                      epilog="\b\nExamples:\n  qtseg prepare busi\n  qtseg prepare own --help", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
 
 # %% ../nbs/reference/cli.ipynb #826b3d73
@@ -375,19 +363,6 @@ def export(
                                   public=public):
         print(printable(line), flush=True)
 
-# %% ../nbs/reference/cli.ipynb #d51dd03d
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, do what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
 # %% ../nbs/reference/cli.ipynb #a7924fca
 @subcommand(app, "  qtseg study nbs/experiments/studies/phantoms_quick.yaml --workers 2\n"
                  "  qtseg study nbs/experiments/studies/phantoms_quick.yaml --list")
@@ -408,10 +383,11 @@ def study(
     from qtseg.study.runs import state_rows, study_table
     from qtseg.study.sweep import run_study
 
-    with _terminated_as_interrupted():
-        rows = study_table(read_study(file), runs) if show else run_study(
-            file, runs, workers=workers, scheduler=scheduler, slurm=slurm, notebooks=notebooks, threads=threads,
-            insecure=insecure)
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems send it: the same as Ctrl-C
+    rows = study_table(read_study(file), runs) if show else run_study(
+        file, runs, workers=workers, scheduler=scheduler, slurm=slurm, notebooks=notebooks, threads=threads,
+        insecure=insecure)
     print(aligned(state_rows(rows)))
     left = [] if show else [row["run"] for row in rows if row["state"] != "done"]
     if left:

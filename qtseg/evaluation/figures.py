@@ -54,7 +54,7 @@ def draw_gallery(
                     network, split.batch([position]).images.to(device), threshold, evaluation.protocol.tta)
                 prediction = own_size_mask(probabilities[0], *target.shape, data.resize, threshold)
                 masks = (np.where(target == data.ignore_index, 0, mask) for mask in (target, prediction))
-                axes.imshow(outline_masks(image, *masks, width=max(1, round(max(target.shape) / 180))))
+                axes.imshow(outline_masks(image, *masks, width=max(2, round(max(target.shape) / 180))))
                 axes.set_title(f"{title}: {evaluation.ids[place][-20:]}, Dice {dice[place]:.1f}", fontsize=8)
                 axes.axis("off")
     figure.suptitle("outlines: target white, prediction sky blue", fontsize=9)

@@ -52,7 +52,7 @@ def show_masks(image: np.ndarray, mask: np.ndarray | Tensor, class_names: Sequen
         image: uint8 [H, W, 3].
         mask: class indices [H, W].
     """
-    mask, line = _array(mask), max(1, round(image.shape[1] / 160))
+    mask, line = _array(mask), max(2, round(image.shape[1] / 160))
     outlined = contours(image, mask, width=line, edge=max(1, line // 2))
     named = named_colors(class_names, np.unique(mask).tolist()) or {"no foreground": (255, 255, 255)}
     return _panels({"image": image, f"overlay, opacity {opacity:g}": overlay(image, mask, opacity),
@@ -72,7 +72,7 @@ def show_errors(image: np.ndarray, target: np.ndarray | Tensor, prediction: np.n
     counts = np.bincount(error_kinds(target, prediction).ravel(), minlength=5)[1:]
     legend = {f"{name}: {count} px": color for (name, color), count in zip(ERROR_COLORS.items(), counts)
               if count or name != "wrong class"}
-    outlined = outline_masks(image, target, prediction, max(1, round(image.shape[1] / 160)))
+    outlined = outline_masks(image, target, prediction, max(2, round(image.shape[1] / 160)))
     return _panels({"image": image, "target white, prediction blue": outlined,
                     "errors": error_map(target, prediction, image, opacity)}, legend)
 
