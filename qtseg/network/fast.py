@@ -15,11 +15,14 @@ from torch.autograd.function import once_differentiable
 from .attention import Attention, FeedForward, PositionalEncoding
 from .blocks import ConvBNAct, watched
 from .bridge import UpConv, UpConvBNAct
+from .efficientnet import InvertedResidual, LiteConv
+from .fast_lite import train_block
 from .mqm import MaskHead, Upscale
 
 # %% auto #0
 __all__ = ['OPERATORS', 'HAS_ONE_DNN', 'ROLES', 'FAST', 'FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead',
-           'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'forget_kept', 'accelerate']
+           'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'FastInvertedResidual', 'forget_kept',
+           'accelerate']
 
 # %% ../../nbs/reference/network_fast.ipynb #c010
 OPERATORS = "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"
@@ -326,11 +329,24 @@ class FastUpConv(UpConv):
         matrix, bias = self.matrix()
         return _linear(x, matrix, bias).unflatten(-1, (self.scale**2, -1))
 
+# %% ../../nbs/reference/network_fast.ipynb #c0434
+class FastInvertedResidual(InvertedResidual):
+    """InvertedResidual whose training on a CPU is that of `train_block`. Same function."""
+
+    use_naive = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [part for part in (self.expand, self.depthwise, self.project) if isinstance(part, LiteConv)]
+        plain = not self.use_naive and _one_dnn_takes(x) and all(_trains_plainly(part.norm, x) for part in parts)
+        if plain and self.depthwise.conv.dilation == (1, 1) and not watched(*self.modules()):
+            return train_block(self, x)
+        return super().forward(x)
+
 # %% ../../nbs/reference/network_fast.ipynb #c046
 ROLES = {"token_to_feature": FewQueriesAttention, "final_attention": FewQueriesAttention,
          "feature_to_token": FewKeysAttention}  #: by the name that an attention has in its block, its faster class
 FAST = {ConvBNAct: FastConvBNAct, UpConvBNAct: FastUpConvBNAct, UpConv: FastUpConv, FeedForward: FastFeedForward,
-        MaskHead: FastMaskHead}  #: class -> faster class
+        MaskHead: FastMaskHead, InvertedResidual: FastInvertedResidual}  #: class -> faster class
 
 
 def forget_kept(network: nn.Module) -> None:
