@@ -13,7 +13,6 @@ from torch import nn
 
 from qtseg.data.phantom_sets import write_prepared
 from qtseg.data.preprocessing import Preprocessing, read_preprocessing
-from qtseg.data.segmentation import SegmentationData
 from qtseg.evaluation.evaluate import evaluate
 from qtseg.evaluation.runs import evaluate_checkpoint
 from qtseg.evaluation.scores import Protocol
@@ -298,3 +297,9 @@ def test_the_study_has_an_arm_for_every_option():
             "crop"} <= tried
     for arm in study["arms"].values():
         TrainConfig(**study["common"] | arm)
+
+
+@pytest.mark.parametrize("window", [31, 65, True, 48.0])
+def test_a_window_that_no_network_can_have_learned_is_refused(window):
+    with pytest.raises(ValueError, match="window is a whole number from 32 to size, 64, or None"):
+        Preprocessing(64, window=window)

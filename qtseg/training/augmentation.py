@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from .augmentation_cpu import OPENCV_IS_EXACT, augment_on_cpu
 from .operations import (OPERATIONS, Shape, Steps, collect_batch, compose, noise_of, recolored, seeded,
                                        warp_each)
 
 # %% auto #0
-__all__ = ['Augmentation', 'random_crops']
+__all__ = ['Augmentation']
 
 # %% ../../nbs/reference/training_augmentation.ipynb #augmentation073
 def _described(value: Any) -> str:
