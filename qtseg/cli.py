@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from qtseg.training.config import TrainConfig
 
 # %% auto #0
-__all__ = ['app', 'prepare', 'subcommand', 'main', 'own', 'phantoms', 'read_parameters', 'train', 'evaluate', 'predict', 'export',
-           'study']
+__all__ = ['evaluate']
 
 # %% ../nbs/reference/cli.ipynb #c0e3da07
 class _Command(TyperCommand):

@@ -10,19 +10,27 @@ from collections.abc import Sequence
 import numpy as np
 
 # %% auto #0
-__all__ = ['Color', 'TOKENS', 'FEATURES', 'TARGET', 'PREDICTION', 'FALSE_POSITIVE', 'FALSE_NEGATIVE', 'WRONG_CLASS', 'REMEDY',
-           'FAILURE', 'class_colors', 'hex_color']
+__all__ = ['TOKENS', 'FEATURES', 'PREDICTION', 'REMEDY', 'FAILURE', 'class_colors', 'hex_color']
 
 # %% ../nbs/reference/colors.ipynb #colors006
 Color = tuple[int, int, int]  # red, green, blue, each 0 to 255
 
+# %% ../nbs/reference/colors.ipynb #colors006-i1
 TOKENS: Color = (230, 159, 0)  #: orange
 FEATURES: Color = (0, 114, 178)  #: blue
+
+# %% ../nbs/reference/colors.ipynb #colors006-i2
 TARGET: Color = (255, 255, 255)  #: white; `data.preprocessing.outline_masks` draws it with a black edge
+
+# %% ../nbs/reference/colors.ipynb #colors006-i3
 PREDICTION: Color = (86, 180, 233)  #: sky blue
+
+# %% ../nbs/reference/colors.ipynb #colors006-i4
 FALSE_POSITIVE: Color = (213, 94, 0)  #: vermilion
 FALSE_NEGATIVE: Color = (240, 228, 66)  #: yellow
 WRONG_CLASS: Color = (136, 34, 85)  #: wine: foreground in both masks, but not of one class
+
+# %% ../nbs/reference/colors.ipynb #colors006-i5
 REMEDY: Color = (0, 158, 115)  #: green
 FAILURE = FALSE_POSITIVE
 

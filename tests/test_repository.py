@@ -55,6 +55,13 @@ def test_what_is_derived_equals_its_source(tmp_path):
     assert (ROOT / "README.md").read_text(encoding="utf-8") == tool.render_readme(), "run `make sync`"
 
 
+def test_public_names_are_few():
+    """`__all__` holds what a lesson, the front page or an example imports, and no plumbing (`#| exporti`)."""
+    names = [name for path in MODULES for node in ast.parse(path.read_text(encoding="utf-8")).body
+             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for name in ast.literal_eval(node.value)]
+    assert 100 < len(names) <= 160, len(names)
+
+
 def test_results_stand_on_the_front_page_as_they_were_measured():
     index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
     for row in [line for table in (results.table(), results.study_table(), results.speed_table()) for line in table.splitlines()]:

@@ -33,15 +33,14 @@ from ..files.text import first_names, printable, read_json
 from ..files.writing import require_space
 
 # %% auto #0
-__all__ = ['UNPACKING_TABLES', 'CACHE_VERSION', 'mask_bits', 'pack_mask', 'unpack_masks', 'Settings', 'cache_key', 'cache_root',
-           'Prepared', 'in_order', 'build_cache', 'leave_out_twins', 'Cache', 'load_cache', 'DataProblems']
+__all__ = ['pack_mask', 'DataProblems']
 
 # %% ../../nbs/reference/data_cache.ipynb #data090
 def mask_bits(classes: int) -> int:
     """How many bits a cached mask pixel takes: 1, 2, 4 or 8."""
     return next(bits for bits in (1, 2, 4, 8) if max(classes, 2) <= 2 ** bits)
 
-
+# %% ../../nbs/reference/data_cache.ipynb #data090-i1
 def pack_mask(mask: np.ndarray, bits: int) -> np.ndarray:
     """Put 8 // bits mask pixels into each byte, the first one lowest: uint8 [H, W] -> [ceil(H * W * bits / 8)]."""
     per_byte = 8 // bits

@@ -28,8 +28,7 @@ from ..files.pictures import Picture
 from ..files.writing import NO_SPACE
 
 # %% auto #0
-__all__ = ['CELL', 'CAPTION', 'Done', 'drop_twins', 'copyable', 'as_png', 'convert', 'write_pair', 'convert_all', 'outlined',
-           'contact_sheet', 'census_of']
+__all__ = []
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation052
 class Done(NamedTuple):

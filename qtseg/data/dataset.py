@@ -19,7 +19,7 @@ from .mask_values import IGNORE
 from .reading import read_classes
 
 # %% auto #0
-__all__ = ['Batch', 'normalize', 'network_input', 'to_device', 'batch_positions', 'Split', 'DatasetSplit']
+__all__ = ['normalize', 'Split', 'DatasetSplit']
 
 # %% ../../nbs/09_data.ipynb #data138
 class Batch(NamedTuple):
@@ -32,12 +32,12 @@ class Batch(NamedTuple):
     masks: Tensor
     ids: list[str]
 
-
+# %% ../../nbs/09_data.ipynb #data138-i1
 def normalize(images: Tensor) -> Tensor:
     """Bring bytes to what the network expects: uint8 [B, C, H, W] -> float32 in [-1, 1], x / 127.5 - 1."""
     return images.float().div_(127.5).sub_(1)  # in place: one new tensor instead of three
 
-
+# %% ../../nbs/09_data.ipynb #data138-i2
 def network_input(images: Tensor) -> Tensor:
     """What a network is given: bytes normalized, floats as they are."""
     return images if images.is_floating_point() else normalize(images)

@@ -32,9 +32,7 @@ from ..files.text import printable, read_json
 from ..files.writing import write_then_rename
 
 # %% auto #0
-__all__ = ['MAX_DOWNLOAD', 'MOST_PAUSE', 'DownloadError', 'way_out', 'Interruption', 'check_url', 'CheckedRedirects', 'Transfer',
-           'send_request', 'match_part', 'receive', 'require_room', 'connect', 'one_at_a_time', 'is_recorded',
-           'is_finished', 'accept', 'complete', 'fetch']
+__all__ = []
 
 # %% ../../nbs/reference/data_download.ipynb #download014
 class DownloadError(OSError):

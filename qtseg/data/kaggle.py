@@ -23,7 +23,7 @@ from ..files.limits import limit
 from ..files.writing import NO_SPACE
 
 # %% auto #0
-__all__ = ['CLIENT', 'run_client', 'refusal', 'fetch_kaggle']
+__all__ = []
 
 # %% ../../nbs/reference/data_kaggle.ipynb #download084
 CLIENT = """

@@ -17,9 +17,7 @@ from ..files.pictures import is_picture
 from ..files.text import first_names, printable, read_json, read_table
 
 # %% auto #0
-__all__ = ['EXTENSIONS', 'MASK_WORDS', 'IMAGE_WORDS', 'PAIRS', 'SPLIT_FOLDERS', 'COLUMNS', 'SPLITS', 'MOST_IMAGES', 'Record',
-           'Survey', 'image_names', 'image_of', 'is_meant', 'list_pictures', 'name_of', 'pictures_below', 'bare_name',
-           'namesakes', 'survey_folder']
+__all__ = ['Survey', 'survey_folder']
 
 # %% ../../nbs/reference/data_layout.ipynb #data051
 @dataclass
@@ -42,7 +40,7 @@ class Record:
     split: str = ""
     size: tuple[int, int] | None = None
 
-
+# %% ../../nbs/reference/data_layout.ipynb #data051-i1
 @dataclass
 class Survey:
     """What a folder holds, before any picture is decoded; problems are collected, not raised."""

@@ -14,8 +14,7 @@ from .mask_values import COLORED, FEW, MaskValues, brightness, spell
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = ['Refused', 'total_pixels', 'named', 'values_by_file', 'class_options', 'as_brightness', 'looks_like_photograph',
-           'require_masks', 'index_remedy', 'refuse_lossy', 'colored_refusal']
+__all__ = []
 
 # %% ../../nbs/reference/data_mask_doubts.ipynb #masks017
 class Refused(ValueError):

@@ -17,8 +17,7 @@ import numpy as np
 from ..files.pictures import Picture
 
 # %% auto #0
-__all__ = ['MASKS', 'IGNORE', 'COLORED', 'LOSSY', 'FEW', 'value_code', 'spell', 'stored_values', 'brightness', 'MaskValues',
-           'look_at', 'MaskReading', 'codes_to_rgb', 'nearest_value']
+__all__ = []
 
 # %% ../../nbs/reference/data_mask_values.ipynb #masks005
 MASKS = ("auto", "index", "binary", "any")

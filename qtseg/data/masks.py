@@ -16,7 +16,7 @@ from .mask_doubts import (Refused, as_brightness, class_options, colored_refusal
 from .mask_values import COLORED, FEW, MaskReading, MaskValues, codes_to_rgb, spell, value_code
 
 # %% auto #0
-__all__ = ['Judgement', 'looks_up', 'judge_masks']
+__all__ = []
 
 # %% ../../nbs/reference/data_masks.ipynb #masks020
 def _ignored(files: Sequence[MaskValues], total: Counter, classes: int, notes: list[str]) -> bool:

@@ -16,7 +16,7 @@ from .pairing import Found, judge, label, pair_up, take_pictures
 from .preparation import DataSet, prepare_set
 
 # %% auto #0
-__all__ = ['WORDS', 'find_files', 'in_options', 'find_own', 'stored_value', 'own_set', 'prepare_own']
+__all__ = []
 
 # %% ../../nbs/reference/data_own.ipynb #b64ebd59
 def find_files(found: Found, images: Path, masks: Path) -> tuple[list[Path], list[Path]]:

@@ -28,9 +28,7 @@ from ..files.folders import walk
 from ..files.text import first_names, printable
 
 # %% auto #0
-__all__ = ['POLYP_RANGES', 'Reader', 'NOBODYS', 'classes_of_colors', 'colors_of', 'laid_over', 'union_of', 'Pair', 'Found',
-           'find_folders', 'one_folder', 'pair_up', 'bad_names', 'take_pictures', 'judge', 'slices', 'held_out',
-           'label']
+__all__ = []
 
 # %% ../../nbs/reference/data_pairing.ipynb #preparation010
 # class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255

@@ -19,7 +19,7 @@ from ..files.text import read_json
 from ..files.writing import new_folder, write_then_rename
 
 # %% auto #0
-__all__ = ['MOST', 'RECIPE', 'write_manifest', 'fill', 'write_prepared']
+__all__ = []
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms093
 def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names: tuple[str, ...] | list[str],

@@ -9,13 +9,12 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['CHANNELS', 'CLASS_NAMES', 'FAMILIES', 'best_threshold', 'fit_field', 'noise', 'rough_circle', 'stretched', 'paint',
-           'share', 'blur', 'grid', 'color', 'speckle', 'check_whole', 'phantom']
+__all__ = ['FAMILIES', 'best_threshold', 'rough_circle', 'paint', 'phantom']
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms010
 CHANNELS = ("gray", "red", "green", "blue")
 
-
+# %% ../../nbs/reference/data_phantoms.ipynb #phantoms010-i1
 def best_threshold(images: np.ndarray, masks: np.ndarray) -> tuple[float, str, int, bool]:
     """Find the one threshold that suits a whole set best: every value of every channel, foreground above or below.
 
@@ -342,6 +341,8 @@ CLASS_NAMES: dict[str, tuple[str, ...]] = {
     "endoscopy": ("background", "non-neoplastic polyp", "neoplastic polyp"),
     "nuclei": ("background", "nucleus"),
 }
+
+# %% ../../nbs/reference/data_phantoms.ipynb #phantoms075-i1
 FAMILIES = tuple(CLASS_NAMES)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms076

@@ -27,8 +27,7 @@ from ..files.text import printable, read_json
 from ..files.writing import NO_SPACE, new_folder, private_name
 
 # %% auto #0
-__all__ = ['MADE', 'DataSet', 'gather', 'fingerprint', 'made_from', 'is_ready', 'collect', 'fill', 'keep_safe', 'set_aside',
-           'prepare', 'report', 'prepare_set']
+__all__ = []
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation079
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from ..colors import PREDICTION, TARGET
 from ..files.text import read_json
 
 # %% auto #0
-__all__ = ['RESIZES', 'COLORS', 'LARGEST_SIZE', 'PREPROCESSING_FILE', 'resample', 'fitted_size', 'resize_image', 'nearest_pixels',
-           'resize_pair', 'outline', 'outline_masks', 'to_color', 'to_rgb', 'is_whole_number', 'Preprocessing',
-           'read_preprocessing']
+__all__ = ['resize_pair', 'outline_masks', 'Preprocessing', 'read_preprocessing']
 
 # %% ../../nbs/reference/data_preprocessing.ipynb #data038
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -65,7 +63,7 @@ def nearest_pixels(mask: np.ndarray, size: int, resize: str = "squash") -> np.nd
     small = cv2.resize(planes, (columns, rows), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.ascontiguousarray(small).view(mask.dtype).reshape(rows, columns)
 
-
+# %% ../../nbs/reference/data_preprocessing.ipynb #data045-i1
 def resize_pair(
     image: np.ndarray, mask: np.ndarray, size: int, resize: str = "squash") -> tuple[np.ndarray, np.ndarray]:
     """Bring a pair to size x size pixels: uint8 [H, W, C] and [H, W] -> [size, size, C] and [size, size].
@@ -91,7 +89,7 @@ def outline(picture: np.ndarray, mask: np.ndarray, color: Sequence[int], width: 
             cv2.drawContours(picture, lines, -1, (0, 0, 0), width + 2 * edge)
         cv2.drawContours(picture, lines, -1, color, width)
 
-
+# %% ../../nbs/reference/data_preprocessing.ipynb #data049x2-i1
 def outline_masks(image: np.ndarray, target: np.ndarray | None = None, prediction: np.ndarray | None = None,
                   width: int = 1) -> np.ndarray:
     """A copy of an image uint8 [H, W, 3] with the outlines of a target, white, and of a prediction, sky blue.
@@ -193,7 +191,7 @@ class Preprocessing:
 # %% ../../nbs/reference/data_preprocessing.ipynb #data049c
 PREPROCESSING_FILE = "preprocessor_config.json"
 
-
+# %% ../../nbs/reference/data_preprocessing.ipynb #data049c-i1
 def read_preprocessing(checkpoint: str | os.PathLike) -> Preprocessing:
     """The `Preprocessing` in a checkpoint folder; FileNotFoundError or ValueError names the file and the remedy."""
     path = Path(checkpoint) / PREPROCESSING_FILE

@@ -16,7 +16,7 @@ from .masks import judge_masks, looks_up
 from ..files.pictures import Picture, read_picture
 
 # %% auto #0
-__all__ = ['WHITES', 'white_of', 'rgb_of', 'read_named_picture', 'read_image', 'value_span', 'read_classes', 'read_mask']
+__all__ = ['read_image', 'read_mask']
 
 # %% ../../nbs/reference/data_reading.ipynb #data016
 WHITES = (255, 1023, 4095, 16383, 65535)  # full white of 8, 10, 12, 14 and 16 bits
@@ -55,7 +55,7 @@ def read_named_picture(path: str | os.PathLike, stored_values: bool = False, cha
     except (ValueError, ImportError) as error:
         raise ValueError(f"{path}: {error}") from error
 
-
+# %% ../../nbs/reference/data_reading.ipynb #data019-i1
 def read_image(path: str | os.PathLike, white: int = 65535, channels: int = 3) -> np.ndarray:
     """Read any image file -> uint8 [H, W, 3] (RGB) or [H, W, channels], upright; the first frame of several.
 
@@ -86,7 +86,7 @@ def read_classes(path: str | os.PathLike, reading: MaskReading) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-
+# %% ../../nbs/reference/data_reading.ipynb #data033-i1
 def read_mask(path: str | os.PathLike, masks: str = "index", classes: int = 2, mask_values: Sequence[int | str] = (),
               ignore_value: int | str | None = None) -> np.ndarray:
     """Read one mask file, judged alone -> class index, uint8 [H, W], upright; IGNORE where pixels count nowhere.

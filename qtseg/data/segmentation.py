@@ -28,7 +28,7 @@ from ..files.text import plain
 from ..files.writing import new_folder
 
 # %% auto #0
-__all__ = ['twice_and_torn', 'OpenedData', 'SegmentationData']
+__all__ = ['SegmentationData']
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data073
 def twice_and_torn(survey: Survey) -> list[str]:

@@ -19,9 +19,7 @@ from .preparation import DataSet
 from ..files.folders import walk
 
 # %% auto #0
-__all__ = ['BUSI_MASK', 'BUSI', 'BKAI', 'DSB2018', 'FIVES_FILES', 'FIVES_PAGE', 'DISEASES', 'FIVES', 'ISIC_BUCKET', 'ISIC_PARTS',
-           'ISIC_LICENSES', 'ISIC_CITATIONS', 'ISIC_OFFICIAL', 'SETS', 'download_kaggle', 'find_busi', 'find_bkai',
-           'find_dsb2018', 'download_fives', 'find_fives', 'isic_archives', 'download_isic', 'find_isic', 'isic']
+__all__ = []
 
 # %% ../../nbs/reference/data_sets.ipynb #0a314823
 def download_kaggle(folder: Path, kind: str, name: str) -> list[Path]:

@@ -30,8 +30,7 @@ from ..files.text import printable
 from ..files.writing import NO_SPACE, new_folder
 
 # %% auto #0
-__all__ = ['MAX_MEMBERS', 'MAX_DEPTH', 'LINK', 'RAR_TOOLS', 'Refused', 'reading', 'Member', 'most_bytes', 'checked',
-           'zip_members', 'Header', 'tar_members', 'write_members', 'unpack_rar', 'unpack', 'find_source']
+__all__ = []
 
 # %% ../../nbs/reference/data_sources.ipynb #data107
 MAX_MEMBERS, MAX_DEPTH = 1_000_000, 64  # files in an archive, folders within one another

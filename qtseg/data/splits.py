@@ -16,7 +16,7 @@ from ..files.optional import import_optional
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = ['fold_of_each', 'hold_out', 'assign_splits']
+__all__ = ['fold_of_each']
 
 # %% ../../nbs/reference/data_splits.ipynb #data076
 def _slices(records: list[Record], folds: int) -> list[int | None]:

@@ -30,8 +30,7 @@ from .uncertainty import Units, bootstrap_interval, bootstrap_means, sampling_un
 from ..training.validation import class_frequencies
 
 # %% auto #0
-__all__ = ['PARTS', 'predict_batch', 'choose_splits', 'Evaluation', 'image_rows', 'stratum_rows', 'threshold_rows',
-           'evaluation_mode', 'evaluate']
+__all__ = ['evaluate']
 
 # %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation066
 @torch.no_grad()
@@ -256,7 +255,7 @@ def evaluation_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         network.train(was_training)
 
-
+# %% ../../nbs/reference/evaluation_evaluate.ipynb #evaluation078-i1
 def evaluate(
         network: nn.Module, data: SegmentationData, split: str | None = None, protocol: Protocol | None = None, *,
         batch: int = 16, device: str | torch.device = "cpu", progress: bool = False) -> Evaluation:

@@ -20,7 +20,7 @@ from .scores import BINS, own_size_mask
 from .tables import LABELS
 
 # %% auto #0
-__all__ = ['ranked', 'draw_gallery', 'draw_calibration', 'draw_thresholds']
+__all__ = []
 
 # %% ../../nbs/reference/evaluation_figures.ipynb #evaluation089
 def ranked(evaluation: Evaluation, count: int = 3) -> dict[str, list[int]]:

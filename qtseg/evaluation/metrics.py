@@ -14,7 +14,7 @@ from torch import Tensor
 from ..training.losses import check_labels
 
 # %% auto #0
-__all__ = ['MEASURES', 'hard_masks', 'foreground_weights', 'confusion_counts', 'scores_in_percent', 'SegmentationMetrics']
+__all__ = ['hard_masks', 'foreground_weights', 'confusion_counts', 'scores_in_percent', 'SegmentationMetrics']
 
 # %% ../../nbs/12_metrics.ipynb #metrics015
 def hard_masks(logits: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def confusion_counts(masks: Tensor, target: Tensor, classes: int, ignore_index: 
 # %% ../../nbs/12_metrics.ipynb #metrics033
 MEASURES = ("mae", "acc", "dice", "iou")
 
-
+# %% ../../nbs/12_metrics.ipynb #metrics033-i1
 def scores_in_percent(counts: Tensor, legacy: bool = False) -> Tensor:
     """Turn counts [..., 4] (TP, FP, FN, TN) into scores [..., 4] (mae, acc, dice, iou): percent, float64, on the CPU.
 

@@ -22,7 +22,7 @@ from ..training.config import TrainConfig, is_path
 from ..training.run_folder import SPLITS_FILE, read_splits
 
 # %% auto #0
-__all__ = ['open_checkpoint_data', 'open_for', 'training_notes']
+__all__ = []
 
 # %% ../../nbs/reference/evaluation_run_data.ipynb #evaluation110
 class _Run(NamedTuple):

@@ -27,7 +27,7 @@ from ..training.hardware import choose_device
 from ..training.validation import Windowed
 
 # %% auto #0
-__all__ = ['read_checkpoint', 'weights_sha256', 'find_checkpoints', 'check_request', 'evaluate_checkpoint', 'evaluate_run']
+__all__ = ['read_checkpoint']
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation109
 def read_checkpoint(folder: str | os.PathLike) -> tuple[QTSeg | Baseline, Preprocessing]:

@@ -22,10 +22,7 @@ from .metrics import MEASURES, confusion_counts, scores_in_percent
 from ..files.optional import import_optional
 
 # %% auto #0
-__all__ = ['FLIPS', 'RATES', 'SURFACES', 'SCORES', 'BINS', 'THRESHOLDS', 'SIZES', 'class_probabilities', 'flip_average',
-           'undo_resize', 'decide', 'own_size_mask', 'rates_in_percent', 'surface_functions', 'surface_scores',
-           'mask_scores', 'lesion_counts', 'calibration_counts', 'calibration_error', 'threshold_counts', 'Protocol',
-           'constant_counts', 'ImageScores', 'score_image']
+__all__ = ['FLIPS', 'class_probabilities', 'flip_average', 'undo_resize']
 
 # %% ../../nbs/reference/evaluation_scores.ipynb #evaluation010
 def class_probabilities(logits: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from ..files.writing import new_folder, private_name
 from ..training.hardware import versions
 
 # %% auto #0
-__all__ = ['LABELS', 'FILES', 'table_rows', 'aligned', 'markdown', 'evaluation_report', 'to_dict', 'write_evaluation',
-           'require_replaceable', 'replaced_results']
+__all__ = ['markdown']
 
 # %% ../../nbs/reference/evaluation_tables.ipynb #evaluation082
 LABELS = {"mae": "MAE, %", "acc": "accuracy, %", "dice": "Dice, %", "iou": "IoU, %", "precision": "precision, %",
@@ -66,7 +65,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
 
-
+# %% ../../nbs/reference/evaluation_tables.ipynb #evaluation083-i1
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of texts, head first, for a notebook; they stay texts, whatever HTML or Markdown they hold."""
     head, *rest = (["| " + " | ".join(map(escape, row)) + " |" for row in rows])

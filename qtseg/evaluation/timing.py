@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
 # %% auto #0
-__all__ = ['interleaved_times', 'timing_lines', 'operation_counter', 'operations', 'growth_exponent', 'matrix_rate', 'copy_rate',
-           'box_times', 'memory_growth', 'multiply_adds', 'network_cost', 'cost_rows']
+__all__ = ['interleaved_times', 'timing_lines', 'operations', 'growth_exponent', 'matrix_rate', 'copy_rate', 'box_times',
+           'memory_growth']
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #c006
 def interleaved_times(jobs: Mapping[Hashable, Callable], rounds: int = 11, warm_up: int = 2) -> dict:
@@ -78,7 +78,7 @@ def operation_counter() -> FlopCounterMode:
         rules[one_dnn._linear_pointwise] = lambda x, weight, *_, out_shape: 2 * math.prod(out_shape) * x[-1]
     return FlopCounterMode(display=False, custom_mapping=rules)
 
-
+# %% ../../nbs/reference/evaluation_timing.ipynb #faef6ae5-i1
 def operations(job: Callable) -> int:
     """Floating-point operations of `job` in convolutions and matrix products; one multiply-add counts as two."""
     with operation_counter() as counter:

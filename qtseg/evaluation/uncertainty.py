@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 # %% auto #0
-__all__ = ['Units', 'sampling_units', 'bootstrap_means', 'student_quantile', 'bootstrap_interval']
+__all__ = []
 
 # %% ../../nbs/reference/evaluation_uncertainty.ipynb #evaluation051
 class Units(NamedTuple):

@@ -16,7 +16,7 @@ from .limits import Refusal, limit
 from .optional import import_optional
 
 # %% auto #0
-__all__ = ['COMPRESSIONS', 'read_samples', 'every_channel']
+__all__ = []
 
 # %% ../../nbs/reference/files_channels.ipynb #fch-samples
 COMPRESSIONS = (1, 5, 8, 32946)  # of a TIFF: none, LZW, and deflate under two numbers

@@ -17,7 +17,7 @@ from .limits import Refusal, limit, require_within
 from .optional import import_optional
 
 # %% auto #0
-__all__ = ['NEEDED', 'read_dicom']
+__all__ = []
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-023
 NEEDED = [  # elements that describe the pixels

@@ -12,7 +12,7 @@ from pathlib import Path
 from .limits import limit
 
 # %% auto #0
-__all__ = ['walk', 'same_form']
+__all__ = []
 
 # %% ../../nbs/reference/files_folders.ipynb #files-0301
 def walk(folder: str | os.PathLike) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -15,8 +15,7 @@ from typing import BinaryIO
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
 # %% auto #0
-__all__ = ['SIGNATURES', 'FORMATS', 'SIZES', 'TIFF_BYTES', 'format_of', 'require_memory', 'require_plausible_size',
-           'require_few_parts', 'first_directory', 'jpeg_scans', 'require_few_scans', 'read_structure']
+__all__ = []
 
 # %% ../../nbs/reference/files_headers.ipynb #files-010
 SIGNATURES = {  # format -> what the first bytes of its files match

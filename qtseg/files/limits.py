@@ -9,8 +9,7 @@ import os
 import re
 
 # %% auto #0
-__all__ = ['MAX_FILE_BYTES', 'MAX_PIXELS', 'MAX_SWELL', 'MAX_FREE_BYTES', 'MAX_PIECES', 'MAX_TEXT_BYTES', 'MAX_YAML_BYTES',
-           'MAX_TABLE_BYTES', 'MAX_ROW', 'MAX_DEPTH', 'MAX_WHOLE_BYTES', 'Refusal', 'limit', 'require_within']
+__all__ = []
 
 # %% ../../nbs/reference/files_limits.ipynb #files-006
 MAX_FILE_BYTES = 2**30  # a picture's file: 225 megapixels in RGB take 675 MB without compression

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 # %% auto #0
-__all__ = ['INSTALL', 'import_optional']
+__all__ = []
 
 # %% ../../nbs/reference/files_optional.ipynb #opt-code
 INSTALL = {  # names on PyPI that differ from the module's, versions that are needed, packages that come together

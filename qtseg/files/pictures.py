@@ -26,7 +26,7 @@ from .limits import MAX_WHOLE_BYTES, Refusal, require_within
 from .text import open_regular, printable
 
 # %% auto #0
-__all__ = ['SLOW', 'UPRIGHT', 'OTHERS', 'Picture', 'is_picture', 'hash_file', 'read_picture']
+__all__ = []
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-008
 class Picture(NamedTuple):

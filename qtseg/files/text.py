@@ -20,8 +20,7 @@ import numpy as np
 from .limits import MAX_ROW, require_within
 
 # %% auto #0
-__all__ = ['BIDI', 'NO_UTF8', 'printable', 'first_names', 'escape', 'csv_cell', 'open_regular', 'read_text', 'read_json',
-           'read_table', 'plain']
+__all__ = ['escape']
 
 # %% ../../nbs/reference/files_text.ipynb #files-036
 # turn lines round, or break them
@@ -146,7 +145,7 @@ def read_json(path: str | os.PathLike) -> dict:
 
 # %% ../../nbs/reference/files_text.ipynb #files-0340
 def _limited_lines(text: str, length: list[int]) -> Iterator[str]:
-    """The lines of a text; ValueError if `length`, which counts their characters until the caller resets it, is large."""
+    """The lines of a text; ValueError if `length`, their characters since the caller last reset it, is large."""
     for line in io.StringIO(text, newline=""):
         length[0] += len(line)
         if length[0] > MAX_ROW:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['NO_SPACE', 'write_then_rename', 'require_space', 'private_name', 'new_folder']
+__all__ = []
 
 # %% ../../nbs/reference/files_writing.ipynb #files-041
 def write_then_rename(path: str | os.PathLike, write: Callable[[Path], object]) -> None:

@@ -11,7 +11,7 @@ import re
 from .text import first_names, printable, read_text
 
 # %% auto #0
-__all__ = ['MAX_YAML_VALUES', 'parse_yaml', 'read_yaml']
+__all__ = []
 
 # %% ../../nbs/reference/files_yaml.ipynb #c032a
 MAX_YAML_VALUES = 100_000

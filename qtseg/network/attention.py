@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from .blocks import TwoForms
 
 # %% auto #0
-__all__ = ['POSITIONS', 'Attention', 'pixel_centers', 'fourier_features', 'PositionalEncoding', 'LearnedPositionalEncoding',
+__all__ = ['Attention', 'pixel_centers', 'fourier_features', 'PositionalEncoding', 'LearnedPositionalEncoding',
            'NoPositionalEncoding', 'FeedForward', 'TwoWayBlock']
 
 # %% ../../nbs/04_attention.ipynb #6d7199ef

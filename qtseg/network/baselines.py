@@ -17,7 +17,7 @@ from .model import QTSeg, Segmenter
 from .state import checked_whole, choose_part, find_checkpoint, read_config
 
 # %% auto #0
-__all__ = ['BASELINES', 'NETWORKS', 'Baseline', 'pretrained']
+__all__ = ['pretrained']
 
 # %% ../../nbs/reference/network_baselines.ipynb #mdl-baselines
 BASELINES = {  # name -> class of segmentation-models-pytorch

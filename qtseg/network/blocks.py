@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
-__all__ = ['TwoForms', 'watched', 'ConvBNAct', 'Bottleneck', 'C2f', 'SPPF']
+__all__ = ['TwoForms', 'ConvBNAct', 'Bottleneck', 'C2f']
 
 # %% ../../nbs/01_blocks.ipynb #c015
 class TwoForms(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .blocks import ConvBNAct, TwoForms, watched
 
 # %% auto #0
-__all__ = ['BRIDGES', 'UpConv', 'UpConvBNAct', 'MLFF', 'IdentityBridge', 'ProjectionBridge', 'SingleLevelBridge']
+__all__ = ['UpConv', 'UpConvBNAct', 'IdentityBridge', 'ProjectionBridge', 'SingleLevelBridge']
 
 # %% ../../nbs/03_bridge.ipynb #bridge-22
 class UpConv(TwoForms):

@@ -24,7 +24,7 @@ from .state import (SHIPPED, check_state, copy_into, find_checkpoint, read_confi
                                  read_safetensors, shapes_only)
 
 # %% auto #0
-__all__ = ['Checkpoints', 'init_from']
+__all__ = []
 
 # %% ../../nbs/reference/network_checkpoints.ipynb #ec3a2bb6
 def _build(network: type[nn.Module], folder: Path) -> nn.Module:

@@ -13,7 +13,7 @@ from .blocks import ConvBNAct
 from .mqm import MQMDecoder, MQMStage, MaskHead, StageOutput, Upscale
 
 # %% auto #0
-__all__ = ['DECODERS', 'SingleStageDecoder', 'ThinBottleneck', 'ConvDecoder']
+__all__ = []
 
 # %% ../../nbs/reference/network_decoders.ipynb #decoder-single
 class SingleStageDecoder(nn.Module):

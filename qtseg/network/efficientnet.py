@@ -16,8 +16,7 @@ from .blocks import ConvBNAct, watched
 from .state import choose_part, copy_into, read_official
 
 # %% auto #0
-__all__ = ['STAGES', 'LITES', 'OUTSIDE', 'INSIDE', 'HEAD', 'LiteConv', 'InvertedResidual', 'EfficientNetLite', 'own_name',
-           'lite_file', 'load_lite']
+__all__ = []
 
 # %% ../../nbs/reference/network_efficientnet.ipynb #enet-code
 STAGES = ((3, 1, 16), (3, 2, 24), (5, 2, 40), (3, 2, 80), (5, 1, 112), (5, 2, 192), (3, 1, 320))

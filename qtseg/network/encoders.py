@@ -19,8 +19,7 @@ from .efficientnet import LITES, EfficientNetLite, lite_file, load_lite
 from .encoder import Encoder
 
 # %% auto #0
-__all__ = ['check_encoder', 'ProjectedEncoder', 'build_encoder', 'fold_batchnorms', 'standardize', 'check_imagenet',
-           'load_imagenet']
+__all__ = []
 
 # %% ../../nbs/reference/network_encoders.ipynb #enc10-names
 def check_encoder(name: str, in_channels: int) -> ModuleType:

@@ -20,9 +20,7 @@ from .fast_lite import train_block
 from .mqm import MaskHead, Upscale
 
 # %% auto #0
-__all__ = ['OPERATORS', 'HAS_ONE_DNN', 'ROLES', 'FAST', 'FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead',
-           'FastUpConvBNAct', 'FastConvBNAct', 'FastFeedForward', 'FastUpConv', 'FastInvertedResidual', 'forget_kept',
-           'accelerate']
+__all__ = ['FewQueriesAttention', 'FewKeysAttention', 'FastMaskHead', 'accelerate']
 
 # %% ../../nbs/reference/network_fast.ipynb #c010
 OPERATORS = "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"
@@ -45,7 +43,7 @@ def _own_head(mixed: Tensor, matrices: Tensor) -> Tensor:
 
 # %% ../../nbs/reference/network_fast.ipynb #c0265
 def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
-    """Whether absorbing is faster: few tokens, and enough pixels (2¹⁵ numbers, measured on 2 CPU cores; compiled, any)."""
+    """Whether absorbing is faster: few tokens and many pixels (2¹⁵ numbers on 2 CPU cores; compiled: any)."""
     enough = torch.compiler.is_compiling() or many.numel() >= 1 << 15
     return few.shape[1] <= head_width and many.device.type == "cpu" and enough  # not measured on other devices
 
@@ -356,7 +354,7 @@ def forget_kept(network: nn.Module) -> None:
         if isinstance(module, (_KeepsPacked, PositionalEncoding)):
             module.forget()
 
-
+# %% ../../nbs/reference/network_fast.ipynb #c046-i1
 def accelerate(network: nn.Module) -> None:
     """Change, in place, the class of every module that has a faster one; parameters, their names and the function
     stay."""

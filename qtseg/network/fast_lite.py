@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from .efficientnet import InvertedResidual
 
 # %% auto #0
-__all__ = ['NARROW', 'depthwise_gradients', 'as_rows', 'as_maps', 'product', 'Gram', 'Pointwise', 'Depthwise', 'WideDepthwise',
-           'normalized_matrix', 'train_block']
+__all__ = []
 
 # %% ../../nbs/reference/network_fast_lite.ipynb #flite-depthwise
 NARROW = 48  #: most channels of a map whose covariance is taken

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['SHARED', 'HUB_NAME', 'download_checkpoint', 'upload_checkpoint']
+__all__ = []
 
 # %% ../../nbs/reference/network_hub.ipynb #2e7d67f8
 SHARED = ("config.json", "model.safetensors", "preprocessor_config.json")  #: what is downloaded

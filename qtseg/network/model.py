@@ -24,7 +24,7 @@ from .mqm import StageOutput
 from .state import checked_whole, choose_part
 
 # %% auto #0
-__all__ = ['pad_to_multiple', 'Encoding', 'Decoding', 'Segmenter', 'QTSeg']
+__all__ = ['pad_to_multiple', 'Segmenter', 'QTSeg']
 
 # %% ../../nbs/06_model.ipynb #7a7896bb
 def pad_to_multiple(images: Tensor, multiple: int = 32) -> Tensor:

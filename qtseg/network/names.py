@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['official_names']
+__all__ = []
 
 # %% ../../nbs/reference/network_names.ipynb #56ca0fca
 _ENCODER_NAMES = {

@@ -16,7 +16,7 @@ from .names import official_names
 from .state import check_state, copy_into, plain_state, read_official, shapes_only
 
 # %% auto #0
-__all__ = ['to_official', 'load_official']
+__all__ = ['load_official']
 
 # %% ../../nbs/reference/network_official.ipynb #e8210449
 def to_official(model: QTSeg) -> dict[str, Tensor]:

@@ -30,8 +30,7 @@ from ..files.text import first_names, printable, read_json
 from .hub import HUB_NAME, download_checkpoint
 
 # %% auto #0
-__all__ = ['SHIPPED', 'RANDOM_FILLS', 'check_state', 'read_config', 'find_checkpoint', 'choose_part', 'checked_whole',
-           'shapes_only', 'read_safetensors', 'copy_into', 'plain_state', 'read_official']
+__all__ = ['shapes_only']
 
 # %% ../../nbs/reference/network_state.ipynb #9f7195b5
 def check_state(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
@@ -168,7 +167,7 @@ class _WithoutNumbers(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu"}
         return function(*args, **kwargs)
 
-
+# %% ../../nbs/reference/network_state.ipynb #mdl-shapes-i1
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Networks built inside have shapes and no memory (PyTorch's meta device), however large they are."""

@@ -24,8 +24,7 @@ from .networks import open_onnx
 from ..training.config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'CARD_SCORES', 'CARD_FILE', 'CARD_MARK', 'data_name', 'model_card', 'keeps_own_card', 'write_card', 'pack',
-           'push_to_hub', 'export_checkpoint']
+__all__ = ['model_card', 'pack']
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export073
 def _run_of(checkpoint: Path) -> tuple[TrainConfig | None, dict]:
@@ -166,7 +165,7 @@ CARD_FILE = "README.md"
 CARD_MARK = (
     "<!-- Written by qtseg export, which writes it anew each time. Delete this line to keep your own changes. -->")
 
-
+# %% ../../nbs/reference/prediction_cards.ipynb #export092-i1
 def model_card(checkpoint: str | Path) -> str:
     """The README.md of a checkpoint: Markdown with the YAML block of the Hugging Face hub.
 
@@ -227,7 +226,7 @@ def pack(checkpoint: str | Path, folder: str | Path) -> Path:
             (private / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
 
-
+# %% ../../nbs/reference/prediction_cards.ipynb #export096-i1
 def push_to_hub(checkpoint: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """Upload what `pack` packs to the Hugging Face Hub; arguments, result and errors are those of `upload_checkpoint`.
 

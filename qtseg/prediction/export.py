@@ -25,8 +25,7 @@ from ..network.state import find_checkpoint
 from .networks import OnnxNetwork
 
 # %% auto #0
-__all__ = ['SMALLEST_RECORDED', 'PARITY', 'PARITY_SHAPES', 'ONNX_FILE', 'OPSET', 'AnySize', 'record_graph', 'parity_images',
-           'largest_difference', 'check_parity', 'check_opset', 'export_onnx']
+__all__ = ['PARITY', 'ONNX_FILE', 'OPSET', 'AnySize', 'record_graph', 'parity_images', 'largest_difference', 'export_onnx']
 
 # %% ../../nbs/reference/prediction_export.ipynb #export022
 class AnySize(nn.Module):
@@ -54,7 +53,7 @@ class AnySize(nn.Module):
 # %% ../../nbs/reference/prediction_export.ipynb #export025
 SMALLEST_RECORDED = 33  # a side of 32 gives maps of one pixel, which torch.export would record as a case of its own
 
-
+# %% ../../nbs/reference/prediction_export.ipynb #export025-i1
 def record_graph(network: nn.Module, in_channels: int = 3) -> torch.export.ExportedProgram:
     """Record a network as a graph that takes any batch, height and width (from 33 pixels): see `torch.export`.
 
@@ -81,9 +80,11 @@ def record_graph(network: nn.Module, in_channels: int = 3) -> torch.export.Expor
 
 # %% ../../nbs/reference/prediction_export.ipynb #export030
 PARITY = 1e-3  # logits that differ by more are not the same network any more
+
+# %% ../../nbs/reference/prediction_export.ipynb #export030-i1
 PARITY_SHAPES = ((1, 64, 64), (2, 100, 77), (3, 33, 128))  # batch, height, width
 
-
+# %% ../../nbs/reference/prediction_export.ipynb #export030-i2
 def parity_images(in_channels: int = 3) -> list[Tensor]:
     """What engines are compared on: noise and phantoms of each of PARITY_SHAPES, float32 [B, C, H, W] in [-1, 1]."""
     generator, batches = torch.Generator().manual_seed(18), []
@@ -123,7 +124,7 @@ def check_parity(network: nn.Module, engine: Callable[[Tensor], Tensor], name: s
 # %% ../../nbs/reference/prediction_export.ipynb #export045
 ONNX_FILE, OPSET = "model.onnx", 20  # opset 20 is the first with GELU as one operation
 
-
+# %% ../../nbs/reference/prediction_export.ipynb #export045-i1
 def check_opset(opset: int) -> None:
     """Raise ModuleNotFoundError without ONNX's three packages, ValueError for an opset that they do not write."""
     onnx, *_ = [import_optional(name, "an ONNX file") for name in ("onnx", "onnxscript", "onnxruntime")]

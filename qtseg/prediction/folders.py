@@ -38,7 +38,7 @@ from .predictor import Predictor, fit_window
 from ..training.loop import stop_signals
 
 # %% auto #0
-__all__ = ['TROUBLE', 'Job', 'Ready', 'Done', 'Summary', 'predict_files']
+__all__ = ['predict_files']
 
 # %% ../../nbs/reference/prediction_folders.ipynb #inference090
 def _rows(path: Path, columns: Sequence[str]) -> dict[str, list[str]]:

@@ -27,8 +27,7 @@ from ..files.limits import limit
 from ..files.pictures import Picture, is_picture, read_picture
 
 # %% auto #0
-__all__ = ['SETTINGS_FILE', 'NO_PICTURE', 'ENDINGS', 'AnyImage', 'FREE_PIXELS', 'OUTPUTS', 'Found', 'find_images', 'read_input',
-           'as_rgb', 'short_digest', 'name_outputs']
+__all__ = ['as_rgb']
 
 # %% ../../nbs/reference/prediction_inputs.ipynb #inference072
 SETTINGS_FILE = "predictions.json"

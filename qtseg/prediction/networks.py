@@ -24,8 +24,7 @@ from ..training.hardware import choose_device
 from ..training.validation import Windowed
 
 # %% auto #0
-__all__ = ['WORKERS', 'AMP', 'LARGEST_ONNX', 'keep_largest_components', 'check_finite', 'with_background', 'NetworkRunner',
-           'OnnxNetwork', 'open_onnx']
+__all__ = ['WORKERS', 'keep_largest_components', 'OnnxNetwork']
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference029
 def keep_largest_components(mask: np.ndarray) -> np.ndarray:
@@ -42,6 +41,8 @@ def keep_largest_components(mask: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/reference/prediction_networks.ipynb #inference035
 WORKERS = min(8, os.cpu_count() or 1)  # threads that read, and as many that finish
+
+# %% ../../nbs/reference/prediction_networks.ipynb #inference035-i1
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -138,7 +139,7 @@ class NetworkRunner:
 # %% ../../nbs/reference/prediction_networks.ipynb #inference050
 LARGEST_ONNX = 2**31 - 1  # bytes; the format's own limit
 
-
+# %% ../../nbs/reference/prediction_networks.ipynb #inference050-i1
 class OnnxNetwork:
     """A network in ONNX Runtime on the CPU: tensors float32 [B, C, H, W] in [-1, 1] -> logits [B, classes, H, W].
 
@@ -174,7 +175,7 @@ class OnnxNetwork:
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run(["logits"], {"images": images.cpu().contiguous().numpy()})[0])
 
-
+# %% ../../nbs/reference/prediction_networks.ipynb #inference050-i2
 def open_onnx(folder: Path) -> OnnxNetwork:
     """A checkpoint's model.onnx; ValueError if it was exported from other weights than those that lie beside it now."""
     network = OnnxNetwork(folder / "model.onnx")

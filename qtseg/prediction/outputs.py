@@ -29,9 +29,7 @@ from .predictor import Predictor, check_window
 from ..training.config import shown_value
 
 # %% auto #0
-__all__ = ['MOST_BOXES', 'LARGEST_OVERLAY', 'LOCK_FILE', 'class_columns', 'describe_mask', 'mask_png', 'overlay_jpg',
-           'probability_png', 'probability_npz', 'clear_write_errors', 'write_output', 'GrowingTable', 'FileOptions',
-           'prediction_settings', 'check_settings', 'only_writer']
+__all__ = []
 
 # %% ../../nbs/reference/prediction_outputs.ipynb #inference079
 MOST_BOXES = 1000  # keeps a cell below the 32,767 characters that spreadsheets take

@@ -27,18 +27,18 @@ from .networks import (WORKERS, NetworkRunner, check_finite, keep_largest_compon
                                        with_background)
 
 # %% auto #0
-__all__ = ['LARGEST_WINDOW', 'window_starts', 'check_window', 'fit_window', 'window_rows', 'Predictor']
+__all__ = ['window_starts', 'Predictor']
 
 # %% ../../nbs/reference/prediction_predictor.ipynb #inference058
 LARGEST_WINDOW = 8192  # pixels per side: a network of width 16 needs some 5 GB for one such window
 
-
+# %% ../../nbs/reference/prediction_predictor.ipynb #inference058-i1
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Where windows begin along one side: in steps of window * (1 - overlap); the last one ends with the image."""
     step = max(1, int(window * (1 - overlap)))
     return [min(start, length - window) for start in range(0, length - window + step, step)]
 
-
+# %% ../../nbs/reference/prediction_predictor.ipynb #inference058-i2
 def check_window(window: int | None, overlap: float) -> None:
     """Raise ValueError for windows that cannot be slid; None stands for the size of training."""
     if (window is not None and window < 32) or not 0 <= overlap < 1:

@@ -20,7 +20,7 @@ from ..files.optional import import_optional
 from ..files.yaml import read_yaml
 
 # %% auto #0
-__all__ = ['CONNECT_SECONDS', 'local_client', 'remote_client', 'slurm_client', 'connected_client']
+__all__ = []
 
 # %% ../../nbs/reference/study_cluster.ipynb #experiments086
 # Dask's web servers, which know no TLS key, tell nothing

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['draw_runs', 'draw_differences', 'draw_costs', 'learning_curves', 'describe_curves', 'draw_learning']
+__all__ = []
 
 # %% ../../nbs/reference/study_drawing.ipynb #report060
 def _panels(heights: Mapping[str, float], width: float = 7.5) -> tuple[Figure, dict[str, Axes]]:

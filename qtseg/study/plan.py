@@ -23,8 +23,7 @@ from ..files.yaml import read_yaml
 from ..training.config import RESUMABLE, TrainConfig, shown_value
 
 # %% auto #0
-__all__ = ['MOST_ARMS', 'MOST_RUNS', 'FolderName', 'Number', 'Numbers', 'Run', 'grid_arms', 'Study', 'first_problems',
-           'validation_problems', 'read_checked', 'read_study']
+__all__ = ['Run', 'read_study']
 
 # %% ../../nbs/reference/study_plan.ipynb #experiments012
 MOST_ARMS, MOST_RUNS = 1000, 10_000
@@ -46,7 +45,7 @@ FolderName = Annotated[str, AfterValidator(_named)]  # of one folder, on every s
 Number = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Numbers = Annotated[list[Number], AfterValidator(_distinct)]
 
-
+# %% ../../nbs/reference/study_plan.ipynb #experiments012-i1
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Run:
     """One run of a study: an arm, trained once from this seed and, where the study has folds, on this fold."""

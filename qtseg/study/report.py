@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['Report', 'build_report', 'report_markdown', 'write_report']
+__all__ = []
 
 # %% ../../nbs/reference/study_report.ipynb #report092
 @dataclass

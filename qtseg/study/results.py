@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 # %% auto #0
-__all__ = ['COLUMNS', 'read_runs', 'distinct_values', 'finished', 'by_study', 'summarize', 'run_name', 'compare', 'costs']
+__all__ = []
 
 # %% ../../nbs/reference/study_results.ipynb #report040
 def _run_folders(folder: Path) -> tuple[Study, dict[Run, Path]]:

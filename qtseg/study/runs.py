@@ -33,8 +33,7 @@ from ..training.trainer import build_network
 from ..view.figures import read_history
 
 # %% auto #0
-__all__ = ['Finite', 'locked', 'Recipe', 'Metrics', 'read_metrics', 'require_same_values', 'run_arm', 'config_rows',
-           'network_rows', 'score_rows', 'validation_masks', 'last_error', 'run_row', 'study_table', 'state_rows']
+__all__ = ['run_arm', 'config_rows', 'network_rows', 'validation_masks']
 
 # %% ../../nbs/reference/study_runs.ipynb #experiments038
 def locked(path: Path) -> bool:
@@ -89,7 +88,7 @@ def require_same_values(config: TrainConfig) -> None:
             raise ValueError(f"{config.folder} holds a run with other values ({'; '.join(changed)}): "
                              "give the study or the arm another name, or delete that folder")
 
-
+# %% ../../nbs/reference/study_runs.ipynb #experiments046-i1
 def run_arm(study: Study, run: Run, runs: str | os.PathLike = "runs", callbacks: Sequence[object] = ()) -> Result:
     """Train one run of a study, continue it, or do nothing if it is complete.
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..files.optional import import_optional
 
 # %% auto #0
-__all__ = ['MOST_FLIPS', 'Paired', 'paired_interval', 'sign_flip_p', 'holm']
+__all__ = ['paired_interval', 'sign_flip_p', 'holm']
 
 # %% ../../nbs/reference/study_statistics.ipynb #report021
 class Paired(NamedTuple):
@@ -64,7 +64,7 @@ def paired_interval(differences: Sequence[float], overlap: float = 0.0, level: f
 # %% ../../nbs/reference/study_statistics.ipynb #report028
 MOST_FLIPS = 20  # 2^20 sums
 
-
+# %% ../../nbs/reference/study_statistics.ipynb #report028-i1
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Exact two-sided p-value: the share of all sign patterns whose mean is at least as far from 0.
 

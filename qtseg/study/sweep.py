@@ -31,7 +31,7 @@ from .plan import Run, Study, read_study
 from .runs import require_same_values, run_row, study_table
 
 # %% auto #0
-__all__ = ['NOTEBOOKS', 'execute_run', 'error_text', 'running_kernels', 'find_notebooks', 'run_study']
+__all__ = []
 
 # %% ../../nbs/reference/study_sweep.ipynb #sweep-execute
 def execute_run(notebook: str, parameters: dict, folder: Path, directory: str, session: str) -> None:

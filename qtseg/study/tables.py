@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['NAMES', 'DATA_SETS', 'PUBLISHED', 'COUNTERPARTS', 'NETWORK_KEYS', 'RECIPE_KEYS', 'format_number', 'format_spread',
-           'format_interval', 'format_operations', 'format_probability', 'summary_rows', 'comparison_rows',
-           'arm_cost_rows', 'caveats', 'describe_scores', 'describe_differences', 'describe_costs', 'what_differs',
-           'beside_published', 'published_rows']
+__all__ = []
 
 # %% ../../nbs/reference/study_tables.ipynb #report059
 NAMES = {name: LABELS[name].removesuffix(", %") for name in MEASURES}

@@ -18,7 +18,7 @@ from .operations import (MIDDLE_GRAY, OPERATIONS, Geometry, Steps, add_gaussian_
                                        change_contrast, compose, empty_batch, gaussian_blur, gaussian_weights)
 
 # %% auto #0
-__all__ = ['OPENCV_IS_EXACT', 'augment_on_cpu']
+__all__ = []
 
 # %% ../../nbs/reference/training_augmentation_cpu.ipynb #augmentation067b
 def _reads_exactly() -> bool:

@@ -30,8 +30,7 @@ from .config import BEST, TrainConfig, shown_value
 from .validation import Windowed, evaluating
 
 # %% auto #0
-__all__ = ['MOMENTS', 'mask_pictures', 'FitState', 'require_callbacks', 'epoch_line', 'ProgressBar', 'Tracker', 'EarlyStopping',
-           'EMA', 'draw_curves', 'LiveCurves']
+__all__ = ['EarlyStopping', 'EMA', 'draw_curves']
 
 # %% ../../nbs/reference/training_callbacks.ipynb #c073
 def mask_pictures(batch: Batch, predictions: Tensor, color: str = "rgb") -> np.ndarray:

@@ -28,9 +28,7 @@ from .losses import LOSSES, weighted_loss
 from .operations import OPERATIONS
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'SCHEDULERS', 'BEST', 'FileName', 'HexColor', 'MaskValue', 'Share', 'RESUMABLE', 'one_of',
-           'is_folder_name', 'shown_value', 'allowed_values', 'meant', 'TrainConfig', 'config_table', 'is_path',
-           'located', 'recipe_changes', 'read_stored_config', 'same_recipe']
+__all__ = ['TrainConfig']
 
 # %% ../../nbs/reference/training_config.ipynb #c010
 OPTIMIZERS: dict[str, Callable] = {

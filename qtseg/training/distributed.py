@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .hardware import choose_device
 
 # %% auto #0
-__all__ = ['T', 'STARTED_BY_TORCHRUN', 'USAGE', 'TeamError', 'TorchTeam', 'joined_team']
+__all__ = []
 
 # %% ../../nbs/reference/training_distributed.ipynb #c016
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from .. import __version__
 from .config import shown_value
 
 # %% auto #0
-__all__ = ['choose_device', 'keep_freed_memory', 'hardware', 'versions']
+__all__ = []
 
 # %% ../../nbs/reference/training_hardware.ipynb #c046
 def choose_device(name: str) -> torch.device:

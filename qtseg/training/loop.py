@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from qtseg.training.distributed import TorchTeam
 
 # %% auto #0
-__all__ = ['stop_signals', 'Result', 'open_data', 'fit']
+__all__ = ['stop_signals', 'open_data', 'fit']
 
 # %% ../../nbs/13_training.ipynb #c080
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOSSES', 'SMOOTHED', 'check_labels', 'cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss',
-           'focal_loss', 'ce_dice_loss', 'boundary_dou_loss', 'weighted_loss']
+__all__ = ['cross_entropy_loss', 'bce_loss', 'binary_dice_loss', 'categorical_dice_loss', 'focal_loss', 'ce_dice_loss',
+           'boundary_dou_loss', 'weighted_loss']
 
 # %% ../../nbs/11_losses.ipynb #c019
 def check_labels(target: Tensor, classes: int, ignore_index: int | None = None, name: str = "target") -> None:
@@ -253,9 +253,9 @@ def boundary_dou_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5, i
     else:
         probability, labels = _lesion_logit(logits, target, ignore_index).sigmoid()[:, None], target.new_ones(1)
         weights = None
-    truth = (target[:, None] == labels[:, None, None]).to(probability.dtype)  # [B, K, H, W]
-    if ignore_index is not None:
-        probability = probability * (target != ignore_index)[:, None]
+    counted = True if ignore_index is None else (target != ignore_index)[:, None]  # [B, 1, H, W]
+    probability = probability * counted
+    truth = ((target[:, None] == labels[:, None, None]) & counted).to(probability.dtype)  # [B, K, H, W]
     padded = F.pad(truth, (1, 1, 1, 1))
     inside = padded[..., 1:-1, 2:] * padded[..., 1:-1, :-2] * padded[..., 2:, 1:-1] * padded[..., :-2, 1:-1]
     rim, size, overlap = ((truth * maps).sum(dim=(0, 2, 3)) for maps in (1 - inside, truth, probability))  # each [K]

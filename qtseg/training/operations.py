@@ -19,12 +19,10 @@ from torch import Generator, Tensor
 from ..data.dataset import normalize
 
 # %% auto #0
-__all__ = ['Shape', 'MIDDLE_GRAY', 'OPERATIONS', 'Steps', 'seeded', 'noise_of', 'uniform', 'draw_vertical_flip',
-           'draw_horizontal_flip', 'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate', 'draw_piecewise_affine',
-           'draw_gaussian_noise', 'add_gaussian_noise', 'draw_gaussian_blur', 'gaussian_weights', 'gaussian_blur',
-           'draw_contrast', 'change_contrast', 'Operation', 'Geometry', 'compose', 'centers', 'affine_positions',
-           'displace', 'BentPositions', 'bent_positions', 'sampling_grid', 'warp', 'warp_each', 'empty_batch',
-           'collect_batch', 'apply_geometry', 'recolored']
+__all__ = ['seeded', 'uniform', 'draw_horizontal_flip', 'draw_scale', 'draw_rotate', 'draw_shear', 'draw_translate',
+           'draw_piecewise_affine', 'draw_gaussian_noise', 'add_gaussian_noise', 'gaussian_blur', 'draw_contrast',
+           'change_contrast', 'compose', 'centers', 'affine_positions', 'displace', 'bent_positions', 'sampling_grid',
+           'warp', 'apply_geometry', 'recolored']
 
 # %% ../../nbs/10_augmentation.ipynb #augmentation019
 def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "cpu") -> Generator:
@@ -37,7 +35,7 @@ def seeded(seed: int, purpose: str = "decisions", device: torch.device | str = "
         raise ValueError(f"seed must be an integer, got {seed!r}")
     return Generator(device).manual_seed(zlib.crc32(f"{purpose} {int(seed)}".encode()))
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation019-i1
 def noise_of(seed: int, row: int, device: torch.device | str = "cpu") -> Generator:
     """The generator of one image's noise: from its batch's seed and its row, the same whichever thread comes first."""
     return seeded(seed, f"noise {row}", device)
@@ -55,7 +53,7 @@ def draw_vertical_flip(random: Generator, strength: float, shape: Shape) -> np.n
     """Upside down with probability 0.5: a matrix [3, 3] in pixels about the center. Reference: imgaug's Flipud."""
     return np.diag([1.0, -1.0 if uniform(random, 0, 1) < 0.5 * min(strength, 1) else 1.0, 1.0])
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation024-i1
 def draw_horizontal_flip(random: Generator, strength: float, shape: Shape) -> np.ndarray:
     """Left to right with probability 0.5: a matrix [3, 3] in pixels about the center. Reference: imgaug's Fliplr."""
     return np.diag([-1.0 if uniform(random, 0, 1) < 0.5 * min(strength, 1) else 1.0, 1.0, 1.0])
@@ -117,7 +115,7 @@ def gaussian_weights(sigma: float) -> list[float]:
     radius = math.ceil(2 * sigma)
     return [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation038-i1
 def gaussian_blur(image: Tensor, sigma: float, noise: Generator) -> Tensor:
     """Blur along y, then along x, edge pixels repeated: [C, H, W] -> the same. 5 weights for sigma 1, as in imgaug."""
     weights = gaussian_weights(sigma)
@@ -139,10 +137,10 @@ def draw_contrast(random: Generator, strength: float, shape: Shape) -> list[floa
         return [uniform(random, low, high) for _ in range(shape[0])]
     return [uniform(random, low, high)] * shape[0]
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation041-i1
 MIDDLE_GRAY = 127 / 127.5 - 1  # the level that contrast leaves alone
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation041-i2
 def change_contrast(image: Tensor, factors: list[float], noise: Generator) -> Tensor:
     """Multiply each channel's distance to the gray level 127 by its factor: [C, H, W], in place; may leave [-1, 1]."""
     for plane, factor in zip(image, factors):
@@ -195,7 +193,7 @@ class Geometry(NamedTuple):
             return None
         return tuple(axis for axis, sign in ((1, signs[1]), (2, signs[0])) if sign < 0)
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation047-i1
 def compose(steps: Steps) -> Geometry:
     """Put all geometric steps of one image, in their order, into one map from output to source."""
     matrices, field = [np.eye(3), np.eye(3)], None
@@ -248,7 +246,7 @@ class BentPositions(NamedTuple):
     steps: tuple[int, int]  # rows and columns apart
     window: tuple[slice, slice]  # rows and columns of the image among the h * steps[0] by w * steps[1] pixels
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation058-i1
 def bent_positions(geometry: Geometry, height: int, width: int, device: torch.device | str = "cpu") -> BentPositions:
     """Follow a map with a bend, at every few pixels."""
     def every_few(size: int) -> tuple[Tensor, int, slice]:
@@ -333,7 +331,7 @@ def collect_batch(pairs: Iterable[tuple[Tensor, Tensor]], images: Tensor) -> tup
         new_masks[row] = mask
     return new_images, new_masks
 
-
+# %% ../../nbs/10_augmentation.ipynb #augmentation063a-i1
 def apply_geometry(images: Tensor, masks: Tensor, geometries: list[Geometry], fill: Tensor) -> tuple[Tensor, Tensor]:
     """Move images and masks: uint8 [B, C, H, W], [B, H, W], fill uint8 [C] on the CPU -> float32 in [-1, 1], int64."""
     return collect_batch(warp_each(images, masks, geometries, fill), images)

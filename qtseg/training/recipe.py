@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNDECAYED', 'weight_groups', 'warm_up', 'scaled_rates']
+__all__ = []
 
 # %% ../../nbs/reference/training_recipe.ipynb #recipe06
-UNDECAYED = re.compile(r"(^|\.)bias|position|pos_embed|tokens?(\.|$)")  # names of weights that `decay_norms` spares
+UNDECAYED = re.compile(r"(^|\.)bias|position|pos_embed|tokens?$")  # names of weights that `decay_norms` spares
 
 
 def weight_groups(model: nn.Module, config: TrainConfig) -> Iterable:

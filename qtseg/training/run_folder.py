@@ -24,7 +24,7 @@ from ..files.text import csv_cell, read_json
 from ..files.writing import write_then_rename
 
 # %% auto #0
-__all__ = ['SPLITS_FILE', 'clear_disk_errors', 'write_text', 'write_history', 'split_table', 'read_splits', 'data_digest']
+__all__ = ['read_splits']
 
 # %% ../../nbs/reference/training_run_folder.ipynb #c083
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def split_table(data: SegmentationData) -> dict[str, list[list]]:
     return {name: [[*one, *size] for *one, size in zip(split.ids, split.digests, split.original_sizes)] if split else []
             for name in SPLITS for split in [getattr(data, name)]}
 
-
+# %% ../../nbs/reference/training_run_folder.ipynb #c103s-i1
 def read_splits(run: str | os.PathLike) -> dict | None:
     """The `split_table` of the data that a run was made with, its "folder", and whether masks had "ignored" pixels.
 

@@ -23,7 +23,7 @@ from .run_folder import clear_disk_errors, read_splits, split_table
 from .trainer import Progress, Trainer, step_rate
 
 # %% auto #0
-__all__ = ['ROW', 'save_state', 'load_state']
+__all__ = []
 
 # %% ../../nbs/reference/training_state.ipynb #01a41d8c
 def save_state(trainer: Trainer) -> None:

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from qtseg.training.distributed import TorchTeam
 
 # %% auto #0
-__all__ = ['Numbers', 'Progress', 'draw_seed', 'build_network', 'full_name', 'GivenAugmentation', 'step_rate', 'Trainer']
+__all__ = ['Progress']
 
 # %% ../../nbs/reference/training_trainer.ipynb #c087
 Numbers = dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], int | float]
 
-
+# %% ../../nbs/reference/training_trainer.ipynb #c087-i1
 class Progress(BaseModel):
     """Where a run stands; everything but tensors that a continuation needs."""
 

@@ -20,8 +20,7 @@ from ..files.optional import import_optional
 from .losses import weighted_loss
 
 # %% auto #0
-__all__ = ['FREQUENCY_IMAGES', 'mixed_precision', 'require_images', 'Windowed', 'evaluating', 'validate', 'class_frequencies',
-           'best_constant_mask']
+__all__ = []
 
 # %% ../../nbs/reference/training_validation.ipynb #c058
 def mixed_precision(device: torch.device, amp: str):

@@ -30,7 +30,7 @@ from ..prediction.predictor import Predictor
 from ..prediction.inputs import SETTINGS_FILE, as_rgb
 
 # %% auto #0
-__all__ = ['one_hot', 'SavedPredictions', 'Case', 'as_cases', 'as_source', 'as_answers', 'Album', 'entropy', 'Ranking']
+__all__ = []
 
 # %% ../../nbs/reference/view_album.ipynb #explorer-saved
 def one_hot(mask: np.ndarray, classes: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from ..files.text import printable
 from .controls import Stateful
 
 # %% auto #0
-__all__ = ['LINE_HEIGHT', 'encoded', 'captioned', 'crosshair', 'require_widgets', 'Screen', 'Drawn']
+__all__ = []
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-encode
 def encoded(picture: np.ndarray) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['Setting', 'between', 'one_of', 'yes_or_no', 'some_of', 'Stateful']
+__all__ = []
 
 # %% ../../nbs/reference/view_controls.ipynb #base-setting
 class Setting:

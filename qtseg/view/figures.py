@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['show_masks', 'show_errors', 'read_history']
+__all__ = ['show_masks', 'show_errors']
 
 # %% ../../nbs/reference/view_figures.ipynb #74d61388
 def _array(values: np.ndarray | Tensor) -> np.ndarray:

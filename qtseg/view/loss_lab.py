@@ -20,7 +20,7 @@ from .panel import CachedPanel, enlarge_picture, row_of_pictures, stack_pictures
 from .pictures import class_color, contours, heat
 
 # %% auto #0
-__all__ = ['LAB_LOSSES', 'SIGNED', 'disc_logits', 'Push', 'push', 'signed', 'loss_along', 'draw_lines', 'LossLab']
+__all__ = []
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-disc
 def disc_logits(size: int, x: Any, y: Any, radius: Any, confidence: float = 4.0, softness: float = 6.0) -> Tensor:

@@ -22,7 +22,7 @@ from .panel import Viewport, Window
 from .pictures import ERROR_COLORS, contours, error_map, heat, overlay, tile
 
 # %% auto #0
-__all__ = ['VIEWS', 'GAP', 'MaskExplorer']
+__all__ = []
 
 # %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-state
 VIEWS = ("image", "target", "prediction", "error", "probability")

@@ -20,8 +20,7 @@ from .pictures import GROUND
 from .tokens import Area
 
 # %% auto #0
-__all__ = ['Controlled', 'Operated', 'Panel', 'Window', 'Viewport', 'enlarge_picture', 'row_of_pictures', 'stack_pictures',
-           'frame_picture', 'CachedPanel']
+__all__ = []
 
 # %% ../../nbs/reference/view_panel.ipynb #base-controlled
 class Controlled(Drawn):

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['CLASS_COLORS', 'ERROR_COLORS', 'HEAT', 'GROUND', 'class_color', 'named_colors', 'overlay', 'contours', 'error_kinds',
-           'error_map', 'heat', 'rescale', 'fit_to', 'tile', 'returns_figure', 'new_figure', 'plain_label',
-           'add_legend']
+__all__ = []
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation009
 CLASS_COLORS: tuple[Color | None, ...] = (  # by class index; the background stays as it is

@@ -23,7 +23,7 @@ from .panel import Panel, Window
 from .pictures import contours, overlay, tile
 
 # %% auto #0
-__all__ = ['KNOBS', 'Knob', 'AugmentationPlayground']
+__all__ = []
 
 # %% ../../nbs/reference/view_playground.ipynb #playground-knob
 class Knob(NamedTuple):

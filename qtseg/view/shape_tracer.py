@@ -25,7 +25,7 @@ from .pictures import GROUND, fit_to, heat, rescale, tile
 from .tokens import Area, network_input
 
 # %% auto #0
-__all__ = ['Box', 'trace', 'ShapeTracer']
+__all__ = []
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-box
 class Box(NamedTuple):

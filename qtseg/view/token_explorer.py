@@ -21,7 +21,7 @@ from .pictures import contours, heat, overlay, rescale
 from .tokens import DIRECTIONS, STRIDES, Decoded, decode_image, over_pixels, token_attention
 
 # %% auto #0
-__all__ = ['TokenExplorer']
+__all__ = []
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-state
 class _TokenState(CachedPanel):

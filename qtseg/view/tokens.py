@@ -20,8 +20,7 @@ from ..network.mqm import MQMDecoder, StageOutput
 from ..prediction.inputs import as_rgb
 
 # %% auto #0
-__all__ = ['STRIDES', 'DIRECTIONS', 'logits_after', 'token_products', 'Reading', 'Decoded', 'network_input', 'decode_image',
-           'token_attention', 'over_pixels', 'Area']
+__all__ = []
 
 # %% ../../nbs/reference/view_tokens.ipynb #token-exits
 def logits_after(looked: int, decoder: MQMDecoder, levels: Sequence[Tensor], stages: Sequence[StageOutput]) -> Tensor:
