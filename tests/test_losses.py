@@ -396,6 +396,15 @@ def test_ignored_pixels_count_nowhere(name, channels):
     torch.testing.assert_close(by_name(logits, part), 2 * LOSSES[name](logits, part, ignore_index=255))
 
 
+@every_case
+def test_the_ignored_label_may_be_that_of_a_class(name, channels):
+    logits, target = random_inputs(channels, (3, 6, 8))
+    target = (2 * target).where(target < 1, 0) if channels > 2 else torch.zeros_like(target)  # no pixel is of class 1
+    as_class, as_other = (target.clone() for _ in range(2))
+    as_class[..., 5:], as_other[..., 5:] = 1, 255
+    assert torch.equal(LOSSES[name](logits, as_class, ignore_index=1), LOSSES[name](logits, as_other, ignore_index=255))
+
+
 @every_loss
 def test_a_batch_without_a_pixel_that_counts_costs_nothing(name, channels):
     logits, target = random_inputs(channels)

@@ -95,7 +95,8 @@ def test_decay_spares_norms_biases_positions_and_tokens(tiny):
     for name, weight in without.items():
         if weight.ndim > 1 and name not in same:
             assert torch.equal(all_of_them[name], spared[name])  # pulled as before
-    assert {"encoder.down2.conv.weight", "decoder.stage32.blocks.0.token_to_feature.query.weight"}.isdisjoint(same)
+    attention = {f"decoder.stage32.blocks.0.{part}.query.weight" for part in ("token_to_feature", "feature_to_token")}
+    assert (attention | {"encoder.down2.conv.weight", "decoder.stage8.token_mlps.weights.0"}).isdisjoint(same)
     for name in ("encoder.down2.norm.weight", "decoder.mask_tokens.weight", "decoder.stage32.position.grid"):
         assert not torch.equal(without[name], all_of_them[name])
 
