@@ -250,6 +250,17 @@ def test_a_block_in_training_has_two_forms(channels, out, kernel, stride, expans
 
 
 @needs_one_dnn
+@pytest.mark.parametrize("channels", [16, 56])
+@pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 1), (5, 2)])
+def test_maps_of_odd_size(channels, kernel, stride):
+    torch.manual_seed(0)
+    plain, image = InvertedResidual(channels, 24, kernel, stride, 1, 6), torch.randn(2, channels, 7, 9)
+    fast = copy.deepcopy(plain)
+    accelerate(fast)
+    torch.testing.assert_close(fast(image), plain(image), atol=1e-4, rtol=1e-4)
+
+
+@needs_one_dnn
 def test_a_hook_sees_every_step_of_a_fast_block():
     block, seen = InvertedResidual(16, 16, 3, 1, 1, 6), []
     accelerate(block)

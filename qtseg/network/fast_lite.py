@@ -149,7 +149,8 @@ def train_block(block: InvertedResidual, x: Tensor) -> Tensor:
     depthwise, project = block.depthwise, block.project
     kernel, stride, padding = depthwise.conv.weight, depthwise.conv.stride[0], depthwise.conv.padding[0]
     left, right, top, bottom = depthwise.pad or (0, 0, 0, 0)
-    pad = left, right + (1 if left else 0), top, bottom  # one more column that no output reads: an even width
+    spare = 1 if left and x.shape[-1] % 2 == 0 else 0  # a column that no output reads: an even width
+    pad = left, right + spare, top, bottom
     if isinstance(block.expand, nn.Identity):
         y = Depthwise.apply(F.pad(x, pad) if any(pad) else x, kernel, stride, padding)
     else:
