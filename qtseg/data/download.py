@@ -102,7 +102,7 @@ class Transfer:
         self.discard()
 
     def discard(self) -> None:
-        """Forget everything that has arrived."""
+        """Delete the part of the file that has been downloaded."""
         self.version, self.held = None, 0
         self.note.unlink(missing_ok=True)
         self.part.unlink(missing_ok=True)
@@ -223,7 +223,7 @@ def connect(one: Transfer, bar: tqdm) -> None:
 # %% ../../nbs/reference/data_download.ipynb #download063
 @contextlib.contextmanager
 def one_at_a_time(target: Path) -> Iterator[None]:
-    """Hold the lock of a file: a second process that comes here waits until the first has left, or has died."""
+    """Hold the lock of a file; another process waits until this one releases it or ends."""
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"), mode=0o666)  # another user may come next
     try:
@@ -274,7 +274,7 @@ def is_finished(target: Path, checksums: Path | None) -> bool:
 
 
 def accept(arrived: Path, target: Path, checksums: Path | None, page: str) -> None:
-    """Give a file that has arrived its name. DownloadError if it is empty, no whole .zip, or not the recorded one."""
+    """Give a complete download its name. DownloadError if it is empty, no whole .zip, or not the recorded one."""
     if arrived.stat().st_size == 0 or (target.suffix == ".zip" and not zipfile.is_zipfile(arrived)):
         arrived.unlink()
         fault = "no complete .zip" if target.suffix == ".zip" else "empty"

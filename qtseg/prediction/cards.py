@@ -54,7 +54,7 @@ def _scored_part(metrics: dict) -> tuple[str, str]:
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export078
 def _front_matter(name: str, recipe: TrainConfig | None, metrics: dict) -> str:
-    """The YAML block that the Hugging Face hub reads: licence, library, tags, data, scores; JSON texts are YAML."""
+    """The YAML block that the Hugging Face hub reads: license, library, tags, data, scores; JSON texts are YAML."""
     # no data and no weights of others in it
     drawn = recipe and recipe.data.startswith("phantoms") and not recipe.encoder_weights
     lines = ["license: apache-2.0"] if drawn else ["license: other", "license_name: follows-the-training-data"]
@@ -98,7 +98,7 @@ def _data(recipe: TrainConfig | None, metrics: dict) -> str:
     return f"""* data set: {escape(data_name(recipe.data))}
 * images: {images}
 * fold: {fold}; where the data names no images for validation, a share of {recipe.valid_share:g} of those for training
-* licence and consent: {terms}"""
+* license and consent: {terms}"""
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export083
 def _scores(recipe: TrainConfig | None, metrics: dict) -> str:

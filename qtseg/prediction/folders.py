@@ -70,7 +70,7 @@ class Ready(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One image's end: its row for the table (None: no mask could be written) and what went wrong, a sentence each."""
+    """The result of one image: its row for the table (None: no mask could be written), a sentence for each problem."""
 
     job: Job
     row: list | None
@@ -85,7 +85,7 @@ def _cell(path: str) -> str:
 
 
 def _jobs(found: Found, output: Path) -> list[Job]:
-    """What is to be done, a job per image. ValueError if an output would replace an image."""
+    """The jobs, one for each image. ValueError if an output would replace an image."""
     names = name_outputs(found.root, found.files)
     paths = [file.relative_to(found.root).as_posix() for file in names]
     cells = [*map(_cell, paths)]

@@ -194,7 +194,7 @@ def prediction_settings(predictor: Predictor, options: FileOptions, root: Path) 
 
 
 def check_settings(output: Path, settings: dict, overwrite: bool) -> bool:
-    """May earlier results in this folder stay? ValueError if they are other work and not to be overwritten."""
+    """Whether earlier results in this folder can be kept. ValueError if they differ and must not be overwritten."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file, and the results need a folder: choose another output")
     if not output.exists() or all(path.name == LOCK_FILE for path in output.iterdir()):

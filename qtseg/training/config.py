@@ -62,7 +62,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def one_of(names: Collection[str]) -> type[str]:
-    """The type of a text that is one of these names, also of those that are added later."""
+    """The type of a text that is one of these names; names that are added later count, too."""
     return Annotated[str, Predicate(lambda name: name in names),
                      Field(json_schema_extra=lambda schema: schema.update(enum=[*names]))]
 
@@ -155,7 +155,7 @@ class TrainConfig(BaseModel):
 
     # network
     model: one_of(NETWORKS) = Field("qtseg", description="QTSeg or a baseline")
-    encoder: str = Field("fpn", description="fpn, or an encoder that segmentation-models-pytorch knows")
+    encoder: str = Field("fpn", description="fpn, efficientnet_lite0 (1, 2), or one of segmentation-models-pytorch")
     bridge: one_of(BRIDGES) = Field("mlff", description="what joins the encoder's maps")
     decoder: one_of(DECODERS) = Field("mqm", description="what makes masks of them")
     width: int = Field(16, ge=1, le=1024, description="base width n: the maps have 4n, 8n and 16n channels")
@@ -169,7 +169,7 @@ class TrainConfig(BaseModel):
         description="weights to start from; another number of classes is allowed")
     encoder_weights: FileName | None = Field(
         None, title="a file, a folder, imagenet or null",
-        description="weights of the encoder alone: an official file (fpn-nano.pth) or a checkpoint folder")
+        description="weights of the encoder alone: an official file (fpn-nano.pth), a checkpoint, or ImageNet's")
     freeze_epochs: int = Field(50, ge=0, le=1000000, description="first epochs that leave encoder_weights as they are")
     freeze_norm: bool = Field(False, description="BatchNorm uses its running statistics and leaves them as they are")
 
@@ -314,11 +314,11 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
     if c.scheduler == "plateau" and c.gamma == 1:
         yield {"scheduler", "gamma"}, "scheduler plateau needs a gamma below 1"
     if c.encoder == "fpn" and c.model != "qtseg":
-        yield ({"encoder", "model"}, f"encoder fpn is QTSeg's own: model {c.model} needs one of "
-               "segmentation-models-pytorch, such as encoder: resnet34")
+        yield ({"encoder", "model"}, f"encoder fpn is QTSeg's own: model {c.model} needs "
+               "another, such as encoder: efficientnet_lite0 or resnet34")
     if c.encoder == "fpn" and c.encoder_weights == "imagenet":
-        yield ({"encoder", "encoder_weights"}, "encoder_weights imagenet are for an encoder of "
-               "segmentation-models-pytorch: fpn takes a file or a checkpoint folder")
+        yield ({"encoder", "encoder_weights"}, "encoder_weights imagenet need another encoder, "
+               "such as efficientnet_lite0: fpn takes a file or a checkpoint folder")
     if c.init is not None and c.encoder_weights is not None:
         yield ({"init", "encoder_weights"}, f"init {c.init} brings its own encoder: leave out encoder_weights, "
                "or leave out init")
@@ -346,7 +346,7 @@ def is_path(source: str) -> bool:
 
 
 def located(config: TrainConfig) -> dict:
-    """Plain values, data and first weights by their absolute paths where they exist: true in every folder."""
+    """Plain values; data and first weights by their absolute paths, if they exist: valid in every working directory."""
     values = config.to_dict()
     for key in ("data", "init", "encoder_weights"):
         path = Path(values[key] or "").expanduser()

@@ -22,7 +22,7 @@ UNDECAYED = re.compile(r"(^|\.)bias|position|pos_embed|tokens?$")  # names of we
 
 
 def weight_groups(model: nn.Module, config: TrainConfig) -> Iterable:
-    """The network's weights as an optimizer takes them: one group, or several where options tell weights apart.
+    """The network's weights as an optimizer takes them: one group, or several if weights are treated differently.
 
     Raises:
         ValueError: encoder_lr_factor for a network without a part called `encoder`.
@@ -53,7 +53,7 @@ def warm_up(config: TrainConfig, epochs: float) -> float:
 
 @contextmanager
 def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Meanwhile the rate of each group is multiplied by `factor` and its own one."""
+    """Inside the context, each group's learning rate is multiplied by `factor` and by the group's own factor."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] *= factor * group.get("factor", 1.0)

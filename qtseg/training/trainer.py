@@ -81,7 +81,7 @@ def build_network(config: TrainConfig) -> QTSeg | Baseline:
 
 
 def _own_network(config: TrainConfig, data: SegmentationData, notes: list[str]) -> QTSeg | Baseline:
-    """The network that a run begins with. What `init` kept goes into the notes. A run that goes on has its weights."""
+    """The network that a run begins with. What `init` kept goes into the notes. A resumed run has its own weights."""
     model = build_network(config).to(memory_format=torch.channels_last)  # as its forward pass wants weights
     if config.normalize == "statistics":
         if not data.preprocessing or not data.preprocessing.mean:

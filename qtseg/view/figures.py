@@ -26,7 +26,7 @@ __all__ = ['show_masks', 'show_errors']
 
 # %% ../../nbs/reference/view_figures.ipynb #74d61388
 def _array(values: np.ndarray | Tensor) -> np.ndarray:
-    """A mask as an array, wherever it lies."""
+    """A mask as a NumPy array, from any device."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
