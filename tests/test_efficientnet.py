@@ -267,3 +267,18 @@ def test_a_hook_sees_every_step_of_a_fast_block():
     block.expand.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     block(torch.randn(2, 16, 8, 8))
     assert seen == [(2, 96, 8, 8)]
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("part", ["expand", "depthwise", "project"])
+def test_a_convolution_of_another_class_is_called(part):
+    """An adapter that stands in the place of a convolution computes more than its weight says."""
+    class Adapter(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    plain = InvertedResidual(16, 16, 3, 1, 1, 6)
+    getattr(plain, part).conv.__class__ = Adapter
+    fast, image = copy.deepcopy(plain), torch.randn(2, 16, 8, 8)
+    accelerate(fast)
+    torch.testing.assert_close(fast(image), plain(image))

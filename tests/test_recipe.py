@@ -123,6 +123,12 @@ def test_every_weight_is_in_one_group(tiny):
         assert sorted(map(id, weights)) == sorted(map(id, model.parameters()))
 
 
+def test_a_norm_over_whole_maps_does_not_decay(tiny):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.LayerNorm((2, 64, 64)), nn.Conv2d(2, 2, 1))
+    spared = [id(weight) for group in weight_groups(model, tiny(decay_norms=False)) if "weight_decay" in group for weight in group["params"]]
+    assert spared == [id(weight) for weight in (model[0].bias, model[1].weight, model[1].bias, model[2].bias)]
+
+
 # ---- averages, accumulation, early stopping
 
 
@@ -161,7 +167,7 @@ def test_the_last_step_of_an_epoch_may_have_fewer_images(tiny):
     parts = fit(tiny(name="parts", batch=3, accumulate=3, drop_last=False), plain_network())
     assert [row["train_loss"] for row in parts.history] == pytest.approx([row["train_loss"] for row in whole.history], rel=1e-4)
     assert len(data.train) // 9 * 9 < len(data.train)
-    with pytest.raises(ValueError, match="24|training images do not fill a batch of 400"):
+    with pytest.raises(ValueError, match="training images do not fill a batch of 400: lower batch or accumulate, or drop_last=False"):
         fit(tiny(name="none", accumulate=100))
 
 

@@ -335,7 +335,8 @@ class FastInvertedResidual(InvertedResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [part for part in (self.expand, self.depthwise, self.project) if isinstance(part, LiteConv)]
-        plain = not self.use_naive and _one_dnn_takes(x) and all(_trains_plainly(part.norm, x) for part in parts)
+        plain = not self.use_naive and _one_dnn_takes(x) and all(
+            type(part.conv) is nn.Conv2d and _trains_plainly(part.norm, x) for part in parts)  # an adapter does more
         if plain and self.depthwise.conv.dilation == (1, 1) and not watched(*self.modules()):
             return train_block(self, x)
         return super().forward(x)

@@ -33,11 +33,12 @@ def weight_groups(model: nn.Module, config: TrainConfig) -> Iterable:
     if config.encoder_lr_factor != 1 and encoder is None:
         raise ValueError("encoder_lr_factor needs a network with a part called encoder")
     inside = {id(weight) for weight in encoder.parameters()} if encoder is not None else set()
-    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    # a token for each row, or a norm over channels, height and width
+    exempt = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.LayerNorm))}
     groups: dict[tuple[bool, bool], dict] = {}
     for name, weight in model.named_parameters():
         spared = not config.decay_norms and bool(
-            weight.ndim <= 1 or id(weight) in embedded or UNDECAYED.search(name))
+            weight.ndim <= 1 or id(weight) in exempt or UNDECAYED.search(name))
         group = groups.setdefault((id(weight) in inside, spared), {"params": []})
         group["params"].append(weight)
     for (is_encoder, spared), group in groups.items():

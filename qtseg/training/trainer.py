@@ -155,8 +155,9 @@ def _steps_of(config: TrainConfig, data: SegmentationData) -> int:
     together = config.batch * config.accumulate
     steps = images // together if config.drop_last else math.ceil(images / together)
     if not steps:
+        lower = "batch or accumulate" if config.accumulate > 1 else "batch"
         raise ValueError(
-            f"{images} training images do not fill a batch of {together}: lower batch, or drop_last=False")
+            f"{images} training images do not fill a batch of {together}: lower {lower}, or drop_last=False")
     return steps
 
 
