@@ -12,6 +12,7 @@ import signal
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -105,10 +106,14 @@ app = typer.Typer(name="qtseg", help="Segment 2D medical images.", no_args_is_he
 # %% ../nbs/reference/cli.ipynb #1fe4c3a6
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `qtseg` with these words (None: the command line's) -> 0; 1: an error, 2: wrong usage, 130: Ctrl-C."""
+    shown = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no line of code: the user wrote none
     try:
         typer.main.get_command(app)(None if arguments is None else list(arguments), prog_name="qtseg")
     except SystemExit as end:
         return end.code
+    finally:
+        warnings.formatwarning = shown
     return 0
 
 # %% ../nbs/reference/cli.ipynb #dd5b2342
@@ -194,9 +199,7 @@ def phantoms(out: Annotated[Path, Argument(help="the folder to write")],
 def read_parameters(words: Sequence[str] = ()) -> TrainConfig:
     """A configuration from an optional YAML file and changes `key=value`, whose values are YAML.
 
-    Raises:
-        ValueError: names the file or the change that cannot be read.
-        FileNotFoundError: no such file. ModuleNotFoundError: PyYAML is missing.
+    ValueError names the file or the change that cannot be read.
     """
     from qtseg.training.config import TrainConfig
 
@@ -205,7 +208,7 @@ def read_parameters(words: Sequence[str] = ()) -> TrainConfig:
     for change in words[file:]:
         key, given, value = change.partition("=")
         if not given:
-            raise ValueError(f"{change} changes nothing: write key=value")
+            raise ValueError(f"{change} is no key=value: only the first word may be a YAML file")
         try:
             values[key.strip()] = parse_yaml(value)[0]
         except ValueError as error:
@@ -237,13 +240,10 @@ def train(words: Annotated[list[str], Argument(metavar="FILE KEY=VALUE", help=(
     except TeamError as error:
         raise ConnectionError(str(error)) from error
     if team is None or team.leads:
-        print(f"test Dice {result.metrics['test']['dice']:.2f} ({result.metrics['test_is']}); "
+        print(f"Dice {result.metrics['test']['dice']:.2f} ({result.metrics['test_is']}); "
               f"everything is in {printable(result.folder)}")
 
 # %% ../nbs/reference/cli.ipynb #97cb637e
-_Split = Literal["test", "valid", "train", "all"]
-_Amp = Literal["none", "bf16", "fp16"]
-_Engine = Literal["torch", "onnx"]
 _Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps")]
 _NoProgress = Annotated[bool, Option("--no-progress", help="without a progress bar")]
 _Tta = Annotated[bool, Option("--tta", help="average over mirror images: four times the work")]
@@ -252,14 +252,16 @@ _RUN = "the folder of a run, or a checkpoint in it such as RUN/best_dice"
 
 def _mask_value(text: str) -> int | str:
     """A value of masks: a whole number, or a color (#rrggbb)."""
-    return text if text.startswith("#") else int(text)
+    if not re.fullmatch("[0-9]+|-[0-9]+|#[0-9a-fA-F]{6}", text.strip()):
+        raise typer.BadParameter(f'{text!r} is neither a whole number nor a color "#rrggbb"')
+    return text.strip() if "#" in text else int(text)
 
 
 _Values = Annotated[Any, Option(parser=lambda text: [*map(_mask_value, text.split(","))], metavar="V,V,…", help=(
     "the value or color of class 0, 1, …, such as 0,120,255 or #000000,#ff0000 (as in the run)"))]
 _Value = Annotated[Any, Option(parser=_mask_value, metavar="V", help=(
     "the value or color in masks of pixels that count nowhere (as in the run)"))]
-_Scored = Annotated[_Split | None, Option(help=(
+_Scored = Annotated[Literal["test", "valid", "train", "all"] | None, Option(help=(
     "images to score (test, or valid where there is no test split; all of other data that has no splits)"))]
 
 # %% ../nbs/reference/cli.ipynb #8753d283
@@ -318,8 +320,8 @@ def predict(
         threshold: Annotated[float | None, Option(help="foreground begins above this probability, from 0 to 1")] = None,
         keep_largest: Annotated[bool, Option("--keep-largest", help="keep one connected piece per class")] = False,
         device: _Device = "auto",
-        amp: Annotated[_Amp, Option(help="mixed precision")] = "none",
-        engine: Annotated[_Engine, Option(help="onnx: model.onnx in the checkpoint, by qtseg export")] = "torch",
+        amp: Annotated[Literal["none", "bf16", "fp16"], Option(help="mixed precision")] = "none",
+        engine: Annotated[Literal["torch", "onnx"], Option(help="onnx: the model.onnx of qtseg export")] = "torch",
         window: Annotated[int | None, Option(help="slide a window of so many pixels instead of resizing")] = None,
         overlap: Annotated[float | None, Option(help="with --window: shared part of neighbors (0.25)")] = None,
         overwrite: Annotated[bool, Option("--overwrite", help="replace earlier results of any settings")] = False,
