@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import typer
 from conftest import ROOT
 
 from qtseg.cli import app, main, prepare, subcommand
+from qtseg.data import phantom_sets
 from qtseg.training.config import TrainConfig
 
 COMMANDS = [[name] for name in ("train", "evaluate", "predict", "export", "study")] + [["prepare", command.name or command.callback.__name__]
@@ -129,7 +131,17 @@ def test_train_takes_what_papermill_takes_and_says_where_everything_is(tmp_path,
                  f"runs={tmp_path}", f"cache={tmp_path / 'cache'}"]) == 0
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (config["epochs"], config["lr"], config["depths"]) == (1, 3e-4, [1, 1, 1])
-    assert f"everything is in {tmp_path / 'one'}" in capsys.readouterr().out and (tmp_path / "one" / "metrics.json").is_file()
+    said = capsys.readouterr().out
+    assert f"(the test split); everything is in {tmp_path / 'one'}" in said and "test Dice" not in said
+    assert (tmp_path / "one" / "metrics.json").is_file()
+
+
+def test_a_warning_is_shown_without_a_line_of_code(tmp_path, capsys, monkeypatch):
+    before = warnings.formatwarning
+    monkeypatch.setattr(phantom_sets, "write_prepared",
+                        lambda out, *_: print(warnings.formatwarning("odd masks", UserWarning, "cli.py", 3)) or out)
+    assert main(["prepare", "phantoms", str(tmp_path)]) == 0
+    assert "warning: odd masks\n" in capsys.readouterr().out and warnings.formatwarning is before
 
 
 def test_options_that_need_another_are_refused(tmp_path, capsys):

@@ -299,7 +299,7 @@ def test_parameters_come_from_a_file_and_changes_win(tmp_path):
 
 @pytest.mark.parametrize("text, changes, said", [
     ("lr: [1", [], "p.yaml is not YAML"), ("- 1\n- 2", [], "holds no mapping"), ("epoch: 3", [], "unknown configuration keys: epoch"),
-    ("lr: 0.1", ["epochs"], "epochs changes nothing: write key=value"), ("lr: 0.1", ["lr=[1"], "lr=[1 is not YAML"),
+    ("lr: 0.1", ["epochs"], "epochs is no key=value: only the first word may be a YAML file"), ("lr: 0.1", ["lr=[1"], "lr=[1 is not YAML"),
     ("lr: 0.1", ["lr=fast"], "lr is a number > 0, not 'fast'"), ("lr: 1\nlr: 2", [], "p.yaml says twice: lr"), ("lr: [" * 5000, [], "p.yaml is not YAML"),
     ("[" * 5000, [], "nested too deep"), ("a: &a [1]\n" + "".join(f"b{n}: &b{n} [{', '.join(['*' + ('a' if n == 0 else f'b{n - 1}')] * 9)}]\n" for n in range(30)), [],
                                           "its aliases stand for more than 100,000 values"),

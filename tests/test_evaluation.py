@@ -1015,6 +1015,7 @@ def test_mask_values_of_the_run_and_of_the_command(run, trained, tmp_path, no_st
     arguments = [str(folder), "--data", str(other), "--mask-values", "0,7", "--ignore-value", "9", "--output", str(tmp_path / "out")]
     assert main(["evaluate", *arguments, *FAST]) == 0 and "6 images (all split)" in capsys.readouterr().out
     assert main(["evaluate", *arguments, "--mask-values", "0,x"]) == 2
+    assert "'x' is neither a whole number nor a color" in capsys.readouterr().err
 
 
 def test_other_data_gets_the_white_of_the_checkpoint(trained, tmp_path):
