@@ -422,5 +422,5 @@ def test_of_one_foreground_class_there_is_no_weighted_mean():
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 2, 3, 4], [1, 0, 0], [1, -1, 2], [1, float("nan"), 1], [1, float("inf"), 1]])
 def test_class_weights_refused(weights):
-    with pytest.raises(ValueError, match="class_weights are 3 numbers, one for each class, none below 0"):
+    with pytest.raises(ValueError, match="3 numbers, one for each class, none below 0 and one of the foreground above 0, got"):
         SegmentationMetrics(3, class_weights=weights)

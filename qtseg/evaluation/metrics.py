@@ -60,8 +60,8 @@ def foreground_weights(class_weights: Sequence[float], classes: int) -> list[flo
     weights = [float(weight) for weight in class_weights]
     sound = len(weights) == max(classes, 2) and all(0 <= weight < float("inf") for weight in weights)
     if not sound or not any(weights[1:]):
-        raise ValueError(f"class_weights are {max(classes, 2)} numbers, one for each class, none below 0 and a "
-                         f"foreground class's above it, got {class_weights}")
+        raise ValueError(f"class_weights are {max(classes, 2)} numbers, one for each class, none below 0 and one "
+                         f"of the foreground above 0, got {class_weights}")
     return [weight / sum(weights[1:]) for weight in weights[1:]]
 
 # %% ../../nbs/12_metrics.ipynb #metrics028
