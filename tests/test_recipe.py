@@ -240,7 +240,7 @@ def test_crops_depend_on_the_seed_of_the_step_alone(tiny):
 
 
 def test_crops_that_do_not_fit_are_one_sentence(tiny):
-    with pytest.raises(ValueError, match="crop, 96, is at most size, 64"):
+    with pytest.raises(ValueError, match="crop, 96, must be at most size, 64"):
         tiny(crop=96)
     with pytest.raises(ValueError, match="crops of 96 pixels do not fit into images of 64 x 64"):
         fit(tiny(crop=96, size=512), data=open_data(tiny()))

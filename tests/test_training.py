@@ -155,7 +155,7 @@ def test_unknown_keys_are_refused_by_name():
     ("runs", " ", "runs is the name of a folder"), ("cache", "a\nb", "cache is the name of a folder"), ("name", "..", "name is the name of one folder"),
     ("name", ".", "name is the name of one folder"), ("name", "a\\b", "name is the name of one folder"), ("name", "a\x1b[2J", "name is the name of one folder"),
     ("name", "x" * 300, "at most 200 bytes"), ("name", " run", "name is the name"), ("operations", ["rotate", "rotate"], "operations is a list of different names"),
-    ("strength", 2.5, "strength is a number from 0 to 2, not 2.5"), ("lr", 1e-6, "min_lr, 1e-05, is at most lr"), ("data", b"d", "data is a folder, a .zip or phantoms[:family[:number]], not b'd'"), ("mask_values", [0, 1.5], "mask_values is a list"),
+    ("strength", 2.5, "strength is a number from 0 to 2, not 2.5"), ("lr", 1e-6, "min_lr, 1e-05, must be at most lr"), ("data", b"d", "data is a folder, a .zip or phantoms[:family[:number]], not b'd'"), ("mask_values", [0, 1.5], "mask_values is a list"),
 ])
 def test_wrong_values_are_refused_by_name(key, value, said):
     with pytest.raises(ValueError) as caught:

@@ -294,7 +294,7 @@ def _loss_conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
         except ValueError as error:
             yield {"class_weights", "classes"}, str(error)
     if (c.crop or 0) > c.size:
-        yield {"crop", "size"}, f"crop, {c.crop}, is at most size, {c.size}: crops are cut out of images of that size"
+        yield {"crop", "size"}, f"crop, {c.crop}, must be at most size, {c.size}: crops are cut out of images of that size"
     if c.crop_foreground and c.crop is None:
         yield {"crop", "crop_foreground"}, "crop_foreground needs crop, the side of the crops"
 
@@ -308,7 +308,7 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
     if c.fold is not None and c.folds is not None and c.fold >= c.folds:
         yield {"fold", "folds"}, f"fold is below folds, {c.folds}: counted from 0, {c.fold} is not there"
     if c.min_lr > c.lr:
-        yield {"min_lr", "lr"}, f"min_lr, {c.min_lr}, is at most lr, {c.lr}: the rate never falls below it"
+        yield {"min_lr", "lr"}, f"min_lr, {c.min_lr}, must be at most lr, {c.lr}: the rate never falls below it"
     if c.optimizer == "sgd" and c.nesterov and not c.momentum:
         yield {"optimizer", "nesterov", "momentum"}, "nesterov needs a momentum above 0"
     if c.scheduler == "plateau" and c.gamma == 1:
