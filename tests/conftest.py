@@ -1,6 +1,7 @@
 """What several tests share: the repository's root, the golden numbers and the weights they belong to."""
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -76,6 +77,8 @@ def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return 0.1 * rng.standard_normal(shape)
     if leaf == "positional_encoding_gaussian_matrix":
         return rng.standard_normal(shape)
+    if leaf == "gamma":
+        return np.full(shape, 0.1)
     noise = rng.standard_normal(shape)
     return 1 + 0.1 * noise if len(shape) == 1 else noise / math.sqrt(math.prod(shape[1:]))
 
@@ -96,19 +99,16 @@ def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def golden_model():
-    """A function: classes -> QTSeg with the golden weights, in evaluation mode; each built once."""
+    """A function: classes, decoder -> QTSeg with the golden weights, in evaluation mode; each built once."""
     from qtseg.network.model import QTSeg
     from qtseg.network.official import to_official
 
-    models = {}
-
-    def build(classes: int) -> QTSeg:
-        if classes not in models:
-            model = QTSeg(classes=classes)
-            state = golden_state(model)
-            for name, tensor in to_official(model).items():
-                tensor.copy_(state[name])
-            models[classes] = model.eval()
-        return models[classes]
+    @functools.cache
+    def build(classes: int, decoder: str = "mqm") -> QTSeg:
+        model = QTSeg(classes=classes, decoder=decoder)
+        state = golden_state(model)
+        for name, tensor in to_official(model).items():
+            tensor.copy_(state[name])
+        return model.eval()
 
     return build

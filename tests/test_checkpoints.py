@@ -378,7 +378,8 @@ def test_all_weights_are_kept(model, folder):
 
 @pytest.mark.parametrize("decoder, classes, theirs, words", [
     ("mqm", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn"), ("mqm", 2, slice(0, 2), "classes 0, 1 kept"), ("mqm", 1, slice(1, 2), "classes 1 kept"),
-    ("conv", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn"), ("mqm_single", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn")])
+    ("conv", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn"), ("mqm_single", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn"),
+    ("dma", 5, slice(0, 3), "classes 0, 1, 2 kept, 3, 4 drawn")])
 def test_tokens_of_common_classes_are_kept(tmp_path, decoder, classes, theirs, words):
     """A single class is the foreground. What holds a row per class is the tokens, their MLPs and a fixed readout."""
     model = small_model(decoder=decoder)
@@ -393,7 +394,7 @@ def test_tokens_of_common_classes_are_kept(tmp_path, decoder, classes, theirs, w
             rows += 1
             assert tensor.shape[1:] == given.shape[1:] and torch.equal(tensor[mine], given[theirs])
             assert torch.equal(tensor[mine.stop:], drawn[name][mine.stop:])
-    assert rows == {"mqm": 19, "mqm_single": 7, "conv": 2}[decoder]
+    assert rows == {"mqm": 19, "dma": 19, "mqm_single": 7, "conv": 2}[decoder]
 
 
 def test_one_class_becomes_the_foreground_of_two(tmp_path):
@@ -747,10 +748,18 @@ def test_encoder_only_is_not_a_model(model, tmp_path):
     refused_state(tmp_path, {name.removeprefix("image_encoder."): tensor for name, tensor in state.items()}, "load_encoder")
 
 
-def test_release_v0_3_1_is_refused(model, tmp_path):
-    state = official(model)
-    state["mask_decoder.DMAB_s2.layers.0.token_layernorm.weight"] = torch.zeros(128)
-    refused_state(tmp_path, state, "v0.3.1", "v0.1.0")
+@pytest.mark.parametrize("decoder, release", [("mqm", "v0.1.0"), ("dma", "v0.3.1")])
+def test_both_releases_are_told_apart_by_their_names(tmp_path, decoder, release):
+    """Bare and as a training checkpoint; a part of one is refused with its release, a mixture with what is too much."""
+    model = small_model(decoder=decoder)
+    state, other = official(model), official(small_model(decoder={"mqm": "dma", "dma": "mqm"}[decoder]))
+    for place, content in {"bare": state, "training": {"state_dict_model": state, "epoch": 3}}.items():
+        torch.save(content, tmp_path / f"{place}.pt")
+        loaded = load_official(tmp_path / f"{place}.pt")
+        assert loaded.config["decoder"] == decoder and same_weights(loaded, model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in to_official(loaded).items())
+    refused_state(tmp_path, {name: state[name] for name in list(state) if "s0.layers" not in name}, f"not a whole QTSeg {release}")
+    refused_state(tmp_path, {**other, **state}, "unexpected (mask_decoder.")
 
 
 @pytest.mark.parametrize("build", [lambda: QTSeg(**SMALL), lambda: QTSeg(**SMALL, position="learned"), lambda: QTSeg(**SMALL, decoder="conv"), Baseline])

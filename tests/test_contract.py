@@ -17,6 +17,7 @@ from qtseg.network.model import QTSeg
 SMALL = functools.partial(QTSeg, width=8, depths=(1, 1, 1), mlp_width=32)
 MODELS = {
     "qtseg": QTSeg,
+    "dual-mix attention": functools.partial(SMALL, decoder="dma"),
     "projection, one stage, learned position": functools.partial(SMALL, bridge="projection", decoder="mqm_single", position="learned"),
     "one level, convolutions": functools.partial(SMALL, bridge="single", decoder="conv"),
     "resnet18, no position": functools.partial(SMALL, encoder="resnet18", position="none"),
@@ -217,7 +218,7 @@ def test_attention_weights_can_be_asked_for(name, build):
         stages, low_res_logits = model.decode(encoding)
     assert [tuple(level.shape[-2:]) for level in encoding.encoder] == [tuple(level.shape[-2:]) for level in encoding.bridge] == [(8, 12), (4, 6), (2, 3)]
     assert low_res_logits.shape == (2, 3, 32, 48)
-    expected = {"mqm": (2, 1, 0), "mqm_single": (0,), "conv": ()}[model.config["decoder"]]  # places in `depths`, coarse to fine
+    expected = {"mqm": (2, 1, 0), "dma": (2, 1, 0), "mqm_single": (0,), "conv": ()}[model.config["decoder"]]  # places in `depths`, coarse to fine
     assert len(stages) == len(expected)
     for stage, place in zip(stages, expected):
         pixels = stage.features.shape[-2] * stage.features.shape[-1]

@@ -136,6 +136,16 @@ def test_one_class_and_one_channel_to_another_place(tmp_path):
     assert largest_difference(network, engine, [images(*shape, 1) for shape in SHAPES]) < 1e-4
 
 
+def test_the_second_version_of_the_paper(tmp_path):
+    """Dual-mix attention, its channel branch at work: one file for all sizes."""
+    network = small_network(decoder="dma")
+    assert all(gamma != 0 for name, gamma in network.state_dict().items() if name.endswith("gamma"))
+    folder = save_checkpoint(tmp_path / "a", network)
+    assert export_onnx(folder) < 1e-4
+    engine = OnnxNetwork(folder / "model.onnx", 1)
+    assert largest_difference(network, engine, [images(*shape) for shape in SHAPES]) < 1e-4
+
+
 def test_the_onnx_file_says_what_it_is_and_nothing_about_the_machine(exported):
     import onnx
 

@@ -1,6 +1,7 @@
 """The network equals the published one, number by number, in all its forms."""
 from __future__ import annotations
 
+import functools
 import json
 import re
 import zlib
@@ -16,9 +17,10 @@ from qtseg.network.names import official_names
 from qtseg.network.official import to_official
 
 HERE = Path(__file__).parent / "golden"
-SAMPLED = np.load(HERE / "v0.1.0_sampled.npz")  # 256 values of every golden tensor, at places that its name determines
-FULL = shared_folder() / "reference" / "golden_v0.1.0.npz"
-KEYS = sorted(SAMPLED.files)
+DECODERS = {"v0.1.0": "mqm", "v0.3.1": "dma"}  # release -> its decoder
+SAMPLED = {release: np.load(HERE / f"{release}_sampled.npz") for release in DECODERS}  # 256 values of every golden tensor, at places that its name determines
+FULL = {release: shared_folder() / "reference" / f"golden_{release}.npz" for release in DECODERS}
+KEYS = [(release, key) for release in DECODERS for key in sorted(SAMPLED[release].files)]
 
 
 def places(key: str, size: int) -> np.ndarray:
@@ -37,57 +39,58 @@ def outputs(model: QTSeg, batch: int, height: int, width: int) -> dict[str, np.n
 
 @pytest.fixture(scope="module")
 def computed(golden_model):
-    """(form, classes, size) -> every tensor that has a golden number; computed once each."""
-    results = {}
-
-    def get(form: str, classes: int, size: str) -> dict[str, np.ndarray]:
-        if (form, classes, size) not in results:
-            model = golden_model(classes)
-            model = {"fast": lambda: model, "naive": model.naive, "fused": model.fuse}[form]()
-            results[form, classes, size] = outputs(model, *map(int, size.split("x")))
-        return results[form, classes, size]
+    """(release, form, classes, size) -> every tensor that has a golden number; computed once each."""
+    @functools.cache
+    def get(release: str, form: str, classes: int, size: str) -> dict[str, np.ndarray]:
+        model = golden_model(classes, DECODERS[release])
+        model = {"fast": lambda: model, "naive": model.naive, "fused": model.fuse}[form]()
+        return outputs(model, *map(int, size.split("x")))
 
     return get
 
 
 @pytest.mark.parametrize("form", ["fast", "naive", "fused"])
-@pytest.mark.parametrize("key", KEYS)
-def test_golden_numbers(computed, form, key):
+@pytest.mark.parametrize("release, key", KEYS)
+def test_golden_numbers(computed, form, release, key):
     """Every key of the golden file: encoder and bridge to 1e-5, logits to 1e-4."""
     classes, size, tensor = re.fullmatch(r"masks(\d)_([\dx]+)/(\w+)", key).groups()
-    found = computed(form, int(classes), size)[tensor]
+    found = computed(release, form, int(classes), size)[tensor]
     bar = 1e-4 if "logits" in tensor else 1e-5
-    assert np.abs(found.ravel()[places(key, found.size)] - SAMPLED[key]).max() <= bar
-    if FULL.is_file():
-        golden = np.load(FULL)[key]
+    assert np.abs(found.ravel()[places(key, found.size)] - SAMPLED[release][key]).max() <= bar
+    if FULL[release].is_file():
+        golden = np.load(FULL[release])[key]
         assert found.shape == golden.shape
         assert np.abs(found - golden).max() <= bar
 
 
-@pytest.mark.skipif(not FULL.is_file(), reason=f"the full golden numbers are not at {FULL}")
-def test_the_committed_sample_is_the_golden_file():
-    full = np.load(FULL)
-    assert sorted(full.files) == KEYS
-    for key in KEYS:
-        np.testing.assert_array_equal(full[key].ravel()[places(key, full[key].size)], SAMPLED[key])
+@pytest.mark.parametrize("release", DECODERS)
+def test_the_committed_sample_is_the_golden_file(release):
+    if not FULL[release].is_file():
+        pytest.skip(f"the full golden numbers are not at {FULL[release]}")
+    full, sampled = np.load(FULL[release]), SAMPLED[release]
+    assert sorted(full.files) == sorted(sampled.files)
+    for key in full.files:
+        np.testing.assert_array_equal(full[key].ravel()[places(key, full[key].size)], sampled[key])
 
 
-def test_parameter_counts():
-    model = QTSeg()
-    counts = [sum(p.numel() for p in box.parameters()) for box in (model.encoder, model.bridge, model.decoder, model)]
-    assert counts == [2_259_536, 279_424, 7_148_224, 9_687_184]
+@pytest.mark.parametrize("decoder, expected", [("mqm", [2_259_536, 279_424, 7_148_224, 9_687_184]), ("dma", [2_259_536, 279_424, 6_675_890, 9_214_850])])
+def test_parameter_counts(decoder, expected):
+    model = QTSeg(decoder=decoder)
+    assert [sum(p.numel() for p in box.parameters()) for box in (model.encoder, model.bridge, model.decoder, model)] == expected
 
 
-def test_every_official_name_is_mapped_exactly_once():
-    """626 official names with their shapes, none twice, none of ours left over."""
-    official = json.loads((HERE / "v0.1.0_state_dict.json").read_text())
-    model = QTSeg()
-    names = [name for ours in model.state_dict() for name in official_names(ours, tokens=2)]
-    assert len(names) == len(set(names)) == len(official) == 626
+@pytest.mark.parametrize("release, count", [("v0.1.0", 626), ("v0.3.1", 614)])
+def test_every_official_name_is_mapped_exactly_once(release, count):
+    """All official names with their shapes, none twice, none of ours left over."""
+    official = json.loads((HERE / f"{release}_state_dict.json").read_text())
+    model = QTSeg(decoder=DECODERS[release])
+    names = [name for ours in model.state_dict() for name in official_names(ours, 2, DECODERS[release])]
+    assert len(names) == len(set(names)) == len(official) == count
     assert {name: list(tensor.shape) for name, tensor in to_official(model).items()} == official
 
 
-def test_state_dict_names_are_stable():
+@pytest.mark.parametrize("decoder, file", [("mqm", "qtseg_state_dict.json"), ("dma", "qtseg_dma_state_dict.json")])
+def test_state_dict_names_are_stable(decoder, file):
     """A renamed parameter would orphan every checkpoint that people have: change this file only with a migration."""
-    ours = json.loads((HERE / "qtseg_state_dict.json").read_text())
-    assert {name: list(tensor.shape) for name, tensor in QTSeg().state_dict().items()} == ours
+    ours = json.loads((HERE / file).read_text())
+    assert {name: list(tensor.shape) for name, tensor in QTSeg(decoder=decoder).state_dict().items()} == ours

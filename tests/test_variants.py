@@ -194,6 +194,7 @@ def test_only_without_positions_does_the_order_of_pixels_not_count(name):
 
 @pytest.mark.parametrize("build", [lambda: MQMStage(2, 16, 8, 1, 4, 16, position="sinus"),
                                    lambda: DECODERS["mqm"](CHANNELS, 2, position="sinus"),
+                                   lambda: DECODERS["dma"](CHANNELS, 2, position="sinus"),
                                    lambda: DECODERS["mqm_single"](CHANNELS, 2, position="sinus")])
 def test_unknown_positions_are_refused_in_one_sentence(build):
     with pytest.raises(ValueError, match="unknown position 'sinus': choose one of fourier, learned, none"):
@@ -244,7 +245,7 @@ def test_the_forms_of_a_decoder_agree(name, position):
         torch.testing.assert_close(fused(maps), logits[0])
 
 
-@pytest.mark.parametrize("name, strides", [("mqm", [32, 16, 8]), ("mqm_single", [8]), ("conv", [])])
+@pytest.mark.parametrize("name, strides", [("mqm", [32, 16, 8]), ("dma", [32, 16, 8]), ("mqm_single", [8]), ("conv", [])])
 def test_a_decoder_records_the_stages_that_it_has(name, strides):
     decoder, maps, steps = DECODERS[name](CHANNELS, 2, **SMALL).eval(), levels(64, 96), []
     with torch.no_grad():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import nn, Tensor
 
 from .blocks import ConvBNAct
+from .dma import DMADecoder
 from .mqm import MQMDecoder, MQMStage, MaskHead, StageOutput, Upscale
 
 # %% auto #0
@@ -84,4 +85,4 @@ class ConvDecoder(nn.Module):
         return self.mask_head(fixed, x) + self.readout.bias[:, None, None]
 
 # %% ../../nbs/reference/network_decoders.ipynb #decoder-050
-DECODERS = {"mqm": MQMDecoder, "mqm_single": SingleStageDecoder, "conv": ConvDecoder}
+DECODERS = {"mqm": MQMDecoder, "dma": DMADecoder, "mqm_single": SingleStageDecoder, "conv": ConvDecoder}

@@ -142,7 +142,7 @@ class QTSeg(Segmenter):
         ModuleNotFoundError: the encoder or its weights need a package.
 
     Reference:
-        arXiv 2412.17241, version 1; release v0.1.0 of the official code.
+        arXiv 2412.17241, version 1; release v0.1.0 of the official code. With the decoder "dma" version 2, v0.3.1.
     """
 
     model_type = "qtseg"

@@ -201,16 +201,18 @@ class MQMDecoder(nn.Module):
         The paper's MQM.
     """
 
+    stage_type = MQMStage  #: version 2 of the paper has others (`network.dma`)
+
     def __init__(self, channels: Sequence[int], classes: int, depths: Sequence[int] = (1, 2, 3), heads: int = 8,
                  mlp_width: int = 2048, position: str = "fourier"):
         super().__init__()
         c8, c16, c32 = channels
         self.mask_tokens = nn.Embedding(classes, c32)
-        self.stage32 = MQMStage(classes, c32, c16, depths[2], heads, mlp_width, position)
+        self.stage32 = self.stage_type(classes, c32, c16, depths[2], heads, mlp_width, position)
         self.upscale32 = Upscale(c32, c16)
-        self.stage16 = MQMStage(classes, c16, c8, depths[1], heads, mlp_width, position)
+        self.stage16 = self.stage_type(classes, c16, c8, depths[1], heads, mlp_width, position)
         self.upscale16 = Upscale(c16, c8)
-        self.stage8 = MQMStage(classes, c8, c8, depths[0], heads, mlp_width, position)
+        self.stage8 = self.stage_type(classes, c8, c8, depths[0], heads, mlp_width, position)
         self.mask_head = MaskHead(c8)
 
     def forward(self, levels: Sequence[Tensor], steps: list[StageOutput] | None = None) -> Tensor:

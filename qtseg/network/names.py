@@ -27,31 +27,47 @@ _TRANSFORMER_NAMES = {
 }
 
 
+_DMA_NAMES = _TRANSFORMER_NAMES | {
+    "spatial": "dm_attention.spatial_attention", "conv": "cv1", "channel": "dm_attention.channel_attention",
+    "token_to_spatial": "dm_attention.spatial_token_mix_attention",
+    "token_to_channel": "dm_attention.channel_token_mix_attention", "mixed_norm": "dm_attention.token_layernorm",
+    "feature_to_token": "feature_mix", "feed_forward": "token_mlp", "token_norm": "token_layernorm",
+}
+
+
+#: decoder -> what the official code calls its blocks, positional encoding, token MLPs and upscaling, and the words
+_DECODER_NAMES = {
+    "mqm": ("transformer_s", "pe_layer_s", "output_hypernetworks_mlps_s", "output_upscaling_s", _TRANSFORMER_NAMES),
+    "dma": ("DMAB_s", "PE_s", "MLP_s", "SUB_s", _DMA_NAMES),
+}
+
+
 _LEVELS = {"8": "0", "16": "1", "32": "2"}  # stride -> the official level number
 
 # %% ../../nbs/reference/network_names.ipynb #f3e33d00
-def _official_decoder_names(part: str, rest: list[str], tokens: int) -> list[str]:
+def _official_decoder_names(part: str, rest: list[str], tokens: int, decoder: str) -> list[str]:
     """Official names of one decoder entry, `decoder.<part>.<rest>`: one, or one per token for the token MLPs."""
     if part == "mask_tokens":
         return ["mask_decoder.mask_tokens.weight"]
+    blocks, position, token_mlps, upscaling, words = _DECODER_NAMES[decoder]
     if part.startswith("upscale") or part == "mask_head":
         stage, first = (
             ("0", {"upscale4": 0, "upscale2": 3}[rest.pop(0)]) if part == "mask_head" else (_LEVELS[part[7:]], 0))
-        return [f"mask_decoder.output_upscaling_s{stage}.{first + (rest[0] == 'norm')}.{rest[-1]}"]
+        return [f"mask_decoder.{upscaling}{stage}.{first + (rest[0] == 'norm')}.{rest[-1]}"]
     stage = _LEVELS[part.removeprefix("stage")]
     if rest[0] == "position":
-        return [f"mask_decoder.pe_layer_s{stage}.positional_encoding_gaussian_matrix"]
+        return [f"mask_decoder.{position}{stage}.positional_encoding_gaussian_matrix"]
     if rest[0] == "token_mlps":
         kind = {"weights": "weight", "biases": "bias"}[rest[1]]
-        return [
-            f"mask_decoder.output_hypernetworks_mlps_s{stage}.{token}.layers.{rest[2]}.{kind}"
-            for token in range(tokens)
-        ]
-    return [f"mask_decoder.transformer_s{stage}." + ".".join(_TRANSFORMER_NAMES.get(word, word) for word in rest)]
+        return [f"mask_decoder.{token_mlps}{stage}.{token}.layers.{rest[2]}.{kind}" for token in range(tokens)]
+    return [f"mask_decoder.{blocks}{stage}." + ".".join(words.get(word, word) for word in rest)]
 
 # %% ../../nbs/reference/network_names.ipynb #a598f67e
-def official_names(name: str, tokens: int) -> list[str]:
-    """The official v0.1.0 name of one of our state dict's entries; for the token MLPs one name per token."""
+def official_names(name: str, tokens: int, decoder: str = "mqm") -> list[str]:
+    """The official name of one of our state dict's entries; for the token MLPs one name per token.
+
+    decoder: "mqm" has the names of release v0.1.0, "dma" those of v0.3.1.
+    """
     box, part, *rest = name.split(".")
     if box == "encoder":
         return [".".join(["image_encoder", *(_ENCODER_NAMES.get(word, word) for word in (part, *rest))])]
@@ -59,4 +75,4 @@ def official_names(name: str, tokens: int) -> list[str]:
         column, *rest = (word for word in rest if word != "up")
         words = [{"norm": "bn"}.get(word, word) for word in rest]
         return [".".join(["bridge", f"neck_{_LEVELS[part.removeprefix('to')]}_{column}", *words])]
-    return _official_decoder_names(part, rest, tokens)
+    return _official_decoder_names(part, rest, tokens, decoder)

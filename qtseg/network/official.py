@@ -26,13 +26,14 @@ def to_official(model: QTSeg) -> dict[str, Tensor]:
         ValueError: the network has parts that the official code does not have.
     """
     given = {part: model.config[part] for part in ("bridge", "decoder", "position", "encoder")}
-    published = {"bridge": ("mlff", "identity"), "decoder": ("mqm",), "position": ("fourier",), "encoder": ("fpn",)}
+    published = {"bridge": ("mlff", "identity"), "decoder": ("mqm", "dma"), "position": ("fourier",),
+                 "encoder": ("fpn",)}
     if any(given[part] not in names for part, names in published.items()):
         raise ValueError(
             f"the official code has no names for a network with {', '.join(f'{p} {n}' for p, n in given.items())}")
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        names = official_names(name, model.config["classes"])
+        names = official_names(name, model.config["classes"], model.config["decoder"])
         parts = tensor.unbind(0) if "token_mlps" in name else [tensor]
         state.update(zip(names, parts, strict=True))
     return state
@@ -40,30 +41,29 @@ def to_official(model: QTSeg) -> dict[str, Tensor]:
 # %% ../../nbs/reference/network_official.ipynb #66b86abc
 def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
     """Constructor arguments read off the shapes of an official state dict (8 heads: no shape tells them)."""
-    if any("DMAB_s" in name for name in state):
-        raise ValueError(
-            f"{path} is a checkpoint of release v0.3.1 (DMA decoder); this version reads v0.1.0 (MQM) only")
+    decoder, release, blocks, mlp = "mqm", "v0.1.0", "mask_decoder.transformer_s", "mlp"
+    if any(name.startswith("mask_decoder.DMAB_s") for name in state):
+        decoder, release, blocks, mlp = "dma", "v0.3.1", "mask_decoder.DMAB_s", "token_mlp"
     try:
         classes = state["mask_decoder.mask_tokens.weight"].shape[0]
         width, in_channels = state["image_encoder.conv_0.conv.weight"].shape[:2]
-        mlp_width = state["mask_decoder.transformer_s0.layers.0.mlp.lin1.weight"].shape[0]
+        mlp_width = state[f"{blocks}0.layers.0.{mlp}.lin1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(
-            f"{path} is not a whole QTSeg v0.1.0 checkpoint: {error} is missing among {first_names(sorted(state))} "
+            f"{path} is not a whole QTSeg {release} checkpoint: {error} is missing among {first_names(sorted(state))} "
             "(an encoder-only file goes into QTSeg.load_encoder)"
         ) from None
     except (IndexError, ValueError):
         raise ValueError(
             f"{path} does not fit any QTSeg: a weight that tells the network's size has too few axes") from None
-    depths = [
-        len({name.split(".")[3] for name in state if name.startswith(f"mask_decoder.transformer_s{stage}.layers.")})
-        for stage in range(3)
-    ]
-    return dict(classes=classes, in_channels=in_channels, width=width, depths=depths, mlp_width=mlp_width)
+    depths = [len({name.split(".")[3] for name in state if name.startswith(f"{blocks}{stage}.layers.")})
+              for stage in range(3)]
+    return dict(classes=classes, in_channels=in_channels, width=width, decoder=decoder, depths=depths,
+                mlp_width=mlp_width)
 
 # %% ../../nbs/reference/network_official.ipynb #e6186eb5
 def load_official(source: str | Path | Mapping[str, Tensor]) -> QTSeg:
-    """The network of an official checkpoint (release v0.1.0), in evaluation mode.
+    """The network of an official checkpoint (release v0.1.0 or v0.3.1, told apart by its names), in evaluation mode.
 
     Args:
         source: a file, which is read with `weights_only=True`; or a state dict under the official names, bare or under
