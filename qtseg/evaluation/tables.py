@@ -87,7 +87,7 @@ def evaluation_report(evaluations: dict[str, Evaluation]) -> str:
     if first.protocol.tta:
         lines.insert(0, "probabilities averaged over each image and its three mirror images")
     if not first.protocol.surface:
-        lines += ["without HD95 and surface Dice: they need MONAI (pip install monai), and --no-surface leaves them out", ""]
+        lines += ["without HD95 and surface Dice: they need MONAI (pip install monai); --no-surface omits them", ""]
     lines += [aligned(cost_rows(first.cost)), ""]
     return "\n".join(lines + [printable(f"{name}: {evaluation.folder}") for name, evaluation in evaluations.items()])
 

@@ -294,7 +294,7 @@ def _loss_conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
         except ValueError as error:
             yield {"class_weights", "classes"}, str(error)
     if (c.crop or 0) > c.size:
-        yield {"crop", "size"}, f"crop, {c.crop}, must be at most size, {c.size}: crops are cut out of images of that size"
+        yield {"crop", "size"}, f"crop, {c.crop}, must be at most size, {c.size}: crops are cut out of such images"
     if c.crop_foreground and c.crop is None:
         yield {"crop", "crop_foreground"}, "crop_foreground needs crop, the side of the crops"
 
