@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from qtseg.data.phantom_sets import write_prepared
+from qtseg.training.config import TrainConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -112,3 +115,21 @@ def golden_model():
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """24 phantom images of 64×64 in a prepared folder."""
+    return write_prepared(tmp_path_factory.mktemp("phantoms") / "set", "dermoscopy", 24, 64, 0)
+
+
+@pytest.fixture
+def tiny(phantoms, tmp_path):
+    """A function: changes -> the configuration of a run of seconds, in a folder of its own."""
+
+    def make(**changes) -> TrainConfig:
+        values = dict(data=str(phantoms), cache=str(phantoms.parent / "cache"), size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=3,
+                      batch=4, valid_batch=4, device="cpu", runs=str(tmp_path), name="run", progress=False)
+        return TrainConfig.from_dict(values | changes)
+
+    return make

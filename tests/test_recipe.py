@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from qtseg.data.phantom_sets import write_prepared
 from qtseg.data.preprocessing import Preprocessing, read_preprocessing
 from qtseg.evaluation.evaluate import evaluate
 from qtseg.evaluation.runs import evaluate_checkpoint
@@ -29,22 +28,10 @@ from qtseg.training.validation import Windowed, validate
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="session")
-def phantoms(tmp_path_factory) -> Path:
-    """24 phantom images of 64×64 in a prepared folder."""
-    return write_prepared(tmp_path_factory.mktemp("phantoms") / "set", "dermoscopy", 24, 64, 0)
-
-
 @pytest.fixture
-def tiny(phantoms, tmp_path):
-    """A function: changes -> the configuration of a run of seconds, in a folder of its own."""
-
-    def make(**changes) -> TrainConfig:
-        values = dict(data=str(phantoms), cache=str(phantoms.parent / "cache"), size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=2,
-                      batch=4, valid_batch=4, device="cpu", runs=str(tmp_path), name="run", progress=False)
-        return TrainConfig(**values | changes)
-
-    return make
+def tiny(tiny):
+    """The shared configuration, two epochs long."""
+    return lambda **changes: tiny(**{"epochs": 2} | changes)
 
 
 def plain_network() -> nn.Module:

@@ -50,24 +50,6 @@ from qtseg.training.validation import validate
 PARAMS = sorted(path for path in (ROOT / "nbs" / "experiments" / "params").glob("*.yaml") if not path.name.startswith("benchmark"))  # train.ipynb's
 
 
-@pytest.fixture(scope="session")
-def phantoms(tmp_path_factory) -> Path:
-    """24 phantom images of 64×64 in a prepared folder."""
-    return write_prepared(tmp_path_factory.mktemp("phantoms") / "set", "dermoscopy", 24, 64, 0)
-
-
-@pytest.fixture
-def tiny(phantoms, tmp_path):
-    """A function: changes -> the configuration of a run of seconds, in a folder of its own."""
-
-    def make(**changes) -> TrainConfig:
-        values = dict(data=str(phantoms), cache=str(phantoms.parent / "cache"), size=64, width=4, depths=[1, 1, 1], mlp_width=32, epochs=3,
-                      batch=4, valid_batch=4, device="cpu", runs=str(tmp_path), name="run", progress=False)
-        return TrainConfig.from_dict(values | changes)
-
-    return make
-
-
 def scores(folder: Path) -> dict:
     metrics = json.loads((folder / "metrics.json").read_text())
     return {part: metrics[part] for part in ("valid", "test")} | {"best": metrics["best"]}

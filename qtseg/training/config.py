@@ -243,9 +243,10 @@ class TrainConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             wrong = {one["loc"][0]: one["type"] for one in reversed(error.errors(include_url=False))}
+        allowed = self.allowed() if wrong else {}
         for key in sorted(wrong, key=list(known).index):
             remedy = meant(key, values[key]) if wrong[key].endswith("_type") else ""
-            problems.append(f"{key} is {self.allowed(key)}, not {shown_value(values[key])}{remedy}")
+            problems.append(f"{key} is {allowed[key]}, not {shown_value(values[key])}{remedy}")
         sound = self.model_construct(**{key: value for key, value in values.items() if key not in wrong})
         problems += [said for keys, said in _conflicts(sound) if not keys & wrong.keys()]
         if problems:
@@ -271,9 +272,10 @@ class TrainConfig(BaseModel):
         return Path(self.runs) / self.name
 
     @classmethod
-    def allowed(cls, key: str) -> str:
-        """What a key takes, in words."""
-        return cls.model_fields[key].title or allowed_values(cls.model_json_schema()["properties"][key])
+    def allowed(cls) -> dict[str, str]:
+        """What each key takes, in words."""
+        schemas = cls.model_json_schema()["properties"]
+        return {key: field.title or allowed_values(schemas[key]) for key, field in cls.model_fields.items()}
 
 # %% ../../nbs/reference/training_config.ipynb #c040x2
 def _loss_conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
@@ -326,10 +328,10 @@ def _conflicts(c: TrainConfig) -> Iterator[tuple[set[str], str]]:
 # %% ../../nbs/reference/training_config.ipynb #config-table
 def config_table() -> str:
     """All keys of `TrainConfig`: default, meaning, and what they take; a line each, or two."""
-    lines = []
+    lines, allowed = [], TrainConfig.allowed()
     for key, value in TrainConfig().to_dict().items():
         shown = f"{key}={json.dumps(value)}".replace('"', "")
-        meaning = f"{TrainConfig.model_fields[key].description} ({TrainConfig.allowed(key)})"
+        meaning = f"{TrainConfig.model_fields[key].description} ({allowed[key]})"
         first, *others = textwrap.wrap(meaning, 76)
         lines += [f"{shown:27} {first}"] if len(shown) < 28 else [shown, " " * 28 + first]
         lines += [" " * 28 + line for line in others]
