@@ -247,7 +247,7 @@ def _read_manifest(survey: Survey) -> None:
             survey.records += [record] if record else []
         survey.problems += found
     except ValueError as error:
-        survey.problems.append(f"{error}: mend the file, or divide the set")
+        survey.problems.append(f"{error}: repair the file, or divide the set")
 
 # %% ../../nbs/reference/data_layout.ipynb #data066
 def _read_description(survey: Survey) -> None:

@@ -79,7 +79,8 @@ def fill(folder: Path, made_with: dict) -> None:
             (folder / rows[-1][part]).write_bytes(png.tobytes())
     classes = ("background", "foreground") if family == "all" else CLASS_NAMES[family]
     write_manifest(
-        folder, rows, f"phantoms: {family}", classes, phantoms=made_with, license="Apache-2.0, as QTSeg; shows nobody")
+        folder, rows, f"phantoms: {family}", classes, phantoms=made_with,
+        license="Apache-2.0, as QTSeg; shows no person")
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms104
 def write_prepared(folder: str | Path, family: str = "all", n: int = 200, size: int = 128, seed: int = 0) -> Path:
