@@ -156,8 +156,8 @@ def _limits(recipe: TrainConfig | None) -> str:
     """What it must not be used for, and why that is so."""
     data = f"pictures like those of {escape(data_name(recipe.data))}" if recipe else "data that nobody named"
     return f"""**Not for clinical use.** No clinical study and no regulator has examined it, and its
-results are not monitored. It learned from {data}. Its errors on other devices, other patients and other findings
-are unknown. It cannot reject an image of another kind: it answers every image with a mask.
+results are not monitored. It learned from {data}. On other devices, other patients and other findings its
+errors are unknown. It cannot reject an image of another kind: it answers every image with a mask.
 A mean score hides the images on which it fails."""
 
 # %% ../../nbs/reference/prediction_cards.ipynb #export092
