@@ -205,7 +205,7 @@ def test_a_copy_with_other_values_is_checked_and_nothing_is_assigned(monkeypatch
     with pytest.raises(ValueError, match="scheduler is one of constant, "):
         TrainConfig(scheduler="mine")
     monkeypatch.setitem(SCHEDULERS, "mine", SCHEDULERS["step"])  # a choice that is added is accepted, and named
-    assert TrainConfig(scheduler="mine").scheduler == "mine" and TrainConfig.allowed("scheduler").endswith("mine")
+    assert TrainConfig(scheduler="mine").scheduler == "mine" and TrainConfig.allowed()["scheduler"].endswith("mine")
 
 
 def test_the_config_of_a_run_of_version_0_1_loads_with_defaults_for_younger_keys(tmp_path):
