@@ -25,7 +25,7 @@ from .pairing import Pair, Reader
 from .preprocessing import outline
 from .reading import read_image, read_named_picture
 from ..files.pictures import Picture
-from ..files.writing import NO_SPACE
+from ..files.writing import NO_SPACE, write_then_rename
 
 # %% auto #0
 __all__ = []
@@ -122,22 +122,32 @@ def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     return Done(row, entry, [], notes)
 
 # %% ../../nbs/reference/data_conversion.ipynb #c-write
+def write_image(name: str, source: Path, picture: Picture, folder: Path) -> dict:
+    """Write an image below a folder, whole or not at all; returns the row of the manifest, which names its mask, too.
+
+    Args:
+        name: the id, perhaps with the names of sub-folders.
+        source, picture: the file, and what was decoded from it.
+    """
+    data = source.read_bytes()
+    extension = copyable(picture, data)
+    height, width = picture.values.shape[:2]
+    if not extension and picture.palette is not None:
+        data = as_png(picture.palette[picture.values])
+    elif not extension:
+        data = as_png(picture.values * np.uint8(255 if picture.bits == 1 else 1))
+    row = {"id": name, "image": f"images/{name}{extension or '.png'}", "mask": f"masks/{name}.png",
+           "height": height, "width": width}
+    (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
+    write_then_rename(folder / row["image"], lambda path: path.write_bytes(data))
+    return row
+
+
 def write_pair(pair: Pair, picture: Picture, mask: np.ndarray, folder: Path) -> dict:
     """Write image and mask below a folder, the mask with one class index per pixel; returns the row of the manifest."""
-    data = pair.image.read_bytes()
-    extension = copyable(picture, data)
-    height, width = mask.shape
-    row = {"id": pair.id, "image": f"images/{pair.id}{extension or '.png'}", "mask": f"masks/{pair.id}.png",
-           "height": height, "width": width}
-    if extension:
-        image = data
-    elif picture.palette is not None:
-        image = as_png(picture.palette[picture.values])
-    else:
-        image = as_png(picture.values * np.uint8(255 if picture.bits == 1 else 1))
-    for name, content in ((row["image"], image), (row["mask"], as_png(mask))):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)  # an id may hold the name of a sub-folder
-        (folder / name).write_bytes(content)
+    row = write_image(pair.id, pair.image, picture, folder)
+    (folder / row["mask"]).parent.mkdir(parents=True, exist_ok=True)
+    (folder / row["mask"]).write_bytes(as_png(mask))
     return row
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation066

@@ -49,8 +49,8 @@ def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names:
             writer.writeheader()
             writer.writerows(rows)
 
-    description = json.dumps({"name": name, "classes": list(class_names), **extra}, indent=2)
-    (folder / "dataset.json").write_text(description + "\n", encoding="utf-8")
+    description = json.dumps({"name": name, "classes": list(class_names), **extra}, indent=2) + "\n"
+    write_then_rename(folder / "dataset.json", lambda path: path.write_text(description, encoding="utf-8"))
     write_then_rename(folder / "manifest.csv", write_rows)
 
 # %% ../../nbs/reference/data_phantom_sets.ipynb #phantoms096
