@@ -27,7 +27,7 @@ from qtseg.prediction.predictor import Predictor
 from qtseg.data.phantom_sets import write_prepared
 from qtseg.data.phantoms import phantom
 from qtseg.view.album import SavedPredictions, as_cases, entropy, one_hot
-from qtseg.view.canvas import captioned, encoded
+from qtseg.view.drawn import captioned, encoded
 from qtseg.view.controls import Setting, between, one_of, some_of, yes_or_no
 from qtseg.view.mask_explorer import VIEWS, MaskExplorer
 from qtseg.view.panel import Panel, Window
@@ -155,7 +155,7 @@ def test_the_canvas_reports_and_the_picture_moves_to_it():
 
 
 def test_without_anywidget_everything_else_works(monkeypatch):
-    monkeypatch.setattr("qtseg.view.canvas._canvas_class", lambda: None)
+    monkeypatch.setattr("qtseg.view.drawn._canvas_class", lambda: None)
     toy = Toy()
     controls(toy)["level"].value = 1.0
     assert toy._screen.canvas is None and shown(toy).min() >= 254

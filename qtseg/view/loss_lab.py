@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..training.losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
-from .canvas import captioned
+from .drawn import captioned
 from .controls import Setting, between, one_of, yes_or_no
 from .panel import CachedPanel, enlarge_picture, row_of_pictures, stack_pictures
 from .pictures import class_color, contours, heat

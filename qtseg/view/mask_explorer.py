@@ -16,7 +16,7 @@ from ..data.mask_values import IGNORE
 from ..evaluation.metrics import MEASURES
 from ..files.text import escape
 from .album import Album, Ranking
-from .canvas import LINE_HEIGHT, captioned, crosshair
+from .drawn import LINE_HEIGHT, captioned, crosshair
 from .controls import Setting, between, one_of, some_of, yes_or_no
 from .panel import Viewport, Window
 from .pictures import ERROR_COLORS, contours, error_map, heat, overlay, tile

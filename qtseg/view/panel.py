@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from ..data.preprocessing import resample
-from .canvas import LINE_HEIGHT, Drawn, Screen, require_widgets
+from .drawn import LINE_HEIGHT, Drawn, Screen, require_widgets
 from .controls import Setting, between
 from .pictures import GROUND
 from .tokens import Area

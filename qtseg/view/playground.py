@@ -16,7 +16,7 @@ import torch
 from ..training.augmentation import Augmentation
 from ..training.operations import OPERATIONS, Steps, apply_geometry, compose, noise_of, recolored, seeded
 from .album import as_cases
-from .canvas import captioned
+from .drawn import captioned
 from .controls import Setting, between, one_of, yes_or_no
 from .mask_explorer import GAP
 from .panel import Panel, Window

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 
 from ..evaluation.timing import operation_counter
 from .album import as_cases, as_source
-from .canvas import captioned
+from .drawn import captioned
 from .controls import Setting, between
 from .panel import CachedPanel, frame_picture, row_of_pictures, stack_pictures
 from .pictures import GROUND, fit_to, heat, rescale, tile

@@ -14,7 +14,7 @@ import numpy as np
 from ..files.text import escape
 from ..network.mqm import MQMDecoder
 from .album import as_cases, as_source
-from .canvas import captioned, crosshair
+from .drawn import captioned, crosshair
 from .controls import Setting, between, one_of
 from .panel import CachedPanel, enlarge_picture, frame_picture, row_of_pictures, stack_pictures
 from .pictures import contours, heat, overlay, rescale
