@@ -173,7 +173,7 @@ def test_a_mask_that_another_program_changed_is_not_overwritten(photos):
     (lambda folder: Annotation(folder / "photos", classes=["back", "a", "a"]), ("different names",)),
     (lambda folder: Annotation(folder / "photos" / "more", folder / "new", ["b", "a", "c"]) and Annotation(
         folder / "photos" / "more", folder / "new", ["b", "a"]), ("has the classes b, a, c",)),
-    (lambda folder: Annotation(folder / "photos", network=lambda image: image).draw("suggest", lambda image: image), ("class indices below 2",)),
+    (lambda folder: Annotation(folder / "photos", network=lambda image: image).draw("suggest"), ("class indices below 2",)),
     (lambda folder: (folder / "empty").mkdir() or Annotation(folder / "empty"), ("holds no images",)),
     (lambda folder: shutil.copy(folder / "photos/a.png", folder / "photos/a.tif") and Annotation(folder / "photos"), ("same name twice", "a.tif")),
 ], ids=range(9))

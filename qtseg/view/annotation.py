@@ -62,7 +62,7 @@ class Annotation:
         image, mask = self.files.read(name)
         history = self._histories.setdefault(name, History()) if known else History()
         self._histories[name], self.name = history, name
-        self.drawing = Drawing(image, mask, name in self.files.rows, history, len(self.classes))
+        self.drawing = Drawing(image, mask, name in self.files.rows, history, len(self.classes), self.network)
         self.files.state["current"] = name
         self.files.write_state()
 

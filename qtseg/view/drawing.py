@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from .strokes import Change, History, Region, brushed, enclosed, flooded
-from .suggestions import grabcut, suggested, superpixels
+from .suggestions import borders, grabcut, suggested, superpixels
 
 # %% auto #0
 __all__ = []
@@ -23,15 +24,17 @@ class Drawing:
         answered: whether the mask is an answer; a mask without a stroke is none.
         history: of earlier strokes on this mask.
         classes: their number, the background included.
+        network: suggests masks, uint8 RGB [H, W, 3] -> class index [H, W].
 
     Attributes:
         suggestion: None, or what was suggested: class index [H, W], 0 where nothing is.
     """
 
     def __init__(self, image: np.ndarray, mask: np.ndarray, answered: bool = False, history: History | None = None,
-                 classes: int = 2):
-        self.image, self.mask, self.answered, self.classes = image, mask, answered, classes
-        self.history, self.suggestion, self._pieces = history or History(), None, None
+                 classes: int = 2, network: Callable | None = None):
+        self.image, self.mask, self.answered = image, mask, answered
+        self.classes, self.network = classes, network
+        self.history, self.suggestion = history or History(), None
 
     def _paint(self, region: Region, label: int | np.ndarray, answered: bool = True) -> Change | None:
         if np.isscalar(label) and not (isinstance(label, (int, np.integer)) and 0 <= label < self.classes):
@@ -52,26 +55,27 @@ class Drawing:
         """Give the connected pixels that have the class of the pixel at (x, y) another class."""
         return self._paint(flooded(self.mask, x, y), label)
 
-    @property
+    @cached_property
     def pieces(self) -> np.ndarray:
-        """The superpixels, int32 [H, W], computed when first asked for."""
-        if self._pieces is None:
-            self._pieces = superpixels(self.image)
-        return self._pieces
+        """The superpixels, int32 [H, W]."""
+        return superpixels(self.image)
+
+    @cached_property
+    def borders(self) -> np.ndarray:
+        """Where superpixels touch, uint8 [H, W]."""
+        return borders(self.pieces)
 
     def take(self, points: Sequence, label: int) -> Change | None:
         """Give the superpixels below a line a class."""
-        top, left, pixels = line = brushed(points, 0.5, self.mask.shape)
-        numbers = np.unique(self.pieces[line.place][pixels])
-        rows, columns = np.nonzero(chosen := np.isin(self.pieces, numbers))
-        if not rows.size:
-            return None
-        top, left = rows.min(), columns.min()
-        return self._paint(Region(top, left, chosen[top:rows.max() + 1, left:columns.max() + 1]), label)
+        line = brushed(points, 0.5, self.mask.shape)
+        chosen = np.isin(self.pieces, np.unique(self.pieces[line.place][line.pixels]))
+        return self._paint(Region(0, 0, chosen), label)
 
-    def suggest(self, network: Callable) -> None:
+    def suggest(self) -> None:
         """Suggest the network's mask."""
-        self.suggestion = suggested(network, self.image, self.classes)
+        if self.network is None:
+            raise ValueError("there is no network to suggest a mask: cut the object out, or scribble on it")
+        self.suggestion = suggested(self.network, self.image, self.classes)
 
     def cut(self, points: Sequence, label: int, scribble: bool = False) -> None:
         """Suggest a class for the object in a box, or below a scribble; see `grabcut`."""
@@ -83,6 +87,10 @@ class Drawing:
             raise ValueError("there is no suggestion to accept: suggest one first")
         suggestion, self.suggestion = self.suggestion, None
         return self._paint(Region(0, 0, suggestion > 0), suggestion)
+
+    def dismiss(self) -> None:
+        """Forget the suggestion."""
+        self.suggestion = None
 
     def nothing(self) -> Change | None:
         """Answer that there is nothing here: all is background."""

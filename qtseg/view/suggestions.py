@@ -78,6 +78,14 @@ def superpixels(image: np.ndarray, pieces: int = 400) -> np.ndarray:
     labels = segmentation.slic(small, pieces, compactness=12, start_label=0, channel_axis=2).astype(np.int32)
     return cv2.resize(labels.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(np.int32)
 
+# %% ../../nbs/reference/view_suggestions.ipynb #sugslicb
+def borders(pieces: np.ndarray) -> np.ndarray:
+    """Where numbers [H, W] touch others: uint8 [H, W], 1 in the last row and column of each piece."""
+    found = np.zeros(pieces.shape, np.uint8)
+    found[:-1] |= pieces[:-1] != pieces[1:]
+    found[:, :-1] |= pieces[:, :-1] != pieces[:, 1:]
+    return found
+
 # %% ../../nbs/reference/view_suggestions.ipynb #sugnet
 def as_network(source: str | os.PathLike | Callable[[np.ndarray], np.ndarray] | None) -> Callable | None:
     """A function from an image to its mask, uint8 RGB [H, W, 3] -> [H, W], of what `Predictor` opens; or None."""
