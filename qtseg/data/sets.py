@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from .download import DownloadError, fetch
-from .kaggle import fetch_kaggle
 from .layout import list_pictures
 from .pairing import Found, Pair, colors_of, find_folders, held_out, one_folder, pair_up
 from .preparation import DataSet
+from .sources import fetch_kaggle
 from ..files.folders import walk
 
 # %% auto #0
