@@ -69,7 +69,9 @@ def checked(path: Path, members: list[zipfile.ZipInfo]) -> dict[str, zipfile.Zip
             problem = f"{name!r} is encrypted"
         elif not name.endswith("/"):
             known = seen.setdefault(same_form("/".join(parts)).casefold(), member)
-            if known is not member or not parts:
+            if not parts:
+                problem = "a member has no name"
+            elif known is not member:
                 problem = f"{name!r} and {known.filename!r} would be one file: rename one"
             elif not any(part.startswith((".", "__MACOSX")) for part in parts):
                 files["/".join(parts)] = member
