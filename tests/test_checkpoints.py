@@ -646,10 +646,12 @@ def test_the_position_cache_follows_loaded_weights(model, tmp_path):
 
 
 def test_official_file_missing(model, tmp_path):
-    for load in (load_official, model.load_encoder):
+    for load, words in ((load_official, "is no file: name a file from the official"), (model.load_encoder, "is missing: name a checkpoint folder, a run")):
         with pytest.raises(FileNotFoundError) as caught:
             load(tmp_path / "nowhere.pt")
-        one_sentence(caught, "nowhere.pt", "is missing", "name a checkpoint folder, a run")
+        one_sentence(caught, "nowhere.pt", words)
+    with pytest.raises(FileNotFoundError, match="is no file.*qtseg.pretrained opens"):
+        load_official(model.save_pretrained(tmp_path / "own"))
 
 
 class Stowaway:
@@ -750,7 +752,7 @@ def test_encoder_only_is_not_a_model(model, tmp_path):
 
 @pytest.mark.parametrize("decoder, release", [("mqm", "v0.1.0"), ("dma", "v0.3.1")])
 def test_both_releases_are_told_apart_by_their_names(tmp_path, decoder, release):
-    """Bare and as a training checkpoint; a part of one is refused with its release, a mixture with what is too much."""
+    """Bare and as a training checkpoint; a part of one is refused with its release, a mixture with an example of each."""
     model = small_model(decoder=decoder)
     state, other = official(model), official(small_model(decoder={"mqm": "dma", "dma": "mqm"}[decoder]))
     for place, content in {"bare": state, "training": {"state_dict_model": state, "epoch": 3}}.items():
@@ -759,7 +761,9 @@ def test_both_releases_are_told_apart_by_their_names(tmp_path, decoder, release)
         assert loaded.config["decoder"] == decoder and same_weights(loaded, model)
     assert all(torch.equal(tensor, state[name]) for name, tensor in to_official(loaded).items())
     refused_state(tmp_path, {name: state[name] for name in list(state) if "s0.layers" not in name}, f"not a whole QTSeg {release}")
-    refused_state(tmp_path, {**other, **state}, "unexpected (mask_decoder.")
+    foreign = next(name for name in other if name not in state)
+    for mixture in ({**other, **state}, {**state, foreign: other[foreign]}):
+        refused_state(tmp_path, mixture, "mixes two releases", "of v0.1.0 (mask_decoder.", "of v0.3.1 (mask_decoder.")
 
 
 @pytest.mark.parametrize("build", [lambda: QTSeg(**SMALL), lambda: QTSeg(**SMALL, position="learned"), lambda: QTSeg(**SMALL, decoder="conv"), Baseline])

@@ -148,7 +148,7 @@ def test_the_unpacked_folder_does_as_well(sample, tmp_path, name, inner):
     shutil.copytree(raw / inner, few, ignore=lambda path, names: [x for x in names if re.search(r"[(]([2-9]|1\d|25)[)]|^0[1-9]|^[1-9a-f]\w{10}", x)])
     for source in (few, tmp_path / "few"):
         found = SETS[name].find([source])
-        assert found.pairs and not found.problems, found.problems
+        assert found.records and not found.problems, found.problems
 
 
 # fake archives in the official layouts

@@ -1,7 +1,6 @@
 """Bad networks, wrong files and hostile archives: each ends right, or in one clear sentence. No test leaves this machine."""
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -10,21 +9,18 @@ import random
 import shutil
 import signal
 import stat
-import tarfile
 import threading
 import time
 import zipfile
 from collections import deque
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from qtseg.data import download as data_download, kaggle as data_kaggle, sources
+from qtseg.data import download as data_download, sources
 from qtseg.data.download import DownloadError, fetch
-from qtseg.data.kaggle import fetch_kaggle
-from qtseg.data.sources import unpack
+from qtseg.data.sources import fetch_kaggle, unpack
 
 
 def zipped(**files: bytes) -> bytes:
@@ -169,24 +165,12 @@ def test_a_good_network(archive, get, tmp_path):
     assert all(path.stat().st_mode & 0o666 == 0o666 for path in tmp_path.glob(".*.lock")), "another user can take the lock"
 
 
-def test_a_second_run_asks_nothing(archive, get):
-    before = get().stat()
-    after = get().stat()
-    assert len(archive.requests) == 1 and before.st_mtime_ns == after.st_mtime_ns
-
-
 def test_cut_connections_are_continued_where_they_broke(archive, get, tmp_path):
     archive.script.extend([{"cut": 100_000}, {"cut": 50_000}, {"cut": 0}])
     assert get().read_bytes() == CONTENT
     assert archive.ranges_asked() == [None, "bytes=100000-", "bytes=150000-", "bytes=150000-"]
     assert [request.get("If-Range") for request in archive.requests] == [None, '"one"', '"one"', '"one"']
     assert leftovers(tmp_path) == []
-
-
-def test_any_number_of_cuts_is_borne_as_long_as_something_new_comes(archive, get):
-    archive.script.extend([{"cut": 20_000}] * 12)
-    assert get(attempts=2).read_bytes() == CONTENT
-    assert len(archive.requests) == 13
 
 
 def test_attempts_in_a_row_without_anything_new_are_counted(archive, get, tmp_path):
@@ -278,11 +262,6 @@ def test_a_file_that_has_become_shorter_is_fetched_anew(archive, get):
     assert archive.ranges_asked() == [None, "bytes=100000-", None]
 
 
-def test_a_body_without_length_is_taken_as_it_comes(archive, get):
-    archive.lengths = False
-    assert get().read_bytes() == CONTENT
-
-
 def test_a_cut_body_without_length_is_no_complete_zip(archive, get, tmp_path):
     archive.lengths = False
     archive.script.append({"cut": 100_000})
@@ -312,34 +291,17 @@ def test_a_trickle_is_given_up_and_can_be_continued(archive, get):
 
 
 def test_what_will_not_pass_is_said_at_once(archive, get, tmp_path):
-    answers = {404: "not, or no longer, at this address", 403: "refuses access", 401: "wants a login", 410: "withdrawn", 400: "would not help"}
-    for count, (status, words) in enumerate(answers.items(), 1):
+    for count, status in enumerate((404, 403), 1):
         archive.script.append({"status": status})
         text = refusal(DownloadError, get, page="https://challenge.isic-archive.com/data/")
-        assert words in text and str(status) in text and "https://challenge.isic-archive.com/data/" in text and "--from" in text
+        assert f"answers {status}" in text and "https://challenge.isic-archive.com/data/" in text and "--from" in text
         assert len(archive.requests) == count and leftovers(tmp_path) == []
 
 
 def test_what_may_pass_is_tried_again(archive, get):
-    archive.script.extend([{"cut": 100_000}, *({"status": status} for status in (429, 500, 502, 503, 504, 408))])
+    archive.script.extend([{"cut": 100_000}, *({"status": status} for status in (429, 503, 408))])
     assert get(attempts=8).read_bytes() == CONTENT
-    assert archive.ranges_asked() == [None] + ["bytes=100000-"] * 7
-
-
-@pytest.fixture
-def naps(monkeypatch):
-    """Nobody sleeps; the seconds are written down."""
-    seconds = []
-    monkeypatch.setattr(data_download.time, "sleep", seconds.append)
-    return seconds
-
-
-def test_waits_grow_or_are_those_that_the_server_asks_for(archive, get, naps, tmp_path):
-    archive.script.append({"status": 429, "headers": {"Retry-After": "7200"}})
-    assert "7200 s" in refusal(DownloadError, get) and naps == [], "a wait of hours is no wait"
-    archive.script.extend({"status": 503, "headers": {"Retry-After": text}} for text in ("7", "soon", "-5", formatdate(0, usegmt=True)))
-    get(wait=1.0)
-    assert naps == [7, 2, 4, 8]
+    assert archive.ranges_asked() == [None] + ["bytes=100000-"] * 4
 
 
 def test_no_server_at_all(archive, get, tmp_path):
@@ -347,20 +309,6 @@ def test_no_server_at_all(archive, get, tmp_path):
     archive.server.server_close()
     text = refusal(DownloadError, get, attempts=2)
     assert "no connection to 127.0.0.1" in text and "bytes are kept" not in text
-
-
-def test_a_certificate_that_is_not_accepted_is_not_tried_again(tmp_path, monkeypatch):
-    calls = []
-
-    def impostor(*arguments, **options):
-        calls.append(1)
-        error = data_download.ssl.SSLCertVerificationError(1, "bad")
-        error.verify_message = "certificate has expired"
-        raise data_download.urllib.error.URLError(error)
-
-    monkeypatch.setattr(data_download.urllib.request.OpenerDirector, "open", impostor)
-    text = refusal(DownloadError, fetch, "https://isic.example/a.zip", tmp_path / "a.zip", wait=0, progress=False)
-    assert "certificate has expired" in text and "clock" in text and len(calls) == 1
 
 
 def test_a_web_page_instead_of_the_file(archive, get, tmp_path):
@@ -407,13 +355,6 @@ def test_a_file_larger_than_the_limit(archive, get, tmp_path, monkeypatch):
     assert get(most=100_000).read_bytes() == CONTENT
     monkeypatch.setenv("QTSEG_MAX_DOWNLOAD", "1 GB")
     assert "QTSEG_MAX_DOWNLOAD must be a whole number, got '1 GB'" in refusal(ValueError, get)
-
-
-def test_lengths_and_reasons_that_are_no_use(archive, get):
-    """A length of 5000 digits is none; what a server says is shown, not obeyed, on the terminal."""
-    archive.script.append({"headers": {"Content-Length": "9" * 5000}})
-    assert get().read_bytes() == CONTENT
-    assert "\x1b" not in str(data_download.way_out("the server says \x1b[2J", "page", "name"))
 
 
 def test_a_redirect_is_followed_with_its_range(archive, get):
@@ -465,8 +406,8 @@ def test_planted_links_beside_the_file_overwrite_nothing(archive, get, tmp_path)
 
 
 def test_no_room_is_said_before_anything_is_written(archive, get, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    text = refusal(DownloadError, get)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    text = refusal(OSError, get)
     assert "no space" in text and "0 MB are free" in text
     assert not (tmp_path / NAME).exists() and len(archive.requests) == 1
 
@@ -641,8 +582,7 @@ def test_kaggle_is_not_asked_twice(kaggle):
 @pytest.mark.parametrize(("behavior", "words"), [
     ("no token", "wants an API token, and there is none"),
     ("exit at import", "wants an API token, and there is none"),  # as kaggle 2.0 in Colab does
-    ("403", "wants the rules of data-science-bowl-2018 to be accepted first: log in, accept them at "
-            "https://www.kaggle.com/competitions/data-science-bowl-2018/rules,"),
+    ("403", "accept the rules at https://www.kaggle.com/competitions/data-science-bowl-2018/rules first"),
     ("no network", "no connection to Kaggle (ConnectionError)"),
     ("bug", "the kaggle client failed (TypeError"),
     ("crash", "ended with code 3"),
@@ -655,15 +595,10 @@ def test_kaggle_refusals(kaggle, tmp_path, behavior, words, capsys):
 
 
 def test_kaggle_refusals_by_their_status():
-    for status, words in ((401, "does not accept the API token"), (404, f"no dataset named {BUSI}"), (429, "too many requests"),
+    for status, words in ((401, "does not accept the API token"), (404, f"no dataset named {BUSI}"),
                           (403, f"Kaggle refuses {BUSI}: it is private")):
-        text = str(data_kaggle.refusal({"problem": status}, "dataset", BUSI, "https://x"))
-        assert words in text and "rules" not in text and "https://x in a browser" in text
-
-
-def test_kaggle_sends_more_than_the_limit(kaggle, tmp_path):
-    text = refusal(DownloadError, kaggle, "stall", most=1)
-    assert "larger than 1 bytes" in text and "QTSEG_MAX_DOWNLOAD" in text
+        text = str(sources.kaggle_refusal({"problem": status}, "dataset", BUSI, "https://x"))
+        assert words in text and "https://x in a browser" in text
 
 
 def test_kaggle_package_missing(kaggle, tmp_path, monkeypatch):
@@ -721,12 +656,6 @@ def test_kaggle_continues_nothing_else(kaggle, tmp_path):
     assert zipfile.is_zipfile(kaggle("no leftover"))
 
 
-def test_kaggle_names(kaggle, tmp_path):
-    for kind, name in (("model", "a"), ("dataset", "bkai-igh-neopolyp"), ("competition", "a/b"), ("dataset", "../../a"), ("competition", "--help me")):
-        refusal(ValueError, kaggle, "well", kind, name)
-    assert not (tmp_path / "out").exists()
-
-
 # --- unpack --------------------------------------------------------------------------------------------------------------------
 
 FILES = {"set/images/a.jpg": b"image" * 1000, "set/masks/a.png": b"mask", "set/LICENSE.txt": b"CC0"}
@@ -741,46 +670,17 @@ def make_zip(path: Path, files: dict[str, bytes], kinds: dict[str, int] = {}) ->
     return path
 
 
-def make_tar(path: Path, files: dict[str, bytes], kinds: dict[str, bytes] = {}, mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.type = len(content), kinds.get(name, tarfile.REGTYPE)
-            if name in kinds:
-                info.size, info.linkname = 0, "/etc/passwd"
-            archive.addfile(info, io.BytesIO(content) if name not in kinds else None)
-    return path
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file of a folder and its content."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("make", [make_zip, make_tar, lambda path, files: make_tar(path, files, mode="w:gz"),
-                                  lambda path, files: make_tar(path, files, mode="w:xz")], ids=["zip", "tar", "gz", "xz"])
-def test_unpack(tmp_path, make):
-    path = make(tmp_path / "archive", FILES)  # by content, not by name
+def test_unpack(tmp_path):
+    path = make_zip(tmp_path / "archive", {**FILES, "__MACOSX/._a": b"?", "set/.DS_Store": b"?"})  # by content, not by name
     assert unpack(path, tmp_path / "out", progress=False) == tmp_path / "out"
     assert tree(tmp_path / "out") == FILES
+    assert unpack(tmp_path / "gone", tmp_path / "out") == tmp_path / "out", "a second time does nothing"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["archive", "out"]
-
-
-def test_a_zip_inside_a_tar_is_a_file_like_any_other(tmp_path):
-    inner = zipped(a=b"1")
-    assert zipfile.is_zipfile(path := make_tar(tmp_path / "a.tar", {"set/inner.zip": inner})), "Python takes the tar for a zip"
-    assert tree(unpack(path, tmp_path / "out", progress=False)) == {"set/inner.zip": inner}
-
-
-def test_remarks_of_a_mac_stay_out(tmp_path):
-    assert tree(unpack(make_zip(tmp_path / "a.zip", {**FILES, "__MACOSX/._a": b"?", "set/.DS_Store": b"?"}), tmp_path / "out", progress=False)) == FILES
-
-
-def test_unpack_again_does_nothing(tmp_path):
-    path = make_zip(tmp_path / "a.zip", FILES)
-    unpack(path, tmp_path / "out", progress=False)
-    path.write_bytes(b"gone")
-    assert tree(unpack(path, tmp_path / "out")) == FILES
 
 
 def test_folders_and_backslashes(tmp_path):
@@ -788,58 +688,19 @@ def test_folders_and_backslashes(tmp_path):
     assert tree(unpack(path, tmp_path / "out", progress=False)) == {"set/images/a.jpg": b"1"}
 
 
-@pytest.mark.parametrize("make", [make_zip, make_tar])
-def test_names_that_lead_out_are_refused(tmp_path, make):
+def test_names_that_lead_out_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("../evil.txt", "/tmp/evil.txt", "set/../../evil.txt", "C:\\evil.txt", "..\\evil.txt"):
-        path = make(tmp_path / "in" / "archive", {**FILES, name: b"evil"})
+        path = make_zip(tmp_path / "in" / "archive", {**FILES, name: b"evil"})
         assert "would be written outside" in refusal(ValueError, unpack, path, tmp_path / "in" / "out", progress=False)
         assert [entry.name for entry in sorted(tmp_path.rglob("*"))] == ["in", "archive"], "nothing was written at all"
 
 
-def test_links_devices_and_sparse_files_are_refused(tmp_path):
-    for make, kind in ((make_zip, stat.S_IFLNK), (make_zip, stat.S_IFCHR), (make_zip, stat.S_IFIFO), (make_tar, tarfile.SYMTYPE),
-                       (make_tar, tarfile.LNKTYPE), (make_tar, tarfile.CHRTYPE), (make_tar, tarfile.FIFOTYPE), (make_tar, tarfile.GNUTYPE_SPARSE)):
-        path = make(tmp_path / "archive", {**FILES, "set/link": b"/etc/passwd"}, {"set/link": kind})
+def test_links_and_devices_are_refused(tmp_path):
+    for kind in (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO):
+        path = make_zip(tmp_path / "archive", {**FILES, "set/link": b"/etc/passwd"}, {"set/link": kind})
         assert "link or a device" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False), kind
         assert [entry.name for entry in tmp_path.iterdir()] == ["archive"]
-
-
-def header(name: str = "x", size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """One header of a .tar; a size below zero is written as GNU's tar writes large numbers."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, max(size, 0)
-    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    if size < 0:
-        block[124:136] = size.to_bytes(12, "big", signed=True)
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-def pax(text: bytes) -> bytes:
-    """A comment of a .tar, which can say another size than the header does."""
-    return header(size=len(text), kind=tarfile.XHDTYPE) + text.ljust(-(-len(text) // 512) * 512, b"\0")
-
-
-HOSTILE = {  # name -> (how a .tar begins, MiB of zeros that follow, words of the refusal)
-    "a long name": (header(size=300 << 20, kind=tarfile.GNUTYPE_LONGNAME), 300, "no complete archive"),
-    "a long comment": (header("a") + header(size=300 << 20, kind=tarfile.XHDTYPE), 300, "says 314,572,800 bytes"),
-    "a size below zero": (header("a") + header("b", -512), 1, "is damaged"),
-    "a comment that says so": (header("a") + pax(b"13 size=-512\n") + header("b"), 1, "is damaged"),
-    "a comment of another size": (header("a") + pax(b"35 size=" + b"9" * 26 + b"\n") + header("b"), 1, "would swell"),
-    "names of names": (header("a") + (header(size=512, kind=tarfile.GNUTYPE_LONGNAME) + b"n" * 512) * 5000, 1, "is damaged"),
-    "a sparse map of nothing": (header("a") + pax(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n") + header("b", 512), 1, "is damaged"),
-    "zeros after the end": (header("a"), 300, "would swell to more than 256 MB"),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_tars_end_soon_and_in_one_sentence(tmp_path, kind):
-    start, zeros, words = HOSTILE[kind]
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(start) + gzip.compress(bytes(1 << 20)) * zeros)
-    assert words in refusal(ValueError, unpack, tmp_path / "a.tar.gz", tmp_path / "out", progress=False)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.tar.gz"]
 
 
 def test_a_long_name_makes_no_long_sentence(tmp_path):
@@ -852,9 +713,8 @@ def test_a_long_name_makes_no_long_sentence(tmp_path):
 
 
 def test_names_that_no_disk_takes_are_refused(tmp_path):
-    for number, (make, names) in enumerate([(make_zip, ["a/" * 1200 + "x"]), (make_tar, ["a/" * 1200 + "x"]), (make_zip, ["n" * 300]),
-                                            (make_tar, ["a", "a/b"]), (make_zip, ["a/b", "a"])]):
-        path = make(tmp_path / f"{number}", dict.fromkeys(names, b""))
+    for number, names in enumerate((["a/" * 1200 + "x"], ["n" * 300], ["a/b", "a"])):
+        path = make_zip(tmp_path / f"{number}", dict.fromkeys(names, b""))
         text = refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
         assert "is refused" in text and not (tmp_path / "out").exists(), text
 
@@ -875,37 +735,25 @@ def zip_bomb(path: Path) -> Path:
     return path
 
 
-def tar_bomb(path: Path) -> Path:
-    """A .tar.gz of 260 MiB of zeros: gzip pieces may follow one another, so one is made and repeated."""
-    info = tarfile.TarInfo("zeros")
-    info.size = 260 << 20
-    path.write_bytes(gzip.compress(info.tobuf()) + gzip.compress(bytes(1 << 20)) * 260 + gzip.compress(bytes(10240)))
-    return path
-
-
-@pytest.mark.parametrize("bomb", [zip_bomb, tar_bomb])
-def test_absurd_expansion_is_refused(tmp_path, bomb):
-    path = bomb(tmp_path / "bomb")
+def test_absurd_expansion_is_refused(tmp_path):
+    path = zip_bomb(tmp_path / "bomb")
     assert "would swell" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["bomb"]
 
 
 def test_a_name_twice_is_refused(tmp_path):
     """Also where only some disks take the two for one name; and a file and a folder of one name."""
-    for make in (make_zip, make_tar):
-        for names in (["set/a.png", "set/A.png"], ["a\u0308.png", "\u00e4.png"]):
-            path = make(tmp_path / "archive", dict.fromkeys(names, b"1"))
-            assert "would be one file" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
+    for names in (["set/a.png", "set/A.png"], ["a\u0308.png", "\u00e4.png"]):
+        path = make_zip(tmp_path / "archive", dict.fromkeys(names, b"1"))
+        assert "would be one file" in refusal(ValueError, unpack, path, tmp_path / "out", progress=False)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, pytest.warns(UserWarning):
         archive.writestr("a.png", b"1")
         archive.writestr("a.png", b"2")
     assert "would be one file" in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("make", [make_zip, *(lambda path, files, mode=mode: make_tar(path, files, mode=f"w:{mode}") for mode in ("gz", "bz2", "xz"))],
-                         ids=["zip", "gz", "bz2", "xz"])
-def test_damage_is_said(tmp_path, make):
-    path = make(tmp_path / "archive", {f"{n}.bin": random.Random(n).randbytes(20_000) for n in range(4)})
+def test_damage_is_said(tmp_path):
+    path = make_zip(tmp_path / "archive", {f"{n}.bin": random.Random(n).randbytes(20_000) for n in range(4)})
     content = bytearray(path.read_bytes())
     content[30_000] ^= 0x10
     for damaged in (content[:50_000], content):
@@ -929,7 +777,7 @@ def test_a_zip_turned_bit_by_bit_never_ends_in_another_error(tmp_path):
 
 
 def test_no_archive(tmp_path):
-    for content, words in ((b"<!DOCTYPE html><html>", "a web page"), (b"", "no complete archive"), (b"picture", "no complete")):
+    for content, words in ((b"<!DOCTYPE html><html>", "a web page"), (b"", "no complete .zip"), (b"picture", "no complete .zip")):
         (tmp_path / "a.zip").write_bytes(content)
         assert words in refusal(ValueError, unpack, tmp_path / "a.zip", tmp_path / "out")
 
@@ -940,9 +788,9 @@ def test_unpack_nothing(tmp_path):
 
 
 def test_no_room_to_unpack(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_download.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    text = refusal(DownloadError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
-    assert "no space in " in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    text = refusal(OSError, unpack, make_zip(tmp_path / "a.zip", FILES), tmp_path / "out", progress=False)
+    assert "no space left in" in text and [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
 
 
 def test_a_disk_that_fills_up_while_unpacking(tmp_path, monkeypatch):

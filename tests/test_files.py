@@ -573,7 +573,7 @@ def test_the_sweep_leaves_alone_what_it_did_not_make(tmp_path):
 READERS = {"Image.open", "json.load", "json.loads", "yaml.load", "torch.load", "np.load", "pickle.load", "pickle.loads"}
 DECODERS = {"imread", "imdecode", "dcmread", "safe_load", "read_csv", "read_excel", "Unpickler", "TiffFile"}  # whatever they are called on
 ALLOWED = {
-    ("data/kaggle", "json.loads"): "what a process of our own answers",
+    ("data/sources", "json.loads"): "what a process of our own answers",
     ("data/sets", "json.loads"): "a list of files, of 1 MB at most, whose every fault is caught",
     ("study/report", "json.loads"): "a table of pandas, in memory",
     ("network/state", "torch.load"): "tensors alone: weights_only=True",

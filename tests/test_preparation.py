@@ -21,17 +21,18 @@ import pytest
 from conftest import ROOT, one_sentence, zipped
 from PIL import Image
 
-from qtseg.data import pairing, preparation as data_preparation
+from qtseg.data import preparation as data_preparation
 from qtseg.colors import class_colors
 from qtseg.data.cache import DataProblems
-from qtseg.data.layout import list_pictures
+from qtseg.data.layout import Record, Survey, list_pictures, pair_up, take_pictures
 from qtseg.data.reading import read_image, read_mask
 from qtseg.data.segmentation import SegmentationData
 from qtseg.files.pictures import read_picture
-from qtseg.data.conversion import Done, as_png, census_of, contact_sheet, copyable, drop_twins
-from qtseg.data.pairing import (POLYP_RANGES, Found, Pair, bad_names, classes_of_colors, find_folders, held_out,
-                                label, laid_over, one_folder, pair_up, slices, union_of)
-from qtseg.data.preparation import DataSet, gather, prepare, report
+from qtseg.data.conversion import Done, as_png, census_of, contact_sheet, copyable, drop_twins, laid_over, union_of
+from qtseg.data.own import judge, label
+from qtseg.data.preparation import DataSet, bad_names, gather, prepare, report
+from qtseg.data.sets import POLYP_RANGES, classes_of_colors, find_folders, one_folder
+from qtseg.data.splits import held_out, slices
 
 
 def picture(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
@@ -61,8 +62,8 @@ def raw_set(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def find(roots: list[Path]) -> Found:
-    found = Found()
+def find(roots: list[Path]) -> Survey:
+    found = Survey()
     images, masks = one_folder(found, roots, "pictures"), one_folder(found, roots, "targets")
     if images and masks:
         pair_up(found, list_pictures(images), list_pictures(masks), str)
@@ -84,9 +85,10 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")}
 
 
-def pairs(*specifications: tuple) -> list[Pair]:
+def pairs(*specifications: tuple) -> list[Record]:
     """Each: id, stratum, split, fold."""
-    return [Pair(name, Path(f"{name}.png"), (Path(f"{name}_mask.png"),), "", *rest) for name, *rest in specifications]
+    labels = ("stratum", "split", "fold")
+    return [Record(name, Path(f"{name}.png"), (Path(f"{name}_mask.png"),), **dict(zip(labels, rest))) for name, *rest in specifications]
 
 
 # masks
@@ -225,46 +227,45 @@ def test_folders_are_found_inside_any_wrapping(tmp_path):
 def test_two_folders_of_one_name_are_a_problem(tmp_path):
     for wrapping in "ab":
         save(tmp_path / wrapping / "train" / "a.png", picture(0))
-    found = Found()
+    found = Survey()
     assert one_folder(found, [tmp_path], "train") is None and one_folder(found, [tmp_path], "test") is None
-    for name in ("notes.txt", "Thumbs.db", ".hidden"):
-        (tmp_path / "a" / "train" / name).write_text("no picture")
+    (tmp_path / "a" / "train" / "notes.txt").write_text("no picture")
     (tmp_path / "a" / "train" / "more").mkdir()
-    assert one_folder(found, [tmp_path / "a"], "train") and found.notes == ["passed over in train: more, notes.txt (2; no pictures)"]
+    assert one_folder(found, [tmp_path / "a"], "train")
+    assert found.passed == [(str(tmp_path / "a" / "train" / name), "no picture") for name in ("more", "notes.txt")]
     assert found.problems[0].startswith("several folders train: ") and found.problems[1] == "no folder test with pictures in it"
 
 
 def test_pairs_and_what_does_not_pair_up(tmp_path):
     images = [Path(f"{name}.png") for name in "abc"]
     masks = [Path(name) for name in ("a_m.png", "b_m.png", "b_m.bmp", "d_m.png")]
-    found = Found()
+    found = Survey()
     pair_up(found, images, masks, lambda stem: stem[:-2], stratum="g")
-    assert [(pair.id, pair.stratum, len(pair.masks)) for pair in found.pairs] == [("a", "g", 1)]
+    assert [(pair.id, pair.stratum, len(pair.masks)) for pair in found.records] == [("a", "g", 1)]
     assert found.problems == ["b.png: several masks, b_m.png, b_m.bmp", "c.png: no mask", "d_m.png: mask without an image"]
-    pair_up(found := Found(), images, masks, lambda stem: stem[:-2], several=True)
-    assert [len(pair.masks) for pair in found.pairs] == [1, 2]
+    pair_up(found := Survey(), images, masks, lambda stem: stem[:-2], several=True)
+    assert [len(pair.masks) for pair in found.records] == [1, 2]
 
 
 def test_names_that_differ_by_case_only_are_a_problem():
-    found = Found(pairs(("a",), ("A",), ("b",)))
-    assert bad_names(found) == ["the same name twice: a.png, A.png"]
+    assert bad_names(pairs(("a",), ("A",), ("b",))) == ["the same name twice: a.png, A.png"]
 
 
 def test_names_that_are_not_safe_in_a_table_are_a_problem(tmp_path):
-    odd = [Pair(name, Path("x.png"), ()) for name in ("line\nbreak", "escape\x1b[2J", "turned\u202egnp", os.fsdecode(b"no unicode \xff"), " ")]
-    problems = bad_names(Found(odd))
+    odd = [Record(name, Path("x.png"), ()) for name in ("line\nbreak", "escape\x1b[2J", "turned\u202egnp", os.fsdecode(b"no unicode \xff"), " ")]
+    problems = bad_names(odd)
     assert len(problems) == 5 and all("x.png: its name holds control characters" in problem for problem in problems)
-    assert bad_names(Found([Pair(name, Path(), ()) for name in ("=1+1", "@x", "-a", "b,c", "ä", "<b>")])) == []
-    assert len(bad_names(Found([Pair(name, Path(), ()) for name in ("straße", "STRASSE", "a", " a")]))) == 2
+    assert bad_names([Record(name, Path(), ()) for name in ("=1+1", "@x", "-a", "b,c", "ä", "<b>")]) == []
+    assert len(bad_names([Record(name, Path(), ()) for name in ("straße", "STRASSE", "a", " a")])) == 2
 
 
 def test_a_name_in_two_unicode_forms_is_one_name():
-    found = Found()
+    found = Survey()
     pair_up(found, [Path(unicodedata.normalize("NFD", "läsion.png"))], [Path(unicodedata.normalize("NFC", "läsion.png"))], str)
-    assert [pair.id for pair in found.pairs] == ["läsion"] and not found.problems
-    pair_up(found := Found(), [Path("a/p1/IM.0001"), Path("a/p2/x.y.png")], [Path("b/p1/IM.0001"), Path("b/p2/x.y.tif")], str,
+    assert [pair.id for pair in found.records] == ["läsion"] and not found.problems
+    pair_up(found := Survey(), [Path("a/p1/IM.0001"), Path("a/p2/x.y.png")], [Path("b/p1/IM.0001"), Path("b/p2/x.y.tif")], str,
             folders=(Path("a"), Path("b")))
-    assert [pair.id for pair in found.pairs] == ["p1/IM.0001", "p2/x.y"] and not found.problems
+    assert [pair.id for pair in found.records] == ["p1/IM.0001", "p2/x.y"] and not found.problems
 
 
 @pytest.fixture
@@ -289,11 +290,11 @@ def test_walks_end(maze, tmp_path):
     assert find_folders([maze], "train") == [maze / "train"] and find_folders([maze], "other") == []
     assert data_preparation.fingerprint(maze) == data_preparation.fingerprint(maze) != data_preparation.fingerprint(maze / "train")
     assert gather([maze], tmp_path / "out", r".*\.zip") == [maze]
-    found = Found()
-    assert pairing.take_pictures(found, maze / "train") == [maze / "train" / "a.png"]
+    found = Survey()
+    assert take_pictures(found, maze / "train") == [maze / "train" / "a.png"]
     assert sorted(problem.split("/")[-1] for problem in found.problems) == [
         f"{name}: not a file (a pipe, a socket or a device)" for name in ("pipe.png", "zero.png")]
-    assert len(found.notes) == 3 and all("train" in note and "passed over" in note for note in found.notes)
+    assert len(found.passed) == 3 and all("train" in name for name, _ in found.passed)
     (maze / "far").symlink_to(tmp_path / "elsewhere")
     save(tmp_path / "elsewhere" / "test" / "b.png", picture(1))
     assert find_folders([maze], "test") == [maze / "far" / "test"]  # a link to a folder is followed
@@ -342,19 +343,19 @@ def test_held_out_keeps_a_validation_part_and_makes_folds_if_asked():
 
 
 def test_patients_and_strata_are_found_in_names():
-    found = Found(pairs(*((f"p{patient}_{kind}_{i}",) for patient in range(3) for kind in "ab" for i in range(patient + 1))))
+    found = Survey(records=pairs(*((f"p{patient}_{kind}_{i}",) for patient in range(3) for kind in "ab" for i in range(patient + 1))))
     label(found, "patient", r"p(\d+)")
     label(found, "stratum", "[ab]")
-    assert [(pair.patient, pair.stratum) for pair in found.pairs] == [(pair.id[1], pair.id[3]) for pair in found.pairs]
+    assert [(pair.patient, pair.stratum) for pair in found.records] == [(pair.id[1], pair.id[3]) for pair in found.records]
     assert found.problems == [] and found.notes[0] == "patient: 3 by 'p(\\d+)', with 2 to 6 images each"
     for pattern in ("p0", "(x)?"):  # not in all names; matches, but nothing
-        label(found := Found(pairs(("p0_a",), ("p1_a",))), "patient", pattern)
+        label(found := Survey(records=pairs(("p0_a",), ("p1_a",))), "patient", pattern)
         assert "--patient" in found.problems[0] and "p1_a" in found.problems[0]
 
 
 def test_patients_have_no_blanks_around_them_and_those_that_differ_by_capitals_are_a_warning():
-    label(found := Found(pairs((" p1_a",), ("p1 _b",), ("P1_c",), ("p2_d",))), "patient", "^([^_]+)_")
-    assert [pair.patient for pair in found.pairs] == ["p1", "p1", "P1", "p2"]
+    label(found := Survey(records=pairs((" p1_a",), ("p1 _b",), ("P1_c",), ("p2_d",))), "patient", "^([^_]+)_")
+    assert [pair.patient for pair in found.records] == ["p1", "p1", "P1", "p2"]
     assert [note for note in found.notes if "WARNING" in note] == [
         "WARNING: the patient names 'P1' and 'p1' differ only by capitals or blanks: are they the same?"]
 
@@ -362,7 +363,7 @@ def test_patients_have_no_blanks_around_them_and_those_that_differ_by_capitals_a
 def test_held_out_and_folds_keep_patients_whole():
     def made() -> list[Pair]:
         rng = np.random.default_rng(5)
-        return [Pair(f"p{patient:02d}_{i}", Path(), (), f"p{patient:02d}", "ab"[patient % 2], "train")
+        return [Record(f"p{patient:02d}_{i}", Path(), (), f"p{patient:02d}", "ab"[patient % 2], split="train")
                 for patient in range(20) for i in range(rng.integers(1, 9))]
 
     for function, folds, of in ((held_out, None, "split"), (slices, 4, "fold"), (held_out, 4, "fold")):
@@ -381,10 +382,10 @@ def done(**entry) -> Done:
 
 
 def test_twins_of_two_patients_are_a_warning():
-    made = [Pair("a", Path(), (), "p1", "x"), Pair("b", Path(), (), "p2", "x"), Pair("c", Path(), (), "p3", "y")]
+    made = [Record("a", Path(), (), "p1", "x"), Record("b", Path(), (), "p2", "x"), Record("c", Path(), (), "p3", "y")]
     assert drop_twins(made, ["1", "1", "2"]) == (set(), [])
     for hashes, words in ((["1", "1", "2"], "two patients (a = b)"), (["1", "2", "1"], "two strata (a = c)")):
-        census = census_of(made, [done(hash=name) for name in hashes], ("background", "x"), {}, 65535)
+        census = census_of(Survey(records=made), [done(hash=name) for name in hashes], ("background", "x"), 65535)
         assert any(words in warning for warning in census.warnings), census.warnings
 
 
@@ -430,7 +431,7 @@ def test_the_summary_counts_rightly(tmp_path):
 def test_the_table_names_strata_and_splits():
     made = pairs(*((str(i), kind, split) for i, (kind, split) in enumerate(
         [("b", "train"), ("a", "test"), ("a", "valid"), ("b", "train"), ("a", "train")])))
-    census = census_of(made, [done(height=2 + i % 2) for i in range(5)], ("background", "x"), {}, 65535)
+    census = census_of(Survey(records=made), [done(height=2 + i % 2) for i in range(5)], ("background", "x"), 65535)
     rows = {row[0].strip(): row[1:] for row in census.rows()}
     assert rows[""] == ["train", "valid", "test", "all"] and rows["images"] == ["3", "1", "1", "5"]
     assert rows["a"] == ["1", "1", "1", "3"] and rows["b"] == ["2", "0", "0", "2"] and rows["empty masks"][-1] == "5"
@@ -500,8 +501,8 @@ def test_images_of_every_kind_keep_what_they_show(tmp_path):
         save(tmp_path / "raw" / "targets" / f"{name}.png", box(3, 3) * 255)
 
     def find_all(roots):
-        found = Found()
-        pair_up(found, *(pairing.take_pictures(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        found = Survey()
+        pair_up(found, *(take_pictures(found, roots[0] / part) for part in ("pictures", "targets")), str)
         return found
 
     folder = prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False)
@@ -526,9 +527,9 @@ def test_masks_that_were_looked_at_are_warned_of_as_by_open(tmp_path):
         mask.save(tmp_path / "raw" / "targets" / f"a{i}.tif", save_all=True, append_images=[mask])
 
     def find_all(roots):
-        found = Found()
-        pair_up(found, *(pairing.take_pictures(found, roots[0] / part) for part in ("pictures", "targets")), str)
-        pairing.judge(found)
+        found = Survey()
+        pair_up(found, *(take_pictures(found, roots[0] / part) for part in ("pictures", "targets")), str)
+        judge(found)
         return found
 
     text = report(prepare(described(find=find_all, folds=None), [tmp_path / "raw"], tmp_path / "data", progress=False))
@@ -580,7 +581,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
 def test_a_source_with_something_else_in_it(tmp_path, empty):
     save(tmp_path / "raw" / "other" / "a.png", picture(0))
     with pytest.raises(DataProblems, match="no pairs of image and mask|no folder pictures with pictures in it"):
-        prepare(described(find=(lambda roots: Found()) if empty else find), [tmp_path / "raw"], tmp_path / "data", progress=False)
+        prepare(described(find=(lambda roots: Survey()) if empty else find), [tmp_path / "raw"], tmp_path / "data", progress=False)
 
 
 def test_a_source_that_is_not_there(tmp_path):

@@ -117,7 +117,7 @@ def cache_key(survey: Survey, settings: Settings) -> str:
     def state(path: Path) -> tuple[str, int, int]:
         return survey.short(path), path.stat().st_size, path.stat().st_mtime_ns
 
-    files = [(record.id, state(record.image), record.mask and state(record.mask)) for record in survey.records]
+    files = [(record.id, state(record.image), state(record.mask)) for record in survey.records]
     text = json.dumps([CACHE_VERSION, asdict(settings), files])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -165,7 +165,7 @@ def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> 
         except (ValueError, OSError, ImportError) as error:
             problems.append(f"{survey.short(path)}: {printable(error)}")
 
-    if record.mask and (mask := attempt(record.mask, read_picture, record.mask, True)):
+    if mask := attempt(record.mask, read_picture, record.mask, True):
         look_up = looks_up(settings.masks, settings.mask_values, settings.ignore_value)
         if (whole := attempt(record.mask, stored_values, mask, look_up)) is not None:
             seen, shape = look_at(survey.short(record.mask), whole, mask), whole.shape

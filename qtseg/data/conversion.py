@@ -20,15 +20,51 @@ from tqdm import tqdm
 
 from ..colors import class_colors
 from .census import ALWAYS_TRAIN, ENTRY, Census, file_facts, identical_files, take_census
+from .layout import Reader, Record, Survey
 from .mask_values import IGNORE
-from .pairing import Pair, Reader
 from .preprocessing import outline
-from .reading import read_image, read_named_picture
+from .reading import read_image, read_mask, read_named_picture
 from ..files.pictures import Picture
 from ..files.writing import NO_SPACE, write_then_rename
 
 # %% auto #0
 __all__ = []
+
+# %% ../../nbs/reference/data_conversion.ipynb #preparation024
+def laid_over(mask: np.ndarray, height: int, width: int) -> tuple[np.ndarray, str] | None:
+    """Bring a mask [h, w] of another size onto its image: ([height, width], what was done), or None where it is
+    anyone's guess.
+
+    The same aspect: scaled, nearest pixel center. Else even margins all around, without foreground in them: cut off.
+    """
+    if abs(mask.shape[0] * width - mask.shape[1] * height) <= max(height, width):  # within a pixel
+        return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT), "scaled"
+    top, left = (mask.shape[0] - height) // 2, (mask.shape[1] - width) // 2
+    if top < 0 or left < 0:
+        return None
+    inner = mask[top:top + height, left:left + width]
+    return (inner, "its empty margins cut off") if np.count_nonzero(inner) == np.count_nonzero(mask) else None
+
+
+def union_of(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+    """Unite the binary masks of one image: uint8 [H, W], 1 where any of them is above half of its own maximum.
+
+    shape: the image's (H, W), None if it is unknown; a mask of another size is laid over it, with a note. Raises
+    ValueError, naming the file: damaged, no binary mask, of a size that fits in no clear way.
+    """
+    union = None
+    for path in paths:
+        mask = read_mask(path, "binary")
+        shape = shape or mask.shape
+        if mask.shape != shape:
+            sizes = f"{mask.shape[1]}x{mask.shape[0]} pixels over an image of {shape[1]}x{shape[0]}"
+            fitted = laid_over(mask, *shape)
+            if fitted is None:
+                raise ValueError(f"{path}: {sizes}, and no clear way to lay one over the other; redraw or remove it")
+            mask, done = fitted
+            notes.append(f"{path.name}: {sizes}, {done}")
+        union = mask if union is None else np.maximum(union, mask)
+    return union
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation052
 class Done(NamedTuple):
@@ -45,20 +81,20 @@ class Done(NamedTuple):
     notes: list[str]
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation053
-def drop_twins(pairs: list[Pair], hashes: list[str]) -> tuple[set[str], list[str]]:
+def drop_twins(records: list[Record], hashes: list[str]) -> tuple[set[str], list[str]]:
     """Ids to leave out, because the same image file is in a part that judges (test before valid before train); notes.
 
     Identical files in two folds or of two patients stay: SegmentationData keeps them apart when a fold is chosen.
     """
     rank = {"test": 0, "valid": 1}
-    several = [[pairs[row] for row in rows] for rows in identical_files(hashes)]
+    several = [[records[row] for row in rows] for rows in identical_files(hashes)]
     dropped, notes = set(), []
     for same in several:
-        best = min(rank.get(pair.split, 2) for pair in same)
-        dropped |= {pair.id for pair in same if rank.get(pair.split, 2) > best}
+        best = min(rank.get(record.split, 2) for record in same)
+        dropped |= {record.id for record in same if rank.get(record.split, 2) > best}
     if dropped:
         notes.append(f"left out, because the same file validates or tests: {', '.join(sorted(dropped))}")
-    if crossing := sum(len({pair.fold for pair in same if pair.id not in dropped}) > 1 for same in several):
+    if crossing := sum(len({record.fold for record in same if record.id not in dropped}) > 1 for same in several):
         notes.append(f"{crossing} image file(s) occur in two folds; training leaves out the twin of one that validates")
     return dropped, notes
 
@@ -66,20 +102,14 @@ def drop_twins(pairs: list[Pair], hashes: list[str]) -> tuple[set[str], list[str
 def copyable(picture: Picture, data: bytes) -> str | None:
     """The extension under which an image file can be copied byte for byte; None where it must be written anew.
 
-    Copied are upright pictures without palette, alpha channel and further frames: PNG of 8 or 16 bits, RGB JPEG.
+    Copied are upright pictures without palette, alpha channel and further frames: PNG of 8 or 16 bits, colored JPEG.
     """
     if picture.turned or picture.frames > 1:
         return None
     if picture.format == "PNG" and data[24] in (8, 16) and data[25] in (0, 2):  # bits of a channel; gray, RGB
         return ".png"
-    place, channels = 2, 0
-    while picture.format == "JPEG" and data[place:place + 1] == b"\xff" and place + 10 < len(data):
-        kind = data[place + 1]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # the header of a frame
-            channels = data[place + 9]
-            break
-        place += 2 + int.from_bytes(data[place + 2:place + 4], "big")
-    return ".jpg" if channels == 3 else None
+    inks = b"Adobe" in data[:2**16]  # CMYK is marked so
+    return ".jpg" if picture.format == "JPEG" and picture.values.ndim == 3 and not inks else None
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation059
 def as_png(pixels: np.ndarray) -> bytes:
@@ -88,7 +118,7 @@ def as_png(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 4])[1].tobytes()
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation063
-def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
+def convert(pair: Record, folder: Path, read: Reader, classes: int) -> Done:
     """Check one pair and write it to images/ and masks/ of a folder; runs in several threads at once."""
     problems, notes = [], []
 
@@ -105,7 +135,7 @@ def convert(pair: Pair, folder: Path, read: Reader, classes: int) -> Done:
     shape = None if picture is None else picture.values.shape[:2]
     mask = attempt(read, pair.masks, shape, notes)
     if picture is not None and mask is not None and mask.shape != shape:
-        problems.append(f"{pair.image}: {shape[1]}x{shape[0]} pixels, but its mask {pair.masks[0].name} has "
+        problems.append(f"{pair.image}: {shape[1]}x{shape[0]} pixels, but its mask {pair.mask.name} has "
                         f"{mask.shape[1]}x{mask.shape[0]}")
     for path in pair.masks:
         with suppress(OSError):  # which is told already
@@ -143,7 +173,7 @@ def write_image(name: str, source: Path, picture: Picture, folder: Path) -> dict
     return row
 
 
-def write_pair(pair: Pair, picture: Picture, mask: np.ndarray, folder: Path) -> dict:
+def write_pair(pair: Record, picture: Picture, mask: np.ndarray, folder: Path) -> dict:
     """Write image and mask below a folder, the mask with one class index per pixel; returns the row of the manifest."""
     row = write_image(pair.id, pair.image, picture, folder)
     (folder / row["mask"]).parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +182,7 @@ def write_pair(pair: Pair, picture: Picture, mask: np.ndarray, folder: Path) -> 
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation066
 def convert_all(
-    pairs: list[Pair], folder: Path, read: Reader, classes: int, workers: int, progress: bool) -> list[Done]:
+    pairs: list[Record], folder: Path, read: Reader, classes: int, workers: int, progress: bool) -> list[Done]:
     """convert every pair, in `workers` threads; the results in the order of the pairs."""
     for part in ("images", "masks"):
         (folder / part).mkdir()
@@ -210,23 +240,24 @@ def contact_sheet(folder: Path, rows: list[dict], class_names: Sequence[str], wo
     return sheet
 
 # %% ../../nbs/reference/data_conversion.ipynb #preparation076a
-def census_of(pairs: list[Pair], done: list[Done], names: Sequence[str], turned: dict[Path, int], white: int) -> Census:
-    """Take the census of pairs that were written, by fold or split.
+def census_of(survey: Survey, done: list[Done], names: Sequence[str], white: int) -> Census:
+    """Take the census of the survey's pairs, which were written, by fold or split.
 
     Args:
         names: Of the classes.
-        turned: The EXIF orientations of mask files; empty where they were not looked at.
         white: See `data.reading.white_of`.
     """
-    rest, parts = ALWAYS_TRAIN if any(pair.fold is not None for pair in pairs) else "not split", {}
-    for row, (pair, one) in enumerate(zip(pairs, done)):
-        parts.setdefault(f"fold {pair.fold}" if pair.fold is not None else pair.split or rest, []).append(row)
-        if turned:
-            found = {turned.get(path, 0) for path in pair.masks}
+    records, parts = survey.records, {}
+    rest = ALWAYS_TRAIN if any(record.fold is not None for record in records) else "not split"
+    for row, (record, one) in enumerate(zip(records, done)):
+        part = f"fold {record.fold}" if record.fold is not None else record.split or rest
+        parts.setdefault(part, []).append(row)
+        if survey.turned:
+            found = {survey.turned.get(path, 0) for path in record.masks}
             one.entry["mask_turned"] = found.pop() if len(found) == 1 else 255
     order = ["train", "valid", rest, "test"]
     parts = {name: parts[name] for name in sorted(
         parts, key=lambda name: (order.index(name) if name in order else -1, len(name), name))}
     kinds = np.dtype([*ENTRY, ("pixels", "u8", (len(names),))])
     entries = np.array([tuple(one.entry[name] for name in kinds.names) for one in done], kinds)
-    return take_census(pairs, entries, parts, names, white)
+    return take_census(records, entries, parts, names, white, survey.passed)

@@ -10,15 +10,13 @@ import http.client
 import json
 import os
 import re
-import shutil
-import ssl
 import stat
 import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,7 +27,7 @@ from tqdm import tqdm
 from ..files.limits import limit
 from ..files.pictures import hash_file
 from ..files.text import printable, read_json
-from ..files.writing import write_then_rename
+from ..files.writing import require_space, write_then_rename
 
 # %% auto #0
 __all__ = []
@@ -46,11 +44,7 @@ def way_out(problem: str, page: str, name: str) -> DownloadError:
 
 
 class Interruption(Exception):
-    """A problem that the next attempt may not have; `pause`: the seconds that the server asks us to wait."""
-
-    def __init__(self, reason: str, pause: float = 0.0):
-        super().__init__(reason)
-        self.pause = pause
+    """A problem that the next attempt may not have."""
 
 # %% ../../nbs/reference/data_download.ipynb #download031
 def check_url(url: str, local: bool = True) -> None:
@@ -137,19 +131,10 @@ def send_request(one: Transfer) -> http.client.HTTPResponse:
             raise Interruption("the file on the server is another one now, starting anew") from error
         said = f"{one.host} answers {error.code} {error.reason}"
         if error.code in (408, 429) or error.code >= 500:
-            text = error.headers.get("Retry-After", "").strip()
-            pause = float(text) if re.fullmatch("[0-9]{1,9}", text) else 0.0
-            raise Interruption(said + (f" and asks to wait {pause:.0f} s" if pause else ""), pause) from error
-        meaning = {401: "it wants a login", 403: "it refuses access", 410: "the file has been withdrawn",
-                   404: "the file is not, or no longer, at this address"}.get(error.code, "trying again would not help")
-        raise one.refusal(f"{one.url} cannot be downloaded: {said}, that is, {meaning}") from error
+            raise Interruption(said) from error
+        raise one.refusal(f"{one.url} cannot be downloaded: {said}") from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise one.refusal(f"{one.url}: the server's certificate is not accepted ({reason.verify_message}): check "
-                              "this machine's clock, and whether a proxy stands in between") from error
-        said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        raise Interruption(f"no connection to {one.host} ({said})") from error
+        raise Interruption(f"no connection to {one.host} ({getattr(error, 'reason', error)!r})") from error
     except ValueError as error:  # an address that is not followed, a header that cannot be sent
         raise one.refusal(f"{one.url}: {error}") from error
 
@@ -198,14 +183,6 @@ def receive(one: Transfer, response: http.client.HTTPResponse, bar: tqdm) -> Non
                 since, before = now, one.held
 
 # %% ../../nbs/reference/data_download.ipynb #download043
-def require_room(folder: Path, needed: int) -> None:
-    """Raise DownloadError if a folder's disk has less room than `needed` bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DownloadError(f"no space in {folder}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; "
-                            "free some and run it again, or name another place")
-
-
 def connect(one: Transfer, bar: tqdm) -> None:
     """Complete the part in one connection. Raises Interruption (try again) or DownloadError (do not)."""
     if one.version and one.version["size"] == one.held:
@@ -215,7 +192,7 @@ def connect(one: Transfer, bar: tqdm) -> None:
         whole = one.version["size"]
         bar.total, bar.n = whole, one.held
         one.check_size(whole or 0)
-        require_room(one.part.parent, (whole or one.held) - one.held)
+        require_space(one.part.parent, (whole or one.held) - one.held)
         receive(one, response, bar)
     if whole is not None and one.held != whole:
         raise Interruption(f"the connection ended after {one.held:,} of {whole:,} bytes")
@@ -262,17 +239,6 @@ def is_recorded(path: Path, name: str, checksums: Path | None) -> bool:
     return same
 
 # %% ../../nbs/reference/data_download.ipynb #download075
-def is_finished(target: Path, checksums: Path | None) -> bool:
-    """Tell whether a whole download is there already; one that differs from its record is put aside."""
-    if not target.is_file():
-        return False
-    if is_recorded(target, target.name, checksums):
-        return True
-    print(printable(f"{target} has changed since it was downloaded: put aside as {target.name}.wrong, "
-                    "downloading it again"))
-    return False
-
-
 def accept(arrived: Path, target: Path, checksums: Path | None, page: str) -> None:
     """Give a complete download its name. DownloadError if it is empty, no whole .zip, or not the recorded one."""
     if arrived.stat().st_size == 0 or (target.suffix == ".zip" and not zipfile.is_zipfile(arrived)):
@@ -285,23 +251,39 @@ def accept(arrived: Path, target: Path, checksums: Path | None, page: str) -> No
                       f"delete its line in {checksums}", page, target.name)
     arrived.replace(target)
 
+
+def obtain(target: Path, checksums: str | os.PathLike | None, page: str, download: Callable[[], Path]) -> Path:
+    """Return a file that is there and unchanged, else let `download` bring it, and accept that; one process at a time.
+
+    A file that differs from its record is put aside.
+    """
+    checksums = checksums and Path(checksums).expanduser()
+    with one_at_a_time(target):
+        if target.is_file():
+            if is_recorded(target, target.name, checksums):
+                return target
+            print(printable(f"{target} has changed since it was downloaded: put aside as {target.name}.wrong, "
+                            "downloading it again"))
+        accept(download(), target, checksums, page)
+    return target
+
 # %% ../../nbs/reference/data_download.ipynb #download053
 MAX_DOWNLOAD = 50_000_000_000  # bytes of one file, unless its source says otherwise
-MOST_PAUSE = 300.0  # seconds; a server that asks to wait longer ends the download
 
 
-def complete(one: Transfer, attempts: int, wait: float, progress: bool) -> None:
+def complete(one: Transfer, attempts: int, wait: float, progress: bool) -> Path:
     """Connect until the part is complete. DownloadError after `attempts` in a row below `least` new bytes."""
     furthest, failed = one.held, 0
     with tqdm(desc=printable(one.target.name), unit="B", unit_scale=True, file=sys.stdout, disable=not progress) as bar:
         while True:
             try:
-                return connect(one, bar)
+                connect(one, bar)
+                return one.part
             except Interruption as error:
                 failed = 1 if one.held >= furthest + one.least else failed + 1
-                furthest, pause = max(furthest, one.held), max(wait * 2 ** (failed - 1), error.pause)
+                furthest, pause = max(furthest, one.held), wait * 2 ** (failed - 1)
                 kept = f"{one.held:,} bytes are kept"
-                if failed >= attempts or pause > MOST_PAUSE:
+                if failed >= attempts:
                     again = f"; {kept}, and running it again continues from there" if one.held else ""
                     raise one.refusal(f"{one.url} could not be downloaded: {error}{again}") from error
                 if progress:
@@ -310,7 +292,7 @@ def complete(one: Transfer, attempts: int, wait: float, progress: bool) -> None:
 
 # %% ../../nbs/reference/data_download.ipynb #download078
 def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike | None = None, attempts: int = 5,
-          wait: float = 1.0, timeout: float = 30.0, least_speed: float = 1000.0, most: int | None = None,
+          wait: float = 1.0, timeout: float = 30.0, least_speed: float = 1000.0, most: int = MAX_DOWNLOAD,
           progress: bool = True, page: str | None = None) -> Path:
     """Download one file over HTTPS, unless it is there already and unchanged; an interrupted download is continued.
 
@@ -320,7 +302,7 @@ def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike |
         wait: Seconds before the second connection, doubled each time.
         timeout: Seconds without a single byte.
         least_speed: Bytes a second, over such a time.
-        most: Bytes of the whole file; None: MAX_DOWNLOAD.
+        most: Bytes of the whole file.
         progress: A bar, and a line per interruption.
         page: Where people find the file; None: the address.
 
@@ -332,16 +314,14 @@ def fetch(url: str, target: str | os.PathLike, *, checksums: str | os.PathLike |
         ValueError: An address without https.
     """
     check_url(url)
-    most = limit("MAX_DOWNLOAD", most or MAX_DOWNLOAD)
-    target, checksums = Path(target).expanduser(), checksums and Path(checksums).expanduser()
-    with one_at_a_time(target):
-        if is_finished(target, checksums):
-            return target
-        one = Transfer(url, target, page or url, timeout, max(1, round(least_speed * timeout)), most)
-        complete(one, attempts, wait, progress)
-        try:
-            accept(one.part, target, checksums, one.page)
-        finally:
-            if not one.part.exists():  # accepted, or of no use
-                one.discard()
-    return target
+    most, target, page = limit("MAX_DOWNLOAD", most), Path(target).expanduser(), page or url
+
+    def download() -> Path:
+        one = Transfer(url, target, page, timeout, max(1, round(least_speed * timeout)), most)
+        return complete(one, attempts, wait, progress)
+
+    try:
+        return obtain(target, checksums, page, download)
+    finally:
+        if not target.with_name(target.name + ".part").exists():  # accepted, or of no use
+            target.with_name(target.name + ".part.json").unlink(missing_ok=True)

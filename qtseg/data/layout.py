@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from .preprocessing import is_whole_number
 from ..files.folders import same_form, walk
@@ -20,9 +22,13 @@ from ..files.text import first_names, printable, read_json, read_table
 __all__ = ['Survey', 'survey_folder']
 
 # %% ../../nbs/reference/data_layout.ipynb #data051
+# (mask files of one image, the image's size, notes) -> class index [H, W]
+Reader = Callable[[Sequence[Path], "tuple[int, int] | None", list[str]], np.ndarray]
+
+
 @dataclass
 class Record:
-    """One pair as the folder describes it.
+    """One image with its mask, or with the files that make it up.
 
     Args:
         patient: images with the same patient belong together and are never split; empty: the image stands alone.
@@ -33,20 +39,25 @@ class Record:
 
     id: str
     image: Path
-    mask: Path | None
+    masks: tuple[Path, ...]
     patient: str = ""
     stratum: str = ""
     fold: int | None = None
     split: str = ""
     size: tuple[int, int] | None = None
 
+    @property
+    def mask(self) -> Path:
+        """The first of its mask files."""
+        return self.masks[0]
+
 # %% ../../nbs/reference/data_layout.ipynb #data051-i1
 @dataclass
 class Survey:
-    """What a folder holds, before any picture is decoded; problems are collected, not raised."""
+    """What a folder or a downloaded set holds, before a picture is decoded; problems are collected, not raised."""
 
-    folder: Path
-    name: str
+    folder: Path | None = None
+    name: str = ""
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -54,10 +65,13 @@ class Survey:
     class_names: tuple[str, ...] = ()
     ignore: int | None = None  # the value of pixels that count nowhere, as dataset.json says
     prepared: bool = False
+    read: Reader | None = None  # how the masks are read, where that is decided after a look at all of them
+    decided: dict = field(default_factory=dict)  # what dataset.json says of that
+    turned: dict[Path, int] = field(default_factory=dict)  # EXIF orientations of mask files that were looked at
 
     def short(self, path: Path) -> str:
         """A path as the user knows it: relative to the folder."""
-        return path.relative_to(self.folder).as_posix()
+        return path.relative_to(self.folder).as_posix() if self.folder else str(path)
 
 # %% ../../nbs/reference/data_layout.ipynb #data054
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -109,14 +123,17 @@ def name_of(path: Path, folder: Path | None = None) -> str:
     return same_form(stem if folder is None else (path.parent.relative_to(folder) / stem).as_posix())
 
 
-def pictures_below(folder: Path) -> tuple[list[Path], list[tuple[Path, str]], list[tuple[Path, str]]]:
-    """The pictures in a folder and in those inside it; files that are called pictures, and cannot be taken; all others
-    that are passed over. Each of the latter two with the reason."""
+def take_pictures(survey: Survey, folder: Path) -> list[Path]:
+    """The pictures in a folder and in those inside it. What is called a picture and cannot be taken is a problem; all
+    else is passed over."""
     files, passed = walk(folder)
     pictures = [path for path in files if is_meant(path)]
-    lost = [one for one in passed if one[0].suffix.lower() in EXTENSIONS and one[1] != "hidden"]
-    others = [(path, "no picture") for path in sorted(set(files) - set(pictures))]
-    return pictures, lost, [*(one for one in passed if one not in lost), *others]
+    for path, reason in [*passed, *((path, "no picture") for path in sorted(set(files) - set(pictures)))]:
+        if path.suffix.lower() in EXTENSIONS and reason != "hidden":
+            survey.problems.append(f"{survey.short(path)}: {reason}")
+        else:
+            survey.passed.append((survey.short(path), reason))
+    return pictures
 
 # %% ../../nbs/reference/data_layout.ipynb #data055
 def bare_name(name: str) -> str:
@@ -131,35 +148,48 @@ def namesakes(folder: Path) -> dict[str, str]:
     return {bare_name(name): f"; there is {printable(name)}, whose capitals or extension do not fit" for name in names}
 
 
-def _pair(survey: Survey, images: Path, masks: Path, split: str) -> None:
+def pair_up(survey: Survey, images: Iterable[Path], masks: Iterable[Path], of: Callable[[str], str | None], *,
+            several: bool = False, folders: tuple[Path | None, Path | None] = (None, None), **labels: str) -> None:
+    """Add a record per image. Images without a mask, masks without an image, and masks too many become problems.
+
+    Args:
+        of: from a mask's name to its image's, both as name_of gives them.
+        several: an image may have more than one mask.
+        folders: of images and of masks, where the path below them is part of the name.
+        labels: patient, stratum or split of all these records.
+    """
+    by_image, names, near = {}, set(), None
+    for mask in masks:
+        name = name_of(mask, folders[1])
+        by_image.setdefault(of(name) or name, []).append(mask)
+    for image in images:
+        name = name_of(image, folders[0])
+        own = by_image.get(name, [])
+        names.add(name)
+        if len(own) == 1 or own and several:
+            survey.records.append(Record(name, image, tuple(own), **labels))
+        elif own:
+            found = ", ".join(map(survey.short, own))
+            survey.problems.append(f"{survey.short(image)}: several masks, {found}")
+        else:
+            near = namesakes(folders[1]) if near is None and folders[1] else near or {}
+            where = (f" in {survey.short(folders[1])}/ (of the same name, perhaps with _mask, _seg, _label or _gt after "
+                     f"it, or mask_ before it{near.get(bare_name(name), '')})") if folders[1] else ""
+            survey.problems.append(f"{survey.short(image)}: no mask{where}")
+    lonely = [mask for name in sorted(by_image.keys() - names) for mask in by_image[name]]
+    survey.problems += [f"{survey.short(mask)}: mask without an image" for mask in lonely]
+
+# %% ../../nbs/reference/data_layout.ipynb #c-pairby
+def pair_by_name(survey: Survey, images: Path, masks: Path, split: str = "") -> None:
     """Match the images of one folder with the masks of another by name, and add records and problems to the survey."""
-    below, stray = {images: {}, masks: {}}, []
-    for folder, by_name in below.items():
-        pictures, lost, passed = pictures_below(folder)
-        for path in pictures:
-            by_name.setdefault(name_of(path, folder), []).append(path)
-        survey.problems += [f"{survey.short(path)}: {reason}" for path, reason in lost]
-        survey.passed += [(survey.short(path), reason) for path, reason in passed]
-    names, by_image = image_names(below[images]), {}
-    for name, paths in sorted(below[masks].items()):
-        (stray if (image := image_of(name, names)) is None else by_image.setdefault(image, [])).extend(paths)
-    near = namesakes(masks) if below[images].keys() - by_image.keys() else {}
-    for name, path in ((name, path) for name, paths in sorted(below[images].items()) for path in paths):
-        found = by_image.get(name, [])
-        if not found:
-            survey.problems.append(
-                f"{survey.short(path)}: no mask in {survey.short(masks)}/ (of the same name, perhaps with _mask, _seg, "
-                f"_label or _gt after it, or mask_ before it{near.get(bare_name(name), '')})")
-        elif len(found) > 1:
-            survey.problems.append(
-                f"{survey.short(path)}: several masks, {', '.join(survey.short(mask) for mask in found)}")
-        survey.records.append(Record(name, path, found[0] if found else None, split=split))
-    if folders := sorted({name.rpartition("/")[0] for name in below[images] if "/" in name}):
+    pictures, targets = (take_pictures(survey, folder) for folder in (images, masks))
+    names = image_names(name_of(path, images) for path in pictures)
+    pair_up(survey, pictures, targets, lambda name: image_of(name, names), folders=(images, masks), split=split)
+    if folders := sorted({name.rpartition("/")[0] for name in names.values() if "/" in name}):
         survey.notes.append(
             f"{survey.short(images)}/ has {len(folders)} sub-folders with images ({first_names(folders)}): they are "
             "parts of the names, no patients; if each is a patient, prepare the set with "
             "qtseg prepare own --patient '^([^/]+)/'")
-    survey.problems += [f"{survey.short(mask)}: mask without an image in {survey.short(images)}/" for mask in stray]
 
 # %% ../../nbs/reference/data_layout.ipynb #data058
 PAIRS = (("inputs", "targets"), ("images", "masks"), ("image", "mask"), ("images", "labels"), ("imgs", "masks"))
@@ -179,7 +209,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]]:
-    """One row of a manifest -> record (None if there is no image to look at) and what is wrong with the row."""
+    """One row of a manifest -> record (None without image or mask) and what is wrong with the row."""
     problems: list[str] = []
     text = {column: (row.get(column) or "").strip() for column in COLUMNS}
 
@@ -213,7 +243,8 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
         problems.append("has more cells than there are columns")
     size = (numbers["height"], numbers["width"]) if numbers["height"] and numbers["width"] else None
     split = split if split in SPLITS else ""
-    return image and Record(name, image, mask, patient, stratum, numbers["fold"], split, size), problems
+    record = Record(name, image, (mask,), patient, stratum, numbers["fold"], split, size) if image and mask else None
+    return record, problems
 
 # %% ../../nbs/reference/data_layout.ipynb #data065
 MOST_IMAGES = 500_000
@@ -279,13 +310,13 @@ def _look(folder: Path, name: str) -> Survey | None:
         raise ValueError(
             f"{folder} has a dataset.json but no manifest.csv: its preparation did not finish, run it again")
     if pair := _pair_in(folder):
-        _pair(survey, *pair, "")
+        pair_by_name(survey, *pair)
         return survey
     inside = [(SPLIT_FOLDERS.get(path.name.lower()), path) for path in sorted(folder.iterdir()) if path.is_dir()]
     parts = [(split, path, _pair_in(path)) for split, path in inside if split]
     for split, part, pair in parts:
         if pair:
-            _pair(survey, *pair, split)
+            pair_by_name(survey, *pair, split)
         else:
             survey.notes.append(f"{part.name}/ was left out: it does not hold images and masks side by side")
             survey.passed.append((f"{part.name}/", "no images and masks side by side"))

@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from .layout import image_names, image_of, name_of
-from .mask_values import value_code
-from .pairing import Found, judge, label, pair_up, take_pictures
+import numpy as np
+from tqdm import tqdm
+
+from .layout import Survey, image_names, image_of, name_of, pair_up, take_pictures
+from .mask_values import IGNORE, MaskReading, MaskValues, look_at, stored_values, value_code
+from .masks import judge_masks, looks_up
 from .preparation import DataSet, prepare_set
+from .reading import read_classes, read_named_picture
+from ..files.text import first_names
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/reference/data_own.ipynb #b64ebd59
-def find_files(found: Found, images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
+def find_files(found: Survey, images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
     """List the images and the masks. One folder may lie in the other; if they are the same, names tell masks apart."""
     if os.path.samefile(images, masks):
         names = {path: name_of(path, images) for path in take_pictures(found, images)}
@@ -38,6 +48,62 @@ def find_files(found: Found, images: Path, masks: Path) -> tuple[list[Path], lis
         return [path for path in real[0] if real[0][path] not in shared], list(real[1])
     return list(real[0]), [path for path in real[1] if real[1][path] not in shared]
 
+# %% ../../nbs/reference/data_own.ipynb #preparation039d
+def judge(found: Survey, masks: str = "binary", classes: int = 2, mask_values: Sequence[int | str] = (),
+          ignore_value: int | str | None = None) -> None:
+    """Decide from all masks how each is read: sets found.read and found.decided, or adds problems. See judge_masks."""
+    look_up = looks_up(masks, mask_values, ignore_value)
+    paths, paged = [path for record in found.records for path in record.masks], []
+
+    def look(path: Path) -> MaskValues | None:
+        with suppress(ValueError, OSError):  # those that cannot be read are named when they are converted
+            picture = read_named_picture(path, stored_values=True)
+            found.turned[path] = picture.turned
+            paged.extend([str(path)] * (picture.frames > 1))
+            return look_at(str(path), stored_values(picture, look_up), picture)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seen = tqdm(pool.map(look, paths), "looking at masks", len(paths), unit="mask", file=sys.stdout, disable=None)
+        reading, problems, notes = judge_masks([one for one in seen if one], masks, classes, mask_values, ignore_value)
+
+    def read(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+        """A Reader of one mask per image; where the set is refused, it only looks whether the file can be read."""
+        return read_classes(paths[0], reading or MaskReading("any"))
+
+    found.read, found.problems, found.notes = read, found.problems + problems, found.notes + notes
+    if paged:
+        found.notes.append(f"WARNING: {len(paged)} mask files hold several pages or frames; the first alone is read: "
+                           f"{first_names(sorted(paged), 5)}")
+    ignore = IGNORE if reading and reading.ignore is not None else None
+    found.decided = {"ignore": ignore, "mask_values": list(mask_values)}
+
+# %% ../../nbs/reference/data_own.ipynb #preparation049
+def label(found: Survey, column: str, pattern: str) -> None:
+    """Take the patient or the stratum of each record from its id; ids in which nothing is found become a problem.
+
+    Args:
+        column: "patient" or "stratum".
+        pattern: a regular expression; what its first brackets matched counts, or all that matched where it has none.
+    """
+    lost, alike = [], {}
+    for record in found.records:
+        match = re.search(pattern, record.id)
+        key = match and (match[1 if match.re.groups else 0] or "").strip()  # a manifest's cells have no blanks around
+        setattr(record, column, key or "")
+        lost += [] if key else [record.id]
+    if lost:
+        found.problems.append(f"--{column} '{pattern}' finds nothing in {len(lost)} name(s): {first_names(lost, 5)}")
+    kinds = Counter(getattr(record, column) for record in found.records)
+    if kinds:
+        sizes = " to ".join(map(str, sorted({min(kinds.values()), max(kinds.values())})))
+        found.notes.append(f"{column}: {len(kinds)} by '{pattern}', with {sizes} images each")
+    for kind in kinds:
+        bare = "".join(sign for sign in kind.casefold() if sign.isprintable() and sign != " ")
+        alike.setdefault(bare, set()).add(kind)
+    if odd := [" and ".join(map(repr, sorted(same))) for same in alike.values() if len(same) > 1]:
+        found.notes.append(
+            f"WARNING: the {column} names {'; '.join(odd[:5])} differ only by capitals or blanks: are they the same?")
+
 # %% ../../nbs/reference/data_own.ipynb #50072c16
 WORDS = (  # what data.masks says -> the option of the command
     (r"classes=\d+ and mask_values=\[(.*?)\]|mask_values=\[(.*?)\](?: and classes=\d+)?",
@@ -54,9 +120,9 @@ def in_options(text: str) -> str:
     return text
 
 # %% ../../nbs/reference/data_own.ipynb #b54b4bc3
-def find_own(folders: list[Path], patient: str | None, stratum: str | None, **reading) -> Found:
+def find_own(folders: list[Path], patient: str | None, stratum: str | None, **reading) -> Survey:
     """Find the pairs of a folder of images and a folder of masks, and decide how the masks are read."""
-    found, folders = Found(), (folders[0], folders[-1])
+    found, folders = Survey(), (folders[0], folders[-1])
     images, masks = find_files(found, *folders)
     names = image_names(name_of(image, folders[0]) for image in images)
     pair_up(found, images, masks, lambda name: image_of(name, names) or name, folders=folders)

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cache import DataProblems
-from .conversion import Done, as_png, census_of, contact_sheet, convert_all, drop_twins
-from .pairing import NOBODYS, Found, Pair, Reader, bad_names, slices, union_of
+from .conversion import Done, as_png, census_of, contact_sheet, convert_all, drop_twins, union_of
+from .layout import Reader, Record, Survey
 from .phantom_sets import write_manifest
 from .reading import white_of
 from .sources import unpack
+from .splits import slices
 from ..files.folders import same_form, walk
-from ..files.text import printable, read_json
+from ..files.text import first_names, printable, read_json
 from ..files.writing import NO_SPACE, new_folder, private_name
 
 # %% auto #0
@@ -53,10 +54,10 @@ class DataSet:
     citation: str
     page: str
     class_names: tuple[str, ...]
-    find: Callable[[list[Path]], Found]
+    find: Callable[[list[Path]], Survey]
     download: Callable[[Path], list[Path]] | None = None
     read: Reader = union_of
-    assign: Callable[[list[Pair], int | None], list[str]] = slices
+    assign: Callable[[list[Record], int | None], list[str]] = slices
     folds: int | None = 5
     archives: str = r".*\.zip"
     settings: dict = field(default_factory=dict)
@@ -143,8 +144,18 @@ def is_ready(folder: Path, wishes: dict) -> bool:
     return True
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation092
+def bad_names(records: list[Record]) -> list[str]:
+    """A problem for every id that is not safe in a table, or that differs from another by capitals at most."""
+    by_id: dict[str, list[str]] = {}
+    for record in records:
+        by_id.setdefault(record.id.strip().casefold(), []).append(str(record.image))
+    odd = [record for record in records if printable(record.id) != record.id or not record.id.strip()]
+    return [f"{one.image}: its name holds control characters, or is no Unicode: rename the file" for one in odd] + [
+        f"the same name twice: {', '.join(images)}" for images in by_id.values() if len(images) > 1]
+
+
 def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | None, workers: int,
-            progress: bool) -> tuple[Found, list[Done]]:
+            progress: bool) -> tuple[Survey, list[Done]]:
     """Find the pairs, write them all, give each its fold or split.
 
     Returns:
@@ -153,7 +164,6 @@ def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | N
     Raises:
         DataProblems: Everything that is wrong with the source.
     """
-
     def short(text: str) -> str:
         """A sentence without the folders in which all files lie."""
         text = re.sub(re.escape(str(private / "unpacked")) + r"[/\\]\d+[/\\]", "", text)
@@ -163,20 +173,20 @@ def collect(dataset: DataSet, sources: list[Path], private: Path, folds: int | N
 
     try:
         found = dataset.find(gather(sources, private / "unpacked", dataset.archives, progress))
-        found.pairs.sort(key=lambda pair: pair.id)  # plain string order: slices and held_out build on it
-        problems = found.problems + bad_names(found)
-        if not found.pairs and not problems:
+        found.records.sort(key=lambda record: record.id)  # plain string order: slices and held_out build on it
+        problems = found.problems + bad_names(found.records)
+        if not found.records and not problems:
             problems = ["no pairs of image and mask"]
         read, classes = found.read or dataset.read, len(dataset.class_names)
-        done = convert_all(found.pairs, private, read, classes, workers, progress)
+        done = convert_all(found.records, private, read, classes, workers, progress)
         problems += [problem for result in done for problem in result.problems]
         found.notes += [note for result in done for note in result.notes]
-        found.notes += [] if problems else dataset.assign(found.pairs, folds)
+        found.notes += [] if problems else dataset.assign(found.records, folds)
     except ValueError as error:
         problems = [str(error)]
     if problems:
         raise DataProblems(dataset.title, map(short, problems))
-    found.notes = [*map(short, found.notes)]
+    found.notes, found.passed = [*map(short, found.notes)], [(short(name), reason) for name, reason in found.passed]
     return found, done
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation093
@@ -187,16 +197,19 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
         DataProblems: Everything that is wrong with the source.
     """
     found, done = collect(dataset, sources, private, wishes["folds"], workers, progress)
-    dropped, twins = drop_twins(found.pairs, [result.entry["hash"] for result in done])
-    for result in (result for pair, result in zip(found.pairs, done) if pair.id in dropped):
-        (private / result.row["image"]).unlink()
-        (private / result.row["mask"]).unlink()
-    done = [result for pair, result in zip(found.pairs, done) if pair.id not in dropped]
-    pairs = [pair for pair in found.pairs if pair.id not in dropped]
-    rows = [result.row | {"patient": pair.patient, "stratum": pair.stratum, "fold": pair.fold, "split": pair.split}
-            for pair, result in zip(pairs, done)]
-    white, names = white_of([result.entry for result in done]), dataset.class_names
-    census = census_of(pairs, done, names, found.turned, white)
+    dropped, twins = drop_twins(found.records, [result.entry["hash"] for result in done])
+    rows, kept = [], []
+    for record, result in zip(found.records, done):
+        if record.id in dropped:
+            (private / result.row["image"]).unlink()
+            (private / result.row["mask"]).unlink()
+        else:
+            rows.append(result.row | {"patient": record.patient, "stratum": record.stratum, "fold": record.fold,
+                                      "split": record.split})
+            kept.append(result)
+    found.records = [record for record in found.records if record.id not in dropped]
+    white, names = white_of([result.entry for result in kept]), dataset.class_names
+    census = census_of(found, kept, names, white)
     (private / "LICENSE.txt").write_text(dataset.terms + "\n", encoding="utf-8")
     (private / "contact_sheet.png").write_bytes(as_png(contact_sheet(private, rows, names, workers, white=white)))
     shutil.rmtree(private / "unpacked", ignore_errors=True)
@@ -208,14 +221,11 @@ def fill(private: Path, dataset: DataSet, sources: list[Path], wishes: dict, wor
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation095
 MADE = {"manifest.csv", "dataset.json", "LICENSE.txt", "contact_sheet.png"}
+NOBODYS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave behind
 
 
 def keep_safe(folder: Path) -> None:
-    """Refuse to replace a prepared folder that holds anything but what was written when it was made.
-
-    Raises:
-        ValueError: It holds other files, or files that were changed since.
-    """
+    """Raise ValueError for a prepared folder that holds anything but what was written when it was made."""
     manifest = folder / "manifest.csv"
     try:
         rows = list(csv.DictReader(manifest.read_text(encoding="utf-8").splitlines(keepends=True)))
@@ -227,10 +237,9 @@ def keep_safe(folder: Path) -> None:
     others = sorted(name for path in paths if (name := same_form(path.relative_to(folder).as_posix())) not in ours
                     or path.lstat().st_mtime_ns > made)
     if others:
-        names = ", ".join(others[:5]) + ", …" * (len(others) > 5)
         raise ValueError(f"{folder} holds {len(others)} file(s) that `qtseg prepare` did not write, or that were "
-                         f"changed since ({names}): move them elsewhere, or remove the folder yourself, then run "
-                         "this again")
+                         f"changed since ({first_names(others, 5)}): move them elsewhere, or remove the folder "
+                         "yourself, then run this again")
 
 
 def set_aside(folder: Path) -> None:
@@ -238,13 +247,12 @@ def set_aside(folder: Path) -> None:
 
     If the process dies in between, the next run deletes the renamed folder.
     """
-    if not folder.exists():
-        return
-    keep_safe(folder)
-    aside = private_name(folder.parent)
-    with suppress(FileNotFoundError):
-        folder.rename(aside)
-        shutil.rmtree(aside)
+    if folder.exists():
+        keep_safe(folder)
+        aside = private_name(folder.parent)
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+            shutil.rmtree(aside)
 
 # %% ../../nbs/reference/data_preparation.ipynb #preparation096
 def prepare(

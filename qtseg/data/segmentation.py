@@ -79,8 +79,7 @@ def _cached(survey: Survey, settings: Settings, folder: Path, workers: int, prog
 # %% ../../nbs/reference/data_segmentation.ipynb #data146
 def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float, seed: int,
           splits: Mapping[str, str] | None) -> tuple[dict[str, list[int]], list[str]]:
-    """The splits given by id, else assign_splits; where problems with the names may be why it fails, its complaint
-    joins them."""
+    """The splits given by id, else assign_splits; where problems with the names may be why it fails, they count."""
     survey.problems += twice_and_torn(survey)
     if splits is not None:
         return {part: [row for row, record in enumerate(survey.records) if splits.get(record.id) == part]
@@ -90,7 +89,6 @@ def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: floa
     except ValueError as error:
         if not survey.problems:
             raise ValueError("; ".join([str(error), *survey.notes])) from error
-        survey.problems += [str(error)] * bool(survey.records)
         return {}, []
 
 

@@ -6,20 +6,50 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import cv2
+import numpy as np
+
 from .download import DownloadError, fetch
-from .kaggle import fetch_kaggle
-from .layout import list_pictures
-from .pairing import Found, Pair, colors_of, find_folders, held_out, one_folder, pair_up
+from .layout import Record, Survey, list_pictures, pair_up
 from .preparation import DataSet
+from .reading import read_image
+from .sources import fetch_kaggle
+from .splits import held_out
 from ..files.folders import walk
 
 # %% auto #0
 __all__ = []
+
+# %% ../../nbs/reference/data_sets.ipynb #preparation033
+def find_folders(roots: Iterable[Path], *names: str) -> list[Path]:
+    """Folders that hold pictures and whose path ends in `names` (in any case), below the first of the roots that has
+    any."""
+    wanted = [name.lower() for name in names]
+    for root in roots:
+        folders = {path.parent for path in walk(root)[0] if "__MACOSX" not in path.parts}
+        named = [path for path in folders if [part.lower() for part in path.parts[-len(wanted):]] == wanted]
+        if found := [path for path in named if list_pictures(path)]:
+            return sorted(found)
+    return []
+
+
+def one_folder(found: Survey, roots: Iterable[Path], *names: str) -> Path | None:
+    """The one such folder; what else is in it is passed over. Without it, or with several, a problem and None."""
+    folders, name = find_folders(roots, *names), "/".join(names)
+    if len(folders) == 1:
+        others = set(os.listdir(folders[0])) - {path.name for path in list_pictures(folders[0])}
+        found.passed += [(str(folders[0] / other), "no picture") for other in sorted(others)]
+        return folders[0]
+    found.problems.append(f"several folders {name}: {', '.join(map(str, folders))}; keep one" if folders
+                          else f"no folder {name} with pictures in it")
+    return None
 
 # %% ../../nbs/reference/data_sets.ipynb #0a314823
 def download_kaggle(folder: Path, kind: str, name: str) -> list[Path]:
@@ -30,16 +60,16 @@ def download_kaggle(folder: Path, kind: str, name: str) -> list[Path]:
 BUSI_MASK = re.compile(r"_mask(_\d+)?$")  # "benign (195)_mask", "…_mask_1", "…_mask_2"
 
 
-def find_busi(roots: list[Path]) -> Found:
+def find_busi(roots: list[Path]) -> Survey:
     """Find the benign and malignant pairs, each image with all its masks."""
-    found = Found()
+    found = Survey()
     for kind in ("benign", "malignant"):
         if folder := one_folder(found, roots, kind):
             pictures = list_pictures(folder)
             pair_up(found, [path for path in pictures if not BUSI_MASK.search(path.stem)],
                     [path for path in pictures if BUSI_MASK.search(path.stem)],
                     lambda stem: BUSI_MASK.sub("", stem), several=True, stratum=kind)
-    several = Counter(len(pair.masks) for pair in found.pairs if len(pair.masks) > 1)
+    several = Counter(len(record.masks) for record in found.records if len(record.masks) > 1)
     found.notes += [f"{count} image(s) with {masks} masks, united" for masks, count in sorted(several.items())]
     pictures = [path for folder in find_folders(roots, "normal") for path in list_pictures(folder)]
     normal = [path for path in pictures if not BUSI_MASK.search(path.stem)]
@@ -58,10 +88,36 @@ BUSI = DataSet(
     download=partial(download_kaggle, kind="dataset", name="aryashah2k/breast-ultrasound-images-dataset"),
     find=find_busi)
 
+# %% ../../nbs/reference/data_sets.ipynb #preparation014
+# class, lowest and highest (hue, saturation, value) as OpenCV counts them: hue 0 to 179, the others 0 to 255
+POLYP_RANGES = (
+    (1, (36, 25, 25), (70, 255, 255)),  # green: non-neoplastic
+    (2, (0, 100, 20), (10, 255, 255)),  # red, from the circle's beginning: neoplastic
+    (2, (160, 100, 20), (179, 255, 255)),  # red, to its end
+)
+
+
+def classes_of_colors(image: np.ndarray, ranges: Sequence = POLYP_RANGES) -> np.ndarray:
+    """RGB [H, W, 3] -> class index, uint8 [H, W]: the class whose range of hue, saturation and value the color is in,
+    else 0.
+
+    Source of the ranges: the paper's preparation of BKAI-IGH.
+    """
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    mask = np.zeros(hsv.shape[:2], np.uint8)
+    for index, lowest, highest in ranges:
+        mask[cv2.inRange(hsv, lowest, highest) > 0] = index
+    return mask
+
+
+def colors_of(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+    """Read a colored polyp mask -> class index, uint8 [H, W]; ValueError, naming the file, if it is damaged."""
+    return classes_of_colors(read_image(paths[0]))
+
 # %% ../../nbs/reference/data_sets.ipynb #9b0f7b08
-def find_bkai(roots: list[Path]) -> Found:
+def find_bkai(roots: list[Path]) -> Survey:
     """Find the training images and their masks by name; the masks of the test images are not public."""
-    found = Found()
+    found = Survey()
     images, masks = one_folder(found, roots, "train"), one_folder(found, roots, "train_gt")
     if images and masks:
         pair_up(found, list_pictures(images), list_pictures(masks), str)
@@ -83,12 +139,12 @@ BKAI = DataSet(
     read=colors_of)
 
 # %% ../../nbs/reference/data_sets.ipynb #a2342269
-def find_dsb2018(roots: list[Path]) -> Found:
+def find_dsb2018(roots: list[Path]) -> Survey:
     """Find one pair per case: a folder with an image in images/ and the masks of all its nuclei in masks/.
 
     Cases inside stage1_train count, where there is such a folder.
     """
-    found, masks = Found(), 0
+    found, masks = Survey(), 0
     cases = {path.parent.parent for root in roots for path in walk(root)[0] if path.parent.name == "images"}
     cases = [case for case in cases if "__MACOSX" not in case.parts]
     inside = [case for case in cases if case.parent.name == "stage1_train"]
@@ -97,13 +153,13 @@ def find_dsb2018(roots: list[Path]) -> Found:
         images, nuclei = (list_pictures(case / part) if (case / part).is_dir() else [] for part in ("images", "masks"))
         masks += len(nuclei)
         if len(images) == 1 and nuclei:
-            found.pairs.append(Pair(case.name, images[0], tuple(nuclei)))
+            found.records.append(Record(case.name, images[0], tuple(nuclei)))
         else:
             found.problems.append(
                 f"{case}: expected one image and at least one mask, found {len(images)} and {len(nuclei)}")
     if not cases:
         found.problems.append("no folders with images/ and masks/ in them (stage1_train/<id>/…)")
-    found.notes += [f"{masks} masks of single nuclei, united to {len(found.pairs)}"]
+    found.notes += [f"{masks} masks of single nuclei, united to {len(found.records)}"]
     return found
 
 
@@ -140,16 +196,16 @@ def download_fives(folder: Path) -> list[Path]:
         listing.unlink()  # the next run asks again
 
 
-def find_fives(roots: list[Path]) -> Found:
+def find_fives(roots: list[Path]) -> Survey:
     """Find the pairs of train and test."""
-    found = Found()
+    found = Survey()
     for split in ("train", "test"):
         images, masks = one_folder(found, roots, split, "Original"), one_folder(found, roots, split, "Ground truth")
         if images and masks:
             pair_up(found, list_pictures(images), list_pictures(masks), str, split=split)
-    for pair in found.pairs:
-        letter = re.search(r"_([ADGN])$", pair.id)
-        pair.id, pair.stratum = f"{pair.split}_{pair.id}", DISEASES[letter[1]] if letter else ""
+    for record in found.records:
+        letter = re.search(r"_([ADGN])$", record.id)
+        record.id, record.stratum = f"{record.split}_{record.id}", DISEASES[letter[1]] if letter else ""
     return found
 
 # %% ../../nbs/reference/data_sets.ipynb #3a05dbd5
@@ -201,13 +257,13 @@ def download_isic(folder: Path, year: int) -> list[Path]:
                   page="https://challenge.isic-archive.com/data/") for name in isic_archives(year)]
 
 
-def find_isic(roots: list[Path], year: int, official: bool = False) -> Found:
+def find_isic(roots: list[Path], year: int, official: bool = False) -> Survey:
     """Find the pairs of each part; a missing validation part is later held out from training.
 
     Args:
         official: The split of the official code: the test part validates, a validation part is not used.
     """
-    found = Found()
+    found = Survey()
     for split, (images, masks) in ISIC_PARTS[year].items():
         if split == "valid" and not find_folders(roots, images):
             found.notes.append("the challenge's validation part is not there")
@@ -217,10 +273,10 @@ def find_isic(roots: list[Path], year: int, official: bool = False) -> Found:
             pair_up(found, [path for path in list_pictures(pictures) if not path.stem.endswith("_superpixels")],
                     list_pictures(targets), partial(re.sub, r"_segmentation$", "", flags=re.IGNORECASE), split=split)
     if official:
-        unused = sum(pair.split == "valid" for pair in found.pairs)
-        found.pairs = [pair for pair in found.pairs if pair.split != "valid"]
-        for pair in found.pairs:
-            pair.split = "valid" if pair.split == "test" else pair.split
+        unused = sum(record.split == "valid" for record in found.records)
+        found.records = [record for record in found.records if record.split != "valid"]
+        for record in found.records:
+            record.split = "valid" if record.split == "test" else record.split
         found.notes += [ISIC_OFFICIAL]
         found.notes += [f"{unused} images of the challenge's validation part are not used"] if unused else []
     return found

@@ -16,7 +16,7 @@ from ..files.optional import import_optional
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = ['fold_of_each']
+__all__ = []
 
 # %% ../../nbs/reference/data_splits.ipynb #data076
 def _slices(records: list[Record], folds: int) -> list[int | None]:
@@ -76,7 +76,7 @@ def _small_strata(records: Sequence[Record], fold_of: Sequence[int | None], fold
             "strata"] if found else []
 
 # %% ../../nbs/reference/data_splits.ipynb #data079
-def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: list[str]) -> list[int | None]:
+def fold_of_each(records: Sequence[Record], folds: int | None, notes: list[str]) -> list[int | None]:
     """Each record's fold: the manifest's own, else `folds` new ones, else None throughout.
 
     New folds are equal slices by name within each stratum, or, where the records name patients, whole patients with the
@@ -86,58 +86,56 @@ def fold_of_each(survey: Survey, fold: int | None, folds: int | None, notes: lis
         ValueError: impossible wishes, such as more folds than images or patients.
         ModuleNotFoundError: there are patients, and scikit-learn is missing.
     """
-    own = sorted({record.fold for record in survey.records if record.fold is not None})
+    own = {record.fold for record in records} - {None}
     if own and folds is not None and folds != len(own):
-        raise ValueError(f"the manifest of {survey.folder} has {len(own)} folds of its own: leave folds={folds} out")
+        raise ValueError(f"the manifest has {len(own)} folds of its own: leave folds={folds} out")
     if own or folds is None:
-        return [record.fold for record in survey.records]
-    pool = sum(record.split != "test" for record in survey.records)
-    if pool < folds:
-        raise ValueError(f"{pool} images cannot make folds={folds}: choose at most {pool}")
-    patients = len({record.patient for record in survey.records if record.patient and record.split != "test"})
-    fold_of = _folds_of_patients(survey.records, folds) if patients else _slices(survey.records, folds)
+        return [record.fold for record in records]
+    pool = [record for record in records if record.split != "test"]
+    if len(pool) < folds:
+        raise ValueError(f"{len(pool)} images cannot make folds={folds}: choose at most {len(pool)}")
+    patients = len({record.patient for record in pool} - {""})
+    fold_of = _folds_of_patients(records, folds) if patients else _slices(records, folds)
     sizes = Counter(value for value in fold_of if value is not None)
-    left = pool - sum(sizes.values())
+    left = len(pool) - sum(sizes.values())
     if not sizes:
         raise ValueError(f"every stratum has fewer images than folds={folds}: choose fewer folds")
-    strata = any(record.stratum for record in survey.records)
+    strata = any(record.stratum for record in records)
     if patients:
         notes.append(f"folds: {folds} of {min(sizes.values())} to {max(sizes.values())} images, each of the {patients} "
                      f"patients in one of them{', strata spread evenly' if strata else ''}")
     else:
         notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name"
                      f"{', within each stratum' if strata else ''}{f'; the last {left} always train' if left else ''}")
-    notes += _small_strata(survey.records, fold_of, folds)
-    if any(record.split == "valid" for record in survey.records):
+    notes += _small_strata(records, fold_of, folds)
+    if any(record.split == "valid" for record in records):
         notes.append("folds: the folder's own validation images were put back among the others before they were made")
     return fold_of
 
 # %% ../../nbs/reference/data_splits.ipynb #data082
-def hold_out(rows: list[int], share: float, seed: int, notes: list[str], records: Sequence[Record] = ()) -> list[int]:
+def hold_out(records: Sequence[Record], rows: list[int], share: float, seed: int, notes: list[str]) -> list[int]:
     """The rows that validate where nobody said which: a seeded share of the training rows.
 
     Args:
-        rows: the training rows.
+        records: if they name patients or strata, patients stay whole and strata are spread.
+        rows: those of the training images.
         share: how much of them, between 0 and 1.
         seed: another seed, other rows.
         notes: what was decided is added.
-        records: the records that the rows number; if they name patients or strata, patients stay whole and strata are
-        spread.
 
     Raises:
         ValueError: nothing would be left to train with.
     """
-    count = max(1, round(share * len(rows)))
+    count, training = max(1, round(share * len(rows))), [records[row] for row in rows]
     if count >= len(rows):
         raise ValueError(f"{len(rows)} training image(s) and valid_share={share}: nothing would be left to train with")
-    if not any(records[row].patient or records[row].stratum for row in rows if records):
-        notes.append(
-            f"no validation split: {100 * share:g} % of train, seed {seed}, held out ({count} of {len(rows)} images)")
-        return sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
-    chosen = sorted(rows[i] for i in _even_share([records[row] for row in rows], count, seed))
-    if len(set(_units([records[row] for row in rows]))) < 2:
+    if len(set(_units(training))) < 2:
         raise ValueError(f"all {len(rows)} training images belong to one patient, who cannot train and validate: add "
                          "other patients, or name the split in the manifest")
+    if any(record.patient or record.stratum for record in training):
+        chosen = sorted(rows[i] for i in _even_share(training, count, seed))
+    else:
+        chosen = sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
     if not 0 < len(chosen) < len(rows):
         raise ValueError(f"valid_share={share} of {len(rows)} training images leaves nothing to validate or to train "
                          "with, because patients stay whole: choose another share, or name the split in the manifest")
@@ -182,7 +180,7 @@ def assign_splits(survey: Survey, fold: int | None, folds: int | None, valid_sha
     impossible.
     """
     notes = list(survey.notes)
-    fold_of = fold_of_each(survey, fold, folds, notes)
+    fold_of = fold_of_each(survey.records, folds, notes)
     known = sorted({value for value in fold_of if value is not None})
     if not known and fold not in (None, 0):
         raise ValueError(f"fold={fold}, but {survey.folder} has no folds: pass folds=N to make N of them")
@@ -199,8 +197,33 @@ def assign_splits(survey: Survey, fold: int | None, folds: int | None, valid_sha
         counts = ", ".join(f"{len(rows)} {split}" for split, rows in parts.items())
         raise ValueError(f"{survey.folder} has no training images: {counts}")
     if not parts["valid"]:
-        parts["valid"] = hold_out(parts["train"], valid_share, seed, notes, survey.records)
+        parts["valid"] = hold_out(survey.records, parts["train"], valid_share, seed, notes)
         parts["train"] = sorted(set(parts["train"]) - set(parts["valid"]))
     if not parts["test"]:
         notes.append("no test part")
     return parts, notes
+
+# %% ../../nbs/reference/data_splits.ipynb #preparation041
+def slices(records: list[Record], folds: int | None) -> list[str]:
+    """Give each record its fold, see fold_of_each; returns notes."""
+    notes: list[str] = []
+    for record, fold in zip(records, fold_of_each(records, folds, notes)):
+        record.fold = fold
+        record.split = "" if folds and record.split != "test" else record.split
+    return notes
+
+
+def held_out(records: list[Record], folds: int | None, share: float = 0.1, seed: int = 1996) -> list[str]:
+    """Keep the parts the set came with; where none validates, a seeded share of the training part does; returns notes.
+
+    With `folds`, slices of all but the test part.
+    """
+    if folds:
+        return slices(records, folds)
+    if any(record.split == "valid" for record in records):
+        return []
+    notes: list[str] = []
+    train = [row for row, record in enumerate(records) if record.split == "train"]
+    for row in hold_out(records, train, share, seed, notes):
+        records[row].split = "valid"
+    return notes

@@ -63,7 +63,7 @@ def _no_space(folder: Path, needed: int | None = None) -> OSError:
     if needed:
         what = f"{needed / 1e6:.0f} MB are needed, {shutil.disk_usage(folder).free / 1e6:.0f} MB are free"
     return OSError(errno.ENOSPC, f"no space left in {folder} ({what}); nothing was left half-written: "
-                                 "free some, or name another place with cache=… or QTSEG_CACHE")
+                                 "free some, or name another place (--root, cache=… or QTSEG_CACHE)")
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -11,20 +11,7 @@ from torch import nn, Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
-__all__ = ['TwoForms', 'ConvBNAct', 'Bottleneck', 'C2f']
-
-# %% ../../nbs/01_blocks.ipynb #c015
-class TwoForms(nn.Module):
-    """A module that computes one function in two ways: as the paper writes it, and fast.
-
-    Subclasses write `naive_forward` and `fast_forward`; both use the same parameters, so a state dict fits either.
-    `use_naive` chooses; `QTSeg.naive()` sets it on every such module of a copy.
-    """
-
-    use_naive = False
-
-    def forward(self, *inputs):
-        return self.naive_forward(*inputs) if self.use_naive else self.fast_forward(*inputs)
+__all__ = ['ConvBNAct', 'Bottleneck', 'C2f', 'TwoForms']
 
 # %% ../../nbs/01_blocks.ipynb #c0375
 def watched(*modules: nn.Module) -> bool:
@@ -34,9 +21,13 @@ def watched(*modules: nn.Module) -> bool:
 
 # %% ../../nbs/01_blocks.ipynb #c038
 class ConvBNAct(nn.Module):
-    """Convolution without bias, batch normalization, SiLU: [B, in, H, W] -> [B, out, ceil(H/stride), ceil(W/stride)].
+    """Convolution without bias, batch normalization, SiLU: [B, in, h, w] -> [B, out, ceil(h/stride), ceil(w/stride)].
 
-    `kernel` is odd, and padding is `kernel // 2`.
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel: side of the window in pixels, odd; the padding is kernel // 2.
+        stride: pixels from one window to the next.
 
     Reference:
         YOLOv8's `Conv`; the paper's encoder and bridge are made of it.
@@ -62,7 +53,11 @@ class ConvBNAct(nn.Module):
 
 # %% ../../nbs/01_blocks.ipynb #c053
 class Bottleneck(nn.Module):
-    """Two 3×3 ConvBNAct, plus the input itself when `residual`: [B, C, H, W] -> [B, C, H, W]. Source: YOLOv8."""
+    """Two 3×3 ConvBNAct, plus the input itself when `residual`: [B, channels, h, w] -> [B, channels, h, w].
+
+    Reference:
+        YOLOv8's `Bottleneck`. Unlike ResNet's, its middle has as many channels as its ends.
+    """
 
     def __init__(self, channels: int, residual: bool = True):
         super().__init__()
@@ -76,9 +71,15 @@ class Bottleneck(nn.Module):
 
 # %% ../../nbs/01_blocks.ipynb #c062
 class C2f(nn.Module):
-    """Cross-stage partial block, 2 convolutions, fast: [B, in, H, W] -> [B, out, H, W].
+    """Cross-stage partial block, 2 convolutions, fast: [B, in, h, w] -> [B, out, h, w].
 
     A 1×1 convolution makes two halves; a chain of bottlenecks continues the second; all is concatenated and mixed.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, even.
+        bottlenecks: length of the chain.
+        residual: whether the bottlenecks add their input.
 
     Reference:
         YOLOv8's `C2f`.
@@ -92,14 +93,19 @@ class C2f(nn.Module):
         self.merge = ConvBNAct((2 + bottlenecks) * half, out_channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = list(self.split(x).chunk(2, dim=1))  # two of [B, half, H, W]
+        maps = list(self.split(x).chunk(2, dim=1))  # two of [B, half, h, w]
         for bottleneck in self.bottlenecks:
             maps.append(bottleneck(maps[-1]))
-        return self.merge(torch.cat(maps, dim=1))  # [B, (2 + bottlenecks) * half, H, W] -> [B, out, H, W]
+        return self.merge(torch.cat(maps, dim=1))  # [B, (2 + bottlenecks) * half, h, w] -> [B, out, h, w]
 
 # %% ../../nbs/01_blocks.ipynb #c075
 class SPPF(nn.Module):
-    """Spatial pyramid pooling, fast: [B, in, H, W] -> [B, out, H, W]; sees windows of 5, 9 and 13.
+    """Spatial pyramid pooling, fast: [B, in, h, w] -> [B, out, h, w]; sees windows of 5, 9 and 13.
+
+    Args:
+        in_channels: channels of the input; half of them are pooled.
+        out_channels: channels of the output.
+        pool: side of one pooling window in pixels, odd.
 
     Reference:
         `SPPF` of YOLOv5 and YOLOv8.
@@ -115,4 +121,17 @@ class SPPF(nn.Module):
         maps = [self.reduce(x)]
         for _ in range(3):
             maps.append(self.pool(maps[-1]))
-        return self.merge(torch.cat(maps, dim=1))  # [B, 4 * (in // 2), H, W] -> [B, out, H, W]
+        return self.merge(torch.cat(maps, dim=1))  # [B, 4 * (in // 2), h, w] -> [B, out, h, w]
+
+# %% ../../nbs/01_blocks.ipynb #c015
+class TwoForms(nn.Module):
+    """A module that computes one function in two ways: as the paper writes it, and fast.
+
+    Subclasses write `naive_forward` and `fast_forward`; both use the same parameters, so a state dict fits either.
+    `use_naive` chooses; `QTSeg.naive()` sets it on every such module of a copy.
+    """
+
+    use_naive = False
+
+    def forward(self, *inputs):
+        return self.naive_forward(*inputs) if self.use_naive else self.fast_forward(*inputs)

@@ -16,7 +16,14 @@ __all__ = ['concat_upsampled', 'Backbone', 'Encoder']
 
 # %% ../../nbs/02_encoder.ipynb #df15b47a
 def concat_upsampled(coarse: Tensor, fine: Tensor) -> Tensor:
-    """Nearest ×2 upsampling of `coarse` [B, C1, h, w] in front of `fine` [B, C2, 2h, 2w] -> [B, C1 + C2, 2h, 2w].
+    """Nearest ×2 upsampling of `coarse`, concatenated in front of `fine`.
+
+    Args:
+        coarse: [B, channels, h, w].
+        fine: [B, other channels, 2h, 2w].
+
+    Returns:
+        [B, channels + other channels, 2h, 2w].
 
     Raises:
         RuntimeError: `fine` is not exactly twice as high and wide.
@@ -31,6 +38,10 @@ class Backbone(nn.Module):
     """Five halvings: image [B, in_channels, H, W] -> maps at strides 8, 16, 32 with 4, 8, 16 × width channels.
 
     Every name ends in the stride that it works at.
+
+    Args:
+        in_channels: channels of the image.
+        width: the base width n.
 
     Reference:
         YOLOv8-nano's backbone (width 16).
@@ -54,7 +65,7 @@ class Backbone(nn.Module):
         self.pyramid32 = SPPF(16 * n, 16 * n)
 
     def backbone(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, in_channels, H, W] -> maps at strides 8, 16, 32, each knowing only what the finer ones have passed on."""
+        """[B, in_channels, H, W] -> maps at strides 8, 16, 32, each computed from the next finer one alone."""
         x = self.stage4(self.down4(self.down2(images)))  # [B, 2n, H/4, W/4]
         c8 = self.stage8(self.down8(x))  # [B, 4n, H/8, W/8]
         c16 = self.stage16(self.down16(c8))  # [B, 8n, H/16, W/16]
@@ -69,6 +80,10 @@ class Encoder(Backbone):
     """FPN encoder: image [B, in_channels, H, W] -> maps at strides 8, 16, 32 with 4, 8, 16 × width channels.
 
     H and W must be multiples of 32; most other sizes raise RuntimeError in a concatenation.
+
+    Args:
+        in_channels: channels of the image.
+        width: the base width n.
 
     Reference:
         The paper's image encoder, which is YOLOv8-nano without its head.
@@ -85,7 +100,7 @@ class Encoder(Backbone):
         self.bottom_up32 = C2f(24 * n, 16 * n, residual=False)
 
     def neck(self, c8: Tensor, c16: Tensor, c32: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Backbone maps -> maps of the same shapes, each of which has seen all three: top-down, then bottom-up."""
+        """Backbone maps -> maps of the same shapes, each computed from all three: top-down, then bottom-up."""
         t16 = self.top_down16(concat_upsampled(c32, c16))  # [B, 8n, H/16, W/16]
         p8 = self.top_down8(concat_upsampled(t16, c8))  # [B, 4n, H/8, W/8]
         p16 = self.bottom_up16(torch.cat([self.neck_down16(p8), t16], dim=1))  # [B, 8n, H/16, W/16]

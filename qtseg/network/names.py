@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = []
+__all__ = ['DECODER_NAMES']
 
 # %% ../../nbs/reference/network_names.ipynb #56ca0fca
 _ENCODER_NAMES = {
@@ -36,7 +36,7 @@ _DMA_NAMES = _TRANSFORMER_NAMES | {
 
 
 #: decoder -> what the official code calls its blocks, positional encoding, token MLPs and upscaling, and the words
-_DECODER_NAMES = {
+DECODER_NAMES = {
     "mqm": ("transformer_s", "pe_layer_s", "output_hypernetworks_mlps_s", "output_upscaling_s", _TRANSFORMER_NAMES),
     "dma": ("DMAB_s", "PE_s", "MLP_s", "SUB_s", _DMA_NAMES),
 }
@@ -49,7 +49,7 @@ def _official_decoder_names(part: str, rest: list[str], tokens: int, decoder: st
     """Official names of one decoder entry, `decoder.<part>.<rest>`: one, or one per token for the token MLPs."""
     if part == "mask_tokens":
         return ["mask_decoder.mask_tokens.weight"]
-    blocks, position, token_mlps, upscaling, words = _DECODER_NAMES[decoder]
+    blocks, position, token_mlps, upscaling, words = DECODER_NAMES[decoder]
     if part.startswith("upscale") or part == "mask_head":
         stage, first = (
             ("0", {"upscale4": 0, "upscale2": 3}[rest.pop(0)]) if part == "mask_head" else (_LEVELS[part[7:]], 0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files.text import first_names
 from .model import QTSeg
-from .names import official_names
+from .names import DECODER_NAMES, official_names
 from .state import check_state, copy_into, plain_state, read_official, shapes_only
 
 # %% auto #0
@@ -39,20 +39,38 @@ def to_official(model: QTSeg) -> dict[str, Tensor]:
     return state
 
 # %% ../../nbs/reference/network_official.ipynb #66b86abc
+RELEASES = {"mqm": "v0.1.0", "dma": "v0.3.1"}  #: decoder -> the release that has it
+
+
+def _official_decoder(state: Mapping[str, Tensor], path: str | Path) -> str:
+    """The decoder whose official names stand in a state dict; ValueError for those of both releases, and for none."""
+    found = {}
+    for decoder, (*parts, _) in DECODER_NAMES.items():
+        names = sorted(name for name in state if name.startswith(tuple(f"mask_decoder.{part}" for part in parts)))
+        found |= {decoder: names} if names else {}
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        both = " and ".join(f"{len(names)} of {RELEASES[decoder]} ({first_names(names, 1)})"
+                            for decoder, names in found.items())
+        raise ValueError(f"{path} mixes two releases: it has decoder entries of both, {both}; load a file of one "
+                         "release")
+    raise ValueError(f"{path} is not a whole QTSeg checkpoint: it has no decoder of the official code, only "
+                     f"{first_names(sorted(state))} (an encoder-only file goes into QTSeg.load_encoder)")
+
+
 def _official_config(state: Mapping[str, Tensor], path: str | Path) -> dict:
-    """Constructor arguments read off the shapes of an official state dict (8 heads: no shape tells them)."""
-    decoder, release, blocks, mlp = "mqm", "v0.1.0", "mask_decoder.transformer_s", "mlp"
-    if any(name.startswith("mask_decoder.DMAB_s") for name in state):
-        decoder, release, blocks, mlp = "dma", "v0.3.1", "mask_decoder.DMAB_s", "token_mlp"
+    """Constructor arguments read off the names and shapes of an official state dict (8 heads: no shape tells them)."""
+    decoder = _official_decoder(state, path)
+    blocks, mlp = f"mask_decoder.{DECODER_NAMES[decoder][0]}", {"mqm": "mlp", "dma": "token_mlp"}[decoder]
     try:
         classes = state["mask_decoder.mask_tokens.weight"].shape[0]
         width, in_channels = state["image_encoder.conv_0.conv.weight"].shape[:2]
         mlp_width = state[f"{blocks}0.layers.0.{mlp}.lin1.weight"].shape[0]
     except KeyError as error:
         raise ValueError(
-            f"{path} is not a whole QTSeg {release} checkpoint: {error} is missing among {first_names(sorted(state))} "
-            "(an encoder-only file goes into QTSeg.load_encoder)"
-        ) from None
+            f"{path} is not a whole QTSeg {RELEASES[decoder]} checkpoint: {error} is missing among its {len(state)} "
+            "entries") from None
     except (IndexError, ValueError):
         raise ValueError(
             f"{path} does not fit any QTSeg: a weight that tells the network's size has too few axes") from None
@@ -73,6 +91,9 @@ def load_official(source: str | Path | Mapping[str, Tensor]) -> QTSeg:
         FileNotFoundError: there is no such file.
         ValueError: it names what is missing, unexpected or mis-shaped, or why the file was refused.
     """
+    if not isinstance(source, Mapping) and not Path(source).is_file():
+        raise FileNotFoundError(f"{source} is no file: name a file from the official repository's releases; "
+                                "qtseg.pretrained opens runs, checkpoint folders and names")
     place = "the state dict" if isinstance(source, Mapping) else source
     state = plain_state(source, place) if isinstance(source, Mapping) else read_official(source)
     config = _official_config(state, place)

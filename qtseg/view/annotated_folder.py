@@ -14,10 +14,10 @@ import numpy as np
 
 from ..data.census import file_facts
 from ..data.conversion import write_image
-from ..data.layout import COLUMNS, MOST_IMAGES, name_of, pictures_below, survey_folder
+from ..data.layout import COLUMNS, MOST_IMAGES, Record, Survey, name_of, survey_folder, take_pictures
 from ..data.mask_values import IGNORE
-from ..data.pairing import Found, Pair, bad_names
 from ..data.phantom_sets import write_manifest
+from ..data.preparation import bad_names
 from ..data.reading import read_named_picture, rgb_of, white_of
 from ..files.pictures import Picture
 from ..files.text import read_json, read_table
@@ -33,8 +33,8 @@ STATE_FILE = "annotation.json"
 
 def _images_in(folder: Path) -> dict[str, Path]:
     """The images of a folder and of those inside it, by name; ValueError for two of one name."""
-    pictures = pictures_below(folder)[0] if folder.is_dir() else []
-    if problems := bad_names(Found([Pair(name_of(path, folder), path, ()) for path in pictures])):
+    pictures = take_pictures(Survey(folder), folder) if folder.is_dir() else []
+    if problems := bad_names([Record(name_of(path, folder), path, ()) for path in pictures]):
         raise ValueError(problems[0])
     return {name_of(path, folder): path for path in pictures}
 
