@@ -247,7 +247,8 @@ def train(words: Annotated[list[str], Argument(metavar="FILE KEY=VALUE", help=(
 _Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, mps")]
 _NoProgress = Annotated[bool, Option("--no-progress", help="without a progress bar")]
 _Tta = Annotated[bool, Option("--tta", help="average over mirror images: four times the work")]
-_RUN = "the folder of a run, or a checkpoint in it such as RUN/best_dice"
+_RUN = ("the folder of a run; a checkpoint in it such as RUN/best_dice; phantoms, a network in this package; or "
+        "USER/NAME on the Hugging Face Hub")
 
 
 def _mask_value(text: str) -> int | str:
@@ -266,9 +267,10 @@ _Scored = Annotated[Literal["test", "valid", "train", "all"] | None, Option(help
 
 # %% ../nbs/reference/cli.ipynb #8753d283
 @subcommand(app, "  qtseg evaluate runs/mine\n"
+                 "  qtseg evaluate phantoms --data phantoms:all:100 --output results\n"
                  "  qtseg evaluate runs/mine/best_dice --data other_hospital --output results --sizes 256 512")
 def evaluate(
-        checkpoint: Annotated[Path, Argument(help=f"{_RUN}; of a run, every checkpoint is scored")],
+        checkpoint: Annotated[str, Argument(help=f"{_RUN}. Of a run, every checkpoint is scored")],
         data: Annotated[str | None, Option(help=(
             "a folder, a .zip or phantoms:family:n, as for training; else the run's own"))] = None,
         split: _Scored = None,
@@ -307,7 +309,7 @@ def evaluate(
 @subcommand(app, "  qtseg predict phantoms photo.jpg --output masks\n"
                  "  qtseg predict runs/mine/best_dice my_images \"more/*.tif\" --output masks --overlay --tta")
 def predict(
-        checkpoint: Annotated[str, Argument(help=f"{_RUN}; phantoms (in this package); or USER/NAME on the Hub")],
+        checkpoint: Annotated[str, Argument(help=_RUN)],
         files: Annotated[list[str], Argument(metavar="INPUT", help=(
             "image files, folders (searched to the bottom) or patterns in quotes"))],
         output: Annotated[Path, Option("--output", "-o", help="folder for masks and predictions.csv")],
@@ -347,9 +349,10 @@ def predict(
 
 # %% ../nbs/reference/cli.ipynb #7ffe3cb4
 @subcommand(app, "  qtseg export runs/mine\n"
+                 "  qtseg export phantoms --onnx --pack my_copy\n"
                  "  qtseg export runs/mine/best_dice --card --pack for_others --push USER/NAME", RuntimeError)
 def export(
-        checkpoint: Annotated[Path, Argument(help=_RUN)],
+        checkpoint: Annotated[str, Argument(help=_RUN)],
         onnx: Annotated[bool, Option("--onnx", help="write model.onnx, checked against PyTorch")] = False,
         opset: Annotated[int, Option(help="version of ONNX's operations")] = 20,
         card: Annotated[bool, Option("--card", help="write README.md, the model card")] = False,

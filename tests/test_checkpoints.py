@@ -359,6 +359,22 @@ def test_the_command_predicts_with_it(tmp_path, capsys):
     assert Image.open(tmp_path / "masks" / "image.png").size == (96, 96) and "weights/phantoms" in capsys.readouterr().out
 
 
+def test_the_commands_evaluate_and_export_it_elsewhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("QTSEG_CACHE", str(tmp_path / "cache"))
+    quick = ["--data", "phantoms:dermoscopy:4", "--device", "cpu", "--no-surface", "--no-pictures", "--no-progress"]
+    assert main(["evaluate", "phantoms", *quick, "--output", str(tmp_path / "results")]) == 0
+    assert (tmp_path / "results" / "evaluation.json").is_file()
+    assert main(["export", "phantoms", "--card", "--pack", str(tmp_path / "copy")]) == 0
+    assert same_weights(pretrained(tmp_path / "copy"), qtseg.pretrained("phantoms"))
+    capsys.readouterr()
+    for words, said in ((["evaluate", "phantoms", *quick], "name a folder for the results, with --output"), (["export", "phantoms"], "with --pack DIR"),
+                        (["evaluate", "phantom"], "phantom is no folder: name a checkpoint"), (["export", "phantom"], "phantom is no folder: name a checkpoint"),
+                        (["predict", "phantom", "image.png", "--output", "masks"], "phantom is no folder: name a checkpoint")):
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
 # --- starting from other weights ---------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qtseg.network.attention import POSITIONS
-from qtseg.network.bridge import BRIDGES
+from qtseg.network.bridges import BRIDGES
 from qtseg.network.decoders import DECODERS
 from qtseg.training.losses import ce_dice_loss
 from qtseg.network.baselines import BASELINES, NETWORKS, Baseline, pretrained

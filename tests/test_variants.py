@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qtseg.network.attention import POSITIONS, LearnedPositionalEncoding, PositionalEncoding
 from qtseg.network.blocks import TwoForms
-from qtseg.network.bridge import BRIDGES
+from qtseg.network.bridges import BRIDGES
 from qtseg.network.decoders import DECODERS, ConvDecoder
 from qtseg.network.mqm import MQMStage
 from qtseg.network.encoders import fold_batchnorms

@@ -22,7 +22,7 @@ from ..files.optional import import_optional
 from ..files.pictures import hash_file
 from ..network.baselines import Baseline, pretrained
 from ..network.model import QTSeg
-from ..network.state import find_checkpoint
+from ..network.state import SHIPPED, find_checkpoint, find_own_checkpoint
 from ..training.hardware import choose_device
 from ..training.validation import Windowed
 
@@ -52,13 +52,13 @@ def weights_sha256(checkpoint: str | os.PathLike) -> str:
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation118
 def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
-    """The checkpoints to evaluate in a checkpoint folder or a run -> folder: names of others with the same weights.
+    """The checkpoints to evaluate -> folder: names of others with the same weights.
 
-    In a run best_dice comes first, the others by name. FileNotFoundError if there is none.
+    In the folder of a run best_dice comes first, the others by name; anything else is what `find_checkpoint` finds.
     """
+    if path in SHIPPED or not Path(path).is_dir():
+        return {find_checkpoint(path): []}
     path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: name a checkpoint (best_dice, last, …) or the folder of a run")
     inside = sorted((folder for folder in path.iterdir() if (folder / "model.safetensors").is_file()),
                     key=lambda folder: (folder.name != "best_dice", folder.name))
     if (path / "model.safetensors").exists() or not inside:
@@ -69,6 +69,9 @@ def find_checkpoints(path: str | os.PathLike) -> dict[Path, list[str]]:
     return {first: [twin.name for twin in twins] for first, *twins in found.values()}
 
 # %% ../../nbs/reference/evaluation_runs.ipynb #evaluation115
+OWN_RESULTS = "name a folder for the results, with --output"
+
+
 def _refuse_other_preparation(checkpoint: Path, preprocessing: Preprocessing, data: SegmentationData) -> None:
     """Raise ValueError if opened data was prepared in another way than the checkpoint's images were."""
     wanted, given = ((way.size, way.resize, way.color, way.channels, len(way.class_names))
@@ -98,7 +101,7 @@ def evaluate_checkpoint(
     """Score a checkpoint on a split, write everything into a folder, and return it.
 
     Args:
-        checkpoint: a checkpoint folder, or a run (its selected checkpoint).
+        checkpoint: what `find_checkpoint` finds; of a run, its selected checkpoint.
         data: opened, or a source with `options` as in `open_for`; None: that of the run. Without splits all is scored.
         output: <checkpoint>/evaluation_<split> unless named; the files of an earlier evaluation there are replaced.
         sizes, pictures: further sizes for the cost table, in pixels; pictures None means if matplotlib is installed.
@@ -106,7 +109,8 @@ def evaluate_checkpoint(
     Raises FileNotFoundError, ValueError, FileExistsError (output holds something else), DataProblems.
     """
     check_request(sizes, batch, pictures)
-    checkpoint, place = find_checkpoint(checkpoint), choose_device(device)
+    checkpoint = find_checkpoint(checkpoint) if output else find_own_checkpoint(checkpoint, OWN_RESULTS)
+    place = choose_device(device)
     network, p = read_checkpoint(checkpoint)
     answering = Windowed(network, p.window) if p.window else network  # as it was trained
     if not isinstance(data, SegmentationData):
@@ -141,9 +145,10 @@ def evaluate_run(
     """Score a checkpoint, or each checkpoint of a run once, on the same data; write the results; return them by name.
 
     Args:
-        path: a checkpoint folder, or the folder of a run. Equal weights are scored once; a note names the others.
+        path: what `find_checkpoint` finds. Of a run, equal weights are scored once; a note names the others.
         source: of the data; None: that of the run.
-        output: a folder for the results, with a folder for each of several checkpoints; None: beside the weights.
+        output: a folder for the results, with a folder for each of several checkpoints; None: beside the weights,
+            which a network found by its name does not allow.
         split, protocol, progress, sizes, batch, device, pictures: see `evaluate_checkpoint`.
         options: of `SegmentationData.open`, such as masks, mask_values, ignore_value, fold, folds; None: as in the run.
 
@@ -152,6 +157,8 @@ def evaluate_run(
     """
     check_request(sizes, batch, pictures)
     found = find_checkpoints(path)
+    if not output:
+        find_own_checkpoint(path, OWN_RESULTS)
     for checkpoint in found:
         read_checkpoint(checkpoint)  # refusals that cost nothing come before the data is opened
     data, whole = open_checkpoint_data(next(iter(found)), source, progress, options)

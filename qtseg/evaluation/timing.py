@@ -31,22 +31,25 @@ __all__ = ['interleaved_times', 'timing_lines', 'operations', 'growth_exponent',
            'memory_growth']
 
 # %% ../../nbs/reference/evaluation_timing.ipynb #c006
-def interleaved_times(jobs: Mapping[Hashable, Callable], rounds: int = 11, warm_up: int = 2) -> dict:
+def interleaved_times(jobs: Mapping[Hashable, Callable], rounds: int = 11, warm_up: int = 2, calls: int = 1) -> dict:
     """Time several jobs that take turns, so that a disturbance of the machine affects all of them.
 
     Args:
         jobs: by name. A job that starts work on a GPU waits for it itself (`torch.cuda.synchronize`).
         rounds: each job has one turn in each; every round begins with another job.
         warm_up: rounds before those that count.
+        calls: in a row at each turn; the last one is timed. With 2 it finds its own data in the processor's caches.
 
     Returns:
-        milliseconds of every call, sorted, `rounds` of them for each name.
+        milliseconds of the calls that were timed, sorted, `rounds` of them for each name.
     """
     names = list(jobs)
     times: dict = {name: [] for name in names}
     for turn in range(warm_up + rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            for _ in range(calls - 1):
+                jobs[name]()
             start = time.perf_counter()
             jobs[name]()
             if turn >= warm_up:

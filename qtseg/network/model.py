@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .bridge import BRIDGES
+from .bridges import BRIDGES
 from .checkpoints import Checkpoints
 from .decoders import DECODERS
 from .encoders import build_encoder, check_imagenet, standardize

@@ -127,6 +127,19 @@ def find_checkpoint(source: str | os.PathLike, *, revision: str | None = None, c
     raise FileNotFoundError(f"{path} holds no checkpoint: neither config.json and model.safetensors, nor, as a run "
                             f"would, {first_names(names)}")
 
+# %% ../../nbs/reference/network_state.ipynb #mdl-find-own
+def found_by_name(source: str | os.PathLike, found: Path) -> bool:
+    """Whether `find_checkpoint(source)` found a folder of this package or of the Hub's cache, which stays as it is."""
+    return Path(source) not in (found, found.parent)
+
+
+def find_own_checkpoint(source: str | os.PathLike, remedy: str) -> Path:
+    """`find_checkpoint`, for what writes beside the weights; ValueError with a remedy if it was found by its name."""
+    found = find_checkpoint(source)
+    if found_by_name(source, found):
+        raise ValueError(f"{source} is the name of a network, not a folder to write into: {remedy}")
+    return found
+
 # %% ../../nbs/reference/network_state.ipynb #051b1465
 def choose_part(kind: str, name: str, choices: Mapping[str, type]) -> type:
     """The class of that name; ValueError with the names that there are."""

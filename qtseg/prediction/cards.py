@@ -18,7 +18,7 @@ from ..evaluation.runs import read_checkpoint, weights_sha256
 from ..files.text import escape, printable, read_json, read_text
 from ..files.writing import new_folder, write_then_rename
 from ..network.hub import SHARED, upload_checkpoint
-from ..network.state import find_checkpoint
+from ..network.state import find_checkpoint, find_own_checkpoint, found_by_name
 from .export import ONNX_FILE, OPSET, check_opset, export_onnx
 from .networks import open_onnx
 from ..training.config import TrainConfig
@@ -198,7 +198,7 @@ def keeps_own_card(checkpoint: Path) -> bool:
 
 def write_card(checkpoint: str | Path) -> Path:
     """Write `model_card` as <checkpoint>/README.md; a README.md written by hand stays. Returns its path."""
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint = find_own_checkpoint(checkpoint, "pack it first")
     path, card = checkpoint / CARD_FILE, model_card(checkpoint)
     if not keeps_own_card(checkpoint):
         write_then_rename(path, lambda temporary: temporary.write_text(card, encoding="utf-8"))
@@ -242,7 +242,7 @@ def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int 
     """Export a checkpoint, describe it, share it: yields a line for each step. Nothing asked for: onnx and card.
 
     Args:
-        checkpoint: its folder, or the folder of a run.
+        checkpoint: what `find_checkpoint` finds. What was found by its name is packed first, and exported there.
         onnx, opset, card: see `export_onnx`, `write_card`.
         folder, repo_id: see `pack` and `push_to_hub`.
         public: whether a repository that has to be created is public.
@@ -255,8 +255,13 @@ def export_checkpoint(checkpoint: str | Path, *, onnx: bool = False, opset: int 
     nothing = not (onnx or card or folder or repo_id)
     if onnx or nothing:
         check_opset(opset)
-    checkpoint = find_checkpoint(checkpoint)
+    source, checkpoint = checkpoint, find_checkpoint(checkpoint)
     read_checkpoint(checkpoint)  # refuses now what would be refused in a minute
+    if (onnx or card or nothing) and found_by_name(source, checkpoint):
+        if not folder:
+            find_own_checkpoint(source, "copy it into a new one, with --pack DIR --onnx")
+        checkpoint, folder = pack(checkpoint, folder), None
+        yield str(checkpoint)
     if onnx or nothing:
         yield "recording, translating and checking the graph takes about a minute"
         path, difference = checkpoint / ONNX_FILE, export_onnx(checkpoint, opset=opset)

@@ -21,7 +21,7 @@ from ..data.phantoms import FAMILIES, phantom
 from ..evaluation.runs import read_checkpoint, weights_sha256
 from ..files.optional import import_optional
 from ..files.writing import write_then_rename
-from ..network.state import find_checkpoint
+from ..network.state import find_checkpoint, find_own_checkpoint
 from .networks import OnnxNetwork
 
 # %% auto #0
@@ -139,7 +139,7 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
     Its input is "images", float32 [B, C, H, W] in [-1, 1], its output "logits" [B, classes, H, W]; any H and W from 32.
 
     Args:
-        checkpoint: its folder, or the folder of a run.
+        checkpoint: what `find_checkpoint` finds.
         path: of the file (<checkpoint>/model.onnx).
         opset: version of ONNX's operations.
 
@@ -151,7 +151,7 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
         ModuleNotFoundError: without onnx, onnxscript or onnxruntime.
     """
     check_opset(opset)
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint = find_checkpoint(checkpoint) if path else find_own_checkpoint(checkpoint, "name a path for the file")
     model, preprocessing = read_checkpoint(checkpoint)
     program = torch.onnx.export(
         record_graph(model.fuse(), model.config["in_channels"]), input_names=["images"], output_names=["logits"],

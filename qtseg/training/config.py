@@ -22,7 +22,7 @@ from ..evaluation.metrics import foreground_weights
 from ..files.text import plain, printable, read_json
 from ..network.attention import POSITIONS
 from ..network.baselines import NETWORKS
-from ..network.bridge import BRIDGES
+from ..network.bridges import BRIDGES
 from ..network.decoders import DECODERS
 from .losses import LOSSES, weighted_loss
 from .operations import OPERATIONS
