@@ -65,7 +65,7 @@ class UpConvBNAct(nn.Module):
         scale: how many times larger the output is.
 
     Reference:
-        The enlarging columns of the paper's MLFF.
+        The enlarging convolutions of the paper's MLFF.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int):
