@@ -133,6 +133,7 @@ _Workers = Annotated[int | None, Option(help="threads (one per core)")]
 _Masks = Annotated[Literal["auto", "index", "binary", "any"], Option(help=(
     "index: pixels are class indices; binary: black and white; any: every index but 0 is foreground; auto: decided "
     "by the number of classes"))]
+_Formats = Literal["coco", "labelme", "cellpose", "imagej"]
 _Force = Annotated[bool, Option("--force", help="prepare again, even if it is there already")]
 
 
@@ -159,11 +160,13 @@ for name, title in _PUBLISHED.items():
 
 # %% ../nbs/reference/cli.ipynb #4576999d
 @subcommand(prepare, "  qtseg prepare own --images A --masks B --patient 'patient(\\d+)'\n"
-                     "  qtseg prepare own --images A --masks B --classes 0,120,255 --class-names back,cyst,node")
+                     "  qtseg prepare own --images A --masks B --classes 0,120,255 --class-names back,cyst,node\n"
+                     "  qtseg prepare own --images A --masks annotations.json --format coco")
 def own(
         images: Annotated[Path, Option(metavar="A", help="the folder of images")],
         masks: Annotated[Path, Option(metavar="B", help="the folder of masks, named like the images")],
         root: _Root = Path("data"),
+        format: Annotated[Literal["png", _Formats], Option(help="what the masks are; png: pictures")] = "png",
         classes: Annotated[str, Option(metavar="N_OR_VALUES", help=(
             "number of classes, background included, or the masks' value or color of each"))] = "2",
         class_names: Annotated[str | None, Option(metavar="NAMES", help="their names, separated by commas")] = None,
@@ -177,9 +180,19 @@ def own(
     """Your own images and masks."""
     from qtseg.data.own import prepare_own
 
-    prepare_own(images, masks, root, folds=folds, workers=workers, force=force, classes=classes,
+    prepare_own(images, masks, root, format=format, folds=folds, workers=workers, force=force, classes=classes,
                 class_names=class_names, ignore=ignore, instances=instances, masks_are=masks_are, patient=patient,
                 stratum=stratum, name=name)
+
+
+@subcommand(prepare, "  qtseg prepare share data/own annotations.json --format coco")
+def share(folder: Annotated[Path, Argument(help="a prepared folder")],
+          output: Annotated[Path, Argument(help="the JSON file of COCO; else a folder")],
+          format: Annotated[_Formats, Option(help="of the masks")] = "coco") -> None:
+    """Write the masks of a prepared folder for another program."""
+    from qtseg.data.exchange import share
+
+    print(f"{printable(output)}: the masks of {share(folder, output, format)} images")
 
 # %% ../nbs/reference/cli.ipynb #b02003a5
 @subcommand(prepare, "  qtseg prepare phantoms data/phantoms --n 400 --family nuclei")

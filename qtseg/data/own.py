@@ -12,16 +12,19 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from .layout import Survey, image_names, image_of, name_of, pair_up, take_pictures
+from .drawn import Drawn
+from .exchange import FORMATS, read_drawn
+from .layout import Record, Survey, image_names, image_of, name_of, pair_up, take_pictures
 from .mask_values import IGNORE, MaskReading, MaskValues, look_at, stored_values, value_code
 from .masks import judge_masks, looks_up
-from .preparation import DataSet, prepare_set
+from .preparation import DataSet, fingerprint, prepare_set
 from .reading import read_classes, read_named_picture
 from ..files.text import first_names
 
@@ -176,15 +179,73 @@ def own_set(images: str | os.PathLike, masks: str | os.PathLike, *, classes: str
         class_names=tuple(names), archives="(?!)", find=partial(find_own, patient=patient, stratum=stratum, **reading),
         settings={**reading, "classes": names, "patient": patient, "stratum": stratum})
 
+# %% ../../nbs/reference/data_own.ipynb #owndrawn
+def find_drawn(folders: list[Path], drawn: dict[str, Drawn], names: Sequence[str], patient: str | None,
+               stratum: str | None) -> Survey:
+    """Find the image of everything that was drawn, by its name below the folder, or by its bare name."""
+    found, images, files = Survey(), {}, {}
+    for path in take_pictures(found, folders[0]):
+        name = name_of(path, folders[0])
+        one = drawn.get(name, drawn.get(name.rpartition("/")[2]))
+        if one is not None:
+            files[one.file] = one
+            found.records.append(Record(name, path, (one.file,)))
+        else:
+            images[name] = path
+    lost = sorted(drawn.keys() - {one.image for one in files.values()})
+    if images:
+        found.notes.append(f"{len(images)} image(s) left out, for which nothing was drawn: {first_names([*images])}")
+    if lost:
+        found.notes.append(f"WARNING: {len(lost)} image(s) that were drawn on are not there: {first_names(lost)}")
+    for column, pattern in (("patient", patient), ("stratum", stratum)):
+        if pattern is not None:
+            label(found, column, pattern)
+
+    def read(paths: Sequence[Path], shape: tuple[int, int] | None, notes: list[str]) -> np.ndarray:
+        one = files[paths[0]]
+        return one.mask(names, shape or one.size or (1, 1))
+
+    found.read, found.decided = read, {"ignore": None, "mask_values": []}
+    return found
+
+# %% ../../nbs/reference/data_own.ipynb #owndrawn2
+def drawn_set(images: str | os.PathLike, masks: str | os.PathLike, format: str, classes: str = "2",
+              class_names: str | None = None, **options) -> DataSet:
+    """Describe a folder of images and what was drawn on them in another program; the options are those of `own_set`.
+
+    The file says the classes, unless class_names does.
+
+    Raises:
+        ValueError: An unknown format, a damaged file, a class that class_names lacks, another number of classes.
+        FileNotFoundError: No file of the format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"--format must be png, {', '.join(FORMATS)}, got {format!r}")
+    drawn, names = read_drawn(masks, format)
+    chosen = class_names.split(",") if class_names else names
+    if unknown := sorted(set(names[1:]) - set(chosen)):
+        raise ValueError(f"--class-names lacks {first_names(unknown)}, which {masks} has: name all, the background's "
+                         "first")
+    if classes not in ("2", str(len(chosen))):
+        raise ValueError(f"--classes is {classes}, and {masks} has {len(chosen)}, the background included: leave it out")
+    plain = own_set(images, masks, classes=str(len(chosen)), **options)
+    find = partial(find_drawn, drawn=drawn, names=chosen, patient=options.get("patient"),
+                   stratum=options.get("stratum"))
+    return replace(plain, class_names=tuple(chosen), find=find, settings={
+        **plain.settings, "classes": chosen, "format": format, "drawn": fingerprint(Path(masks).absolute())})
+
 # %% ../../nbs/reference/data_own.ipynb #de6110f4
 def prepare_own(images: str | os.PathLike, masks: str | os.PathLike, root: str | os.PathLike = "data", *,
-                folds: int | None = None, workers: int | None = None, force: bool = False, **description) -> Path:
+                format: str = "png", folds: int | None = None, workers: int | None = None, force: bool = False,
+                **description) -> Path:
     """Prepare your own images and masks, and print a report.
 
     Args:
         images: The folder of images.
-        masks: The folder of masks, named like the images; may be the same folder.
+        masks: The folder of masks, named like the images; may be the same folder. Of another format: see
+            `read_drawn`.
         root: Where the prepared folder goes.
+        format: "png" for masks that are pictures, or a key of `FORMATS`.
         folds: Their number (5), 0 for none.
         workers: Threads; None for one per core.
         force: Prepare again, even if it is there already.
@@ -200,11 +261,12 @@ def prepare_own(images: str | os.PathLike, masks: str | os.PathLike, root: str |
         ValueError: An impossible option, or DataProblems (everything that is wrong with the images and masks).
         OSError: A missing folder, or no space.
     """
-    dataset = own_set(images, masks, **description)
+    pictures = format == "png"
+    dataset = own_set(images, masks, **description) if pictures else drawn_set(images, masks, format, **description)
     place = Path(root).expanduser().resolve() / dataset.name
     for folder in (images, masks):
         if place.is_relative_to(Path(folder).expanduser().resolve()):
             raise ValueError(f"the prepared folder {place} would lie in {folder}, whose pictures it is made from: "
                              "name another --root")
-    return prepare_set(dataset, root, sources=list(dict.fromkeys([images, masks])), folds=folds, workers=workers,
-                       force=force)
+    sources = list(dict.fromkeys([images, masks])) if pictures else [images]
+    return prepare_set(dataset, root, sources=sources, folds=folds, workers=workers, force=force)

@@ -35,7 +35,7 @@ def inside(polygons: Iterable[Sequence], height: int, width: int) -> np.ndarray:
         first, last = (np.ceil(np.clip(end, -1, height + 1) - 0.5).clip(0, height).astype(int)
                        for end in (np.minimum(y, next_y), np.maximum(y, next_y)))
         count = last - first
-        if count.sum() > 2**25:
+        if count.sum() > 2**23:
             raise ValueError(f"a polygon crosses rows of pixels {count.sum()} times: draw it with fewer corners")
         edge = np.repeat(np.arange(len(corners)), count)
         row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + first[edge]
