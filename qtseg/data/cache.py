@@ -25,15 +25,15 @@ from .census import ENTRY, file_facts, identical_files
 from .layout import Record, Survey
 from .mask_values import IGNORE, MASKS, MaskReading, MaskValues, look_at, stored_values, value_code
 from .masks import judge_masks, looks_up
-from .preprocessing import (COLORS, LARGEST_SIZE, RESIZES, fitted_size, is_whole_number, nearest_pixels,
-                                      resize_image, to_color)
+from .preprocessing import (Preprocessing, fitted_size, is_whole_number, nearest_pixels, resize_image,
+                                      to_color)
 from .reading import rgb_of, white_of
 from ..files.pictures import Picture, read_picture
 from ..files.text import first_names, printable, read_json
 from ..files.writing import require_space
 
 # %% auto #0
-__all__ = ['pack_mask', 'DataProblems']
+__all__ = ['pack_mask', 'shrunk', 'prepare_pair', 'start_array', 'read_all', 'write_masks', 'DataProblems']
 
 # %% ../../nbs/reference/data_cache.ipynb #data090
 def mask_bits(classes: int) -> int:
@@ -78,20 +78,14 @@ class Settings:
     channels: int = 3
 
     def __post_init__(self):
-        for name, choices in (("resize", RESIZES), ("color", tuple(COLORS)), ("masks", MASKS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least in (("size", 32), ("classes", 1), ("channels", 1), ("white", 1)):
-            value = getattr(self, name)
-            if not is_whole_number(value, least) and (name, value) != ("white", None):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if self.size > LARGEST_SIZE:
-            raise ValueError(f"size must be at most {LARGEST_SIZE} pixels, got {self.size}")
-        if self.color != "rgb" and self.channels != 3:
-            raise ValueError(f"color={self.color!r} needs channels=3, got {self.channels}")
-        if self.classes > 256 - (self.ignore_value is not None):
-            raise ValueError("classes and the ignored pixels must be at most 256 together, one byte per pixel, got "
-                             f"classes={self.classes}")
+        Preprocessing(self.size, self.resize, self.color, white=65535 if self.white is None else self.white,
+                      channels=self.channels)
+        if self.masks not in MASKS:
+            raise ValueError(f"masks must be one of {', '.join(MASKS)}, got {self.masks!r}")
+        most = 256 - (self.ignore_value is not None)  # one byte per pixel
+        if not is_whole_number(self.classes, 1, most):
+            raise ValueError("classes must be a whole number of at least 1, and with the ignored pixels at most 256 "
+                             f"together, got {self.classes!r}")
         codes = [value_code(value) for value in self.mask_values]
         if codes and len(codes) != max(self.classes, 2):
             raise ValueError(f"mask_values names {len(codes)} values, but classes={self.classes}: pass "
@@ -106,7 +100,7 @@ class Settings:
                              "ignored, not both")
 
 # %% ../../nbs/reference/data_cache.ipynb #data097
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 
 def cache_key(survey: Survey, settings: Settings) -> str:
@@ -137,7 +131,7 @@ class Prepared(NamedTuple):
     problems: list[str]
 
 # %% ../../nbs/reference/data_cache.ipynb #data115a
-def _shrunk(picture: Picture, white: int, settings: Settings, entry: dict) -> np.ndarray:
+def shrunk(picture: Picture, white: int, settings: Settings, entry: dict) -> np.ndarray:
     """A decoded image at the set's size, uint8 [size, size, C]; the moments of its channels go to the entry."""
     small = resize_image(rgb_of(picture, white), settings.size, settings.resize)
     if settings.channels == 1:
@@ -152,7 +146,7 @@ def _shrunk(picture: Picture, white: int, settings: Settings, entry: dict) -> np
     return small
 
 # %% ../../nbs/reference/data_cache.ipynb #c-prep
-def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
+def prepare_pair(survey: Survey, settings: Settings, white: int, record: Record) -> Prepared:
     """Read, check and resize one pair; threads run it, because decoding and resizing release Python's lock."""
     problems, seen, codes, shape, entry = [], None, None, None, {"mask_frames": 1, "mask_turned": 0}
 
@@ -184,7 +178,7 @@ def _prepare(survey: Survey, settings: Settings, white: int, record: Record) -> 
     if record.size and set(record.size) != {height, width}:
         problems.append(f"{survey.short(record.image)} is {width}x{height} pixels, but manifest.csv says "
                         f"{record.size[1]}x{record.size[0]}")
-    small = None if problems or codes is None else attempt(record.image, _shrunk, image, white, settings, entry)
+    small = None if problems or codes is None else attempt(record.image, shrunk, image, white, settings, entry)
     return Prepared(small, codes, seen, entry, problems)
 
 # %% ../../nbs/reference/data_cache.ipynb #data118
@@ -199,7 +193,7 @@ def in_order(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahea
         yield waiting.popleft().result()
 
 # %% ../../nbs/reference/data_cache.ipynb #data121
-def _start_array(path: Path, shape: Sequence[int]):
+def start_array(path: Path, shape: Sequence[int]):
     """Open an .npy file for writing and write its header.
 
     Plain writes, not a memory map: on a full disk a write raises an error, while a map kills the process.
@@ -209,7 +203,7 @@ def _start_array(path: Path, shape: Sequence[int]):
     return file
 
 # %% ../../nbs/reference/data_cache.ipynb #f6679e91
-def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, workers: int,
+def read_all(folder: Path, survey: Survey, settings: Settings, white: int, workers: int,
               progress: bool) -> tuple[list[dict], list[MaskValues], list[str], bool]:
     """Check every pair; write images.npy and, one after the other, the stored values of the small masks.
 
@@ -217,11 +211,11 @@ def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, work
     """
     count, size = len(survey.records), settings.size
     entries, seen, problems, gray = [], [], [], settings.color == "rgb" and settings.channels == 3
-    with (_start_array(folder / "images.npy", (count, size, size, settings.channels)) as images,
+    with (start_array(folder / "images.npy", (count, size, size, settings.channels)) as images,
           open(folder / "masks.stored", "wb") as stored, ThreadPoolExecutor(workers) as pool,
           tqdm(total=count, desc=f"checking and caching {printable(survey.name)} at {size}x{size}", unit="image",
                file=sys.stdout, disable=not progress) as bar):
-        prepare = partial(_prepare, survey, settings, white)
+        prepare = partial(prepare_pair, survey, settings, white)
         for done in in_order(pool, prepare, survey.records, 4 * workers):
             bar.update()
             entries.append(done.entry)
@@ -234,7 +228,7 @@ def _read_all(folder: Path, survey: Survey, settings: Settings, white: int, work
     return entries, seen, problems, bool(gray)
 
 # %% ../../nbs/reference/data_cache.ipynb #data124p
-def _write_masks(folder: Path, reading: MaskReading, entries: list[dict], seen: list[MaskValues],
+def write_masks(folder: Path, reading: MaskReading, entries: list[dict], seen: list[MaskValues],
                  settings: Settings) -> tuple[bool, list[str]]:
     """Translate the stored values of all masks into packed class indices, masks.npy; ignored ones follow the last
     class.
@@ -247,7 +241,7 @@ def _write_masks(folder: Path, reading: MaskReading, entries: list[dict], seen: 
     ignored = any(entry["ignored"] for entry in entries)
     bits = mask_bits(classes + ignored)
     with (open(folder / "masks.stored", "rb") as stored,
-          _start_array(folder / "masks.npy", (len(seen), -(-size * size * bits // 8))) as masks):
+          start_array(folder / "masks.npy", (len(seen), -(-size * size * bits // 8))) as masks):
         for values, entry in zip(seen, entries):
             mask = reading.classes_of(np.lib.format.read_array(stored), values.lossy, reading.top_of(values))
             left = np.bincount(mask.reshape(-1), minlength=classes)
@@ -271,18 +265,18 @@ def build_cache(
     white, wanted = None, settings.white or 65535
     while wanted != white:
         white = wanted
-        entries, seen, problems, gray = _read_all(folder, survey, settings, white, workers, progress)
+        entries, seen, problems, gray = read_all(folder, survey, settings, white, workers, progress)
         wanted = white if settings.white or problems else white_of(entries)
     judged = judge_masks(seen, settings.masks, settings.classes, settings.mask_values, settings.ignore_value)
     problems += judged.problems
     if not problems and not survey.problems:
         if gray:  # one channel says it all
             images = np.load(folder / "images.npy", mmap_mode="r")
-            with _start_array(folder / "images.gray", (*images.shape[:3], 1)) as file:
+            with start_array(folder / "images.gray", (*images.shape[:3], 1)) as file:
                 for image in images:
                     file.write(image[:, :, :1].tobytes())
             (folder / "images.gray").replace(folder / "images.npy")
-        ignored, vanished = _write_masks(folder, judged.reading, entries, seen, settings)
+        ignored, vanished = write_masks(folder, judged.reading, entries, seen, settings)
         kinds = np.dtype([*ENTRY, ("pixels", "u8", (max(settings.classes, 2),)),
                           *((name, "f8", (settings.channels,)) for name in ("mean", "square"))])
         rows = [tuple(entry[name] for name in kinds.names) for entry in entries]

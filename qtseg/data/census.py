@@ -16,12 +16,12 @@ from ..files.pictures import Picture
 from ..files.text import first_names, printable
 
 # %% auto #0
-__all__ = []
+__all__ = ['part_counts', 'set_facts', 'class_warnings', 'file_warnings']
 
 # %% ../../nbs/reference/data_census.ipynb #data148a
 ENTRY = [  # what is noted of each pair; then the pixels per class, and what else the caller notes
     ("hash", "S24"), ("height", "u4"), ("width", "u4"), ("bits", "u1"), ("deep", "?"), ("low", "u2"), ("high", "u2"),
-    ("span", "u2"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"),
+    ("span", "u2"), ("alpha", "?"), ("frames", "u4"), ("turned", "u1"), ("mask_frames", "u4"), ("mask_turned", "u1"),
     ("ignored", "u8")]
 ALWAYS_TRAIN = "always train"  # the part of images that are in no fold
 
@@ -31,7 +31,8 @@ def file_facts(picture: Picture) -> dict:
     values, deep = picture.values, picture.values.dtype == np.uint16
     return {"hash": picture.digest, "height": values.shape[0], "width": values.shape[1], "bits": picture.bits,
             "deep": deep, "low": int(values.min()), "high": int(values.max()), "frames": picture.frames,
-            "turned": picture.turned, "span": value_span(values) if deep else 0}
+            "turned": picture.turned, "span": value_span(values) if deep else 0,
+            "alpha": picture.alpha is not None and picture.alpha[0] < picture.alpha[1]}
 
 
 def identical_files(hashes: Sequence[str]) -> list[list[int]]:
@@ -68,7 +69,7 @@ class Census:
         return "\n".join(lines)
 
 # %% ../../nbs/reference/data_census.ipynb #data148b
-def _counts(
+def part_counts(
     records: Sequence, entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[list[str]]:
     """Rows of the table that have a number for each part: images, patients, strata, empty and full masks, classes."""
     pixels, sizes = entries["pixels"].astype(np.float64), entries["height"].astype(np.float64) * entries["width"]
@@ -94,7 +95,7 @@ def _counts(
     return table
 
 # %% ../../nbs/reference/data_census.ipynb #data148cp
-def _facts(entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -> dict[str, str]:
+def set_facts(entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Rows of the table that have one text for the whole set."""
     sizes = Counter(zip(entries["width"].tolist(), entries["height"].tolist()))
     ordered, (often, times) = sorted(sizes, key=lambda size: (size[0] * size[1], size)), sizes.most_common(1)[0]
@@ -116,7 +117,7 @@ def _facts(entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -
     return facts
 
 # %% ../../nbs/reference/data_census.ipynb #data148d
-def _class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[str]:
+def class_warnings(entries: np.ndarray, parts: dict[str, list[int]], names: Sequence[str]) -> list[str]:
     """Sentences about classes that are missing, in the whole set or in a part."""
     pixels = entries["pixels"]
     found = [f"every pixel of {part} is ignored: there is nothing to learn from, or to score"
@@ -159,7 +160,7 @@ def inverted(shares: np.ndarray, ids: Sequence[str]) -> list[str]:
             "(median): are black and white exchanged there?"]
 
 # %% ../../nbs/reference/data_census.ipynb #data148db
-def _file_warnings(records: Sequence, entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -> list[str]:
+def file_warnings(records: Sequence, entries: np.ndarray, white: int, passed: Sequence[tuple[str, str]]) -> list[str]:
     """Sentences about turned images, several pages, twins, depths, and files that could not be taken."""
     def ids(chosen: np.ndarray) -> str:
         return first_names([records[row].id for row in np.flatnonzero(chosen)])
@@ -186,6 +187,8 @@ def _file_warnings(records: Sequence, entries: np.ndarray, white: int, passed: S
     if (several := np.maximum(entries["frames"], entries["mask_frames"]) > 1).any():
         found.append(
             f"{several.sum()} files hold several pages or frames, of which only the first is read ({ids(several)})")
+    if (alpha := entries["alpha"]).any():
+        found.append(f"{alpha.sum()} images have an alpha channel that varies, which is not read ({ids(alpha)})")
     if (flat := deep & (entries["span"] < white / 12)).any():
         found.append(
             f"{flat.sum()} images keep fewer than 22 of 256 levels ({ids(flat)}): nearly all values lie within "
@@ -211,10 +214,10 @@ def take_census(records: Sequence, entries: np.ndarray, parts: dict[str, list[in
         white: The stored value that is shown white in images of more than 8 bits.
         passed: Files that were not used, each with the reason.
     """
-    table = _counts(records, entries, parts, [printable(name) for name in names])
-    table += [[name, *[""] * len(parts), text] for name, text in _facts(entries, white, passed).items()]
+    table = part_counts(records, entries, parts, [printable(name) for name in names])
+    table += [[name, *[""] * len(parts), text] for name, text in set_facts(entries, white, passed).items()]
     pixels = entries["pixels"]
     shares = pixels[:, 1:].sum(axis=1) / np.maximum(pixels.sum(axis=1), 1)
     found = inverted(shares, [record.id for record in records]) if len(names) == 2 else []
-    return Census(table, found + _class_warnings(entries, parts, names)
-                  + _file_warnings(records, entries, white, passed))
+    return Census(table, found + class_warnings(entries, parts, names)
+                  + file_warnings(records, entries, white, passed))

@@ -16,10 +16,10 @@ import numpy as np
 from .preprocessing import is_whole_number
 from ..files.folders import same_form, walk
 from ..files.pictures import is_picture
-from ..files.text import first_names, printable, read_json, read_table
+from ..files.text import first_names, read_json, read_table
 
 # %% auto #0
-__all__ = ['Survey', 'survey_folder']
+__all__ = ['Survey', 'read_description', 'survey_layout', 'survey_folder']
 
 # %% ../../nbs/reference/data_layout.ipynb #data051
 # (mask files of one image, the image's size, notes) -> class index [H, W]
@@ -78,7 +78,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 MASK_WORDS, IMAGE_WORDS = "segmentation|seg|masks?|labels?|gt", "image|img"
 
 
-def _bare_names(name: str, words: str) -> list[str]:
+def bare_names(name: str, words: str) -> list[str]:
     """A name, then the same without a word at its end, at its beginning, and at both, where that differs."""
     end = re.sub(rf"(?<=[^/])[_-]({words})$", "", name, flags=re.IGNORECASE)
     both = [re.sub(rf"(?<![^/])({words})[_-](?=[^/]+$)", "", form, flags=re.IGNORECASE) for form in (name, end)]
@@ -90,7 +90,7 @@ def image_names(names: Iterable[str]) -> dict[str, str]:
     is one image's."""
     names, bare = set(names), {}
     for name in names:
-        bare.setdefault(_bare_names(name, IMAGE_WORDS)[-1], []).append(name)
+        bare.setdefault(bare_names(name, IMAGE_WORDS)[-1], []).append(name)
     return {form: found[0] for form, found in bare.items() if len(found) == 1} | {name: name for name in names}
 
 
@@ -102,7 +102,7 @@ def image_of(mask: str, images: Mapping[str, str], other: bool = False) -> str |
         images: from `image_names`.
         other: whether the mask's own name is no answer, as where images and masks lie in one folder.
     """
-    return next((images[form] for form in _bare_names(mask, MASK_WORDS)[int(other):] if form in images), None)
+    return next((images[form] for form in bare_names(mask, MASK_WORDS)[int(other):] if form in images), None)
 
 # %% ../../nbs/reference/data_layout.ipynb #16dd550a
 def is_meant(path: Path) -> bool:
@@ -136,18 +136,6 @@ def take_pictures(survey: Survey, folder: Path) -> list[Path]:
     return pictures
 
 # %% ../../nbs/reference/data_layout.ipynb #data055
-def bare_name(name: str) -> str:
-    """A name without all its extensions, in lower case: for a guess at what may be meant."""
-    return _bare_names(re.sub(r"(\.[^./]+)+$", "", same_form(name)), MASK_WORDS)[-1].casefold()
-
-
-def namesakes(folder: Path) -> dict[str, str]:
-    """Bare name -> the end of a sentence that says which file of a folder has it."""
-    files, passed = walk(folder)
-    names = [path.relative_to(folder).as_posix() for path in [*files, *(path for path, _ in passed)]]
-    return {bare_name(name): f"; there is {printable(name)}, whose capitals or extension do not fit" for name in names}
-
-
 def pair_up(survey: Survey, images: Iterable[Path], masks: Iterable[Path], of: Callable[[str], str | None], *,
             several: bool = False, folders: tuple[Path | None, Path | None] = (None, None), **labels: str) -> None:
     """Add a record per image. Images without a mask, masks without an image, and masks too many become problems.
@@ -158,7 +146,7 @@ def pair_up(survey: Survey, images: Iterable[Path], masks: Iterable[Path], of: C
         folders: of images and of masks, where the path below them is part of the name.
         labels: patient, stratum or split of all these records.
     """
-    by_image, names, near = {}, set(), None
+    by_image, names = {}, set()
     for mask in masks:
         name = name_of(mask, folders[1])
         by_image.setdefault(of(name) or name, []).append(mask)
@@ -172,9 +160,8 @@ def pair_up(survey: Survey, images: Iterable[Path], masks: Iterable[Path], of: C
             found = ", ".join(map(survey.short, own))
             survey.problems.append(f"{survey.short(image)}: several masks, {found}")
         else:
-            near = namesakes(folders[1]) if near is None and folders[1] else near or {}
-            where = (f" in {survey.short(folders[1])}/ (of the same name, perhaps with _mask, _seg, _label or _gt after "
-                     f"it, or mask_ before it{near.get(bare_name(name), '')})") if folders[1] else ""
+            where = (f" in {survey.short(folders[1])}/ (of the same name and capitals, perhaps with _mask, _seg, "
+                     "_label or _gt after it, or mask_ before it)" if folders[1] else "")
             survey.problems.append(f"{survey.short(image)}: no mask{where}")
     lonely = [mask for name in sorted(by_image.keys() - names) for mask in by_image[name]]
     survey.problems += [f"{survey.short(mask)}: mask without an image" for mask in lonely]
@@ -198,7 +185,7 @@ SPLIT_FOLDERS = {
     "testing": "test"}
 
 
-def _pair_in(folder: Path) -> tuple[Path, Path] | None:
+def pair_in(folder: Path) -> tuple[Path, Path] | None:
     """The images' and the masks' folder inside a folder, or None."""
     by_name = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     return next(((by_name[i], by_name[m]) for i, m in PAIRS if i in by_name and m in by_name), None)
@@ -208,7 +195,7 @@ COLUMNS = ("id", "image", "mask", "patient", "stratum", "fold", "split", "width"
 SPLITS = ("train", "valid", "test")
 
 
-def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]]:
+def record_of(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]]:
     """One row of a manifest -> record (None without image or mask) and what is wrong with the row."""
     problems: list[str] = []
     text = {column: (row.get(column) or "").strip() for column in COLUMNS}
@@ -250,7 +237,7 @@ def _record(folder: Path, row: dict[str, str]) -> tuple[Record | None, list[str]
 MOST_IMAGES = 500_000
 
 
-def _read_manifest(survey: Survey) -> None:
+def read_manifest(survey: Survey) -> None:
     """Fill the survey from manifest.csv."""
     try:
         columns, rows = read_table(survey.folder / "manifest.csv", most=MOST_IMAGES, skipinitialspace=True)
@@ -273,7 +260,7 @@ def _read_manifest(survey: Survey) -> None:
             problems.append(f"has the unknown column(s) {first_names(unknown, 5)}; {may}")
         found = [f"manifest.csv {problem}" for problem in problems]
         for row in () if missing else rows:
-            record, problems = _record(survey.folder, row | {"stratum": row.get("group" if older else "stratum")})
+            record, problems = record_of(survey.folder, row | {"stratum": row.get("group" if older else "stratum")})
             found += [f"manifest.csv, row of id {(row.get('id') or '')[:200]!r}: {problem}" for problem in problems]
             survey.records += [record] if record else []
         survey.problems += found
@@ -281,7 +268,7 @@ def _read_manifest(survey: Survey) -> None:
         survey.problems.append(f"{error}: repair the file, or divide the set")
 
 # %% ../../nbs/reference/data_layout.ipynb #data066
-def _read_description(survey: Survey) -> None:
+def read_description(survey: Survey) -> None:
     """Take name, class names and the ignored value from dataset.json, if there is one."""
     path = survey.folder / "dataset.json"
     if not os.path.lexists(path):
@@ -299,21 +286,21 @@ def _read_description(survey: Survey) -> None:
         survey.problems.append(f"dataset.json cannot be understood ({error})")
 
 # %% ../../nbs/reference/data_layout.ipynb #data069
-def _look(folder: Path, name: str) -> Survey | None:
+def survey_layout(folder: Path, name: str) -> Survey | None:
     """Survey a folder of one of the known layouts; None for any other."""
     survey = Survey(folder, name, prepared=(folder / "manifest.csv").is_file())
     if survey.prepared:
-        _read_description(survey)
-        _read_manifest(survey)
+        read_description(survey)
+        read_manifest(survey)
         return survey
     if (folder / "dataset.json").is_file():
         raise ValueError(
             f"{folder} has a dataset.json but no manifest.csv: its preparation did not finish, run it again")
-    if pair := _pair_in(folder):
+    if pair := pair_in(folder):
         pair_by_name(survey, *pair)
         return survey
     inside = [(SPLIT_FOLDERS.get(path.name.lower()), path) for path in sorted(folder.iterdir()) if path.is_dir()]
-    parts = [(split, path, _pair_in(path)) for split, path in inside if split]
+    parts = [(split, path, pair_in(path)) for split, path in inside if split]
     for split, part, pair in parts:
         if pair:
             pair_by_name(survey, *pair, split)
@@ -331,12 +318,12 @@ def survey_folder(folder: Path, name: str | None = None) -> Survey:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: give a folder, a .zip, or phantoms[:family[:n]]")
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
-    survey = _look(folder, name or folder.name)
+    survey = survey_layout(folder, name or folder.name)
     if survey is None and len(inside) == 1 and inside[0].is_dir():
-        survey = _look(inside[0], inside[0].name)
+        survey = survey_layout(inside[0], inside[0].name)
     if survey is None:
         found = ", ".join(path.name for path in inside[:8]) or "nothing"
-        apart = [path.name for path in inside if path.is_dir() and _pair_in(path)]
+        apart = [path.name for path in inside if path.is_dir() and pair_in(path)]
         moved = (f": move {apart[0]}/images to images/{apart[0]}, {apart[0]}/masks to masks/{apart[0]}, and so on"
                  if apart else "")
         raise ValueError(f"{folder} holds {found}; expected manifest.csv with images/ and masks/, train/inputs with "

@@ -10,16 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .mask_doubts import (Refused, as_brightness, class_options, colored_refusal, index_remedy,
-                                    looks_like_photograph, named, refuse_lossy, require_masks, total_pixels,
-                                    values_by_file)
-from .mask_values import COLORED, FEW, MaskReading, MaskValues, codes_to_rgb, spell, value_code
+from .mask_values import (COLORED, FEW, MaskReading, MaskValues, Refused, as_brightness, class_options,
+                                    codes_to_rgb, colored_refusal, index_remedy, looks_like_photograph, named,
+                                    refuse_lossy, require_masks, spell, total_pixels, value_code, values_by_file)
 
 # %% auto #0
-__all__ = []
+__all__ = ['ignores_white', 'judge_index', 'flat_levels', 'require_bright', 'judge_binary', 'judge_by_white', 'judge_two_colors',
+           'judge_values', 'check_files', 'judge_any']
 
 # %% ../../nbs/reference/data_masks.ipynb #masks020
-def _ignored(files: Sequence[MaskValues], total: Counter, classes: int, notes: list[str]) -> bool:
+def ignores_white(files: Sequence[MaskValues], total: Counter, classes: int, notes: list[str]) -> bool:
     """Whether 255, the only value above the classes, counts nowhere: it does if it stands beside other classes."""
     marked = [seen for seen in files if 255 in seen.counts]
     beside = [seen for seen in marked if not {0, 255}.issuperset(seen.counts)]
@@ -41,12 +41,12 @@ def _ignored(files: Sequence[MaskValues], total: Counter, classes: int, notes: l
     return True
 
 
-def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None, notes: list[str]) -> MaskReading:
+def judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None, notes: list[str]) -> MaskReading:
     """Every code is a class; 255 beside the classes is ignored."""
     refuse_lossy(files)
     total = total_pixels(files)
     strays = [code for code in total if code >= classes and code != ignore]
-    if strays == [255] and ignore is None and _ignored(files, total, classes, notes):
+    if strays == [255] and ignore is None and ignores_white(files, total, classes, notes):
         return MaskReading("index", classes, ignore=255)
     if strays:
         holding = [seen for seen in files if not set(strays).isdisjoint(seen.counts)]
@@ -59,7 +59,7 @@ def _judge_index(files: Sequence[MaskValues], classes: int, ignore: int | None, 
     return MaskReading("index", classes, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022
-def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
+def flat_levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     """The values that fill regions somewhere in the set: black, white, and every flat value between them."""
     total, top, exact = total_pixels(files), max(seen.top for seen in files), not any(seen.lossy for seen in files)
     if exact and top < 32:
@@ -98,7 +98,7 @@ def _levels(files: Sequence[MaskValues], notes: list[str]) -> list[int]:
     return sorted(levels)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022p
-def _check_brightness(files: Sequence[MaskValues], total: Counter) -> None:
+def require_bright(files: Sequence[MaskValues], total: Counter) -> None:
     """Refuse an empty JPEG's noise, flat foreground that is clearly darker than the set's white, and a 255 that may
     mean "ignore"."""
     lossy, white = any(seen.lossy for seen in files), max(total)
@@ -123,16 +123,16 @@ def _check_brightness(files: Sequence[MaskValues], total: Counter) -> None:
             + class_options(list(total)))
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022a
-def _judge_binary(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
+def judge_binary(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
     """Two levels in the whole set, of which the darker is background."""
     total, lossy = total_pixels(files), any(seen.lossy for seen in files)
     if max(total) >= COLORED:
-        return _judge_two_colors(files, ignore, notes)
+        return judge_two_colors(files, ignore, notes)
     if not lossy and set(total) == {0, 1, 255} and ignore is None:
-        return _judge_index(files, 2, None, notes)
+        return judge_index(files, 2, None, notes)
     require_masks(files)
-    _check_brightness(files, total)
-    levels, white = _levels(files, notes), max(total)
+    require_bright(files, total)
+    levels, white = flat_levels(files, notes), max(total)
     indexed = [seen for seen in files if not seen.lossy and 1 < seen.top < 32 <= white // 4]  # beside black and white
     if indexed or len(levels) > 2:
         levels = sorted({*levels, *(code for seen in indexed for code in seen.counts)})
@@ -154,8 +154,8 @@ def _judge_binary(files: Sequence[MaskValues], ignore: int | None, notes: list[s
     return MaskReading("binary", 2, threshold=white // 2, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022b
-def _judge_by_white(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
-    """As _judge_binary; files whose white is 1 may stand beside files whose white is 255 or 65535."""
+def judge_by_white(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
+    """As judge_binary; files whose white is 1 may stand beside files whose white is 255 or 65535."""
     kinds = {white: [seen for seen in files if low < seen.top <= white and (white > 1 or not seen.lossy)]
              for low, white in ((0, 1), (1, 255), (255, 65535))}
     kinds = {white: members for white, members in kinds.items() if members}
@@ -163,11 +163,11 @@ def _judge_by_white(files: Sequence[MaskValues], ignore: int | None, notes: list
     total = total_pixels(files)
     ignoring = len(total) <= FEW and any(1 in seen.counts and len(seen.counts) > 2 for seen in files if seen.top == 255)
     if not apart or ignoring or max(total) >= COLORED:
-        return _judge_binary(files, ignore, notes)
+        return judge_binary(files, ignore, notes)
     problems = []
     for members in kinds.values():
         try:
-            _judge_binary(members, ignore, notes)
+            judge_binary(members, ignore, notes)
         except Refused as error:
             problems += error.args
     if problems:
@@ -179,7 +179,7 @@ def _judge_by_white(files: Sequence[MaskValues], ignore: int | None, notes: list
     return MaskReading("binary", 2, mixed=True, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks022q
-def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
+def judge_two_colors(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
     """Black and one color, softened edges between them included."""
     total = total_pixels(files)
     require_masks(files)
@@ -190,13 +190,13 @@ def _judge_two_colors(files: Sequence[MaskValues], ignore: int | None, notes: li
     # not on the line from black to that color
     if (abs(shades * strongest.max() - top * strongest) > 4 * strongest.max()).any():
         raise Refused(colored_refusal(files))
-    if len(_levels([as_brightness(seen) for seen in files], notes)) > 2:
+    if len(flat_levels([as_brightness(seen) for seen in files], notes)) > 2:
         raise Refused(
             f"masks hold one color in several strengths ({values_by_file(files)}): {class_options(list(total))}")
     return MaskReading("binary", 2, threshold=int(top.max()) // 2, ignore=ignore)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023
-def _judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: int | None,
+def judge_values(files: Sequence[MaskValues], values: tuple[int, ...], ignore: int | None,
                   notes: list[str]) -> MaskReading:
     """Every code is one that mask_values names, or (of a lossy file) is read as the nearest."""
     known = {*values, ignore}
@@ -262,13 +262,13 @@ def judge_masks(
     reading, notes = MaskReading("index", count, ignore=ignore), []
     if judged:
         try:
-            _check_files(judged, masks, look_up, bool(values), ignore, notes)
+            check_files(judged, masks, look_up, bool(values), ignore, notes)
             if values:
-                reading = _judge_values(judged, values, ignore, notes)
+                reading = judge_values(judged, values, ignore, notes)
             elif masks == "index":
-                reading = _judge_index(judged, count, ignore, notes)
+                reading = judge_index(judged, count, ignore, notes)
             else:
-                reading = (_judge_by_white if masks == "binary" else _judge_any)(judged, ignore, notes)
+                reading = (judge_by_white if masks == "binary" else judge_any)(judged, ignore, notes)
         except Refused as error:
             return Judgement(None, list(error.args), [])
         if ignore is not None and not any(ignore in seen.counts for seen in files):
@@ -276,7 +276,7 @@ def judge_masks(
     return Judgement(replace(reading, look_up=look_up), [], notes)
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023q
-def _check_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_value: bool, ignore: int | None,
+def check_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_value: bool, ignore: int | None,
                  notes: list[str]) -> None:
     """Refuse what the values do not show: masks in alpha channels, ignored pixels in JPEGs, palettes that differ."""
     if hidden := [seen for seen in files if seen.hidden]:
@@ -308,7 +308,7 @@ def _check_files(files: Sequence[MaskValues], masks: str, look_up: bool, by_valu
             f"{black[0]} is black: if black is the background, {names}")
 
 # %% ../../nbs/reference/data_masks.ipynb #masks023r
-def _judge_any(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
+def judge_any(files: Sequence[MaskValues], ignore: int | None, notes: list[str]) -> MaskReading:
     """Everything but 0 is foreground."""
     refuse_lossy(files)
     top = max(seen.top for seen in files)

@@ -31,17 +31,8 @@ def write_manifest(folder: str | Path, rows: list[dict], name: str, class_names:
         name: of the data set.
         class_names: background first.
         extra: further entries of dataset.json.
-
-    Raises:
-        ValueError: a row lacks a column or has an unknown one.
     """
     folder = Path(folder)
-    for row in rows:
-        lacking, unknown = {"id", "image", "mask", "width", "height"} - row.keys(), row.keys() - set(COLUMNS)
-        if lacking or unknown:
-            trouble = "lacks" if lacking else "has the unknown column"
-            raise ValueError(f"{folder / 'manifest.csv'}: row {row.get('id', row)!r} {trouble} "
-                             f"{', '.join(sorted(lacking or unknown))}")
 
     def write_rows(path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as stream:

@@ -9,7 +9,10 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['FAMILIES', 'best_threshold', 'rough_circle', 'paint', 'phantom']
+__all__ = ['FAMILIES', 'best_threshold', 'rough_circle', 'paint', 'draw_skin', 'draw_pigment', 'draw_hairs', 'draw_lens',
+           'draw_dermoscopy', 'draw_tissue', 'draw_contact', 'draw_ultrasound', 'draw_mucosa', 'draw_surface',
+           'draw_polyps', 'draw_endoscopy', 'draw_cells', 'draw_histology', 'draw_fluorescence', 'draw_nuclei',
+           'phantom']
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms010
 CHANNELS = ("gray", "red", "green", "blue")
@@ -119,7 +122,7 @@ def color(red: float, green: float, blue: float) -> np.ndarray:
     return np.array([red, green, blue], np.float32)[:, None, None]
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms032
-def _skin(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_skin(rng: np.random.Generator, size: int) -> np.ndarray:
     """Skin of any tone in uneven light, float32 [3, size, size], 0..255."""
     y, x = grid(size)
     tone = rng.uniform(0, 1)
@@ -130,7 +133,7 @@ def _skin(rng: np.random.Generator, size: int) -> np.ndarray:
     return light * base * (1 + blush * color(0.012, -0.03, -0.018))
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms034
-def _pigment(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_pigment(rng: np.random.Generator, size: int) -> np.ndarray:
     """How strongly a lesion absorbs red, green and blue, float32 [3, size, size]; below 0: paler than the skin."""
     network = 0.6 - np.abs(noise(rng, 20, size))  # thin lines where the field passes zero
     pattern = np.maximum(1 + 0.25 * noise(rng, 4, size) + 0.25 * network, 0.5)
@@ -142,7 +145,7 @@ def _pigment(rng: np.random.Generator, size: int) -> np.ndarray:
     return pattern * (color(0.5, 0.85, 1.0) * rng.uniform(0.45, 1.15))  # brown
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms037
-def _hairs(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_hairs(rng: np.random.Generator, size: int) -> np.ndarray:
     """Up to thirteen hairs, bent lines across the skin: coverage uint8 [size, size]; eight images of 21 have none."""
     canvas = np.zeros((size, size), np.uint8)
     step = np.linspace(0, 1, 16)[:, None]
@@ -156,7 +159,7 @@ def _hairs(rng: np.random.Generator, size: int) -> np.ndarray:
     return canvas
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms038
-def _lens(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_lens(rng: np.random.Generator, size: int) -> np.ndarray:
     """How much light the instrument passes, float32 [size, size]: darker outwards, and at times a round black rim."""
     y, x = grid(size)
     far = np.sqrt((y - 0.5) ** 2 + (x - 0.5) ** 2)
@@ -166,15 +169,16 @@ def _lens(rng: np.random.Generator, size: int) -> np.ndarray:
     return passed
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms039
-def _dermoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_dermoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image float32 [3, size, size] and mask [size, size]: an irregular lesion, then hairs, then the lens."""
     curve = stretched(
         rough_circle(rng, rng.uniform(0.19, 0.31), rng.uniform(0.05, 0.3)), rng.uniform(1, 1.5), rng.uniform(0, np.pi))
     cover = paint(curve[None] + rng.uniform(0.4, 0.6, 2), size)
-    image = _skin(rng, size) * np.exp(-share(cover) * _pigment(rng, size))  # pigment takes its share of the light
+    # pigment takes its share of the light
+    image = draw_skin(rng, size) * np.exp(-share(cover) * draw_pigment(rng, size))
     hair = rng.uniform(25, 70) * color(1, 0.75, 0.6)
-    image += 0.85 * share(_hairs(rng, size)) * (hair - image)
-    return image * _lens(rng, size), cover > 127
+    image += 0.85 * share(draw_hairs(rng, size)) * (hair - image)
+    return image * draw_lens(rng, size), cover > 127
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms043
 def speckle(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -185,7 +189,7 @@ def speckle(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.maximum(fit_field(looks.mean(axis=0), size), 0)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms046
-def _tissue(rng: np.random.Generator, size: int, dark: float) -> np.ndarray:
+def draw_tissue(rng: np.random.Generator, size: int, dark: float) -> np.ndarray:
     """Echo strength of a breast, float32 [size, size]: skin, fat, gland, fascia, muscle; fat and muscle are `dark`."""
     y, _ = grid(size)
     depth = y + 0.035 * noise(rng, (3, 4), size) + 0.012 * noise(rng, (6, 10), size)
@@ -197,7 +201,7 @@ def _tissue(rng: np.random.Generator, size: int, dark: float) -> np.ndarray:
     return np.interp(depth, places, values).astype(np.float32) * (1 + 0.22 * noise(rng, (14, 7), size))
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms050
-def _contact(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_contact(rng: np.random.Generator, size: int) -> np.ndarray:
     """Gain, its change with depth, and up to two dark stripes of poor contact with the skin: float32 [size, size]."""
     y, x = grid(size)
     gain = rng.uniform(0.6, 1.2) + rng.uniform(-0.4, 0.4) * y
@@ -207,25 +211,25 @@ def _contact(rng: np.random.Generator, size: int) -> np.ndarray:
     return gain
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms051
-def _ultrasound(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_ultrasound(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image float32 [3, size, size] and mask [size, size]: a dark lesion with a bright rim, its shadow, speckle."""
     dark = rng.uniform(0.08, 0.17)
     curve = stretched(
         rough_circle(rng, rng.uniform(0.17, 0.26), rng.uniform(0.03, 0.25)), rng.uniform(0.9, 1.8), rng.normal(0, 0.2))
     cover = paint(curve[None] + [rng.uniform(0.32, 0.68), rng.uniform(0.4, 0.56)], size)
     inside = share(cover)
-    echo = _tissue(rng, size, dark)
+    echo = draw_tissue(rng, size, dark)
     # less reaches the depths below a lesion (shadow), more below a cyst
     strength = rng.uniform(0.35, 0.85) if rng.uniform() < 0.8 else rng.uniform(-0.6, -0.2)
     echo *= 1 - strength * blur(np.maximum.accumulate(inside, axis=0) - inside, 0.02)
     echo += rng.uniform(0.3, 0.7) * blur(inside, 0.02) * (1 - inside)  # the rim
     echo += inside * (dark * rng.uniform(0.5, 1.0) * (1 + 0.3 * noise(rng, 8, size)) - echo)
-    echo *= _contact(rng, size) * speckle(rng, size)
+    echo *= draw_contact(rng, size) * speckle(rng, size)
     gray = 255 / np.float32(np.log(11)) * np.log1p(10 * np.maximum(echo, 0))  # scanners show the logarithm
     return np.broadcast_to(gray, (3, size, size)), cover > 127
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms055
-def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
+def draw_mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
     """Wall of the gut, float32 [3, size, size]: pink, with fine vessels, and ring folds round the dark lumen."""
     y, x = grid(size)
     away = np.sqrt((y - rng.uniform(-0.1, 1.1)) ** 2 + (x - rng.uniform(-0.1, 1.1)) ** 2) + 0.06 * noise(rng, 4, size)
@@ -237,7 +241,7 @@ def _mucosa(rng: np.random.Generator, size: int) -> np.ndarray:
     return light * (color(218, 138, 118) + rng.uniform(-1, 1) * color(8, 22, 20) - vessels * color(20, 42, 34))
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms059
-def _surface(rng: np.random.Generator, size: int, label: int) -> np.ndarray:
+def draw_surface(rng: np.random.Generator, size: int, label: int) -> np.ndarray:
     """A polyp's color relative to the wall, float32 [3, size, size]: paler with spots (1), browner with ridges (2)."""
     if label == 1:  # round spots in loose rows, 0..1
         y, x = grid(size)
@@ -252,7 +256,7 @@ def _surface(rng: np.random.Generator, size: int, label: int) -> np.ndarray:
     return tint ** rng.uniform(-0.1, 1.4) * (1 - marks * color(0.7, 1.15, 1.1))  # below 0: the other class's tint
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms062
-def _polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
+def draw_polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
     """Outlines [1, 128, 2], radii and classes of an image's polyps: none (4 %), one (61 %), or two."""
     number, angle = int(rng.choice(3, p=[0.04, 0.61, 0.35])), rng.uniform(0, 2 * np.pi)
     polyps = []
@@ -265,17 +269,17 @@ def _polyps(rng: np.random.Generator) -> list[tuple[np.ndarray, float, int]]:
     return polyps
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms065
-def _endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image float32 [3, size, size] and mask [size, size], 0, 1, 2: polyps on the wall, highlights, cut corners."""
-    image, mask = _mucosa(rng, size), np.zeros((size, size), np.uint8)
-    for curve, radius, label in _polyps(rng):
+    image, mask = draw_mucosa(rng, size), np.zeros((size, size), np.uint8)
+    for curve, radius, label in draw_polyps(rng):
         cover = paint(curve, size)
         inside = share(cover)
         dome = blur(inside, 0.3 * radius)
         image *= 1 - 0.7 * dome * (1 - inside)  # shade round the foot
         # the lamp is at the camera
         lit = (0.25 * image + 0.75 * image.mean(axis=(1, 2), keepdims=True)) * (0.56 + 0.58 * dome)
-        image += inside * (lit * _surface(rng, size, label) - image)
+        image += inside * (lit * draw_surface(rng, size, label) - image)
         mask[cover > 127] = label
     # specular highlights, where the wet wall mirrors the lamp
     count = int(rng.integers(3, 14))
@@ -288,7 +292,7 @@ def _endoscopy(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
     return image, mask
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms068
-def _cells(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_cells(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Nuclei on a jittered grid, a third with a partner that touches it: (stain, coverage), uint8 [size, size]."""
     rows = int(rng.integers(4, 7))
     # [rows**2, 2]
@@ -305,7 +309,7 @@ def _cells(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]
     return paint(curves[keep], size, stain[keep]), paint(curves[keep], size)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms070
-def _histology(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
+def draw_histology(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
     """Haematoxylin (blue, in nuclei) and eosin (pink) absorb a white light, float32 [3, size, size]."""
     size = len(stain)
     eosin = np.maximum(0.35 + 0.12 * noise(rng, 5, size) + 0.14 * noise(rng, (20, 10), size), 0.05)
@@ -317,7 +321,7 @@ def _histology(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
     return lamp * np.exp(-density)
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms071
-def _fluorescence(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
+def draw_fluorescence(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
     """Nuclei that glow in a dark field, with haze: light adds up, float32 [3, size, size]; gray or blue."""
     size = len(stain)
     y, x = grid(size)
@@ -328,11 +332,11 @@ def _fluorescence(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
     return rng.uniform(80, 220) * light * dye  # the exposure differs from image to image
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms072
-def _nuclei(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_nuclei(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Image float32 [3, size, size] and mask [size, size]: nuclei of varying stain, in one of two appearances."""
-    stain, cover = _cells(rng, size)
+    stain, cover = draw_cells(rng, size)
     stain = share(stain) * (1 + 0.12 * noise(rng, 48, size))  # chromatin
-    return (_histology if rng.uniform() < 0.5 else _fluorescence)(rng, stain), cover > 127
+    return (draw_histology if rng.uniform() < 0.5 else draw_fluorescence)(rng, stain), cover > 127
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms075
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
@@ -371,7 +375,8 @@ def phantom(family: str, seed: int, size: int = 128) -> tuple[np.ndarray, np.nda
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     check_whole("seed", seed, 0)
     check_whole("size", size, 32)
-    draw = {"dermoscopy": _dermoscopy, "ultrasound": _ultrasound, "endoscopy": _endoscopy, "nuclei": _nuclei}[family]
+    draw = {"dermoscopy": draw_dermoscopy, "ultrasound": draw_ultrasound, "endoscopy": draw_endoscopy,
+            "nuclei": draw_nuclei}[family]
     image, mask = draw(np.random.default_rng([FAMILIES.index(family), seed]), size)  # [3, size, size], [size, size]
     planes = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
     return cv2.merge(list(planes)), mask.astype(np.uint8)  # [size, size, 3]

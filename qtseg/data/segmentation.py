@@ -28,7 +28,7 @@ from ..files.text import plain
 from ..files.writing import new_folder
 
 # %% auto #0
-__all__ = ['SegmentationData']
+__all__ = ['cached_set', 'plan_splits', 'name_classes', 'SegmentationData']
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data073
 def twice_and_torn(survey: Survey) -> list[str]:
@@ -53,7 +53,7 @@ def twice_and_torn(survey: Survey) -> list[str]:
     return problems
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data135
-def _cached(survey: Survey, settings: Settings, folder: Path, workers: int, progress: bool) -> Cache:
+def cached_set(survey: Survey, settings: Settings, folder: Path, workers: int, progress: bool) -> Cache:
     """The cache: taken if it is there, else built. DataProblems lists everything that is wrong, names first."""
 
     def refuse(hashes: Sequence[str], problems: Sequence[str] = ()) -> None:
@@ -77,7 +77,7 @@ def _cached(survey: Survey, settings: Settings, folder: Path, workers: int, prog
     return ready
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data146
-def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: float, seed: int,
+def plan_splits(survey: Survey, fold: int | None, folds: int | None, valid_share: float, seed: int,
           splits: Mapping[str, str] | None) -> tuple[dict[str, list[int]], list[str]]:
     """The splits given by id, else assign_splits; where problems with the names may be why it fails, they count."""
     survey.problems += twice_and_torn(survey)
@@ -92,7 +92,7 @@ def _plan(survey: Survey, fold: int | None, folds: int | None, valid_share: floa
         return {}, []
 
 
-def _class_names(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
+def name_classes(survey: Survey, settings: Settings, notes: list[str]) -> tuple[str, ...]:
     """One name per class: those of dataset.json if they fit, else made-up ones."""
     count = max(settings.classes, 2)
     if len(survey.class_names) == count and (settings.masks != "any" or count == 2):
@@ -213,14 +213,14 @@ class SegmentationData(OpenedData):
         settings = Settings(size, resize, color, masks, classes, mask_values, ignore_value, white, channels)
         root = cache_root(cache)
         survey = survey_folder(*find_source(source, root, size))
-        parts, notes = _plan(survey, fold, folds, valid_share, seed, splits)
+        parts, notes = plan_splits(survey, fold, folds, valid_share, seed, splits)
         by_layout = "index" if survey.prepared or classes > 2 or mask_values else "binary"
         named = ignore_value is not None or survey.ignore in map(value_code, mask_values)
         settings = replace(settings, masks=by_layout if masks == "auto" else masks,
                            ignore_value=ignore_value if named else survey.ignore)
-        names = _class_names(survey, settings, notes)
+        names = name_classes(survey, settings, notes)
         folder = root / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', survey.name)[:40]}-{size}-{cache_key(survey, settings)}"
-        cached = _cached(survey, settings, folder, workers or os.cpu_count() or 1, progress)
+        cached = cached_set(survey, settings, folder, workers or os.cpu_count() or 1, progress)
         parts = leave_out_twins(survey, cached.hashes, parts, notes)
         census = take_census(survey.records, cached.entries, parts, names, cached.white, survey.passed)
         census.warnings[:0] = [note[9:] for note in cached.notes if note.startswith("WARNING: ")]

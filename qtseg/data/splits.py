@@ -16,10 +16,10 @@ from ..files.optional import import_optional
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = []
+__all__ = ['equal_slices', 'units_of', 'folds_of_patients', 'small_strata', 'even_share']
 
 # %% ../../nbs/reference/data_splits.ipynb #data076
-def _slices(records: list[Record], folds: int) -> list[int | None]:
+def equal_slices(records: list[Record], folds: int) -> list[int | None]:
     """Deterministic folds: equal slices by name within each stratum; None (always train) for what is left over at the
     end."""
     fold_of: list[int | None] = [None] * len(records)
@@ -31,16 +31,16 @@ def _slices(records: list[Record], folds: int) -> list[int | None]:
     return fold_of
 
 # %% ../../nbs/reference/data_splits.ipynb #d42e212b
-def _units(records: Sequence[Record]) -> list[str]:
+def units_of(records: Sequence[Record]) -> list[str]:
     """What must stay together: the patient of each record, or the record alone."""
     return [f"patient {record.patient}" if record.patient else f"alone {i}" for i, record in enumerate(records)]
 
 
-def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
+def folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     """Deterministic folds of whole patients, strata spread evenly; None for test images."""
     selection = import_optional("sklearn.model_selection", "making folds that keep patients together")
     pool = [i for i, record in enumerate(records) if record.split != "test"]
-    units = [_units(records)[i] for i in pool]
+    units = [units_of(records)[i] for i in pool]
     if len(set(units)) < 2:
         raise ValueError(f"all {len(pool)} images belong to one patient, who cannot train and validate: add other "
                          "patients, or leave the patient out if that is wrong")
@@ -60,9 +60,9 @@ def _folds_of_patients(records: list[Record], folds: int) -> list[int | None]:
     return fold_of
 
 # %% ../../nbs/reference/data_splits.ipynb #17d41c87
-def _small_strata(records: Sequence[Record], fold_of: Sequence[int | None], folds: int) -> list[str]:
+def small_strata(records: Sequence[Record], fold_of: Sequence[int | None], folds: int) -> list[str]:
     """A note if strata have fewer images (or patients) than there are folds, and so are missing in some."""
-    units, members, found = _units(records), {}, []
+    units, members, found = units_of(records), {}, []
     for i, record in enumerate(records):
         if record.stratum and record.split != "test":
             members.setdefault(record.stratum, []).append(i)
@@ -95,7 +95,7 @@ def fold_of_each(records: Sequence[Record], folds: int | None, notes: list[str])
     if len(pool) < folds:
         raise ValueError(f"{len(pool)} images cannot make folds={folds}: choose at most {len(pool)}")
     patients = len({record.patient for record in pool} - {""})
-    fold_of = _folds_of_patients(records, folds) if patients else _slices(records, folds)
+    fold_of = folds_of_patients(records, folds) if patients else equal_slices(records, folds)
     sizes = Counter(value for value in fold_of if value is not None)
     left = len(pool) - sum(sizes.values())
     if not sizes:
@@ -107,7 +107,7 @@ def fold_of_each(records: Sequence[Record], folds: int | None, notes: list[str])
     else:
         notes.append(f"folds: {folds} equal slices of {sizes[0]} images, sorted by name"
                      f"{', within each stratum' if strata else ''}{f'; the last {left} always train' if left else ''}")
-    notes += _small_strata(records, fold_of, folds)
+    notes += small_strata(records, fold_of, folds)
     if any(record.split == "valid" for record in records):
         notes.append("folds: the folder's own validation images were put back among the others before they were made")
     return fold_of
@@ -129,11 +129,11 @@ def hold_out(records: Sequence[Record], rows: list[int], share: float, seed: int
     count, training = max(1, round(share * len(rows))), [records[row] for row in rows]
     if count >= len(rows):
         raise ValueError(f"{len(rows)} training image(s) and valid_share={share}: nothing would be left to train with")
-    if len(set(_units(training))) < 2:
+    if len(set(units_of(training))) < 2:
         raise ValueError(f"all {len(rows)} training images belong to one patient, who cannot train and validate: add "
                          "other patients, or name the split in the manifest")
     if any(record.patient or record.stratum for record in training):
-        chosen = sorted(rows[i] for i in _even_share(training, count, seed))
+        chosen = sorted(rows[i] for i in even_share(training, count, seed))
     else:
         chosen = sorted(rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count])
     if not 0 < len(chosen) < len(rows):
@@ -145,7 +145,7 @@ def hold_out(records: Sequence[Record], rows: list[int], share: float, seed: int
     return chosen
 
 # %% ../../nbs/reference/data_splits.ipynb #data082b
-def _even_share(records: Sequence[Record], count: int, seed: int) -> list[int]:
+def even_share(records: Sequence[Record], count: int, seed: int) -> list[int]:
     """Positions of about `count` records: patients whole, each stratum in proportion, the best of 20 seeded orders."""
     names = sorted({record.stratum for record in records})
     members = np.array([names.index(record.stratum) for record in records])
@@ -155,7 +155,7 @@ def _even_share(records: Sequence[Record], count: int, seed: int) -> list[int]:
     for stratum in np.argsort(wanted - exact, kind="stable")[:count - wanted.sum()]:  # the largest remainders
         wanted[stratum] += 1
     by_unit: dict[str, list[int]] = {}
-    for position, unit in enumerate(_units(records)):
+    for position, unit in enumerate(units_of(records)):
         by_unit.setdefault(unit, []).append(position)
     units = [by_unit[unit] for unit in sorted(by_unit, key=lambda unit: by_unit[unit][0])]
     held = np.array([np.bincount(members[unit], minlength=len(names)) for unit in units])  # [units, strata]

@@ -110,8 +110,7 @@ def evaluate_checkpoint(
     """
     check_request(sizes, batch, pictures)
     checkpoint = find_checkpoint(checkpoint) if output else find_own_checkpoint(checkpoint, OWN_RESULTS)
-    place = choose_device(device)
-    network, p = read_checkpoint(checkpoint)
+    place, (network, p) = choose_device(device), read_checkpoint(checkpoint)
     answering = Windowed(network, p.window) if p.window else network  # as it was trained
     if not isinstance(data, SegmentationData):
         data, whole = open_checkpoint_data(checkpoint, data, progress, options)

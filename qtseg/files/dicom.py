@@ -17,7 +17,7 @@ from .limits import Refusal, limit, require_within
 from .optional import import_optional
 
 # %% auto #0
-__all__ = []
+__all__ = ['require_few_runs', 'require_honest_frame', 'on_screen', 'decode_frame']
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-023
 NEEDED = [  # elements that describe the pixels
@@ -51,7 +51,7 @@ class _Guard:
         return data
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-024
-def _require_few_runs(frame: bytes, pixels: int) -> None:
+def require_few_runs(frame: bytes, pixels: int) -> None:
     """Raise ValueError for a run-length coded frame that swells beyond its pixels, or holds millions of runs."""
     offsets = struct.unpack_from("<16I", frame)
     left = 128 * limit("MAX_PIECES")
@@ -69,14 +69,14 @@ def _require_few_runs(frame: bytes, pixels: int) -> None:
                     f"holds a frame of {pixels} pixels in far more or far longer runs: save it without compression")
 
 
-def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, rle: bool) -> int:
+def require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, rle: bool) -> int:
     """Raise ValueError if a compressed frame of a DICOM states more than the header, or is cut into far too much.
 
     Returns:
         Bytes that its decoder needs for each value.
     """
     if rle:
-        _require_few_runs(frame, rows * columns)
+        require_few_runs(frame, rows * columns)
         return 0
     name = format_of(frame[:132])
     if name not in ("JPEG", "JPEG2000"):
@@ -92,7 +92,7 @@ def _require_honest_frame(frame: bytes, rows: int, columns: int, samples: int, r
     return 8 if name == "JPEG2000" else 2 * (scans > 1)
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-025
-def _on_screen(values: np.ndarray, header) -> np.ndarray:
+def on_screen(values: np.ndarray, header) -> np.ndarray:
     """Gray values of a DICOM [H, W] -> uint8 [H, W]: rescaled, its window from black to white, MONOCHROME1 inverted."""
     from pydicom.pixels import apply_modality_lut
 
@@ -116,7 +116,7 @@ def _on_screen(values: np.ndarray, header) -> np.ndarray:
     return shown
 
 
-def _decoded(header, stored: int, stored_values: bool) -> np.ndarray:
+def decode_frame(header, stored: int, stored_values: bool) -> np.ndarray:
     """The pixels of a header that holds one frame: uint8 [H, W, 3], or [H, W] as shown or (uint8, uint16) as stored."""
     from pydicom.pixels import apply_color_lut, pixel_array
 
@@ -126,7 +126,7 @@ def _decoded(header, stored: int, stored_values: bool) -> np.ndarray:
         values, bits = (apply_color_lut(values, header), 16) if palette else (values, stored)
         return values if values.dtype == np.uint8 else (values >> max(bits - 8, 0)).astype(np.uint8)
     if not stored_values:
-        return _on_screen(values, header)
+        return on_screen(values, header)
     if values.min() < 0 or values.max() > 65535:
         raise Refusal(f"holds values from {values.min()} to {values.max()}, and only 0 to 65535 can be read as a mask")
     values = values.astype(np.uint8 if stored <= 8 else np.uint16)
@@ -157,7 +157,7 @@ def read_dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
     length = struct.unpack(order + "I", struct.pack(order + "2sH", kind, length) if implicit else source.read(4))[0]
     if syntax.is_encapsulated:
         frame = get_frame(_Guard(source, 2 * most + 2**20, "a compressed frame"), 0, number_of_frames=frames)
-        extra = samples * _require_honest_frame(frame, rows, columns, samples, syntax == RLELossless)
+        extra = samples * require_honest_frame(frame, rows, columns, samples, syntax == RLELossless)
         require_memory(columns, rows, each, 4 * each + extra, size, stored_values)
         frame = encapsulate([frame])
     elif length == 0xFFFFFFFF:
@@ -169,4 +169,4 @@ def read_dicom(source: BinaryIO, size: int, stored_values: bool) -> tuple:
             raise Refusal(f"cannot be read as DICOM (its pixel data are cut off: {len(frame)} of {length} bytes)")
     header.add_new((group, element), "OW" if implicit else kind.decode(), frame)
     header.NumberOfFrames = 1
-    return np.ascontiguousarray(_decoded(header, stored, stored_values)), None, "DICOM", stored, frames, 0, None
+    return np.ascontiguousarray(decode_frame(header, stored, stored_values)), None, "DICOM", stored, frames, 0, None

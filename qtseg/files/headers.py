@@ -15,7 +15,7 @@ from typing import BinaryIO
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
 # %% auto #0
-__all__ = []
+__all__ = ['codestream', 'require_few_blocks', 'gif_frames']
 
 # %% ../../nbs/reference/files_headers.ipynb #files-010
 SIGNATURES = {  # format -> what the first bytes of its files match
@@ -76,7 +76,7 @@ def require_plausible_size(width: int, height: int, plain: float, frames: int, s
 SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # JPEG markers that state the picture's size
 
 
-def _next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
+def next_part(name: str, source: BinaryIO, at: int) -> tuple[int, int, bytes]:
     """Where the next part begins (0: none), a JPEG's marker or whether it is pixels, and what we need of it."""
     source.seek(at)
     head = source.read(8)
@@ -112,8 +112,8 @@ def require_few_parts(name: str, source: BinaryIO, size: int) -> int:
         while at or not parts:
             source.seek(at)
             if name == "JPEG2000" and source.read(2) == b"\xff\x4f":
-                return _require_few_blocks(source, at)
-            here, (at, kind, held) = at, _next_part(name, source, at)
+                return require_few_blocks(source, at)
+            here, (at, kind, held) = at, next_part(name, source, at)
             parts += 1
             if name == "PNG" and at - here > size + 12:  # OpenCV takes as much memory as a part states
                 raise Refusal(f"cannot be read to its end (it has {size} bytes, and states a part of {at - here - 12})")
@@ -136,7 +136,7 @@ def require_few_parts(name: str, source: BinaryIO, size: int) -> int:
     return values
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0165
-def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
+def codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
     """The markers of a JPEG 2000, those of its tiles included, with what each holds."""
     at, end = at + 2, 0
     while True:
@@ -157,10 +157,10 @@ def _codestream(source: BinaryIO, at: int) -> Iterator[tuple[int, bytes]]:
         at += 2 + length
 
 # %% ../../nbs/reference/files_headers.ipynb #files-0164
-def _require_few_blocks(source: BinaryIO, at: int) -> int:
+def require_few_blocks(source: BinaryIO, at: int) -> int:
     """How many values a JPEG 2000 states; ValueError for millions of tiles, precincts, code blocks or layers."""
     values = tiles = 0
-    for step, (marker, body) in enumerate(_codestream(source, at)):
+    for step, (marker, body) in enumerate(codestream(source, at)):
         require_within("MAX_PIECES", step, f"has {step} markers")
         if marker == 0x51:
             right, bottom, left, top, width, height, x, y, channels = struct.unpack_from(">8IH", body, 2)
@@ -245,7 +245,7 @@ def first_directory(source: BinaryIO, size: int) -> dict[int, tuple[int, int]]:
     return first
 
 # %% ../../nbs/reference/files_headers.ipynb #files-018
-def _gif_frames(source: BinaryIO, size: int) -> int:
+def gif_frames(source: BinaryIO, size: int) -> int:
     """How many pictures a GIF holds, counted without decoding; ValueError for a million blocks before the first."""
     source.seek(10)
     flags = source.read(3)[0]
@@ -301,4 +301,4 @@ def read_structure(name: str, source: BinaryIO, size: int) -> tuple[dict[int, tu
         source.seek(0)
         if not re.match(rb"P.(?:(?:\s|#[^\n\r]*[\n\r])+-?[\d.]+){2,3}\s", source.read(2**16)):
             raise Refusal("has no size in its first 64 kB")
-    return {}, _gif_frames(source, size) if name == "GIF" else 0
+    return {}, gif_frames(source, size) if name == "GIF" else 0

@@ -18,15 +18,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from .channels import every_channel, read_samples
 from .dicom import read_dicom
 from .headers import (FORMATS, first_directory, format_of, jpeg_scans, read_structure, require_few_scans,
                                  require_memory, require_plausible_size)
-from .limits import MAX_WHOLE_BYTES, Refusal, require_within
+from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
+from .optional import import_optional
 from .text import open_regular, printable
 
 # %% auto #0
-__all__ = []
+__all__ = ['open_header', 'decode_values', 'deep_color', 'depth_of', 'orientation_of', 'is_lossless_webp', 'palette_of',
+           'read_raster']
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-008
 class Picture(NamedTuple):
@@ -65,7 +66,8 @@ def hash_file(file: str | os.PathLike | BinaryIO, digest: hashlib._Hash | None =
 SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 
-def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
+def require_cheap(
+    picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
     """Raise ValueError for a picture, known by its header, that would take too much memory or time.
 
     `deep`: it has colors of 16 bits.
@@ -84,7 +86,7 @@ def _judge(picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size
     require_few_scans(scans, samples)
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-015
-def _open_header(source: BinaryIO, name: str) -> Image.Image:
+def open_header(source: BinaryIO, name: str) -> Image.Image:
     """Pillow's picture of a format, its pixels not decoded yet."""
     if name not in Image.OPEN:
         Image.init()
@@ -105,7 +107,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF orientation -
 }
 
 
-def _array(picture: Image.Image) -> np.ndarray:
+def as_array(picture: Image.Image) -> np.ndarray:
     """A decoded picture -> uint8 or uint16, [H, W] or [H, W, 3]; ValueError for floats and for numbers over 65535."""
     if picture.mode == "F":
         raise Refusal("holds floating-point pixels, whose range nobody knows: save it with 8 or 16 bits")
@@ -121,32 +123,33 @@ def _array(picture: Image.Image) -> np.ndarray:
     return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))  # alpha is dropped, not blended
 
 # %% ../../nbs/reference/files_pictures.ipynb #4d92d8bd
-def _values(picture: Image.Image) -> np.ndarray:
-    """Decode a picture -> `_array`; a large one is copied in bands of rows, which needs less memory."""
+def decode_values(picture: Image.Image) -> np.ndarray:
+    """Decode a picture -> `as_array`; a large one is copied in bands of rows, which needs less memory."""
     if picture.format == "TIFF":
         picture.im = Image.core.new(picture.mode, picture._tile_size)  # else Pillow counts pixels here again
     picture.load()
     if picture.width * picture.height <= 2**24:
-        return _array(picture)
+        return as_array(picture)
     rows = max(1, 2**22 // picture.width)
     for top in range(0, picture.height, rows):
-        part = _array(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
+        part = as_array(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
         if top == 0:
             values = np.empty((picture.height, *part.shape[1:]), part.dtype)
         values[top:top + rows] = part
     return values
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-020
-def _deep_color(source: BinaryIO) -> np.ndarray:
-    """Colors of 16 bits, of which Pillow keeps eight, read by OpenCV: uint16 [H, W] or [H, W, 3]."""
+def deep_color(source: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
+    """Colors of 16 bits, of which Pillow keeps eight, read by OpenCV: uint16 [H, W] or [H, W, 3], and alpha [H, W]."""
     source.seek(0)
     values = cv2.imdecode(np.frombuffer(source.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16:
         raise Refusal("holds colors of 16 bits in a form that cannot be read: save it with 8 bits, or as PNG")
-    return np.ascontiguousarray(values[:, :, 2::-1]) if values.ndim == 3 else values
+    alpha = values[..., 3] if values.ndim == 3 and values.shape[2] == 4 else None
+    return np.ascontiguousarray(values[..., 2::-1]) if values.ndim == 3 else values, alpha
 
 
-def _depth(picture: Image.Image, source: BinaryIO) -> int:
+def depth_of(picture: Image.Image, source: BinaryIO) -> int:
     """How many bits a channel of a picture's file has, before Pillow brings them to 8 or 16."""
     if picture.format == "PNG":
         source.seek(24)
@@ -158,7 +161,7 @@ def _depth(picture: Image.Image, source: BinaryIO) -> int:
     return 16 if picture.mode.startswith("I") else 8
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-0205
-def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
+def orientation_of(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
     """The EXIF orientation of a picture, 1 to 8; Pillow would load all that an EXIF block claims to hold."""
     exif = picture.info.get("exif", b"")
     if not exif and "Raw profile type exif" in picture.info:  # of older PNG files, in hexadecimal
@@ -171,7 +174,7 @@ def _orientation(picture: Image.Image, tags: dict[int, tuple[int, int]]) -> int:
     return tags[0x0112][1] if 0x0112 in tags else int(stated[1]) if stated else 1
 
 # %% ../../nbs/reference/files_pictures.ipynb #d1944928
-def _is_lossless_webp(source: BinaryIO) -> bool:
+def is_lossless_webp(source: BinaryIO) -> bool:
     """Whether the pixels of all frames are compressed without loss (VP8L); False after 1000 parts without an end."""
     at, end, found = 12, source.seek(0, os.SEEK_END), set()
     for _ in range(1000):
@@ -184,15 +187,79 @@ def _is_lossless_webp(source: BinaryIO) -> bool:
     return False
 
 
-def _indices(picture: Image.Image) -> np.ndarray | None:
+def palette_of(picture: Image.Image) -> np.ndarray | None:
     """The colors of a palette, uint8 [256, 3]."""
     if picture.mode not in ("P", "PA"):
         return None
     colors = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
     return np.pad(colors, ((0, 256 - len(colors)), (0, 0)))
 
+# %% ../../nbs/reference/files_pictures.ipynb #fch-samples
+COMPRESSIONS = (1, 5, 8, 32946)  # of a TIFF: none, LZW, and deflate under two numbers
+
+
+def read_samples(source: BinaryIO, tags: dict[int, tuple[int, int]], channels: int, size: int) -> np.ndarray:
+    """Every sample of a TIFF's first page: uint8 or uint16 [H, W, channels].
+
+    Args:
+        source: the open file.
+        tags: of its first directory, see `read_structure`.
+        channels: samples a pixel.
+        size: of the file, in bytes.
+
+    Raises:
+        ValueError: the page is refused.
+        ModuleNotFoundError: without tifffile.
+    """
+    require_memory(tags[256][1], tags[257][1], 2 * channels, 6 * channels, size)
+    source.seek(0)
+    tifffile = import_optional("tifffile", f"a TIFF of {channels} samples a pixel")
+    page = tifffile.TiffFile(source).pages[0]
+    # without imagecodecs, tifffile unpacks as much as a piece holds, and that is up to 1032 times its bytes
+    bomb = page.compression != 1 and 1100 * max(page.databytecounts, default=0) > limit("MAX_FREE_BYTES")
+    measured = page.photometric in (1, 2) and page.dtype in (np.uint8, np.uint16) and page.imagedepth == 1
+    if bomb or not measured or page.compression not in COMPRESSIONS:
+        raise Refusal(f"is a TIFF of {channels} samples a pixel in a form that is not read: save it uncompressed with "
+                      "8 or 16 bits, or each channel as a page")
+    values = page.asarray(maxworkers=1)
+    return np.ascontiguousarray(np.moveaxis(values, 0, 2) if page.planarconfig == 2 else values)
+
+# %% ../../nbs/reference/files_pictures.ipynb #fch-all
+def every_channel(picture: Image.Image, source: BinaryIO, channels: int, deep: bool, size: int) -> np.ndarray:
+    """All channels of an opened picture: uint8 or uint16 [H, W, channels].
+
+    Args:
+        picture: as Pillow opened it.
+        source: its file.
+        channels: how many are wanted.
+        deep: whether it holds colors of 16 bits, of which Pillow keeps eight.
+        size: of the file, in bytes.
+
+    Raises:
+        ValueError: it has another number of channels.
+    """
+    require_memory(*picture.size, 2 * channels, 6 * channels, size)
+    bands, pages = picture.getbands(), getattr(picture, "n_frames", 1)
+    if len(bands) == 1 and pages == channels and picture.mode != "P":
+        planes = []
+        for page in range(channels):
+            picture.seek(page)
+            planes.append(np.array(picture))
+        if len({(plane.shape, plane.dtype.kind) for plane in planes}) > 1 or planes[0].dtype.itemsize > 2:
+            raise Refusal(f"has {pages} pages that are not alike, or of more than 16 bits")
+        return np.stack(planes, axis=2).astype(np.uint8 if planes[0].dtype.itemsize == 1 else np.uint16)
+    if len(bands) != channels or picture.mode not in ("LA", "RGBA"):
+        held = f"{pages} pages of {len(bands)}" if pages > 1 else len(bands)
+        raise Refusal(f"has {held} channel(s), where channels={channels} is asked for")
+    if not deep:
+        return np.array(picture)
+    colors, alpha = deep_color(source)
+    if alpha is None:
+        raise Refusal("holds channels of 16 bits in a form that is not read: save it as PNG")
+    return np.dstack([colors if channels == 4 else colors[..., 0], alpha])
+
 # %% ../../nbs/reference/files_pictures.ipynb #files-0211
-def _raster(source: BinaryIO, name: str, size: int, stored_values: bool, channels: int | None) -> tuple:
+def read_raster(source: BinaryIO, name: str, size: int, stored_values: bool, channels: int | None) -> tuple:
     """The first fields of the Picture of a file of one of FORMATS; `channels`: None, or read every one of so many."""
     tags, frames = read_structure(name, source, size)
     if channels and name == "TIFF" and tags.get(277, (1, 1))[1] == channels:  # SamplesPerPixel
@@ -200,31 +267,33 @@ def _raster(source: BinaryIO, name: str, size: int, stored_values: bool, channel
         turn = UPRIGHT.get(orientation)
         values = np.ascontiguousarray(turn(values)) if turn else values
         return values, None, name, 8 * values.itemsize, frames, orientation if turn else 0, None
-    with _open_header(source, name) as picture:
-        bits = _depth(picture, source)
+    with open_header(source, name) as picture:
+        bits = depth_of(picture, source)
         deep = bits == 16 and picture.mode in ("RGB", "RGBA", "RGBX", "LA")
         frames = frames or getattr(picture, "n_frames", 1)
-        _judge(picture, deep, frames, source, size, stored_values)
+        require_cheap(picture, deep, frames, source, size, stored_values)
         tile = picture.tile[0][3] if name == "PPM" and picture.tile else ()
         highest = tile[1:] if isinstance(tile, tuple) else ()
         if channels:
-            values = every_channel(picture, source, channels, deep, size)
+            values, alpha = every_channel(picture, source, channels, deep, size), None
             frames = 1 if len(picture.getbands()) == 1 else frames
         else:
-            values = _deep_color(source) if deep else _values(picture)
+            values, alpha = deep_color(source) if deep else (decode_values(picture), None)
+            if not deep and picture.getbands()[-1] in ("A", "a"):
+                alpha = np.array(picture.getextrema()[-1])
+            alpha = None if alpha is None else (int(alpha.min()), int(alpha.max()))
         if stored_values and highest:  # Pillow has brought them to the full range
             values = np.rint(values * (highest[0] / np.iinfo(values.dtype).max)).astype(values.dtype)
         bits = 1 if picture.mode == "1" else 8 if values.dtype == np.uint8 else max(bits, 9)
         if values.dtype == np.uint16 and tags.get(262, (1, 1))[1] == 0:  # WhiteIsZero, which Pillow honors up to 8 bits
             values = np.uint16(2**bits - 1) - values
-        orientation = _orientation(picture, tags)
+        orientation = orientation_of(picture, tags)
         turn = UPRIGHT.get(orientation)
-        alpha = picture.getextrema()[-1] if not deep and picture.getbands()[-1] in ("A", "a") else None
         # a TIFF is upright as it comes from Pillow or OpenCV
         if turn and (name != "TIFF" or not deep and 0x0112 in picture.tag_v2):
             values = np.ascontiguousarray(turn(values))
-        form = "WEBP lossless" if picture.format == "WEBP" and _is_lossless_webp(source) else picture.format
-        return values, _indices(picture), form, bits, frames, orientation if turn else 0, alpha
+        form = "WEBP lossless" if picture.format == "WEBP" and is_lossless_webp(source) else picture.format
+        return values, palette_of(picture), form, bits, frames, orientation if turn else 0, alpha
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-027
 OTHERS = {
@@ -233,8 +302,8 @@ OTHERS = {
     "an SVG or XML text": rb"\s*<(\?xml|svg|!DOC)"}
 
 
-def _decode(source: BinaryIO, size: int, stored_values: bool, channels: int | None) -> tuple:
-    """What `_raster` or `read_dicom` reads from a file; ValueError in one sentence, whatever a decoder raises."""
+def decode_file(source: BinaryIO, size: int, stored_values: bool, channels: int | None) -> tuple:
+    """What `read_raster` or `read_dicom` reads from a file; ValueError in one sentence, whatever a decoder raises."""
     head = source.read(132)
     name = format_of(head)
     if name is None:
@@ -243,7 +312,7 @@ def _decode(source: BinaryIO, size: int, stored_values: bool, channels: int | No
         raise Refusal(f"cannot be read ({other}): images are {', '.join(FORMATS)} and DICOM files")
     try:
         if name != "DICOM":
-            return _raster(source, name, size, stored_values, channels)
+            return read_raster(source, name, size, stored_values, channels)
         if channels:
             raise Refusal(f"is a DICOM file, of which gray or RGB is read, where channels={channels} is asked for")
         return read_dicom(source, size, stored_values)
@@ -286,7 +355,7 @@ def read_picture(path: str | os.PathLike, stored_values: bool = False, channels:
             if size == 0:
                 raise Refusal("is empty (0 bytes)")
             source = io.BytesIO(file.read(size)) if size <= MAX_WHOLE_BYTES else file
-            decoded = _decode(source, size, stored_values, None if channels in (1, 3) else channels)
+            decoded = decode_file(source, size, stored_values, None if channels in (1, 3) else channels)
         except Refusal as error:
             raise ValueError(str(error)) from error.__cause__
         return Picture(*decoded, hash_file(source, hashlib.blake2b(digest_size=12)).hexdigest())

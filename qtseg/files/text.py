@@ -20,7 +20,7 @@ import numpy as np
 from .limits import MAX_ROW, require_within
 
 # %% auto #0
-__all__ = ['escape']
+__all__ = ['escape', 'limited_lines']
 
 # %% ../../nbs/reference/files_text.ipynb #files-036
 # turn lines round, or break them
@@ -144,7 +144,7 @@ def read_json(path: str | os.PathLike) -> dict:
     return found
 
 # %% ../../nbs/reference/files_text.ipynb #files-0340
-def _limited_lines(text: str, length: list[int]) -> Iterator[str]:
+def limited_lines(text: str, length: list[int]) -> Iterator[str]:
     """The lines of a text; ValueError if `length`, their characters since the caller last reset it, is large."""
     for line in io.StringIO(text, newline=""):
         length[0] += len(line)
@@ -177,7 +177,7 @@ def read_table(path: str | os.PathLike, most: int = 100_000, wide: int = 64, int
 
     def parts() -> Iterator[list[str] | dict[str, str]]:
         try:
-            rows = csv.DictReader(_limited_lines(text, row_length), **options)
+            rows = csv.DictReader(limited_lines(text, row_length), **options)
             columns = list(rows.fieldnames or ())
             if len(columns) > wide:
                 raise ValueError(f"it has more than {wide} columns")

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import secrets
 import shutil
 import socket
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = []
+__all__ = ['sweep_dead']
 
 # %% ../../nbs/reference/files_writing.ipynb #files-041
 def write_then_rename(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
@@ -36,28 +34,22 @@ def write_then_rename(path: str | os.PathLike, write: Callable[[Path], object]) 
         temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/reference/files_writing.ipynb #files-042
-def _sweep(folder: Path) -> None:
-    """Remove the half-built folders of builders that died: here if the process is gone, elsewhere after a week."""
-    for path in folder.glob(".building,*"):
-        made = re.fullmatch(r"\.building,(.*),(\d+),[0-9a-f]+", path.name)
+def sweep_dead(folder: Path) -> None:
+    """Remove the half-built folders of this machine's builders whose process is gone."""
+    for path in folder.glob(f".building,{socket.gethostname()},*"):
         try:
-            dead = bool(made) and time.time() - path.stat().st_mtime > 7 * 86400
-            if made and made[1] == socket.gethostname() and os.name != "nt":  # Windows cannot be asked harmlessly
-                os.kill(int(made[2]), 0)  # signal 0 only asks
+            if os.name != "nt":  # Windows cannot be asked harmlessly
+                os.kill(int(path.name.split(",")[2]), 0)  # signal 0 only asks
         except ProcessLookupError:
-            dead = True
-        except (PermissionError, OverflowError):
-            pass  # it runs, as another user
-        except OSError:
-            continue  # its builder has just finished, or it is a link that leads nowhere
-        if dead:
             shutil.rmtree(path, ignore_errors=True)
+        except (ValueError, OverflowError, OSError):
+            pass  # no number, or it runs as another user
 
 # %% ../../nbs/reference/files_writing.ipynb #files-043
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _no_space(folder: Path, needed: int | None = None) -> OSError:
+def no_space(folder: Path, needed: int | None = None) -> OSError:
     """The one sentence about a full disk."""
     what = "the disk or your share of it is full"
     if needed:
@@ -69,7 +61,7 @@ def _no_space(folder: Path, needed: int | None = None) -> OSError:
 def require_space(folder: Path, needed: int) -> None:
     """Raise OSError before the work starts if it cannot end well."""
     if shutil.disk_usage(folder).free < needed:
-        raise _no_space(folder, needed)
+        raise no_space(folder, needed)
 
 # %% ../../nbs/reference/files_writing.ipynb #files-044
 def private_name(folder: Path) -> Path:
@@ -86,7 +78,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     private = private_name(target.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
+        sweep_dead(target.parent)
         private.mkdir()
         yield private
         try:
@@ -96,7 +88,7 @@ def new_folder(target: Path) -> Iterator[Path]:
                 raise
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise _no_space(target.parent) from error
+            raise no_space(target.parent) from error
         raise
     finally:
         shutil.rmtree(private, ignore_errors=True)
