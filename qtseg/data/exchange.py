@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from .drawn import Drawn, read_coco, read_labelme
-from .layout import Record, name_of, survey_folder
+from .layout import Record, survey_folder
 from .mask_values import IGNORE
 from .polygons import outlines
 from .reading import read_named_picture

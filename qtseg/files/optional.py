@@ -20,6 +20,7 @@ INSTALL = {  # names on PyPI that differ from the module's, versions that are ne
     "onnxscript": "onnx onnxscript onnxruntime",
     "pydicom": '"pydicom>=3"',
     "segmentation_models_pytorch": "segmentation-models-pytorch",
+    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
