@@ -227,7 +227,8 @@ def drawn_set(images: str | os.PathLike, masks: str | os.PathLike, format: str, 
         raise ValueError(f"--class-names lacks {first_names(unknown)}, which {masks} has: name all, the background's "
                          "first")
     if classes not in ("2", str(len(chosen))):
-        raise ValueError(f"--classes is {classes}, and {masks} has {len(chosen)}, the background included: leave it out")
+        raise ValueError(f"--classes is {classes}, and {masks} has {len(chosen)}, the background included: leave it "
+                         "out")
     plain = own_set(images, masks, classes=str(len(chosen)), **options)
     find = partial(find_drawn, drawn=drawn, names=chosen, patient=options.get("patient"),
                    stratum=options.get("stratum"))
