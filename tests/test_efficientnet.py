@@ -13,7 +13,7 @@ import torch
 from conftest import one_sentence
 from torch import Tensor, nn
 
-from qtseg.network import baselines as network_baselines, fast_lite, model as network_model
+from qtseg.network import baselines as network_baselines, efficientnet as network_efficientnet, fast_lite, model as network_model
 from qtseg.network.baselines import BASELINES, Baseline, pretrained
 from qtseg.network.efficientnet import HEAD, LITES, EfficientNetLite, InvertedResidual, lite_file, load_lite
 from qtseg.network.fast import HAS_ONE_DNN, FastInvertedResidual, accelerate
@@ -151,9 +151,9 @@ def test_a_file_that_does_not_fit_changes_nothing(change, words, monkeypatch, tm
     assert same(encoder, before)
 
 
-def test_images_of_one_and_four_channels():
+def test_images_of_one_and_four_channels(weights, monkeypatch):
     """Gray is seen as three equal channels are; with six channels, twice the same three are seen as once."""
-    file_of("efficientnet_lite0")
+    monkeypatch.setattr(network_efficientnet, "read_official", lambda path: weights)  # read once
     encoders = {channels: EfficientNetLite(in_channels=channels).eval() for channels in (1, 3, 4, 6)}
     for encoder in encoders.values():
         load_lite(encoder)
