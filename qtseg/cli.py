@@ -16,20 +16,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
 from .files.text import printable
-from .files.yaml import parse_yaml, read_yaml
-
-if TYPE_CHECKING:
-    from qtseg.training.config import TrainConfig
+from .files.yaml import read_values
 
 # %% auto #0
-__all__ = ['evaluate']
+__all__ = []
 
 # %% ../nbs/reference/cli.ipynb #c0e3da07
 class _Command(TyperCommand):
@@ -208,26 +205,6 @@ def phantoms(out: Annotated[Path, Argument(help="the folder to write")],
     print(f"{printable(folder)}: {n} images ({family}, seed {seed}) of {size} x {size} pixels, with masks and "
           "manifest.csv")
 
-# %% ../nbs/reference/cli.ipynb #61470c69
-def read_parameters(words: Sequence[str] = ()) -> TrainConfig:
-    """A configuration from an optional YAML file and changes `key=value`, whose values are YAML.
-
-    ValueError names the file or the change that cannot be read.
-    """
-    from qtseg.training.config import TrainConfig
-
-    file = bool(words) and not re.match(r"\w+=", words[0])
-    values = read_yaml(words[0]) if file else {}
-    for change in words[file:]:
-        key, given, value = change.partition("=")
-        if not given:
-            raise ValueError(f"{change} is no key=value: only the first word may be a YAML file")
-        try:
-            values[key.strip()] = parse_yaml(value)[0]
-        except ValueError as error:
-            raise ValueError(f"{change} is not YAML: {error}") from None
-    return TrainConfig.from_dict(values)
-
 # %% ../nbs/reference/cli.ipynb #bc5a66eb
 @subcommand(app, "  qtseg train nbs/experiments/params/demo.yaml\n"
                  "  qtseg train params.yaml lr=3e-4 fold=1 name=fold1\n"
@@ -237,7 +214,9 @@ def read_parameters(words: Sequence[str] = ()) -> TrainConfig:
 def train(words: Annotated[list[str], Argument(metavar="FILE KEY=VALUE", help=(
         "a YAML file of keys, or single keys, or both; values are YAML"))]) -> None:
     """Train a network. Stopped or crashed, a run with resume=true goes on where it was."""
-    config = read_parameters(words)
+    from qtseg.training.config import TrainConfig
+
+    config = TrainConfig.from_dict(read_values(words))
     from qtseg.training.distributed import STARTED_BY_TORCHRUN, TeamError, joined_team
     from qtseg.training.hardware import keep_freed_memory
     from qtseg.training.loop import fit

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from qtseg.training import config as training_config, distributed as training_distributed, loop
 from qtseg.training.augmentation import Augmentation
 from qtseg.training.operations import OPERATIONS
-from qtseg.files.yaml import read_yaml
-from qtseg.cli import main, read_parameters
+from qtseg.files.yaml import read_values, read_yaml
+from qtseg.cli import main
 from qtseg.training.distributed import TeamError, joined_team
 from qtseg.network.model import QTSeg
 from qtseg.training.callbacks import EMA
@@ -292,9 +292,9 @@ def test_synchronized_batchnorm_keeps_parameters_state_and_activations():
 
 def test_parameters_come_from_a_file_and_changes_win(tmp_path):
     (tmp_path / "p.yaml").write_text("lr: 0.01\nepochs: 3\ndepths: [1, 1, 1]\n")
-    config = read_parameters([str(tmp_path / "p.yaml"), "epochs=5", "fold=null", "lr=1e-4", "name=mine"])
+    config = TrainConfig.from_dict(read_values([str(tmp_path / "p.yaml"), "epochs=5", "fold=null", "lr=1e-4", "name=mine"]))
     assert (config.lr, config.epochs, config.depths, config.fold, config.name) == (1e-4, 5, [1, 1, 1], None, "mine")
-    assert read_parameters([]) == TrainConfig() and read_parameters(["data=a=b.zip"]).data == "a=b.zip"
+    assert read_values([]) == {} and read_values(["data=a=b.zip"]) == {"data": "a=b.zip"}
 
 
 @pytest.mark.parametrize("text, changes, said", [

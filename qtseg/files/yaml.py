@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from .text import first_names, printable, read_text
 
@@ -71,4 +72,22 @@ def read_yaml(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} says twice: {first_names(twice)}")
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping `key: value`")
+    return values
+
+# %% ../../nbs/reference/files_yaml.ipynb #c033a
+def read_values(words: Sequence[str] = ()) -> dict:
+    """The values of an optional YAML file and of changes `key=value`, which come after it; values are YAML.
+
+    ValueError names the file or the change that cannot be read.
+    """
+    file = bool(words) and not re.match(r"\w+=", words[0])
+    values = read_yaml(words[0]) if file else {}
+    for change in words[file:]:
+        key, given, value = change.partition("=")
+        if not given:
+            raise ValueError(f"{change} is no key=value: only the first word may be a YAML file")
+        try:
+            values[key.strip()] = parse_yaml(value)[0]
+        except ValueError as error:
+            raise ValueError(f"{change} is not YAML: {error}") from None
     return values
