@@ -33,7 +33,7 @@ from ..files.text import first_names, printable, read_json
 from ..files.writing import require_space
 
 # %% auto #0
-__all__ = ['pack_mask', 'shrunk', 'prepare_pair', 'start_array', 'read_all', 'write_masks', 'DataProblems']
+__all__ = ['pack_mask', 'DataProblems']
 
 # %% ../../nbs/reference/data_cache.ipynb #data090
 def mask_bits(classes: int) -> int:

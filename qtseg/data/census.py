@@ -16,7 +16,7 @@ from ..files.pictures import Picture
 from ..files.text import first_names, printable
 
 # %% auto #0
-__all__ = ['part_counts', 'set_facts', 'class_warnings', 'file_warnings']
+__all__ = []
 
 # %% ../../nbs/reference/data_census.ipynb #data148a
 ENTRY = [  # what is noted of each pair; then the pixels per class, and what else the caller notes

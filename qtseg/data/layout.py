@@ -19,7 +19,7 @@ from ..files.pictures import is_picture
 from ..files.text import first_names, read_json, read_table
 
 # %% auto #0
-__all__ = ['Survey', 'read_description', 'survey_layout', 'survey_folder']
+__all__ = ['Survey', 'survey_folder']
 
 # %% ../../nbs/reference/data_layout.ipynb #data051
 # (mask files of one image, the image's size, notes) -> class index [H, W]

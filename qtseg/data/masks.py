@@ -15,8 +15,7 @@ from .mask_values import (COLORED, FEW, MaskReading, MaskValues, Refused, as_bri
                                     refuse_lossy, require_masks, spell, total_pixels, value_code, values_by_file)
 
 # %% auto #0
-__all__ = ['ignores_white', 'judge_index', 'flat_levels', 'require_bright', 'judge_binary', 'judge_by_white', 'judge_two_colors',
-           'judge_values', 'check_files', 'judge_any']
+__all__ = []
 
 # %% ../../nbs/reference/data_masks.ipynb #masks020
 def ignores_white(files: Sequence[MaskValues], total: Counter, classes: int, notes: list[str]) -> bool:

@@ -9,10 +9,7 @@ import cv2
 import numpy as np
 
 # %% auto #0
-__all__ = ['FAMILIES', 'best_threshold', 'rough_circle', 'paint', 'draw_skin', 'draw_pigment', 'draw_hairs', 'draw_lens',
-           'draw_dermoscopy', 'draw_tissue', 'draw_contact', 'draw_ultrasound', 'draw_mucosa', 'draw_surface',
-           'draw_polyps', 'draw_endoscopy', 'draw_cells', 'draw_histology', 'draw_fluorescence', 'draw_nuclei',
-           'phantom']
+__all__ = ['FAMILIES', 'best_threshold', 'rough_circle', 'paint', 'phantom']
 
 # %% ../../nbs/reference/data_phantoms.ipynb #phantoms010
 CHANNELS = ("gray", "red", "green", "blue")

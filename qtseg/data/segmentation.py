@@ -28,7 +28,7 @@ from ..files.text import plain
 from ..files.writing import new_folder
 
 # %% auto #0
-__all__ = ['cached_set', 'plan_splits', 'name_classes', 'SegmentationData']
+__all__ = ['SegmentationData']
 
 # %% ../../nbs/reference/data_segmentation.ipynb #data073
 def twice_and_torn(survey: Survey) -> list[str]:

@@ -16,7 +16,7 @@ from ..files.optional import import_optional
 from ..files.text import first_names
 
 # %% auto #0
-__all__ = ['equal_slices', 'units_of', 'folds_of_patients', 'small_strata', 'even_share']
+__all__ = []
 
 # %% ../../nbs/reference/data_splits.ipynb #data076
 def equal_slices(records: list[Record], folds: int) -> list[int | None]:

@@ -17,7 +17,7 @@ from .limits import Refusal, limit, require_within
 from .optional import import_optional
 
 # %% auto #0
-__all__ = ['require_few_runs', 'require_honest_frame', 'on_screen', 'decode_frame']
+__all__ = []
 
 # %% ../../nbs/reference/files_dicom.ipynb #files-023
 NEEDED = [  # elements that describe the pixels

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from .limits import MAX_WHOLE_BYTES, Refusal, limit, require_within
 
 # %% auto #0
-__all__ = ['codestream', 'require_few_blocks', 'gif_frames']
+__all__ = []
 
 # %% ../../nbs/reference/files_headers.ipynb #files-010
 SIGNATURES = {  # format -> what the first bytes of its files match

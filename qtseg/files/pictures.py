@@ -26,8 +26,7 @@ from .optional import import_optional
 from .text import open_regular, printable
 
 # %% auto #0
-__all__ = ['open_header', 'decode_values', 'deep_color', 'depth_of', 'orientation_of', 'is_lossless_webp', 'palette_of',
-           'read_raster']
+__all__ = []
 
 # %% ../../nbs/reference/files_pictures.ipynb #files-008
 class Picture(NamedTuple):

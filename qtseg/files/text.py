@@ -20,7 +20,7 @@ import numpy as np
 from .limits import MAX_ROW, require_within
 
 # %% auto #0
-__all__ = ['escape', 'limited_lines']
+__all__ = ['escape']
 
 # %% ../../nbs/reference/files_text.ipynb #files-036
 # turn lines round, or break them

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['sweep_dead']
+__all__ = []
 
 # %% ../../nbs/reference/files_writing.ipynb #files-041
 def write_then_rename(path: str | os.PathLike, write: Callable[[Path], object]) -> None:

@@ -5,12 +5,14 @@
 # %% ../../nbs/reference/network_fast_lite.ipynb #flite-imports
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-from .efficientnet import InvertedResidual
+from .efficientnet import InvertedResidual, LiteConv
 
 # %% auto #0
 __all__ = []
@@ -53,6 +55,11 @@ def as_rows(maps: Tensor) -> Tensor:
 def as_maps(rows: Tensor, like: Tensor) -> Tensor:
     """[B * H * W, C] -> [B, C, H, W] of the size of `like`."""
     return rows.view(len(like), *like.shape[-2:], -1).permute(0, 3, 1, 2)
+
+
+def channels_last(*sizes: int) -> Tensor:
+    """[B, C, H, W], not initialized."""
+    return torch.empty(sizes, memory_format=torch.channels_last)
 
 
 def product(rows: Tensor, matrix: Tensor, activation: str = "none") -> Tensor:
@@ -126,7 +133,113 @@ class WideDepthwise(torch.autograd.Function):
         rows = as_rows(torch.ops.aten.hardtanh_backward.grad_input(gradient, wide, 0.0, 6.0, grad_input=gradient))
         return as_maps(product(rows, matrix.t().contiguous()), x), rows.t() @ as_rows(x), of_kernel, None, None
 
+# %% ../../nbs/reference/network_fast_lite.ipynb #flite-sizes
+BAND = 2**21  #: bytes of a piece of a wide map, which is to stay in the processor's cache
+LARGE = 2**23  #: bytes from which a map is computed in pieces
+
+# %% ../../nbs/reference/network_fast_lite.ipynb #flite-bands
+class BandedDepthwise(torch.autograd.Function):
+    """`WideDepthwise` with a 3×3 kernel, some rows at a time: nothing wide is kept, and no wide map exists as a whole.
+
+    `x` is padded above and below; columns are padded by `padding`.
+    """
+
+    @staticmethod
+    def bands(x: Tensor, maps: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Where the rows of x stand (images, rows) that a piece of `maps` [B, C, H, W] is made of, and the piece."""
+        rows = max(1, BAND // (4 * maps.shape[1] * x.shape[-1] * stride))
+        for image in range(len(maps)):
+            for first in range(0, maps.shape[2], rows):
+                piece = maps[image:image + 1, :, first:first + rows]
+                yield (slice(image, image + 1), slice(first * stride, (first + piece.shape[2] - 1) * stride + 3)), piece
+
+    @staticmethod
+    def forward(ctx, x: Tensor, matrix: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, matrix, kernel)
+        ctx.settings = stride, padding
+        sizes = (x.shape[-2] - 3) // stride + 1, (x.shape[-1] + 2 * padding - 3) // stride + 1
+        result, pixels = channels_last(len(x), len(kernel), *sizes), x.permute(0, 2, 3, 1)
+        for where, piece in BandedDepthwise.bands(x, result, stride, padding):
+            narrow = pixels[where].permute(0, 3, 1, 2)
+            wide = as_maps(product(as_rows(narrow), matrix, "hardtanh"), narrow)
+            piece.copy_(torch.conv2d(wide, kernel, None, stride, (0, padding), 1, len(kernel)))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, matrix, kernel = ctx.saved_tensors
+        stride, padding = ctx.settings
+        pixels, of_pixels = x.permute(0, 2, 3, 1), torch.zeros_like(x).permute(0, 2, 3, 1)
+        of_matrix, of_kernel = torch.zeros_like(matrix.t()), torch.zeros_like(kernel)
+        for where, piece in BandedDepthwise.bands(x, gradient, stride, padding):
+            narrow = pixels[where].permute(0, 3, 1, 2)
+            wide = as_maps(product(as_rows(narrow), matrix, "hardtanh"), narrow)
+            of_wide, part, _ = torch.ops.aten.convolution_backward(
+                piece, wide, kernel, None, [stride] * 2, [0, padding], [1, 1], False, [0, 0], len(kernel),
+                [True, True, False])
+            rows = as_rows(torch.ops.aten.hardtanh_backward.grad_input(of_wide, wide, 0.0, 6.0, grad_input=of_wide))
+            of_pixels[where].view(-1, x.shape[1]).addmm_(rows, matrix)
+            of_matrix.addmm_(as_rows(narrow).t(), rows)
+            of_kernel += part
+        return of_pixels.permute(0, 3, 1, 2), of_matrix.t(), of_kernel, None, None
+
+# %% ../../nbs/reference/network_fast_lite.ipynb #flite-project
+class NormProject(torch.autograd.Function):
+    """Batch normalization in training, ReLU6, 1×1 convolution with a matrix [out, in], some pixels at a time.
+
+    Keeps its input [B, in, H, W] and no other map; returns also mean and variance [in] of the pixels.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, matrix: Tensor, eps: float):
+        rows, size = as_rows(x), BAND // (4 * x.shape[1])
+        parts = [(len(part), *torch.batch_norm_update_stats(part.t()[None, ..., None], None, None, 0.0))
+                 for part in rows.split(size)]
+        shares = torch.tensor([count / len(rows) for count, *_ in parts], dtype=torch.double)
+        means, variances = (torch.stack(one).double() for one in list(zip(*parts))[1:])
+        mean = shares @ means
+        variance = shares @ (variances + (means - mean).square())
+        inverse = (variance + eps).rsqrt()
+        slope = scale * inverse
+        offset, slope, inverse = ((shift - slope * mean).to(x.dtype), slope.to(x.dtype), inverse.to(x.dtype))
+        result = x.new_empty(len(rows), len(matrix))
+        for part, out in zip(rows.split(size), result.split(size)):
+            torch.mm(torch.addcmul(offset, part, slope).clamp_(0, 6), matrix.t(), out=out)
+        ctx.save_for_backward(x, matrix, slope, offset, mean.to(x.dtype), inverse)
+        ctx.mark_non_differentiable(mean, variance)
+        return as_maps(result, x), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, *_):
+        x, matrix, slope, offset, mean, inverse = ctx.saved_tensors
+        rows, size = as_rows(x), BAND // (4 * x.shape[1])
+        result, of_matrix = torch.empty_like(rows), torch.zeros_like(matrix)
+        of_scale, of_shift = torch.zeros_like(slope), torch.zeros_like(slope)
+        for part, g, out in zip(rows.split(size), as_rows(gradient).split(size), result.split(size)):
+            y = torch.addcmul(offset, part, slope).clamp_(0, 6)
+            of_matrix.addmm_(g.t(), y)
+            torch.mm(g, matrix, out=out)
+            torch.ops.aten.hardtanh_backward.grad_input(out, y, 0.0, 6.0, grad_input=out)
+            of_shift += out.sum(0)
+            of_scale += torch.sub(part, mean, out=y).mul_(out).sum(0)
+        of_scale = of_scale * inverse
+        by_x = -slope * inverse * of_scale / len(rows)
+        constant = -slope * of_shift / len(rows) - by_x * mean
+        for part, out in zip(rows.split(size), result.split(size)):  # now that the sums are known
+            torch.addcmul(torch.addcmul(constant, part, by_x), out, slope, out=out)
+        return as_maps(result, x), of_scale, of_shift, of_matrix, None
+
 # %% ../../nbs/reference/network_fast_lite.ipynb #flite-block
+@torch.no_grad()
+def track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+    """Move the running statistics towards those of `count` values."""
+    norm.num_batches_tracked.add_(1)
+    for running, value in ((norm.running_mean, mean), (norm.running_var, variance * count / (count - 1))):
+        running.lerp_(value.to(running.dtype), norm.momentum)
+
+
 def normalized_matrix(weight: Tensor, norm: nn.BatchNorm2d, gram: Tensor) -> Tensor:
     """The matrix [out, in + 1] of a 1×1 convolution and the batch normalization after it, in training.
 
@@ -136,32 +249,39 @@ def normalized_matrix(weight: Tensor, norm: nn.BatchNorm2d, gram: Tensor) -> Ten
     center = gram[-1, :-1] / count
     mean, covariance = matrix @ center, gram[:-1, :-1] / count - center[:, None] * center
     variance = ((matrix @ covariance) * matrix).sum(1)
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        for running, value in ((norm.running_mean, mean), (norm.running_var, variance * count / (count - 1))):
-            running.lerp_(value.to(running.dtype), norm.momentum)
+    track(norm, mean, variance, count)
     slope = norm.weight * (variance + norm.eps).rsqrt()
     return torch.cat([slope[:, None] * matrix, (norm.bias - slope * mean)[:, None]], 1).to(weight.dtype)
 
-
+# %% ../../nbs/reference/network_fast_lite.ipynb #flite-train
 def train_block(block: InvertedResidual, x: Tensor) -> Tensor:
     """What a block computes in training, of float32 maps on a CPU with oneDNN and without dilation."""
     depthwise, project = block.depthwise, block.project
     kernel, stride, padding = depthwise.conv.weight, depthwise.conv.stride[0], depthwise.conv.padding[0]
     left, right, top, bottom = depthwise.pad or (0, 0, 0, 0)
+    narrow = isinstance(block.expand, LiteConv) and x.shape[1] <= NARROW
+    banded = narrow and kernel.shape[-1] == 3 and 4 * len(kernel) * x[:, 0].numel() >= LARGE
+    if banded and stride == 1:
+        top = bottom = 1
     spare = 1 if left and x.shape[-1] % 2 == 0 else 0  # a column that no output reads: an even width
     pad = left, right + spare, top, bottom
     if isinstance(block.expand, nn.Identity):
         y = Depthwise.apply(F.pad(x, pad) if any(pad) else x, kernel, stride, padding)
     else:
         conv, norm = block.expand.conv, block.expand.norm
-        if x.shape[1] <= NARROW:
+        if narrow:
             ones = F.pad(F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0), pad).contiguous(memory_format=torch.channels_last)
             matrix = normalized_matrix(conv.weight, norm, Gram.apply(as_rows(ones)))
-            y = WideDepthwise.apply(ones, matrix, kernel, stride, padding)
+            y = (BandedDepthwise if banded else WideDepthwise).apply(ones, matrix, kernel, stride, padding)
         else:
             y = F.relu6(norm(Pointwise.apply(x, conv.weight.flatten(1))), inplace=True)
             y = Depthwise.apply(F.pad(y, pad) if any(pad) else y, kernel, stride, padding)
-    y = F.relu6(depthwise.norm(y), inplace=True)
-    y = project.norm(Pointwise.apply(y, project.conv.weight.flatten(1)))
+    matrix, norm = project.conv.weight.flatten(1), depthwise.norm
+    if y.nbytes >= LARGE:
+        count = y[:, 0].numel()
+        y, mean, variance = NormProject.apply(y, norm.weight, norm.bias, matrix, norm.eps)
+        track(norm, mean, variance, count)
+    else:
+        y = Pointwise.apply(F.relu6(norm(y), inplace=True), matrix)
+    y = project.norm(y)
     return x + y if block.residual else y
