@@ -88,13 +88,14 @@ def keep(page, folder: Path, name: str) -> None:
 
 
 class Widget:
-    """One widget on a page: its picture, its words, and waiting until either changes."""
+    """One widget on a page: its panels, its words, and waiting until either changes."""
 
     def __init__(self, page, number: int):
-        self.page, self.picture = page, page.locator("img.qtseg-canvas").nth(number)
+        self.page, self.grid = page, page.locator(".qtseg-canvas").nth(number)
+        self.picture = self.grid.locator("canvas").first
         self.picture.wait_for(state="visible", timeout=60_000)
-        self.box = self.picture.locator("xpath=ancestor::div[contains(@class, 'widget-vbox')][1]")
-        self.wait(lambda: self.size() > 100, "a picture")
+        self.box = self.grid.locator("xpath=ancestor::div[contains(@class, 'widget-vbox')][1]")
+        self.wait(lambda: self.picture.evaluate("canvas => canvas.width") > 300, "a picture")
 
     def wait(self, condition, what: str) -> None:
         for _ in range(200):
@@ -103,25 +104,15 @@ class Widget:
             self.page.wait_for_timeout(50)
         raise AssertionError(f"waited 10 s for {what}; text: {self.text()!r}")
 
-    def size(self) -> int:
-        return self.picture.evaluate("image => image.naturalWidth")
-
     def text(self) -> str:
-        return self.box.locator(".widget-html").last.inner_text()
+        return self.box.inner_text()
 
     def pixels(self) -> str:
-        """The picture itself, as the browser has it."""
-        return self.picture.evaluate("""image => {
-            const canvas = document.createElement("canvas");
-            [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-            canvas.getContext("2d").drawImage(image, 0, 0);
-            return canvas.toDataURL("image/png"); }""")
+        """All panels, as the browser has them."""
+        return self.grid.evaluate("grid => [...grid.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL()).join()")
 
     def changes(self, act, until=None) -> None:
-        """Act, then wait until the picture differs and `until(text)`, which did not hold before, holds.
-
-        In between the widget says what it is busy with, so not every new text is the answer.
-        """
+        """Act, then wait until the picture differs and `until(text)`, which did not hold before, holds."""
         picture = self.pixels()
         assert until is None or not until(self.text())
         act()
@@ -135,42 +126,40 @@ class Widget:
         return lambda text: text != present
 
     def press(self, key: str) -> None:
-        self.picture.focus()
+        self.grid.focus()
         self.page.keyboard.press(key)
+
+    def at(self, across: float, down: float) -> tuple[float, float]:
+        """A place of the first panel, both from 0 to 1, on the page."""
+        self.picture.scroll_into_view_if_needed()
+        box = self.picture.bounding_box()
+        return box["x"] + across * box["width"], box["y"] + down * box["height"]
+
+    def drag(self, *places: tuple[float, float]) -> None:
+        self.page.mouse.move(*self.at(*places[0]))
+        self.page.mouse.down()
+        for place in places[1:]:
+            self.page.mouse.move(*self.at(*place), steps=4)
+        self.page.mouse.up()
 
     def slider(self, description: str):
         return self.box.locator(".widget-slider", has_text=description).locator(".noUi-handle").first
 
 
-def dice(text: str) -> float | None:
-    found = re.search(r"Dice ([\d.]+)", text)
-    return found and float(found[1])
-
-
 def use_the_explorer(page, folder: Path, name: str) -> None:
     """Everything that issue 6 asks of a widget in a browser."""
     explorer = Widget(page, 0)
-    before = dice(explorer.text())
     keep(page, folder, f"{name}_1_start")
-
     handle = explorer.slider("threshold")
     handle.focus()
-    explorer.changes(lambda: [page.keyboard.press("PageUp") for _ in range(5)], lambda text: dice(text) not in (None, before))
-    explorer.changes(lambda: explorer.press("ArrowRight"), lambda text: "image 1 (2 of 4)" in text)
-    explorer.changes(lambda: explorer.picture.click(position={"x": 64, "y": 80}), lambda text: "pixel in row" in text)
+    explorer.changes(lambda: [page.keyboard.press("PageUp") for _ in range(5)], explorer.another_text())
+    explorer.changes(lambda: explorer.press("ArrowRight"), lambda text: "image 1, 128" in text)
+    explorer.changes(lambda: page.mouse.click(*explorer.at(0.5, 0.6)), lambda text: "pixel in row" in text)
     explorer.changes(lambda: page.mouse.wheel(0, -300))  # the click above gave it the focus
     keep(page, folder, f"{name}_2_enlarged")
-
-    box = explorer.picture.bounding_box()
-
-    def drag() -> None:
-        page.mouse.move(box["x"] + 100, box["y"] + 100)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 60, box["y"] + 120, steps=4)
-        page.mouse.up()
-
-    explorer.changes(drag)
-    explorer.changes(lambda: explorer.box.get_by_role("button", name="worst").click(), lambda text: "image 3 (4 of 4)" in text)
+    explorer.changes(lambda: explorer.drag((0.6, 0.6), (0.3, 0.7)))
+    explorer.changes(lambda: explorer.box.get_by_title("worst image").click(), lambda text: "image 3, 128" in text)
+    explorer.changes(lambda: explorer.box.locator(".qtseg-strip button").first.click(), lambda text: "image 0, 128" in text)
     keep(page, folder, f"{name}_3_worst")
 
 
@@ -179,16 +168,39 @@ def use_the_playground(page, folder: Path, name: str) -> None:
     assert "nothing happens" in playground.text()
     handle = playground.slider("rotate")
     handle.focus()
-    playground.changes(lambda: page.keyboard.press("PageUp"), lambda text: "rotate" in text)
-    playground.changes(lambda: playground.press("d"), playground.another_text())
+    playground.changes(lambda: page.keyboard.press("PageUp"), lambda text: "nothing happens" not in text)
+    playground.changes(lambda: playground.drag((0.3, 0.3), (0.5, 0.4)), lambda text: "→ translate" in text)
     keep(page, folder, f"{name}_4_playground")
 
 
 def use_the_lab(page, folder: Path, name: str) -> None:
     lab = Widget(page, 2)
-    lab.changes(lambda: lab.picture.click(position={"x": 40, "y": 60}), lab.another_text())
-    lab.changes(lambda: lab.press("ArrowRight"), lab.another_text())
+    lab.changes(lambda: page.mouse.click(*lab.at(0.2, 0.3)), lambda text: "x\n19." in text)
+    lab.changes(lambda: lab.press("ArrowRight"), lambda text: "x\n20." in text)
     keep(page, folder, f"{name}_5_lab")
+
+
+def draw_on_the_canvas(page, folder: Path, name: str) -> None:
+    """A stroke, a polygon, and two fingers; the words below the picture count what Python painted."""
+    drawing = Widget(page, 3)
+    drawing.changes(lambda: drawing.drag((0.1, 0.1), (0.3, 0.15)), lambda text: re.search("brush: 1 stroke, [1-9]", text))
+    drawing.press("p")
+    drawing.wait(lambda: "tool polygon" in drawing.text(), "the polygon")
+    for place in ((0.6, 0.7), (0.9, 0.7), (0.8, 0.95)):
+        page.mouse.click(*drawing.at(*place))
+        page.wait_for_timeout(50)
+    drawing.changes(lambda: page.keyboard.press("Enter"), lambda text: "polygon: 2 stroke" in text)
+    keep(page, folder, f"{name}_6_drawn")
+    session = page.context.new_cdp_session(page)
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
+            dict(zip("xy", drawing.at(*place)), id=finger) for finger, place in enumerate(places)]})
+    def pinch() -> None:
+        touch("touchStart", (0.4, 0.5))
+        touch("touchStart", (0.4, 0.5), (0.6, 0.5))
+        touch("touchMove", (0.3, 0.5), (0.7, 0.5))
+        touch("touchEnd")
+    drawing.changes(pinch, lambda text: re.search(r"zoom 1\.[5-9]|zoom 2", text))
 
 
 def test_in_jupyterlab(page, folder):
@@ -208,6 +220,7 @@ def test_in_jupyterlab(page, folder):
         use_the_explorer(page, folder, "lab")
         use_the_playground(page, folder, "lab")
         use_the_lab(page, folder, "lab")
+        draw_on_the_canvas(page, folder, "lab")
 
 
 def test_in_voila(page, folder):
@@ -216,3 +229,4 @@ def test_in_voila(page, folder):
         use_the_explorer(page, folder, "voila")
         use_the_playground(page, folder, "voila")
         use_the_lab(page, folder, "voila")
+        draw_on_the_canvas(page, folder, "voila")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from traitlets import TraitError
 
 from qtseg.data.dataset import normalize
 from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
@@ -20,8 +21,9 @@ from qtseg.training.losses import binary_dice_loss, cross_entropy_loss
 from qtseg.network.model import QTSeg
 from qtseg.data.phantoms import phantom
 from qtseg.view.loss_lab import LAB_LOSSES, LossLab, disc_logits, loss_along, push, signed
+from qtseg.view.layers import flat
 from qtseg.view.shape_tracer import ShapeTracer, trace
-from qtseg.view.token_explorer import TokenExplorer
+from qtseg.view.token_explorer import TokenExplorer, token_steps
 from qtseg.view.tokens import STRIDES, decode_image, logits_after, network_input, over_pixels, token_attention
 
 
@@ -45,12 +47,17 @@ def explorer(network) -> TokenExplorer:
 
 
 def controls(panel, description: str) -> list:
-    """The controls of a panel on display that carry a description."""
+    """The controls of a widget on display that carry a description."""
     found, waiting = [], [panel.view]
     for part in waiting:
         waiting += getattr(part, "children", ())  # grows while it is walked
         found += [part] if getattr(part, "description", None) == description else []
     return found
+
+
+def picture(panel) -> bytes:
+    """All panels and their titles as bytes."""
+    return b"".join(one.title.encode() + flat(one).tobytes() for one in panel.panels())
 
 
 # ---------------------------------------------------------------- what the decoder did
@@ -144,7 +151,7 @@ def test_the_network_runs_once_per_image(network):
         assert len(runs) == 2
         for index in range(10):
             panel.index = index
-        assert len(runs) == 10 and len(panel._decoded) == panel.KEPT
+        assert len(runs) == 10
         panel.index = 0  # dropped long ago
         assert len(runs) == 11
     finally:
@@ -155,10 +162,11 @@ def test_the_network_runs_once_per_image(network):
                                                 ("direction", "feature_to_token"), ("token", "class 1"), ("reading", "product"),
                                                 ("opacity", 0.1), ("x", 3), ("y", 60)])
 def test_every_setting_changes_the_picture(explorer, setting, value):
-    before = explorer.picture()
+    def seen():
+        return picture(explorer), explorer.mark(), token_steps(explorer)
+    before = seen()
     explorer.set(**{setting: value})
-    after = explorer.picture()
-    assert after.dtype == np.uint8 and after.shape == before.shape and (after != before).any()
+    assert seen() != before
     explorer.still()
 
 
@@ -171,7 +179,7 @@ def test_a_stage_with_fewer_blocks_shows_its_last(explorer):
     assert explorer.direction == "token_to_feature"  # the final attention knows no other
     bare = TokenExplorer(small(depths=[0, 0, 1]), image())
     bare.stage = 8
-    assert bare.block == "final" and "attention" not in bare.answer() and bare.picture().any() and "logits" in bare.text()
+    assert bare.block == "final" and "attention" not in bare.answer() and picture(bare) and "logit" in bare.text()
 
 
 def test_answer_is_the_logit_and_the_shares_of_the_pixel(network):
@@ -199,43 +207,43 @@ def test_focus_is_one_where_attention_is_even(explorer):
         assert ratio == pytest.approx(1) if share else np.isnan(ratio)
 
 
-def test_clicks_choose_pixel_and_stage(explorer):
-    explorer.picture()
-    pixel, _, _, at32, *_ = explorer._areas
-    explorer.pointer("down", pixel.left + 0.75 * pixel.width, pixel.top + 0.25 * pixel.height)
-    assert (explorer.x, explorer.y) == (48, 16)
-    explorer.pointer("click", at32.left + 3, at32.top + 3)
-    assert explorer.stage == 32
-    before = dict(explorer.state)
-    explorer.pointer("down", at32.left + 3, at32.top + 3)  # only a whole click chooses a stage
-    explorer.pointer("down", 2, 2)  # the title
-    explorer.pointer("click", -5, 9999)
-    assert explorer.state == before
+def test_drags_choose_the_pixel_and_thumbnails_the_stage(explorer):
+    [strip] = [part for part in explorer.view.children if hasattr(part, "items")]
+    explorer.page.canvas.drag = [1, 1, 3, 3, 48.3, 16.9]
+    assert (explorer.x, explorer.y) == (48, 16) and explorer.page.canvas.mark == [48.5, 16.5]
+    explorer.page.canvas.drag = [2, 0, 3, 3, -5, 9999]
+    assert (explorer.x, explorer.y) == (0, 63)
+    strip.chosen = 32
+    assert explorer.stage == 32 and [item["title"] for item in strip.items] == ["no stage", "+ stride 32", "+ stride 16", "+ stride 8"]
+    strip.chosen = 0
+    assert explorer.stage == 32, "before the first stage there is no attention"
+    explorer.stage = 8
+    assert strip.chosen == 8
 
 
 @pytest.mark.parametrize(("key", "setting", "value"), [("ArrowRight", "index", 1), ("ArrowLeft", "index", 2), ("ArrowUp", "stage", 32),
                                                        ("ArrowDown", "stage", 8), ("b", "block", 2), ("h", "head", 1),
                                                        ("t", "token", "background"), ("d", "direction", "feature_to_token")])
 def test_keys(explorer, key, setting, value):
-    assert key in explorer.KEYS
+    assert key in explorer.CANVAS["hears"]
     explorer.key(key)
-    assert explorer.state[setting] == value
+    assert getattr(explorer, setting) == value
 
 
 @pytest.mark.parametrize(("setting", "value"), [("stage", 4), ("block", 4), ("block", 0), ("head", 9), ("token", "lesion"), ("x", 64),
                                                 ("index", 3), ("opacity", 1.1), ("direction", "self"), ("reading", "tea leaves")])
 def test_impossible_settings_are_refused(explorer, setting, value):
-    before = dict(explorer.state)
-    with pytest.raises(ValueError, match=setting):
+    before = explorer.trait_values()
+    with pytest.raises(TraitError, match=setting):
         explorer.set(**{setting: value})
-    assert explorer.state == before
+    assert explorer.trait_values() == before
 
 
 def test_controls_and_settings_follow_each_other(explorer):
     (stride,), (x,), (block,) = (controls(explorer, name) for name in ("stride", "x", "block"))
-    shown = explorer._screen.image.value
+    shown = dict(explorer.page.canvas.sheets)
     stride.value = 32
-    assert explorer.stage == 32 and explorer._screen.image.value != shown
+    assert explorer.stage == 32 and explorer.page.canvas.sheets != shown
     block.value = 3
     explorer.stage = 8
     assert (stride.value, block.value) == (8, 1)
@@ -250,7 +258,7 @@ def test_images_of_different_sizes(network):
     panel.index = 1
     assert (panel.x, panel.y) == (63, 39) and x.max == 63
     panel.index = 0
-    assert x.max == 95 and panel.picture().any()
+    assert x.max == 95 and picture(panel)
 
 
 def test_a_token_that_wins_nothing_says_so(explorer):
@@ -361,14 +369,12 @@ def test_trace_keeps_the_liveliest_channels():
 def test_tracer_shows_every_box(network, shape):
     tracer = ShapeTracer(network, image(*shape), batch=2)
     (slider,) = controls(tracer, "step")[-1:]
-    shapes, pictures = set(), set()
+    pictures = set()
     for step in range(len(tracer.boxes)):
         tracer.step = step
-        picture = tracer.picture()
-        shapes.add(picture.shape)
-        pictures.add(picture.tobytes())
+        pictures.add(picture(tracer))
         assert tracer.boxes[step].kind in tracer.text()
-    assert len(shapes) == 1 and len(pictures) == len(tracer.boxes) and slider.value == tracer.step
+    assert len(pictures) == len(tracer.boxes) and slider.value == tracer.step
     assert tracer.boxes[0].shapes == [(2, 3, *shape)]
 
 
@@ -378,9 +384,9 @@ def test_tracer_go_click_and_keys(network):
     assert tracer.boxes[tracer.step].name == "decoder.mask_head"
     with pytest.raises(ValueError, match="encoder.down8"):
         tracer.go("encoder.down3")
-    tracer.picture()
-    area = tracer._areas[5]
-    tracer.pointer("down", area.left + 2, area.top + 2)
+    [strip] = [part for part in tracer.view.children if hasattr(part, "items")]
+    assert len(strip.items) == len(tracer.boxes) and strip.chosen == tracer.step
+    strip.chosen = 5
     assert tracer.step == 5
     tracer.key("ArrowRight")
     assert tracer.step == 6
@@ -449,33 +455,34 @@ def test_descent_finds_the_target(name):
 def test_lab_draws_and_descends_everywhere(size, extreme):
     lab = LossLab(size)
     lab.set(**extreme)
-    shape = lab.picture().shape
+    shape = [flat(panel).shape for panel in lab.panels()]
     for lab.loss in LAB_LOSSES:
         lab.descend(5)
-    assert lab.picture().shape == shape and np.isfinite([lab.x, lab.y, lab.radius]).all() and "nan" not in lab.text()
+    assert [flat(panel).shape for panel in lab.panels()] == shape and np.isfinite([lab.x, lab.y, lab.radius]).all() and "nan" not in lab.text()
     lab.still()
 
 
 def test_lab_drag_wheel_and_keys():
     lab = LossLab()
-    before = lab.picture()
-    area = lab._areas[1]
-    lab.pointer("move", area.left + area.width / 4, area.top + area.height / 2)
-    assert (lab.x, lab.y) == (24, 48) and (lab.picture() != before).any()
-    lab.pointer("move", 5, 5)  # a title
+    before, canvas = picture(lab), lab.view and lab.page.canvas
+    canvas.drag = [1, 1, 3, 3, 24, 48]
+    assert (lab.x, lab.y) == (24, 48) and picture(lab) != before
+    canvas.drag = [2, 5, 3, 3, 5, 5]  # the curves
     assert (lab.x, lab.y) == (24, 48)
-    lab.wheel(0, 0, 3)
+    canvas.turns = 3.0
     assert lab.radius == pytest.approx(0.15 * 96 + 3)
     lab.key("ArrowLeft")
     lab.key("-")
     assert (lab.x, lab.radius) == (23, pytest.approx(0.15 * 96 + 2))
     lab.set(x=0.0, radius=48.0)
     lab.key("ArrowLeft")
-    lab.wheel(0, 0, 5)
+    canvas.turns = 8.0
     assert (lab.x, lab.radius) == (0, 48)
-    before = lab.picture()
+    before = picture(lab)
     lab.same_scale = True
-    assert (lab.picture() != before).any()
+    assert picture(lab) != before
+    with pytest.raises(TraitError, match="radius must be from 1 to 48"):
+        lab.radius = 49
 
 
 def test_losses_along_x_meet_the_current_ones():
@@ -515,11 +522,12 @@ def test_updates_leave_nothing_behind(make, change):
         change(panel, i)
     widgets = living_widgets()
     tracemalloc.start()
+    for i in range(40, 60):  # what is shown now was made since the start
+        change(panel, i)
     first = tracemalloc.get_traced_memory()[0]
-    for i in range(40, 80):
+    for i in range(60, 120):
         change(panel, i)
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - first
     tracemalloc.stop()
-    size = len(panel._screen.image.value)
-    assert living_widgets() == widgets and grown < 10 * size + 50_000, f"{grown} bytes more, one picture has {size}"
+    assert living_widgets() == widgets and grown < 300_000, f"{grown} bytes more"

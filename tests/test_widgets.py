@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import subprocess
 import sys
 import tracemalloc
-from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from traitlets import Bool, Enum, Float, Int, TraitError, Tuple, observe, validate
 
 from qtseg.training.augmentation import Augmentation
 from qtseg.training.operations import OPERATIONS
@@ -27,71 +28,81 @@ from qtseg.prediction.predictor import Predictor
 from qtseg.data.phantom_sets import write_prepared
 from qtseg.data.phantoms import phantom
 from qtseg.view.album import SavedPredictions, as_cases, entropy, one_hot
-from qtseg.view.drawn import captioned, encoded
-from qtseg.view.controls import Setting, between, one_of, some_of, yes_or_no
-from qtseg.view.mask_explorer import VIEWS, MaskExplorer
-from qtseg.view.panel import Panel, Window
+from qtseg.view.canvas import Canvas
+from qtseg.view.layers import Layer, Panel, encoded, flat, palette, still
+from qtseg.view.mask_explorer import ORDERS, VIEWS, MaskExplorer, explorer_panel
 from qtseg.view.playground import KNOBS, AugmentationPlayground
+from qtseg.view.viewer import Viewer, some_of, table
 
-ipywidgets = pytest.importorskip("ipywidgets", reason="controls are ipywidgets: pip install ipywidgets")
+ipywidgets = pytest.importorskip("ipywidgets", reason="controls are ipywidgets: pip install ipywidgets anywidget")
+pytest.importorskip("anywidget", reason="the canvas needs anywidget: pip install anywidget")
 
 
-class Toy(Panel):
-    """The smallest panel: one gray picture."""
+class Toy(Viewer):
+    """The smallest widget: one gray picture."""
 
-    KEYS = ("ArrowLeft",)
-    level = Setting(0.5, between(0, 1))
-    mode = Setting("a", one_of(("a", "b")))
-    parts = Setting(("x",), some_of(("x", "y", "z")))
-    steps = Setting(1, between(0, lambda panel: panel.most, whole=True))
-    on = Setting(False, yes_or_no)
-    most, drawn = 3, 0
+    CANVAS = {"hears": ["ArrowLeft"], "tool": "drag", "wheel": "turn"}
+    level = Float(0.5, min=0, max=1)
+    mode = Enum(("a", "b"), "a")
+    parts = Tuple(("x",))
+    steps = Int(1, min=0, max=3)
+    on = Bool(False)
+    drawn = 0
 
-    def picture(self):
+    @validate("parts")
+    def _known(self, proposal):
+        return some_of("parts", proposal["value"], ("x", "y", "z"), least=1)
+
+    @observe("mode")
+    def _another(self, change):
+        self.set(steps=0)
+
+    def panels(self):
         self.drawn += 1
-        return np.full((20, 30, 3), round(255 * self.level), np.uint8)
+        return [Panel("gray", [Layer(np.full((20, 30, 3), round(255 * self.level), np.uint8))])]
 
     def text(self):
-        return f"level <b>{self.level:.2f}</b> &amp; {self.mode}"
+        return table(("level", "mode"), [(f"{self.level:.2f}", self.mode)])
 
-    def rows(self):
-        return [[self.control("level", "FloatSlider", min=0, max=1, step=0.01), self.control("mode", "Dropdown", options=["a", "b"])],
-                [*self.toggles("parts", [("X", "x"), ("Y", "y"), ("Z", "z")]), self.control("on", "Checkbox")],
-                [self.control("steps", "IntSlider", min=0, max=3), self.button("half", lambda: self.set(level=0.5))]]
+    def controls(self, make):
+        return [make.row(make.control("FloatSlider", "level", min=0, max=1, step=0.01), make.control("Dropdown", "mode", options=["a", "b"])),
+                make.row(*make.toggles("parts", [("X", "x"), ("Y", "y"), ("Z", "z")]), make.control("Checkbox", "on")),
+                make.row(make.control("IntSlider", "steps", min=0, max=3), make.button("adjust", "half", self.set_trait, "level", 0.5))], []
 
-    def pointer(self, kind, x, y):
-        self.heard = (kind, x, y)
+    def click(self, panel, x, y):
         self.level = x / 30
 
-    def wheel(self, x, y, steps):
-        self.heard = (x, y, steps)
+    def dragged(self, new, panel, start, now):
+        self.heard = new, panel, start, now
+
+    def turned(self, steps):
+        self.heard = steps
 
     def key(self, name):
         self.level = 0.25
 
 
 def controls(panel) -> dict:
-    """Every control of a panel by its description."""
+    """Every control of a widget by its description, buttons by their tooltip."""
     found, boxes = {}, [panel.view]
     for box in boxes:
         boxes += getattr(box, "children", ())
-        if getattr(box, "description", ""):
-            found[box.description] = box
+        if name := getattr(box, "description", "") or getattr(box, "tooltip", ""):
+            found[name] = box
     return found
 
 
 def shown(panel) -> np.ndarray:
-    """The picture that the browser was sent."""
-    data = panel._screen.canvas.picture if panel._screen.live else panel._screen.image.value
+    """The first sheet that the browser was sent."""
+    canvas = panel.page.canvas
+    data = canvas.sheets[canvas.panels[0]["layers"][0]["parts"][0]["sheet"]]
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
 
 
-def send(panel, **event) -> None:
+def send(widget, /, **message) -> None:
     """What the canvas in the browser sends."""
-    panel._screen._receive(panel._screen.canvas, {"steps": 0, **event} if event["kind"] not in ("key", "ready") else event, None)
-
-
-needs_canvas = pytest.mark.skipif(find_spec("anywidget") is None, reason="the canvas needs anywidget: pip install anywidget")
+    widget.view
+    widget.page.canvas.receive(message)
 
 
 # ---- the base
@@ -105,99 +116,105 @@ def test_controls_and_attributes_follow_each_other_and_draw_once():
     found["level"].value = 0.25
     assert toy.level == 0.25 and toy.drawn == 2
     toy.set(level=0.5, mode="b", parts=("z", "x"), on=True)
-    assert toy.drawn == 3 and toy.parts == ("x", "z")
+    assert toy.drawn == 3 and toy.parts == ("x", "z") and toy.steps == 0
     assert (found["level"].value, found["mode"].value, found["Z"].value, found["Y"].value, found["on"].value) == (0.5, "b", True, False, True)
     found["X"].value = False
     assert toy.parts == ("z",)
+    found["Z"].value = False
+    assert toy.parts == ("z",) and found["Z"].value and "parts must be 1 or more of" in toy.page.line.value, "refused, said, and taken back"
+    drawn = toy.drawn
     toy.set(level=0.5)
-    assert toy.drawn == 4, "no change, no picture"
     found["half"].click()
-    assert toy.drawn == 4
-    assert abs(int(shown(toy).mean()) - 128) <= 1 and "level <b>0.50</b>" in toy._screen.line.value
+    assert toy.drawn == drawn, "no change, no picture"
+    toy.set(level=np.float32(0.25))
+    assert abs(int(shown(toy).mean()) - 64) <= 1 and "0.25" in toy.page.line.value
 
 
-@pytest.mark.parametrize("change, words", [({"level": 2}, "level must be a number from 0 to 1, got 2"), ({"level": "much"}, "level must be a number"),
-                                           ({"mode": "c"}, "mode must be one of 'a', 'b', got 'c'"), ({"steps": 1.5}, "steps must be a whole number from 0 to 3"),
-                                           ({"steps": 4}, "from 0 to 3, got 4"), ({"parts": ()}, "parts must be 1 or more of"), ({"parts": ("q",)}, "parts must be"),
-                                           ({"parts": 3}, "parts must be"), ({"on": 1}, "on must be True or False"), ({"level": float("nan")}, "level must be")])
+@pytest.mark.parametrize("change, words", [({"level": 2}, "'level' trait .* should not be greater than 1, but a value of 2.0"), ({"level": "much"}, "'level' trait .* expected a float"),
+                                           ({"mode": "c"}, "'mode' trait .* expected any of .*'a', 'b'.*, not .*'c'"), ({"steps": 1.5}, "'steps' trait .* expected an int"),
+                                           ({"steps": 4}, "'steps' trait .* should not be greater than 3"), ({"parts": ()}, "parts must be 1 or more of 'x', 'y', 'z'"),
+                                           ({"parts": ("q",)}, "parts must be"), ({"on": 3}, "'on' trait .* expected a boolean"), ({"lvl": 1}, "Toy does not have a trait named lvl")])
 def test_a_senseless_value_is_refused_and_nothing_changes(change, words):
     toy = Toy()
-    before = dict(toy.state)
-    with pytest.raises(ValueError) as error:
+    before = toy.trait_values()
+    with pytest.raises(TraitError, match=words):
         toy.set(**{"mode": "b", **change})
-    assert words in str(error.value) and toy.state == before
+    assert toy.trait_values() == before
 
 
-def test_an_unknown_setting_is_named():
-    with pytest.raises(AttributeError, match="Toy has no setting 'lvl'; it has level, mode"):
-        Toy().set(lvl=1)
-
-
-@needs_canvas
-def test_the_canvas_reports_and_the_picture_moves_to_it():
+def test_the_canvas_reports():
     toy = Toy()
-    toy.view
-    answers = []
-    toy._screen.canvas.send = answers.append
-    assert not toy._screen.live and toy._screen.image.layout.display is None
-    send(toy, kind="ready")
-    assert toy._screen.live and toy._screen.image.layout.display == "none" and toy._screen.canvas.picture[:2] == b"\xff\xd8"
-    send(toy, kind="move", x=15, y=4)
-    assert toy.heard == ("move", 15, 4) and toy.level == 0.5
-    send(toy, kind="wheel", x=1, y=2, steps=3)
-    assert toy.heard == (1, 2, 3)
+    send(toy, kind="click", panel=0, x=15, y=4)
+    assert toy.level == 0.5
+    canvas = toy.page.canvas
+    canvas.drag = [1, 0, 3, 4, 5, 6]
+    assert toy.heard == (True, 0, (3, 4), (5, 6))
+    canvas.drag = [1, 0, 3, 4, 7, 6]
+    assert toy.heard == (False, 0, (3, 4), (7, 6))
+    canvas.turns = 2.0
+    canvas.turns = 5.0
+    assert toy.heard == 3
     send(toy, kind="key", key="ArrowLeft")
     assert toy.level == 0.25 and abs(int(shown(toy).mean()) - 64) <= 1
-    send(toy, kind="down", x=45, y=0)
-    assert "level must be a number from 0 to 1, got 1.5" in toy._screen.line.value, "errors of events are shown"
-    assert toy.level == 0.25
-    assert [answer["done"] for answer in answers] == ["ready", "move", "wheel", "key", "down"], "each event is answered"
+    send(toy, kind="click", panel=0, x=45, y=0)
+    assert "should not be greater than 1, but a value of 1.5" in toy.page.line.value and toy.level == 0.25, "errors of events are shown"
 
 
-def test_without_anywidget_everything_else_works(monkeypatch):
-    monkeypatch.setattr("qtseg.view.drawn._canvas_class", lambda: None)
-    toy = Toy()
-    controls(toy)["level"].value = 1.0
-    assert toy._screen.canvas is None and shown(toy).min() >= 254
+def test_large_pictures_are_sent_reduced_and_in_detail_where_one_looks():
+    rng, canvas = np.random.default_rng(0), Canvas()
+    image, mask = rng.integers(0, 256, (1500, 2000, 3), np.uint8), rng.integers(0, 2, (1500, 2000), np.uint8)
+    canvas.show([Panel("a", [Layer(image), Layer(mask, palette([1]), 0.5, "mask")])])
+    assert canvas.reduced and len(canvas.sheets) == 2 and canvas.panels[0]["size"] == (2000, 1500)
+    whole = Image.open(io.BytesIO(canvas.sheets[canvas.panels[0]["layers"][1]["parts"][0]["sheet"]]))
+    assert whole.size == (1600, 1200) and whole.mode == "P"
+    canvas.zoom, canvas.window = 4.0, [0.25, 0.5, 0.5, 0.75]
+    part = canvas.panels[0]["layers"][1]["parts"][1]
+    sharp = Image.open(io.BytesIO(canvas.sheets[part["sheet"]]))
+    assert part["box"] == (0.25, 0.5, 0.5, 0.75) and np.array_equal(np.asarray(sharp), mask[750:1125, 500:1000]), "the true pixels"
+    kept = dict(canvas.sheets)
+    canvas.show([Panel("a", [Layer(image), Layer(mask.copy(), palette([1]), 0.2, "mask")])], seen=7)
+    assert len(kept.keys() & canvas.sheets.keys()) == 2 and canvas.seen == 7, "the image is not encoded again"
 
 
 def test_without_ipywidgets_pictures_and_settings_work_and_the_remedy_is_named():
     code = ("import sys; sys.modules['ipywidgets'] = None\nimport numpy as np\nfrom qtseg.view.playground import AugmentationPlayground\n"
-            "p = AugmentationPlayground(np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), np.uint8))\np.rotate = 30\nprint(p.picture().shape)\n"
+            "p = AugmentationPlayground(np.zeros((64, 64, 3), np.uint8), np.ones((64, 64), np.uint8))\np.rotate = 30\nprint(len(p.panels()), p.still().size)\n"
             "try:\n    p.view\nexcept ModuleNotFoundError as error:\n    print(error)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[0] == "(338, 644, 3)" and "pip install ipywidgets anywidget" in done.stdout
+    assert done.stdout.splitlines()[0] == "2 (484, 294)" and "pip install ipywidgets anywidget" in done.stdout
 
 
-def test_a_panel_displays_live_and_as_a_still():
+def test_a_widget_displays_live_and_as_a_still():
     formatted = pytest.importorskip("IPython.core.formatters").DisplayFormatter().format(Toy())[0]
     assert formatted["application/vnd.jupyter.widget-view+json"]["version_major"] == 2
     assert formatted["image/png"][:4] == b"\x89PNG"
     assert formatted["text/plain"].startswith("Toy(level=0.5, mode='a'")
 
 
-def test_a_closed_panel_lets_its_widgets_go_and_can_be_shown_again():
+def test_a_closed_widget_lets_its_parts_go_and_can_be_shown_again():
     toy = Toy()
     first = toy.view
     parts = list(first.children)
     toy.close()
     assert all(part.comm is None for part in (first, *parts))
-    assert toy.view is not first and controls(toy)["level"].value == 0.5
+    toy.level = 0.75
+    assert toy.drawn == 1 and toy.view is not first and controls(toy)["level"].value == 0.75
 
 
-def test_a_picture_is_a_jpeg_close_to_itself():
-    picture = phantom("dermoscopy", 0, 128)[0]
-    back = cv2.imdecode(np.frombuffer(encoded(picture), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+def test_a_sheet_is_a_file_close_to_its_layer():
+    picture, mask = phantom("dermoscopy", 0, 128)
+    back = cv2.imdecode(np.frombuffer(encoded(Layer(picture)), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert back.shape == picture.shape and np.abs(back.astype(int) - picture).mean() < 3
+    colors = palette([1])
+    for layer in (Layer(mask, colors), Layer(colors[mask])):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded(layer))).convert("RGBA"))[mask == 1], colors[mask][mask == 1])
 
 
-def test_captions_keep_the_picture():
-    picture = np.full((10, 100, 3), 7, np.uint8)
-    above, below = captioned(picture, "two words" * 9), captioned(picture, "many words " * 9, below=True)
-    assert above.shape == (28, 100, 3) and (above[18:] == 7).all() and above[:18].max() > 200
-    assert len(below) >= 10 + 3 * 18 and (below[:10] == 7).all()
-    captioned(picture, "two words" * 9)[:] = 0
-    assert captioned(picture, "two words" * 9)[:18].max() > 200, "the cached strip cannot be spoilt"
+def test_the_still_holds_titles_pictures_and_words():
+    panel = Panel("<title>", [Layer(np.full((10, 20, 3), 7, np.uint8))])
+    bare, worded = still([panel], "", side=200), still([panel], "<b>many</b> words &amp; " * 30, side=200)
+    assert bare.size == (200, 118) and worded.size[0] == 200 and worded.size[1] >= 118 + 3 * 18
+    assert (np.asarray(bare.convert("RGB"))[20:] == 7).all()
 
 
 # ---- MaskExplorer
@@ -215,7 +232,7 @@ MAPS = [smooth(mask, shift) for (_, mask), shift in zip(PAIRS, (2, 9, 1, 6, 0))]
 
 @pytest.fixture
 def explorer():
-    return MaskExplorer(PAIRS, MAPS, ("background", "lesion"), size=128)
+    return MaskExplorer(PAIRS, MAPS, ("background", "lesion"))
 
 
 def test_scores_are_those_of_the_evaluation(explorer):
@@ -224,7 +241,7 @@ def test_scores_are_those_of_the_evaluation(explorer):
             explorer.set(index=index, threshold=threshold)
             expected = mask_scores(decide(MAPS[index], threshold), PAIRS[index][1], 2, surface=False)[1][:, :4]
             assert np.array_equal(explorer.scores[0], expected)
-            assert f"Dice {expected[0, 2]:.2f}" in explorer.text() and f"threshold {threshold:.2f}" in explorer.text()
+            assert f"<td>lesion</td><td>{expected[0, 2]:.2f}</td>" in explorer.text() and f"threshold {threshold:.2f}" in explorer.text()
 
 
 def test_jumps(explorer):
@@ -243,8 +260,14 @@ def test_jumps(explorer):
     seen = {explorer.go("random") or explorer.index for _ in range(60)}
     assert seen == set(range(5))
     for nonsense in ("sideways", 5, -1):
-        with pytest.raises(ValueError, match="index must be a whole number from 0 to 4"):
+        with pytest.raises(TraitError, match="index"):
             explorer.go(nonsense)
+    for order, first in zip(ORDERS, (0, dice.argmin(), dice.argmax(), explorer.ranking.sequence("uncertain", None)[0])):
+        explorer.order = order
+        assert explorer.sequence()[0] == first and sorted(explorer.sequence()) == list(range(5))
+    explorer.set(order="worst first", index=int(dice.argmin()))
+    explorer.go("next")
+    assert explorer.index == dice.argsort()[1]
 
 
 def test_ranking_follows_the_threshold(explorer):
@@ -256,67 +279,70 @@ def test_ranking_follows_the_threshold(explorer):
 
 def test_every_view_shows_what_it_should(explorer):
     explorer.set(views=VIEWS, opacity=1.0)
-    assert explorer.picture().shape == (146, 5 * 128 + 4 * 4, 3)
-    image, mask = PAIRS[0]
-    target = explorer.draw("target", 0)
-    inside, outside = cv2.erode(mask, np.ones((3, 3))), cv2.dilate(mask, np.ones((3, 3))) == 0
-    large = np.repeat(np.repeat(inside, 2, 0), 2, 1).astype(bool)
-    assert (target[large] == (86, 180, 233)).all()
-    assert np.array_equal(target[np.repeat(np.repeat(outside, 2, 0), 2, 1)], explorer.draw("image", 0)[np.repeat(np.repeat(outside, 2, 0), 2, 1)])
-    pictures = [explorer.draw(view, 0) for view in VIEWS]
+    assert [panel.title for panel in explorer.panels()] == list(VIEWS)
+    (image, mask), draw = PAIRS[0], lambda view: flat(explorer_panel(explorer, view))
+    target = draw("target")
+    assert (target[mask == 1] == (86, 180, 233)).all() and np.array_equal(target[mask == 0], image[mask == 0])
+    pictures = [draw(view) for view in VIEWS]
     assert all(not np.array_equal(one, other) for row, one in enumerate(pictures) for other in pictures[:row])
+    error, found = draw("error"), explorer.masks[0]
+    assert (error[(mask == 1) & (found == 1)] == (86, 180, 233)).all() and (error[(mask == 0) & (found == 1)] == (213, 94, 0)).all()
+    assert (error[(mask == 1) & (found == 0)] == (240, 228, 66)).all()
     explorer.style = "contour"
-    assert not np.array_equal(explorer.draw("target", 0), target)
+    assert len(draw("target")) > 64 and len(np.unique(explorer_panel(explorer, "target").layers[1].pixels)) == 2, "lines are finer than pixels"
     explorer.set(style="fill", classes=())
-    assert np.array_equal(explorer.draw("target", 0), explorer.draw("image", 0))
+    assert np.array_equal(draw("target"), image)
 
 
-def test_zoom_shows_the_true_pixels_and_clicks_find_them(explorer):
-    explorer.set(zoom=8, x=0.25, y=0.75, views=("image",))
-    window = explorer.window(64, 64)
-    assert window == Window(44, 12, 8, 8)
-    picture = explorer.draw("image", 0)
-    assert np.array_equal(picture[8::16, 8::16], PAIRS[0][0][44:52, 12:20]), "each pixel is a square of 16 x 16"
-    explorer.pointer("click", 16 * 3 + 5, 18 + 16 * 6 + 9)
-    assert (explorer.row, explorer.column) == (50, 15)
+def test_clicks_find_pixels(explorer):
+    explorer.view
+    explorer.click(1, 15.3, 50.9)
+    assert (explorer.row, explorer.column) == (50, 15) and explorer.page.canvas.mark == [15.5, 50.5]
     assert f"RGB {tuple(PAIRS[0][0][50, 15].tolist())}" in explorer.text()
+    explorer.click(0, -3, 64)
+    assert (explorer.row, explorer.column) == (63, 0)
 
 
-def test_wheel_keeps_the_place_and_drag_moves_it(explorer):
-    x, y = 90.0, 18 + 40.0
-    row, column = explorer.place(x, y)
-    explorer.wheel(x, y, 6)
-    assert explorer.zoom == pytest.approx(1.25**6) and explorer.place(x, y) == (pytest.approx(row, abs=0.6), pytest.approx(column, abs=0.6))
-    explorer.pointer("down", x, y)
-    gripped = explorer.place(x, y)
-    explorer.pointer("move", x + 20, y - 10)
-    assert explorer.place(x + 20, y - 10) == (pytest.approx(gripped[0], abs=1), pytest.approx(gripped[1], abs=1))
-    for _ in range(40):
-        explorer.wheel(x, y, -1)
-    assert explorer.zoom == 1 and explorer.window(64, 64) == Window(0, 0, 64, 64)
+def test_zoom_is_the_same_in_python_controls_and_browser(explorer):
+    found, drawn = controls(explorer), []
+    explorer.page.canvas.observe(drawn.append, "sheets")
+    explorer.page.canvas.zoom = 4.0  # what the wheel does
+    assert explorer.zoom == 4 == found["zoom"].value
+    found["x"].value = 0.25
+    assert explorer.page.canvas.x == 0.25 and not drawn, "no picture is sent for it"
+    near = np.asarray(explorer.still().convert("RGB"))
+    explorer.zoom = 1
+    assert not np.array_equal(near, np.asarray(explorer.still().convert("RGB"))) and explorer.page.canvas.zoom == 1
+    with pytest.raises(TraitError, match="zoom"):
+        explorer.zoom = 33
 
 
 def test_keys_do_what_buttons_do(explorer):
     found = controls(explorer)
     explorer.key("ArrowRight")
     assert explorer.index == 1 == found["image"].value
-    found["next"].click()
+    found["next image"].click()
     assert explorer.index == 2
     explorer.key("ArrowUp")
     assert explorer.threshold == 0.55 == found["threshold"].value
     explorer.key("w")
     worst = explorer.index
     explorer.index = 0
-    found["worst"].click()
+    found["worst image"].click()
     assert explorer.index == worst
     explorer.key("+")
     explorer.key("c")
     assert explorer.zoom == 1.5 and explorer.style == "contour"
     explorer.key("0")
     assert explorer.zoom == 1
-    assert all(explorer.key(name) is None for name in explorer.KEYS), "every key that the canvas passes on is known"
+    assert all(explorer.key(name) is None for name in explorer.CANVAS["hears"]), "every key that the canvas passes on is known"
     found["probability"].value = True
     assert explorer.views == VIEWS
+    [strip] = [part for part in explorer.view.children if hasattr(part, "items")]
+    strip.chosen = 4
+    assert explorer.index == 4 and [item["value"] for item in strip.items] == list(range(5))
+    found["order"].value = "worst first"
+    assert [item["value"] for item in strip.items] == explorer.sequence()
 
 
 def test_another_image_of_another_size_moves_the_limits():
@@ -326,7 +352,7 @@ def test_another_image_of_another_size_moves_the_limits():
     explorer.set(row=60, column=60)
     explorer.index = 1
     assert (explorer.row, explorer.column) == (-1, -1) and (found["row"].max, found["column"].max) == (39, 19)
-    assert "Dice 100.00" in explorer.text(), "nothing there, nothing found"
+    assert "<td>100.00</td>" in explorer.text(), "nothing there, nothing found"
     explorer.index = 0
     assert found["row"].max == 63
 
@@ -352,24 +378,26 @@ def test_two_models_three_classes_and_no_target():
     image, mask = phantom("endoscopy", 3, 64)
     names = ("background", "non-neoplastic polyp", "neoplastic polyp")
     explorer = MaskExplorer([(image, mask)], {"first": [mask], "second": [one_hot(np.where(mask == 1, 2, mask), 3)]}, names, size=64)
-    assert explorer.most_probable and explorer.picture().shape == (2 * (64 + 18) + 4, 4 * 64 + 3 * 4, 3)
+    assert explorer.most_probable and [panel.title for panel in explorer.panels()][2:4] == ["first: prediction", "first: error"] and len(explorer.panels()) == 8
     assert explorer.scores.shape == (2, 2, 4) and (explorer.scores[0, :, 2] == 100).all() and explorer.scores[1].min() < 100
-    assert "first: non-neoplastic polyp <b>Dice 100.00</b>" in explorer.text()
+    assert "<td>first</td><td>non-neoplastic polyp</td><td>100.00</td>" in explorer.text()
     assert "neoplastic polyp" in controls(explorer) and "most probable" in controls(explorer)
     alone = MaskExplorer([(image, None)], [one_hot(mask, 3)], names)
     assert alone.views == ("image", "prediction", "probability") and alone.scores is None and "Dice" not in alone.text()
     alone.views = VIEWS
-    assert alone.picture().shape[1] == 5 * 256 + 16, "what is not there keeps its place"
+    assert [panel.title for panel in alone.panels()][1] == "target: not there", "what is not there keeps its place"
     with pytest.raises(ValueError, match="without targets no image is the worst"):
         alone.go("worst")
     with pytest.raises(ValueError, match="a ranking needs a prediction"):
         MaskExplorer([(image, mask)]).go("best")
+    with pytest.raises(TraitError, match="order cannot be 'best first': without targets"):
+        alone.order = "best first"
 
 
 def test_names_are_words_not_html():
     explorer = MaskExplorer(PAIRS[:1], {"<b>x": MAPS[:1]}, ("background", "<i>"), size=64)
-    explorer.pointer("click", 10, 30)
-    assert "&#60;b&#62;x: &#60;i&#62; <b>Dice" in explorer.text() and "<i>" not in explorer.text()
+    explorer.click(0, 10, 30)
+    assert "<td>&lt;b&gt;x</td><td>&lt;i&gt;</td>" in explorer.text() and "<i>" not in explorer.text()
 
 
 @pytest.mark.parametrize("items, predictors, words", [([], None, "nothing to look at"), (PAIRS, MAPS[:2], "5 images need as many predictions, got 2"),
@@ -459,24 +487,29 @@ def test_order_matters_and_reset_restores_it(playground):
     assert sorted(playground.order) == sorted(OPERATIONS)
     playground.reset()
     assert playground.order == tuple(OPERATIONS) and playground.steps() == []
-    with pytest.raises(ValueError, match="each once"):
+    with pytest.raises(TraitError, match="each once"):
         playground.order = ("rotate",)
 
 
 def test_pointer_wheel_keys_and_controls(playground):
     found = controls(playground)
-    playground.pointer("down", 10, 10)
-    playground.pointer("move", 34, -14)
+    canvas = playground.page.canvas
+    canvas.drag = [1, 0, 10, 10, 34, -14]
     assert (playground.translate_x, playground.translate_y) == (0.25, -0.25) == (found["translate x"].value, found["translate y"].value)
-    playground.wheel(0, 0, 3)
+    canvas.drag = [2, 1, 50, 50, 50, 74]
+    assert (playground.translate_x, playground.translate_y) == (0.25, 0.0), "a new drag goes on from where the last ended"
+    playground.translate_y = -0.25
+    canvas.turns = 3.0
     assert playground.rotate == 15 == found["rotate"].value
     found["horizontal flip"].value = True
     assert "horizontal_flip → rotate → translate" in playground.text()
-    assert all(playground.key(name) is None for name in playground.KEYS)
-    found["reset"].click()
-    before = shown(playground)
-    pictures = [found["draw from the recipe"].click() or shown(playground) for _ in range(6)]  # the recipe may draw nothing at all
-    assert sum(not np.array_equal(picture, before) for picture in pictures) >= 3 and playground.seed >= 6
+    assert all(playground.key(name) is None for name in playground.CANVAS["hears"])
+    found["back to the unchanged image"].click()
+    def after() -> bytes:
+        return flat(playground.panels()[1]).tobytes()
+    before = after()
+    pictures = [found["draw"].click() or after() for _ in range(6)]  # the recipe may draw nothing at all
+    assert sum(picture != before for picture in pictures) >= 3 and playground.seed >= 6
 
 
 def test_an_image_and_a_mask_that_do_not_fit_are_refused():
@@ -504,7 +537,7 @@ def test_widgets_take_paths_arrays_pil_images_and_data(tmp_path):
         for items in (image, [image], [(image, None)]):
             explorer = MaskExplorer(items)
             assert np.array_equal(explorer.image, PAIRS[0][0]) and explorer.target is None and explorer.views == ("image",)
-        playground = AugmentationPlayground(image, mask, size=32)
+        playground = AugmentationPlayground(image, mask, size=64)
         assert np.array_equal(playground.image, PAIRS[0][0]) and np.array_equal(playground.mask, PAIRS[0][1])
         with pytest.raises(ValueError, match="needs an image and its mask"):
             AugmentationPlayground(image)
@@ -517,7 +550,7 @@ def test_splits_and_data_sets_are_taken_whole(tmp_path):
     data = SegmentationData.open(tmp_path / "set", classes=3, size=64, progress=False)
     split = data.test or data.valid
     assert [case.name for case in as_cases(data)] == split.ids == [case.name for case in as_cases(split)]
-    playground = AugmentationPlayground(data, size=32)
+    playground = AugmentationPlayground(data, size=64)
     assert np.array_equal(playground.mask, split.original_mask(0))
 
 
@@ -544,7 +577,7 @@ def test_ignored_pixels_count_nowhere():
     np.testing.assert_allclose(explorer.scores[0], counted, atol=1e-6)
     explorer.go("worst")
     explorer.set(row=3, column=4, views=("target", "error"))
-    assert "target ignored" in explorer.text() and explorer.picture().shape
+    assert "<td>target</td><td>ignored</td>" in explorer.text() and len(explorer.panels()) == 2
     assert not np.allclose(explorer.scores, cut.scores)
 
 
@@ -555,10 +588,9 @@ def test_a_mask_of_too_many_classes_and_names_that_are_code(tmp_path):
     explorer.set(row=3, column=4)
     explorer.album.cases[0] = explorer.album.cases[0]._replace(name=f"{evil}.png")
     assert "<img" not in explorer.text() and "\x1b" not in explorer.text() and "img src=x" in explorer.text()
-    explorer._screen = None
-    screen = explorer.view and explorer._screen
-    screen.complain(ValueError(evil + "\x07"))
-    assert "<img" not in screen.line.value and "\x07" not in screen.line.value
+    explorer.view
+    explorer.page.complain(ValueError(evil + "\x07"))
+    assert "<img" not in explorer.page.line.value and "\x07" not in explorer.page.line.value
     with pytest.raises(ValueError, match="holds class 7"):
         MaskExplorer([(image, np.full_like(mask, 7))])
 
@@ -591,48 +623,50 @@ def deep(levels: int = 100_000) -> list:
     return nested
 
 
+CLICK, STROKE = {"kind": "click", "panel": 0}, {"kind": "stroke", "id": 1, "panel": 0, "tool": "brush", "brush": {}, "points": [1, 2, 0.5]}
+
+
 @pytest.mark.parametrize("message", [
     None, [], "click", 5, {}, {"kind": None}, {"kind": []}, {"kind": "explode"}, {"kind": {"kind": "key"}}, {"kind": deep()},
-    {"kind": "click", "x": "1", "y": 2}, {"kind": "click", "x": float("nan"), "y": 0}, {"kind": "click", "x": 1e300, "y": 0},
-    {"kind": "move", "x": None, "y": 0}, {"kind": "wheel", "steps": float("inf")}, {"kind": "wheel", "x": [], "y": {}}, {"kind": "down", "x": deep()},
-    {"kind": "key"}, {"kind": "key", "key": 5}, {"kind": "key", "key": "F1"}, {"kind": "key", "key": "x" * 10**6},
-], ids=range(21))
+    {**CLICK, "x": "1", "y": 2}, {**CLICK, "x": float("nan"), "y": 0}, {**CLICK, "x": 1e300, "y": 0}, {**CLICK, "x": None, "y": 0}, {**CLICK, "x": deep(), "y": 0},
+    {**CLICK, "x": 1, "y": 2, "panel": -1}, {"kind": "click", "x": 1, "y": 2}, {"kind": "key"}, {"kind": "key", "key": 5}, {"kind": "key", "key": "F1"},
+    {"kind": "key", "key": "x" * 10**6}, {**STROKE, "points": []}, {**STROKE, "points": [1, 2]}, {**STROKE, "points": [1, 2, float("inf")]},
+    {**STROKE, "tool": "axe"}, {**STROKE, "id": 1.5}, {**STROKE, "brush": None}, {**STROKE, "points": [0] * 300_000},
+], ids=range(28))
 def test_broken_messages_are_ignored(message):
-    for panel in (Toy(), AugmentationPlayground(*PAIRS[0], size=32), MaskExplorer(PAIRS, MAPS)):
+    heard = []
+    Canvas(heard.append).receive(message)
+    assert not [one for one in heard if one["kind"] != "key"]
+    for panel in (Toy(), AugmentationPlayground(*PAIRS[0])):
         panel.view
-        sent, before = [], dict(panel.state)
-        panel._screen.canvas.send = sent.append
-        panel._screen._receive(panel._screen.canvas, message, None)
-        assert panel.state == before and len(sent) == 1 and "done" in sent[0], "the browser waits for the answer"
+        before = panel.trait_values()
+        panel.page.canvas.receive(message)
+        assert panel.trait_values() == before
 
 
-def test_messages_with_more_or_less_than_wanted_are_heard():
+def test_messages_with_more_than_wanted_are_heard_and_errors_are_said():
     toy = Toy()
-    toy.view
-    toy._screen.canvas.send = lambda content: None
-    for message in ({"kind": "click", "x": 15, "y": 5, "more": deep(), "panel": 1}, {"kind": "click", "x": 15.0, "y": 5}):
-        toy._screen._receive(toy._screen.canvas, message, None)
-        assert toy.heard == ("click", 15, 5) and toy.level == 0.5
-    toy._screen._receive(toy._screen.canvas, {"kind": "wheel", "steps": 10**5}, None)
-    assert toy.heard == (0, 0, 100), "no wheel turns that far"
+    send(toy, kind="click", panel=0, x=15.0, y=5, more=deep(), shift=1)
+    assert toy.level == 0.5
+    got = []
+    Canvas(got.append).receive(STROKE)
+    assert got == [STROKE]
     explorer = MaskExplorer(PAIRS, MAPS)
     explorer.view
-    explorer.album.cases[0] = explorer.album.cases[0]._replace(image=lambda: 1 / 0)
-    explorer.album.read.cache_clear()
-    explorer._screen.canvas.send = lambda content: None
-    explorer._screen._receive(explorer._screen.canvas, {"kind": "ready"}, None)
-    assert "ZeroDivisionError" in explorer._screen.line.value, "what cannot be drawn is said, not raised"
+    explorer.album.cases[1] = explorer.album.cases[1]._replace(image=lambda: 1 / 0)
+    send(explorer, kind="key", key="ArrowRight")
+    assert "ZeroDivisionError" in explorer.page.line.value, "what cannot be drawn is said, not raised"
 
 
 # ---- endurance
 
 @pytest.mark.parametrize("make, moves", [
-    (lambda: MaskExplorer(PAIRS, MAPS, size=32),
+    (lambda: MaskExplorer(PAIRS, MAPS, size=64),
      [("threshold", 0.3), ("opacity", 0.2), ("zoom", 2.0), ("index", 3), ("style", "both"), ("threshold", 0.6), ("opacity", 0.7), ("zoom", 1.0), ("index", 0), ("style", "fill")]),
-    (lambda: AugmentationPlayground(*PAIRS[0], size=32),
+    (lambda: AugmentationPlayground(*PAIRS[0], size=64),
      [("rotate", 10), ("scale_x", 1.5), ("lines", True), ("rotate", 0), ("scale_x", 1), ("lines", False)])],
     ids=["explorer", "playground"])
-def test_a_thousand_updates_leave_nothing_behind(make, moves):
+def test_many_updates_leave_nothing_behind(make, moves):
     panel = make()
     registry = getattr(ipywidgets.widgets.widget, "_instances", None)  # ipywidgets 8
     registry = ipywidgets.Widget.widgets if registry is None else registry  # ipywidgets 7
@@ -647,13 +681,14 @@ def test_a_thousand_updates_leave_nothing_behind(make, moves):
         for turn in range(rounds):
             setattr(panel, *moves[turn % len(moves)])
 
-    work(100)
+    work(20)
     before = state()
     tracemalloc.start()
+    work(60)  # what is shown now was made since the start
     start = tracemalloc.get_traced_memory()[0]
-    work(1000)
+    work(300)
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - start
     tracemalloc.stop()
     assert state() == before, "widgets or observers piled up"
-    assert grown < 300_000, f"{grown / 1e6:.1f} MB more after 1000 updates"
+    assert grown < 300_000, f"{grown / 1e6:.1f} MB more after 300 updates"

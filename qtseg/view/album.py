@@ -261,10 +261,12 @@ class Ranking:
                          scores_in_percent(torch.from_numpy(counts[row]))[:, MEASURES.index("dice")].mean().item()
                          for counts in self.counts])
 
-    def find(self, what: str, threshold: float | None) -> int:
-        """The number of the "best", "worst" (by Dice) or most "uncertain" (by entropy) image. ValueError without
-        targets."""
+    def sequence(self, what: str, threshold: float | None) -> list[int]:
+        """The numbers of the images, the "best" or "worst" (by Dice) or most "uncertain" (by entropy) first.
+
+        Images without a target come last; ValueError where none has one.
+        """
         values = np.array(self.entropies) if what == "uncertain" else self.dice(threshold)
         if np.isnan(values).all():
             raise ValueError(f"without targets no image is the {what}; go(\"uncertain\") needs none")
-        return int(np.nanargmin(values) if what == "worst" else np.nanargmax(values))
+        return np.argsort(values if what == "worst" else -values, kind="stable").tolist()

@@ -14,6 +14,8 @@ CANVAS_CSS = """
 .qtseg-canvas figcaption { padding: 2px 0; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .qtseg-canvas canvas { display: block; width: 100%; touch-action: none; cursor: crosshair; border-radius: 2px;
   background: var(--jp-layout-color2, #8884); }
+.qtseg-table th, .qtseg-table td { padding: 1px 14px 1px 0; text-align: left; line-height: 1.4; }
+.qtseg-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .qtseg-strip { display: flex; gap: 4px; overflow-x: auto; padding: 3px; color: var(--jp-ui-font-color1, inherit); }
 .qtseg-strip button { flex: none; padding: 0; border: 2px solid transparent; background: none; color: inherit;
   font: 11px var(--jp-ui-font-family, sans-serif); border-radius: 3px; cursor: pointer; }
@@ -37,13 +39,13 @@ function faces(model, grid, state) {
   }
   function layout() {
     const panels = model.get("panels"), side = model.get("side");
-    grid.style.gridTemplateColumns =
-      `repeat(auto-fit, minmax(min(100%, max(${side}px, ${100 / model.get("columns")}% - 8px)), 1fr))`;
+    const fitting = clamp(Math.floor((grid.clientWidth + 8) / (side + 8)), 1, model.get("columns"));
+    const rows = Math.ceil(panels.length / fitting);  // rows of equal length: 4 panels are 4, or 2 and 2
+    grid.style.gridTemplateColumns = `repeat(${Math.ceil(panels.length / rows) || 1}, minmax(0, 1fr))`;
     while (grid.children.length > panels.length) grid.lastChild.remove();
     while (grid.children.length < panels.length) {
       const figure = document.createElement("figure");
       figure.append(document.createElement("figcaption"), document.createElement("canvas"));
-      state.watch(figure.lastChild);
       grid.append(figure);
     }
     panels.forEach(({ title, size: [width, height] }, place) => {
@@ -133,6 +135,10 @@ function paintFace(model, state, canvas, place, bitmap) {
   if (hover && model.get("tool") === "brush") rings(pen, (on) => on.arc(...hover, (brush.size ?? 1) / 2, 0, 7), unit);
   if (model.get("zoom") > 1 && place === 0) inset(pen, panel, viewOf(model, panel.size), bitmap, canvas, ratio);
 }
+"""
+
+# %% ../../nbs/reference/view_canvas_script.ipynb #base-js-inset
+_PAINTER += """
 function inset(pen, panel, { left, top, w, h }, bitmap, canvas, ratio) {  // where the window lies in the whole
   const [width, height] = panel.size, scale = canvas.width / 4 / width;
   const picture = bitmap(panel.layers[0]?.parts[0].sheet);
@@ -177,6 +183,10 @@ function hand(model, grid, state) {
     state.draw();
   }
   function drop(stroke) { state.strokes = state.strokes.filter((one) => one !== stroke); state.draw(); }
+"""
+
+# %% ../../nbs/reference/view_canvas_script.ipynb #base-js-strokes
+_HAND += """
   const current = () => state.strokes.find((one) => !one.id);
   const begin = (tool, { panel, x, y }, event) => state.strokes.push({
     id: 0, panel, tool, brush: { ...model.get("brush") }, points: [x, y, event.pressure],
@@ -198,6 +208,10 @@ _HAND += """
       if (gesture.tool === "drag") count += 1;
       acts.pointermove(event);
     },
+"""
+
+# %% ../../nbs/reference/view_canvas_script.ipynb #base-js-move
+_HAND += """
     pointermove(event) {
       if (event.target.tagName !== "CANVAS") return;
       const at = locate(event), old = fingers.get(event.pointerId);
@@ -251,6 +265,10 @@ _HAND += """
     },
     pointerleave() { state.hover = null; state.draw(); },
     dblclick() { if (current()?.tool === "polygon") { current().points.splice(-3); finish(); } },
+"""
+
+# %% ../../nbs/reference/view_canvas_script.ipynb #base-js-wheel
+_HAND += """
     wheel(event) {
       const focused = grid.getRootNode().activeElement === grid;
       if (event.target.tagName !== "CANVAS" || !(focused || event.ctrlKey)) return;
@@ -280,18 +298,19 @@ _HAND += """
 # %% ../../nbs/reference/view_canvas_script.ipynb #base-js-render
 _RENDER = """
 function render({ model, el }) {
-  const grid = document.createElement("div"), sizes = new ResizeObserver(() => state.draw());
+  const grid = document.createElement("div"), sizes = new ResizeObserver(() => parts.layout());
   Object.assign(grid, { className: "qtseg-canvas", tabIndex: 0 });
   grid.setAttribute("role", "application"); grid.setAttribute("aria-label", model.get("title"));
   el.dataset.lmSuppressShortcuts = "true";  // keys typed here are not JupyterLab's
   el.append(grid);
   let asked = 0, waiting = null;
-  const state = { strokes: [], last: model.get("seen"), hover: null, watch: (canvas) => sizes.observe(canvas), draw() {
+  const state = { strokes: [], last: model.get("seen"), hover: null, draw() {
     asked ||= requestAnimationFrame(() => {
       asked = 0;
       [...grid.children].forEach((figure, place) => paintFace(model, state, figure.lastChild, place, parts.bitmap)); });
   } };
   const parts = faces(model, grid, state);
+  sizes.observe(grid);
   const report = () => {  // Python sends a sharper part of a large picture
     clearTimeout(waiting);
     waiting = setTimeout(() => {

@@ -119,7 +119,7 @@ def cut(layer: Layer, box: Sequence[float], most: int) -> Layer:
 def words_below(text: str, width: int) -> np.ndarray:
     """HTML as dark lines on white, without its tags: uint8 [lines * 18, width, 3]."""
     rows = re.sub(r"</(?:td|th)>", "  ", re.sub(r"<br>|</(?:tr|div|p|caption)>", "\n", text))
-    plain = html.unescape(re.sub(r"<[^>]+>", "", rows))
+    plain = html.unescape(re.sub(r"<[^>]+>", "", rows)).translate({215: "x", 8594: "->", 9632: None, 160: None})
     wide = max(width // 7, 12)
     lines = [line for row in plain.split("\n") if row.strip() for line in textwrap.wrap(row, wide)] or [""]
     sheet = Image.new("RGB", (width, 18 * len(lines)), "white")
@@ -128,11 +128,19 @@ def words_below(text: str, width: int) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def still(panels: Sequence[Panel], text: str, side: int = 384, columns: int = 3) -> Image.Image:
-    """Panels with their titles and a text below, for paper and for pages without a kernel: a palette image."""
-    shown = []
+def still(panels: Sequence[Panel], text: str, side: int = 384, columns: int = 3,
+          window: tuple[float, float, float] = (1.0, 0.5, 0.5)) -> Image.Image:
+    """Panels with their titles and a text below, for paper and for pages without a kernel: a palette image.
+
+    window: zoom, and the middle's share of width and height.
+    """
+    shown, part = [], 1 / window[0]
+    left, top = (min(max(middle - part / 2, 0), 1 - part) for middle in window[1:])
     for panel in panels:
         width, height = panel.extent
+        if part < 1:
+            box = left, top, left + part, top + part
+            panel = panel._replace(layers=[cut(layer, box, 1600) for layer in panel.layers])
         scale = side / max(width, height)
         picture = fit_to(flat(panel), max(1, round(height * scale)), max(1, round(width * scale)))
         shown.append(np.concatenate([words_below(html.escape(panel.title), picture.shape[1])[:18], picture]))

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from traitlets import Bool, Enum, Float, validate
 
+from ..colors import hex_color
 from ..training.losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
-from .drawn import captioned
-from .controls import Setting, between, one_of, yes_or_no
-from .panel import CachedPanel, enlarge_picture, row_of_pictures, stack_pictures
+from .layers import Layer, Panel
 from .pictures import class_color, contours, heat
+from .viewer import Controls, Viewer, table, within
 
 # %% auto #0
 __all__ = []
@@ -72,44 +74,6 @@ def signed(values: np.ndarray, limit: float) -> np.ndarray:
     """Numbers as colors: blue at -limit and below, white at 0, orange at limit and above; [H, W] -> uint8 [H, W, 3]."""
     return cv2.applyColorMap(np.rint((np.clip(values / max(limit, 1e-30), -1, 1) + 1) * 127.5).astype(np.uint8), SIGNED)
 
-# %% ../../nbs/reference/view_loss_lab.ipynb #loss-state
-class _LossState(CachedPanel):
-    """Two discs and what the losses say about them; the state of a `LossLab`."""
-
-    KEYS = ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "+", "-")
-    x = Setting(30.0, between(0, lambda panel: panel.size))
-    y = Setting(34.0, between(0, lambda panel: panel.size))
-    radius = Setting(14.0, between(1, lambda panel: panel.size / 2))
-    target_radius = Setting(16.0, between(0, lambda panel: panel.size / 2))
-    confidence = Setting(4.0, between(0.1, 20))
-    softness = Setting(6.0, between(0.5, 40))
-    same_scale = Setting(False, yes_or_no)
-    loss = Setting("cross-entropy", one_of(tuple(LAB_LOSSES)))
-
-    @property
-    def target(self) -> Tensor:
-        """The target disc in the middle: int64 [1, size, size]; a radius of 0 leaves it out."""
-        middle, radius = self.size / 2, self.target_radius
-        return self._once("target", radius, lambda: (disc_logits(self.size, middle, middle, radius) > 0)[0].long())
-
-    def pushes(self) -> dict[str, Push]:
-        """What every loss says now, by name."""
-        disc = self.x, self.y, self.radius, self.confidence, self.softness
-        return self._once("pushes", (disc, self.target_radius),
-                          lambda: {name: push(name, self.target, *disc) for name in LAB_LOSSES})
-
-    def descend(self, steps: int = 10) -> None:
-        """Let the disc roll downhill on the chosen loss: each step goes one pixel along the pull on x, y and radius."""
-        place = self.x, self.y, self.radius
-        for _ in range(steps):
-            pull = np.array(push(self.loss, self.target, *place, self.confidence, self.softness).pull)
-            length = float(np.linalg.norm(pull))
-            if length < 1e-9:  # nothing pulls
-                break
-            least, most = (0, 0, 1), (self.size, self.size, self.size / 2)
-            place = np.clip(place + pull / length, least, most).tolist()
-        self.set(x=place[0], y=place[1], radius=place[2])
-
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-curves
 def loss_along(size: int, target: Tensor, y: float, radius: float, confidence: float, softness: float,
                points: int = 19) -> dict[str, np.ndarray]:
@@ -123,116 +87,138 @@ def loss_along(size: int, target: Tensor, y: float, radius: float, confidence: f
 
 
 def draw_lines(lines: Mapping[str, np.ndarray], side: int, mark: float) -> np.ndarray:
-    """Curves on white, each from 0 to its own largest value, with a key and an upright mark at 0..1: uint8
-    [side, side, 3]."""
+    """Curves on white, each from 0 to its own largest value, with an upright mark at 0..1: uint8 [side, side, 3]."""
     sheet = np.full((side, side, 3), 255, np.uint8)
     column = round(mark * (side - 1))
     cv2.line(sheet, (column, 0), (column, side - 1), (150, 150, 150), 1)
-    for place, (name, values) in enumerate(lines.items()):
-        color, top = class_color(place + 5), float(values.max()) or 1.0  # the darker ones, which show on white
+    for place, values in enumerate(lines.values()):
+        top = float(values.max()) or 1.0
         points = np.stack([np.linspace(0, side - 1, len(values)), (side - 6) - values / top * (side - 12)], axis=1)
-        cv2.polylines(sheet, [np.rint(points).astype(np.int32)], False, color, 2, cv2.LINE_AA)
-        cv2.putText(sheet, name, (4, side - 8 - 14 * place), cv2.FONT_HERSHEY_SIMPLEX, 0.4, color, 1, cv2.LINE_AA)
+        cv2.polylines(sheet, [np.rint(points).astype(np.int32)], False, class_color(place + 5), 2, cv2.LINE_AA)
     return sheet
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-picture
-class _LossPictures(_LossState):
-    """The pictures of a `LossLab`: the scene, the push of every loss on every logit, and the losses along the way."""
+def lab_panels(lab: LossLab) -> list[Panel]:
+    """The scene, the push of every loss on every logit, and the losses along the way."""
+    pushes, disc = lab.pushes(), (lab.y, lab.radius, lab.confidence, lab.softness)
+    outline = lab.target[0].numpy().astype(np.uint8).repeat(lab.times, axis=0).repeat(lab.times, axis=1)
+    size = (lab.size, lab.size)
 
-    TIMES = 2  # screen pixels per pixel
+    def drawn(title: str, picture: np.ndarray, color: tuple[int, int, int]) -> Panel:
+        large = contours(picture.repeat(lab.times, axis=0).repeat(lab.times, axis=1), outline, color, width=2)
+        return Panel(title, [Layer(large)], size)
 
-    def picture(self) -> np.ndarray:
-        pushes = self.pushes()
-        largest = max(float(np.abs(one.gradient).max()) for one in pushes.values())
-        views = [self._scene()]
-        for one in pushes.values():
-            limit = largest if self.same_scale else float(np.abs(one.gradient).max())
-            views.append(self._arrow(self._outlined(signed(-one.gradient, limit)), one.pull))
-        views.append(draw_lines(self._along(), self.TIMES * self.size, self.x / self.size))
-        titles = ["probability", *(f"{name} {one.loss:.3f}" for name, one in pushes.items()), "losses along x"]
-        titled = [captioned(view, title) for view, title in zip(views, titles)]
-        first, self._areas = row_of_pictures(titled[:3], range(3))
-        second, more = row_of_pictures(titled[3:], range(3), top=first.shape[0] + 4)
-        self._areas += more[:2]  # the curves are no place to drag on
-        return stack_pictures([first, second])
+    chance = disc_logits(lab.size, lab.x, *disc)[0, 0].sigmoid().numpy()
+    panels, largest = [drawn("probability", heat(chance), (255, 255, 255))], [
+        float(np.abs(one.gradient).max()) for one in pushes.values()]
+    for (name, one), limit in zip(pushes.items(), largest):
+        panels.append(drawn(f"{name} {one.loss:.3f}", signed(-one.gradient, max(largest) if lab.same_scale else limit),
+                            (0, 0, 0)))
+        if (length := float(np.linalg.norm(one.pull))) > 1e-9:
+            start = np.array([lab.x, lab.y]) * lab.times
+            ends = [np.rint(place).astype(int).tolist()
+                    for place in (start, start + 16 * lab.times * np.array(one.pull[:2]) / length)]
+            cv2.arrowedLine(panels[-1].layers[0].pixels, *ends, (0, 0, 0), lab.times, cv2.LINE_AA, tipLength=0.3)
+    curves = draw_lines(lab._along(lab.target_radius, *disc), lab.times * lab.size, lab.x / lab.size)
+    return [*panels, Panel("losses along x", [Layer(curves)], size)]
 
-    def _scene(self) -> np.ndarray:
-        logits = disc_logits(self.size, self.x, self.y, self.radius, self.confidence, self.softness)
-        return self._outlined(heat(logits[0, 0].sigmoid().numpy()), (255, 255, 255))
+# %% ../../nbs/reference/view_loss_lab.ipynb #loss-text
+def lab_text(lab: LossLab) -> str:
+    """A row per loss: value, the share of the push inside the target, the pull."""
+    rows, inside = [], lab.target[0].numpy() > 0
+    for name, one in lab.pushes().items():
+        size = np.abs(one.gradient)
+        rows.append((name, f"{one.loss:.4f}", f"{100 * size[inside].sum() / max(size.sum(), 1e-30):.0f} %",
+                     *(f"{value:+.4f}" for value in one.pull)))
+    colors = " &nbsp; ".join(f"<span style='color:{hex_color(class_color(place + 5))}'>■</span> {name}"
+                             for place, name in enumerate(LAB_LOSSES))
+    head = "loss", "value", "push inside the target", "pull on x", "on y", "on radius"
+    return f"{table(head, rows)}curves: {colors}"
 
-    def _outlined(self, picture: np.ndarray, color: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-        """An enlarged picture [size, size, 3] with the outline of the target."""
-        side = self.TIMES * self.size
-        return contours(
-            enlarge_picture(picture, side), enlarge_picture(self.target[0].numpy().astype(np.uint8), side), color)
 
-    def _arrow(self, picture: np.ndarray, pull: tuple[float, float, float]) -> np.ndarray:
-        """Draw where a pull takes the disc's center; shorter, the more of the pull goes into the radius. No arrow: no
-        pull."""
-        length = float(np.linalg.norm(pull))
-        if length > 1e-9:
-            start = np.array([self.x, self.y]) * self.TIMES
-            end = start + 16 * self.TIMES * np.array(pull[:2]) / length
-            cv2.arrowedLine(
-                picture, np.rint(start).astype(int).tolist(), np.rint(end).astype(int).tolist(), (0, 0, 0), 2,
-                cv2.LINE_AA, tipLength=0.3)
-        return picture
+def lab_controls(lab: LossLab, make: Controls) -> tuple[list, list]:
+    """The disc above; what shapes it, folded away."""
+    def slider(name: str, low: float, high: float, step: float = 0.5) -> Any:
+        return make.control("FloatSlider", name, min=low, max=high, step=step)
 
-    def _along(self) -> dict[str, np.ndarray]:
-        """The losses along x; they change when anything but x does."""
-        disc = self.y, self.radius, self.confidence, self.softness
-        return self._once("along", (disc, self.target_radius), lambda: loss_along(self.size, self.target, *disc))
+    bar = make.row(make.control("ToggleButtons", "loss", "", options=list(LAB_LOSSES), style={"button_width": "auto"}),
+                   make.button("arrow-down", "follow this loss downhill", lab.descend, description="descend 10 steps"))
+    disc = make.row(*(slider(name, *lab.limits(name)) for name in ("x", "y", "radius")))
+    more = make.row(slider("target_radius", *lab.limits("target_radius")), slider("confidence", 0.1, 20, 0.1),
+                    slider("softness", 0.5, 40), make.control("Checkbox", "same_scale", "same scale for all"))
+    return [bar, disc], [make.folded(Target_and_shape=[more])]
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-lab
-class LossLab(_LossPictures):
+class LossLab(Viewer):
     """Drag a predicted disc over a target disc and see cross-entropy, Dice, focal loss, and what each does to every
     logit.
 
-    Orange: the loss wants this logit higher; blue: lower. size: side of the square, in pixels. Settings: x, y, radius,
-    target_radius, confidence, softness, same_scale (of the colors), loss (the one that `descend` follows).
+    Orange: the loss wants this logit higher; blue: lower. size: side of the square, in pixels. Keys: arrows move the
+    disc, + and - change its radius, as the wheel does.
     """
 
+    KEYS = {"ArrowLeft": ("x", -1), "ArrowRight": ("x", 1), "ArrowUp": ("y", -1), "ArrowDown": ("y", 1),
+            "+": ("radius", 1), "-": ("radius", -1)}
+    CANVAS = {"hears": [*KEYS], "tool": "drag", "wheel": "turn"}
+    panels, text, controls = lab_panels, lab_text, lab_controls
+    x: float = Float(30.0)
+    y: float = Float(34.0)
+    radius: float = Float(14.0)
+    target_radius: float = Float(16.0)  # 0 leaves the target out
+    confidence: float = Float(4.0, min=0.1, max=20)
+    softness: float = Float(6.0, min=0.5, max=40)
+    same_scale: bool = Bool(False)  # of the colors
+    loss: str = Enum(tuple(LAB_LOSSES), "cross-entropy")  # that `descend` follows
+
     def __init__(self, size: int = 96):
-        super().__init__()
         if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or not 16 <= size <= 512:
             raise ValueError(
                 f"LossLab draws its own discs: size is the side of its square, 16 to 512 pixels, not {size!r:.80}")
-        self.size = int(size)
+        self.size, self.times = int(size), max(1, 384 // int(size))  # times: pixels of a sheet per pixel
+        self._target = lru_cache(1)(lambda radius: (disc_logits(size, size / 2, size / 2, radius) > 0)[0].long())
+        self._pushes = lru_cache(1)(lambda radius, *disc: {
+            name: push(name, self._target(radius), *disc) for name in LAB_LOSSES})
+        self._along = lru_cache(1)(lambda radius, *disc: loss_along(size, self._target(radius), *disc))
+        super().__init__()
         self.set(x=size * 0.3, y=size * 0.4, radius=size * 0.15, target_radius=size * 0.17, softness=size * 0.06)
 
-    def text(self) -> str:
-        lines = []
-        for name, one in self.pushes().items():
-            inside = np.abs(one.gradient)[self.target[0].numpy() > 0].sum() / max(np.abs(one.gradient).sum(), 1e-30)
-            pull = ", ".join(f"{value:+.4f}" for value in one.pull)
-            lines.append(f"<b>{name}</b> {one.loss:.4f}: {100 * inside:.0f} % of the push inside the target; "
-                         f"pull on x, y, radius {pull}")
-        return "<br>".join(lines)
+    @validate("x", "y", "radius", "target_radius")
+    def _inside(self, proposal: dict) -> float:
+        name = proposal["trait"].name
+        return within(name, proposal["value"], *self.limits(name))
 
-    def rows(self) -> list[list]:
-        def slider(name: str, least: float, most: float, step: float = 0.5) -> Any:
-            return self.control(name, "FloatSlider", min=least, max=most, step=step)
+    def limits(self, name: str) -> tuple[float, float]:
+        """Least and greatest value of a length."""
+        return {"x": (0, self.size), "y": (0, self.size), "radius": (1, self.size / 2),
+                "target_radius": (0, self.size / 2)}[name]
 
-        half = self.size / 2
-        return [
-            [slider("x", 0, self.size), slider("y", 0, self.size), slider("radius", 1, half)],
-            [slider("target_radius", 0, half), slider("confidence", 0.1, 20, 0.1), slider("softness", 0.5, 40)],
-            [
-                self.control("same_scale", "Checkbox", "same scale for all"),
-                self.control("loss", "Dropdown", options=list(LAB_LOSSES)),
-                self.button("descend 10 steps", self.descend)],
-        ]
+    @property
+    def target(self) -> Tensor:
+        """The target disc in the middle: int64 [1, size, size]."""
+        return self._target(self.target_radius)
 
-    def pointer(self, kind: str, x: float, y: float) -> None:
-        for share in (area.share(x, y) for area in self._areas):
-            if share and kind in ("down", "move"):
-                self.set(x=share[0] * self.size, y=share[1] * self.size)
+    def pushes(self) -> dict[str, Push]:
+        """What every loss says now, by name."""
+        return self._pushes(self.target_radius, self.x, self.y, self.radius, self.confidence, self.softness)
 
-    def wheel(self, x: float, y: float, steps: float) -> None:
-        self.radius = float(np.clip(self.radius + steps, 1, self.size / 2))
+    def descend(self, steps: int = 10) -> None:
+        """Let the disc roll downhill on the chosen loss: each step goes one pixel along the pull on x, y and radius."""
+        place = self.x, self.y, self.radius
+        for _ in range(steps):
+            pull = np.array(push(self.loss, self.target, *place, self.confidence, self.softness).pull)
+            length = float(np.linalg.norm(pull))
+            if length < 1e-9:  # nothing pulls
+                break
+            place = np.clip(place + pull / length, (0, 0, 1), (self.size, self.size, self.size / 2)).tolist()
+        self.set(x=place[0], y=place[1], radius=place[2])
+
+    def dragged(self, new: bool, panel: int, start: tuple[float, float], now: tuple[float, float]) -> None:
+        if panel <= len(LAB_LOSSES):  # the curves are no place to drag on
+            self.set(**{name: float(np.clip(value, 0, self.size)) for name, value in zip("xy", now)})
+
+    def turned(self, steps: float) -> None:
+        self.radius = float(np.clip(self.radius + steps, *self.limits("radius")))
 
     def key(self, name: str) -> None:
-        setting, step = {"ArrowLeft": ("x", -1), "ArrowRight": ("x", 1), "ArrowUp": ("y", -1), "ArrowDown": ("y", 1),
-                         "+": ("radius", 1), "-": ("radius", -1)}[name]
-        least, most = (1, self.size / 2) if setting == "radius" else (0, self.size)
-        self.set(**{setting: float(np.clip(self.state[setting] + step, least, most))})
+        setting, step = self.KEYS[name]
+        self.set(**{setting: float(np.clip(getattr(self, setting) + step, *self.limits(setting)))})

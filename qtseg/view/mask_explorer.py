@@ -5,48 +5,183 @@
 # %% ../../nbs/reference/view_mask_explorer.ipynb #49404e07
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
-import cv2
 import numpy as np
+from traitlets import Bool, Enum, Float, Int, TraitError, Tuple, link, observe, validate
 
 from ..data.mask_values import IGNORE
 from ..evaluation.metrics import MEASURES
 from ..files.text import escape
 from .album import Album, Ranking
-from .drawn import LINE_HEIGHT, captioned, crosshair
-from .controls import Setting, between, one_of, some_of, yes_or_no
-from .panel import Viewport, Window
-from .pictures import ERROR_COLORS, contours, error_map, heat, overlay, tile
+from .layers import Layer, Panel, edges, palette
+from .pictures import ERROR_COLORS, error_kinds, gray, heat
+from .viewer import Controls, Strip, Viewer, live, some_of, table, thumbnail, within
 
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-state
+# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-panels
 VIEWS = ("image", "target", "prediction", "error", "probability")
-GAP = 4  # pixels between panels
+ORDERS = ("as given", "worst first", "best first", "most uncertain first")
+_ERRORS = np.array([(0, 0, 0, 0), *((*color, 255) for color in ERROR_COLORS.values()), *[(0, 0, 0, 0)] * 251], np.uint8)
 
 
-class _ExplorerState(Viewport):
-    """What can be set in a `MaskExplorer`."""
+def mask_layers(mask: np.ndarray, classes: Sequence[int], style: str, opacity: float) -> list[Layer]:
+    """A mask of class indices [H, W] as "fill", "contour" or "both"."""
+    colors = palette(classes)
+    filled, lines = [Layer(mask, colors, opacity)], [Layer(edges(mask, classes), colors)]
+    return {"fill": filled, "contour": lines, "both": filled + lines}[style]
 
-    index = Setting(0, between(0, lambda panel: len(panel.album.cases) - 1, whole=True))
-    views = Setting(VIEWS[:4], some_of(VIEWS))
-    style = Setting("fill", one_of(("fill", "contour", "both")))
-    opacity = Setting(0.5, between(0, 1))
-    threshold = Setting(0.5, between(0.01, 0.99))
-    most_probable = Setting(False, yes_or_no)  # the class of the largest probability, no threshold
-    classes = Setting((1,), some_of(lambda panel: tuple(range(1, len(panel.album.class_names))), least=0))
-    # the pixel that is read; -1: none
-    row = Setting(-1, between(-1, lambda panel: panel.image.shape[0] - 1, whole=True))
-    column = Setting(-1, between(-1, lambda panel: panel.image.shape[1] - 1, whole=True))
 
-    def __init__(self, album: Album, size: int):
-        super().__init__()
-        self.album, self.size = album, size
-        self.set(classes=range(1, len(album.class_names)), most_probable=len(album.class_names) > 2)
+def error_layer(target: np.ndarray, mask: np.ndarray, classes: Sequence[int], opacity: float) -> Layer:
+    """The kinds of pixels in their colors, only of these classes; ignored pixels count as background."""
+    target = np.where(target == IGNORE, np.uint8(0), target)
+    kinds = error_kinds(*(np.where(np.isin(one, classes), one, np.uint8(0)) for one in (target, mask)))
+    return Layer(kinds, _ERRORS, opacity)
+
+# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-panel
+def explorer_panel(explorer: MaskExplorer, view: str, model: int = 0) -> Panel:
+    """One view of one model; the image in gray where what the view needs is not there."""
+    image, masks, classes, opacity = explorer.image, explorer.masks, explorer.classes, explorer.opacity
+    several = len(explorer.album.models) > 1 and view not in ("image", "target")
+    title = f"{explorer.album.models[model]}: {view}" if several else view
+    if view == "image":
+        return Panel(title, [Layer(image)])
+    if (explorer.target is None and view in ("target", "error")) or (not masks and view != "target"):
+        return Panel(f"{title}: not there", [Layer(explorer.gray(explorer.index))])
+    if view == "target":
+        return Panel(title, [Layer(image), *mask_layers(explorer.target, classes, explorer.style, opacity)])
+    if view == "prediction":
+        return Panel(title, [Layer(image), *mask_layers(masks[model], classes, explorer.style, opacity)])
+    base = Layer(explorer.gray(explorer.index))
+    if view == "error":
+        return Panel(title, [base, error_layer(explorer.target, masks[model], classes, opacity)])
+    chance = explorer.probabilities[model][..., list(classes)].sum(axis=2).clip(0, 1)
+    return Panel(title, [base, Layer(heat(chance), opacity=opacity)])
+
+
+def explorer_panels(explorer: MaskExplorer) -> list[Panel]:
+    """A row of views per model."""
+    models = range(max(1, len(explorer.album.models)))
+    return [explorer_panel(explorer, view, model) for model in models for view in explorer.views]
+
+# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-text
+def explorer_text(explorer: MaskExplorer) -> str:
+    """Name, scores, legend and pixel."""
+    album, (height, width), names = explorer.album, explorer.image.shape[:2], explorer.album.class_names
+    decision = "most probable class" if explorer.decision is None else f"threshold {explorer.threshold:.2f}"
+    words = [f"<b>{escape(album.cases[explorer.index].name)}</b>, {width} × {height} pixels, {decision}"]
+    if explorer.scores is not None:
+        dice, iou = MEASURES.index("dice"), MEASURES.index("iou")
+        words.append(table(("model", "class", "Dice", "IoU"), [
+            (model, name, f"{row[dice]:.2f}", f"{row[iou]:.2f}")
+            for model, scores in zip(album.models, explorer.scores) for name, row in zip(names[1:], scores)]))
+    if "error" in explorer.views and explorer.scores is not None:
+        marks = list(ERROR_COLORS.items())[:3 + (len(names) > 2)]
+        words.append(" &nbsp; ".join(f"<span style='color:rgb{color}'>■</span> {kind}" for kind, color in marks))
+    if min(explorer.row, explorer.column) >= 0:
+        place = explorer.row, explorer.column
+        rows = [("image", f"RGB {tuple(explorer.image[place].tolist())}", "")]
+        if explorer.target is not None:
+            label = explorer.target[place]
+            rows.append(("target", "ignored" if label == IGNORE else names[label], ""))
+        rows += [(model, names[mask[place]], ", ".join(f"{chance:.2f}" for chance in maps[place]))
+                 for model, mask, maps in zip(album.models, explorer.masks, explorer.probabilities)]
+        words.append(table((f"pixel in row {place[0]}, column {place[1]}", "class", "probabilities"), rows))
+    return "<br>".join(words).replace("</table><br>", "</table>")
+
+# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-strip
+def explorer_strip(explorer: MaskExplorer, widgets: Any, most: int = 11) -> tuple[Any, Any]:
+    """The counter, "4 of 16", and the thumbnails round the image."""
+    counter, strip = widgets.HTML(), live(Strip)()
+
+    def follow(change: Any = None) -> None:
+        sequence = explorer.sequence()
+        place, ranked = sequence.index(explorer.index), "ranking" in vars(explorer)
+        dice = explorer.ranking.dice(explorer.decision) if ranked else [math.nan] * len(sequence)
+        first = min(max(place - most // 2, 0), max(len(sequence) - most, 0))
+        counter.value = f"<b>{place + 1}</b> of {len(sequence)}"
+        with strip.hold_sync():
+            strip.items = [
+                {"value": index, "title": f"{index + 1}" + ("" if math.isnan(dice[index]) else f": {dice[index]:.0f}"),
+                 "data": explorer.thumbnail(index)} for index in sequence[first:first + most]]
+            strip.chosen = explorer.index
+
+    strip.observe(lambda change: explorer.page.guarded(explorer.go, change["new"]), "chosen")
+    explorer.observe(lambda change: explorer.page.guarded(follow), ["index", "order"])
+    explorer.page.guarded(follow)
+    return counter, strip
+
+# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-controls
+def explorer_controls(explorer: MaskExplorer, make: Controls) -> tuple[list, list]:
+    """A tool bar, two sliders, the thumbnails; what is needed rarely is folded away."""
+    slider, number = partial(make.control, "FloatSlider"), partial(make.control, "BoundedIntText")
+    (height, width), count = explorer.image.shape[:2], len(explorer.album.cases)
+    counter, strip = explorer_strip(explorer, make.widgets)
+    jumps = [make.button(icon, f"{where} image", explorer.go, where) for where, icon in {
+        "previous": "chevron-left", "next": "chevron-right", "random": "random", "best": "thumbs-up",
+        "worst": "thumbs-down", "uncertain": "question-circle"}.items()]
+    zooms = [make.button(icon, words, explorer.key, key) for key, icon, words in (
+        ("+", "search-plus", "zoom in"), ("-", "search-minus", "zoom out"), ("0", "expand", "whole image"))]
+    style = make.control("ToggleButtons", "style", "", options=["fill", "contour", "both"],
+                         style={"button_width": "auto"})
+    classes = [(name, label) for label, name in enumerate(explorer.album.class_names) if label]
+    more = [number("index", "image", min=0, max=count - 1), number("row", min=-1, max=height - 1),
+            number("column", min=-1, max=width - 1)]
+    for name in ("zoom", "x", "y"):
+        link((explorer, name), (explorer.page.canvas, name))
+    above = [make.row(*jumps[:2], counter, *jumps[2:], *zooms, style),
+             make.row(*make.toggles("views", [(view, view) for view in VIEWS])),
+             make.row(slider("opacity", min=0, max=1, step=0.05), slider("threshold", min=0.01, max=0.99, step=0.01))]
+    if len(classes) > 1:
+        several = make.control("Checkbox", "most_probable", indent=False)
+        above.append(make.row(several, *make.toggles("classes", classes)))
+    folded = make.folded(Position_and_zoom=[
+        make.row(*more), make.row(make.control("FloatLogSlider", "zoom", base=2, min=0, max=5, step=0.25),
+                                  slider("x", min=0, max=1, step=0.01), slider("y", min=0, max=1, step=0.01))])
+    return above, [make.row(make.control("Dropdown", "order", options=ORDERS)), strip, folded]
+
+# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer
+class MaskExplorer(Viewer):
+    """Browse images, targets and what one or two models made of them; items, predictors and class_names: see `Album`.
+
+    Keys, once the picture was clicked: left, right: previous, next image; up, down: threshold; + - 0: zoom; c: fill or
+    contour; b w u r: best, worst, most uncertain, random image. size: least width of a panel in pixels of the page.
+    """
+
+    JUMPS: dict = {"ArrowLeft": "previous", "ArrowRight": "next", "b": "best", "w": "worst", "u": "uncertain",
+                   "r": "random"}
+    CANVAS: dict = {"hears": [*JUMPS, "ArrowUp", "ArrowDown", "+", "-", "0", "c"], "columns": 4}
+    IN_BROWSER: tuple = ("zoom", "x", "y")
+    panels, text, controls = explorer_panels, explorer_text, explorer_controls
+    index: int = Int(0)
+    order: str = Enum(ORDERS, ORDERS[0])
+    views: tuple = Tuple(VIEWS[:4])
+    style: str = Enum(("fill", "contour", "both"), "fill")
+    opacity: float = Float(0.5, min=0, max=1)
+    threshold: float = Float(0.5, min=0.01, max=0.99)
+    most_probable: bool = Bool(False)  # the class of the largest probability, no threshold
+    classes: tuple = Tuple((1,))
+    row: int = Int(-1)  # of the pixel that is read; -1: none
+    column: int = Int(-1)
+    zoom: float = Float(1.0, min=1, max=32)
+    x: float = Float(0.5, min=0, max=1)
+    y: float = Float(0.5, min=0, max=1)
+
+    def __init__(self, items: Any, predictors: Any = None, class_names: Sequence[str] | None = None, size: int = 384):
+        self.album, self._random = Album(items, predictors, class_names), np.random.default_rng(0)
+        self.thumbnail = lru_cache(maxsize=512)(lambda index: thumbnail(self.album.cases[index].image()))
+        self.gray = lru_cache(maxsize=2)(lambda index: gray(self.album.read(index)[0]))
+        super().__init__(size)
+        views = VIEWS[:4] if self.masks else VIEWS[:2]
+        if self.target is None:
+            views = ("image", "prediction", "probability") if self.masks else VIEWS[:1]
+        labels = range(1, len(self.album.class_names))
+        self.set(classes=tuple(labels), most_probable=len(labels) > 1, views=views)
 
     image = property(lambda self: self.album.read(self.index)[0], doc="The shown image, uint8 [H, W, 3].")
     target = property(lambda self: self.album.read(self.index)[1], doc="Its target, uint8 [H, W], or None.")
@@ -57,240 +192,65 @@ class _ExplorerState(Viewport):
         lambda self: self.album.judge(self.index, self.decision)[0], doc="Each model's mask, uint8 [H, W].")
     scores = property(lambda self: self.album.judge(self.index, self.decision)[1],
                       doc="[models, foreground classes, 4], percent, in the order of MEASURES; None without a target.")
+    ranking = cached_property(lambda self: Ranking(self.album, self.tell))
 
-    def changed(self, names: set[str]) -> None:
-        if "index" in names:
-            self.set(row=-1, column=-1)  # another image has other pixels
+    @validate("index", "row", "column")
+    def _in_range(self, proposal: dict) -> int:
+        name = proposal["trait"].name
+        count = len(self.album.cases) if name == "index" else self.image.shape[name == "column"]
+        return within(name, proposal["value"], 0 if name == "index" else -1, count - 1)
 
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-panels
-class _ExplorerPicture(_ExplorerState):
-    """The picture of a `MaskExplorer`: one line per model, one panel per view, all of the same part of the image."""
+    @validate("views", "classes")
+    def _some(self, proposal: dict) -> tuple:
+        if (name := proposal["trait"].name) == "views":
+            return some_of(name, proposal["value"], VIEWS, least=1)
+        return some_of(name, proposal["value"], range(1, len(self.album.class_names)))
 
-    def panel_size(self) -> tuple[int, int]:
-        """Height and width of a panel in pixels; the longer one is `size`."""
-        height, width = self.image.shape[:2]
-        return max(1, round(self.size * height / max(height, width))), max(
-            1, round(self.size * width / max(height, width)))
+    @observe("index")
+    def _another(self, change: dict) -> None:
+        self.set(row=-1, column=-1)  # another image has other pixels
+        for name, side in zip(("row", "column"), self.image.shape if self.page else ()):
+            self.page.make.adjust(name, max=side - 1)
 
-    def paint(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """A mask on its image, in the chosen style."""
-        if self.style != "contour":
-            image = overlay(image, mask, self.opacity, classes=self.classes)
-        return image if self.style == "fill" else contours(image, mask, classes=self.classes)
+    @validate("order")
+    def _rankable(self, proposal: dict) -> str:
+        try:
+            self.sequence(proposal["value"])
+        except ValueError as error:
+            raise TraitError(f"order cannot be {proposal['value']!r}: {error}") from error
+        return proposal["value"]
 
-    def draw(self, view: str, model: int) -> np.ndarray | None:
-        """One view of one model, uint8 [h, w, 3]; None where it needs what is not there."""
-        window, size = self.window(*self.image.shape[:2]), self.panel_size()
-        image = window.cut(self.image, *size)
-        if view == "image":
-            return image
-        if (self.target is None and view in ("target", "error")) or (not self.masks and view != "target"):
-            return None
-        if view == "probability":
-            chance = self.probabilities[model][..., list(self.classes)].sum(axis=2)  # [H, W]
-            return heat(window.cut(chance, *size).clip(0, 1), image, self.opacity)
-        masks = [
-            window.cut(mask, *size)
-            for mask in (self.target, self.masks[model] if self.masks else None)
-            if mask is not None
-        ]
-        if view == "error":
-            masks = [np.where(masks[0] == IGNORE, np.uint8(0), mask) for mask in masks]
-            return error_map(
-                *(np.where(np.isin(mask, self.classes), mask, np.uint8(0)) for mask in masks), image, self.opacity)
-        return self.paint(image, masks[0 if view == "target" else -1])
-
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-places
-class _ExplorerPlaces(_ExplorerPicture):
-    """Where things are in the panels of a `MaskExplorer`."""
-
-    def mark(self, panel: np.ndarray) -> np.ndarray:
-        """A cross over the marked pixel, if it is in sight."""
-        window, size = self.window(*self.image.shape[:2]), panel.shape
-        down, right = self.row + 0.5 - window.top, self.column + 0.5 - window.left
-        if min(self.row, self.column) >= 0 and 0 < down < window.height and 0 < right < window.width:
-            crosshair(panel, right / window.width * size[1], down / window.height * size[0])
-        return panel
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """A place of the picture -> (row, column) in the image, in its pixels, whichever panel it lies in."""
-        height, width = self.panel_size()
-        window = self.window(*self.image.shape[:2])
-        down, right = y % (height + LINE_HEIGHT + GAP) - LINE_HEIGHT, x % (width + GAP)
-        return window.top + down / height * window.height, window.left + right / width * window.width
-
-    def inset(self, panel: np.ndarray) -> np.ndarray:
-        """Where the enlarged part lies in the whole image, drawn small into a corner of a panel."""
-        height, width = (max(1, side // 4) for side in panel.shape[:2])
-        whole = Window(0, 0, *self.image.shape[:2])
-        window = self.window(whole.height, whole.width)
-        if window == whole:
-            return panel
-        small, scale = np.ascontiguousarray(whole.cut(self.image, height, width)), height / whole.height
-        corners = [(round(column * scale), round(row * scale)) for row, column in (
-            (window.top, window.left), (window.top + window.height - 1, window.left + window.width - 1))]
-        cv2.rectangle(small, *corners, (255, 255, 255), 1)
-        for rim, gray in ((3, 0), (2, 255)):  # a white frame on black, which shows on light and on dark
-            panel[-height - rim - 1:, -width - rim - 1:] = gray
-        panel[-height - 1:-1, -width - 1:-1] = small
-        return panel
-
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-captions
-class _ExplorerWords(_ExplorerPlaces):
-    """The words of a `MaskExplorer`."""
-
-    def caption(self, view: str, model: int) -> str:
-        """What stands above a panel."""
-        several = len(self.album.models) > 1 and view not in ("image", "target")
-        return f"{self.album.models[model]}: {view}" if several else view
-
-    def legend(self) -> list[str]:
-        """What the colors of the error panels mean."""
-        names = list(zip(("blue", "red", "yellow", "purple"), ERROR_COLORS.items()))[
-            : 3 + (len(self.album.class_names) > 2)]
-        marks = [f"<span style='color:rgb{color}'>■</span> {name}: {kind}" for name, (kind, color) in names]
-        return [", ".join(marks)] if "error" in self.views and self.scores is not None else []
-
-    def scores_in_words(self) -> list[str]:
-        """A line per model: Dice and IoU of each class."""
-        if self.scores is None:
-            return []
-        dice, iou = MEASURES.index("dice"), MEASURES.index("iou")
-        names = [escape(name) for name in self.album.class_names[1:]]
-        return [f"{escape(model)}: " + "; ".join(f"{name} <b>Dice {row[dice]:.2f}</b>, IoU {row[iou]:.2f}"
-                                                      for name, row in zip(names, scores))
-                for model, scores in zip(self.album.models, self.scores)]
-
-    def pixel_in_words(self) -> list[str]:
-        """What every panel holds at the marked pixel."""
-        if min(self.row, self.column) < 0:
-            return []
-        place, names = (self.row, self.column), self.album.class_names
-        words = [f"pixel in row {self.row}, column {self.column}: RGB {tuple(self.image[place].tolist())}"]
-        words += (
-            []
-            if self.target is None
-            else [f"target {'ignored' if self.target[place] == IGNORE else names[self.target[place]]}"]
-        )
-        words += [f"{model} {names[mask[place]]} ({', '.join(f'{chance:.2f}' for chance in maps[place])})"
-                  for model, mask, maps in zip(self.album.models, self.masks, self.probabilities)]
-        return [escape("; ".join(words))]
-
-    def text(self) -> str:
-        height, width = self.image.shape[:2]
-        decision = "most probable class" if self.decision is None else f"threshold {self.threshold:.2f}"
-        name = escape(self.album.cases[self.index].name)
-        case = f"{name} ({self.index + 1} of {len(self.album.cases)}), {width} × {height} pixels"
-        return "<br>".join([f"{case}, {decision}", *self.scores_in_words(), *self.legend(), *self.pixel_in_words()])
-
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-actions
-class _ExplorerActions(_ExplorerWords):
-    """What pointer, wheel, keys and buttons do in a `MaskExplorer`."""
-
-    _grip, _random = (0.0, 0.0), np.random.default_rng(0)
-
-    @cached_property
-    def ranking(self) -> Ranking:
-        """How the first model does on all images; looks at each of them, once. ValueError without a model."""
-        return Ranking(self.album, self.tell)
+    def sequence(self, order: str | None = None) -> list[int]:
+        """The numbers of the images in an order, the chosen one; ranks them when first asked. ValueError: see `go`."""
+        order = order or self.order
+        if order == ORDERS[0]:
+            return list(range(len(self.album.cases)))
+        return self.ranking.sequence(order.split()[-2], self.decision)
 
     def go(self, where: int | str) -> None:
-        """Show another image: its number, "next", "previous", "random", "best", "worst" (Dice) or "uncertain"
-        (entropy).
+        """Show another image: its number, "next", "previous", "random", "best", "worst" (Dice), "uncertain" (entropy).
 
-        The last three rank all images by the first model, once; the threshold is the shown one. ValueError for anything
-        else.
+        The last three rank all images by the first model, once. ValueError: predictions or targets are missing.
         """
-        count = len(self.album.cases)
         if where in ("best", "worst", "uncertain"):
-            where = self.ranking.find(where, self.decision)
-        elif where in ("next", "previous"):
-            where = (self.index + (1 if where == "next" else -1)) % count
-        elif where == "random":
-            where = int(self._random.integers(count))
-        if where == self.index:
-            self.refresh()  # takes away what a ranking has told
-        self.index = where
+            where = self.ranking.sequence(where, self.decision)[0]
+        elif where in (steps := {"next": 1, "previous": -1, "random": self._random.integers(len(self.album.cases))}):
+            sequence = self.sequence()
+            where = sequence[(sequence.index(self.index) + steps[where]) % len(sequence)]
+        self.set_trait("index", where)
+        self.refresh(always=True)  # takes away what a ranking has told
 
-    def pointer(self, kind: str, x: float, y: float) -> None:
+
+    def mark(self) -> list[float]:
+        return [self.column + 0.5, self.row + 0.5] if min(self.row, self.column) >= 0 else []
+
+    def click(self, panel: int, x: float, y: float) -> None:
         height, width = self.image.shape[:2]
-        if kind == "down":
-            self._grip = self.place(x, y)
-        elif kind == "move":  # what was gripped stays under the pointer
-            window, (row, column) = self.window(height, width), self.place(x, y)
-            self.center(window.top + window.height / 2 + self._grip[0] - row,
-                        window.left + window.width / 2 + self._grip[1] - column, height, width)
-        elif kind == "click":
-            row, column = (min(max(int(value), 0), size - 1) for value, size in zip(self.place(x, y), (height, width)))
-            self.set(row=row, column=column)
-
-    def wheel(self, x: float, y: float, steps: float) -> None:
-        self.zoom_at(*self.place(x, y), *self.image.shape[:2], 1.25**steps)
-
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-controls
-class _ExplorerControls(_ExplorerActions):
-    """The controls of a `MaskExplorer`: all that pointer, wheel and keys do, and more."""
-
-    def rows(self) -> list[list]:
-        slider, number = partial(self.control, kind="FloatSlider"), partial(self.control, kind="BoundedIntText")
-        height, width = self.image.shape[:2]
-        classes = [(name, label) for label, name in enumerate(self.album.class_names) if label]
-        several = [self.control("most_probable", "Checkbox", indent=False), *self.toggles("classes", classes)]
-        jumps = ("previous", "next", "best", "worst", "uncertain", "random")
-        return [
-            [
-                *(self.button(where, partial(self.go, where)) for where in jumps),
-                number("index", description="image", min=0, max=len(self.album.cases) - 1, layout={"width": "160px"})],
-            [
-                *self.toggles("views", [(view, view) for view in VIEWS]),
-                self.control("style", "Dropdown", options=["fill", "contour", "both"], layout={"width": "180px"})],
-            [slider("opacity", min=0, max=1, step=0.05), slider("threshold", min=0.01, max=0.99, step=0.01)],
-            *([several] if len(classes) > 1 else []),
-            [
-                self.control("zoom", "FloatLogSlider", base=2, min=0, max=5, step=0.25),
-                slider("x", min=0, max=1, step=0.01), slider("y", min=0, max=1, step=0.01)],
-            [number("row", min=-1, max=height - 1), number("column", min=-1, max=width - 1)],
-        ]
-
-    def changed(self, names: set[str]) -> None:
-        super().changed(names)
-        if "index" in names:
-            for name, size in zip(("row", "column"), self.image.shape):
-                self.adjust(name, max=size - 1)
-
-# %% ../../nbs/reference/view_mask_explorer.ipynb #explorer
-class MaskExplorer(_ExplorerControls):
-    """Browse images, targets and what one or two models made of them; items, predictors and class_names: see `Album`.
-
-    Keys, once the picture was clicked: left, right: previous, next image; up, down: threshold; + - 0: zoom; c: fill or
-    contour; b w u r: best, worst, most uncertain, random image. `size`: the longer side of a panel in pixels.
-    """
-
-    _JUMPS = {"ArrowLeft": "previous", "ArrowRight": "next", "b": "best", "w": "worst", "u": "uncertain", "r": "random"}
-    KEYS = (*_JUMPS, "ArrowUp", "ArrowDown", "+", "-", "0", "c")
-
-    def __init__(self, items: Any, predictors: Any = None, class_names: Sequence[str] | None = None, size: int = 256):
-        super().__init__(Album(items, predictors, class_names), size)
-        if self.target is None:
-            self.views = ("image", "prediction", "probability") if self.masks else ("image",)
-        elif not self.masks:
-            self.views = ("image", "target")
-
-    def picture(self) -> np.ndarray:
-        panels = []
-        for model in range(max(1, len(self.album.models))):
-            for view in self.views:
-                drawn = self.draw(view, model)
-                if drawn is None:
-                    drawn, caption = np.full((*self.panel_size(), 3), 70, np.uint8), f"{view}: not there"
-                else:
-                    drawn, caption = self.mark(drawn), self.caption(view, model)
-                panels.append(captioned(self.inset(drawn) if view == "image" else drawn, caption))
-        return tile(panels, len(self.views), GAP)
+        self.set(row=min(max(int(y), 0), height - 1), column=min(max(int(x), 0), width - 1))
 
     def key(self, name: str) -> None:
-        if name in self._JUMPS:
-            self.go(self._JUMPS[name])
+        if name in self.JUMPS:
+            self.go(self.JUMPS[name])
         elif name in ("ArrowUp", "ArrowDown"):
             self.threshold = min(max(round(self.threshold + (0.05 if name == "ArrowUp" else -0.05), 2), 0.01), 0.99)
         elif name == "c":

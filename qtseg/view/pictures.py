@@ -126,7 +126,7 @@ def error_kinds(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return np.where(found & true, both, 2 * found + 3 * true)
 
 
-def _gray(image: np.ndarray) -> np.ndarray:
+def gray(image: np.ndarray) -> np.ndarray:
     """An image without its colors, uint8 [H, W, 3] -> [H, W, 3]: what is painted on it is then the only color."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
@@ -142,7 +142,7 @@ def error_map(target: np.ndarray, prediction: np.ndarray, image: np.ndarray | No
     if image is None:
         return overlay(np.zeros((*kinds.shape, 3), np.uint8), kinds, 1.0, colors)
     _check_picture(image)
-    return overlay(_gray(image), kinds, opacity, colors)
+    return overlay(gray(image), kinds, opacity, colors)
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation031
 # [256, 1, 3], RGB
@@ -168,7 +168,7 @@ def heat(values: np.ndarray, image: np.ndarray | None = None, opacity: float = 0
     if image.shape[:2] != values.shape:
         raise ValueError(
             f"values {values.shape} and image {image.shape[:2]} must have one height and width: resize one of them")
-    return cv2.addWeighted(_gray(image), 1 - opacity, painted, opacity, 0)
+    return cv2.addWeighted(gray(image), 1 - opacity, painted, opacity, 0)
 
 
 def rescale(values: np.ndarray) -> np.ndarray:

@@ -6,21 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from traitlets import Bool, Enum, Float, Int, TraitError, Tuple, validate
 
 from ..training.augmentation import Augmentation
 from ..training.operations import OPERATIONS, Steps, apply_geometry, compose, noise_of, recolored, seeded
 from .album import as_cases
-from .drawn import captioned
-from .controls import Setting, between, one_of, yes_or_no
-from .mask_explorer import GAP
-from .panel import Panel, Window
-from .pictures import contours, overlay, tile
+from .layers import Layer, Panel
+from .mask_explorer import mask_layers
+from .viewer import Controls, Viewer, table
 
 # %% auto #0
 __all__ = []
@@ -66,52 +64,104 @@ KNOBS: dict[str, Knob] = {
         lambda m, size: (m[0, 2] / size[1], m[1, 2] / size[0])),
 }
 
-# %% ../../nbs/reference/view_playground.ipynb #playground-state
-def _an_order(panel: Any, value: Sequence[str]) -> tuple[str, ...]:
-    if sorted(value) != sorted(OPERATIONS):
-        raise ValueError(f"all of {', '.join(OPERATIONS)}, each once")
-    return tuple(value)
+# %% ../../nbs/reference/view_playground.ipynb #playground-panels
+SLIDERS = [name for knob in KNOBS.values() for name in knob.settings]
 
 
-class _PlaygroundState(Panel):
-    """What can be set in an `AugmentationPlayground`: the numbers of ten operations, whose defaults change nothing."""
+def playground_panels(playground: AugmentationPlayground) -> list[Panel]:
+    """Image and mask before and after the steps."""
+    pairs = {"before": (playground.source(), playground.mask), "after": playground.result()}
+    classes = range(1, 256)
+    return [Panel(title, [Layer(image), *mask_layers(mask, classes, playground.style, 0.45)])
+            for title, (image, mask) in pairs.items()]
 
-    vertical_flip = Setting(False, yes_or_no)
-    horizontal_flip = Setting(False, yes_or_no)
-    gaussian_noise = Setting(0.0, between(0, 0.5))  # sigma, where the image spans [-1, 1]
-    gaussian_blur = Setting(0.0, between(0, 8))  # sigma, pixels
-    red = Setting(1.0, between(0, 2))  # contrast, a factor per channel
-    green = Setting(1.0, between(0, 2))
-    blue = Setting(1.0, between(0, 2))
-    scale_x = Setting(1.0, between(0.25, 4))
-    scale_y = Setting(1.0, between(0.25, 4))
-    rotate = Setting(0.0, between(-180, 180))  # degrees
-    shear = Setting(0.0, between(-60, 60))  # degrees
-    piecewise_affine = Setting(0.0, between(0, 0.2))  # sigma of the displacements, share of the image's size
-    translate_x = Setting(0.0, between(-1, 1))  # share of the width
-    translate_y = Setting(0.0, between(-1, 1))  # share of the height
-    order = Setting(tuple(OPERATIONS), _an_order)
-    strength = Setting(1.0, between(0, 2))  # of the recipe, for `draw`
-    seed = Setting(0, between(0, 2**31 - 1, whole=True))  # of the recipe and of the noise
-    lines = Setting(False, yes_or_no)  # a grid of lines on the image, before anything else
-    style = Setting("contour", one_of(("contour", "fill")))
 
-# %% ../../nbs/reference/view_playground.ipynb #playground-steps
-class _PlaygroundSteps(_PlaygroundState):
-    """The steps that the settings stand for, and what they make of image and mask."""
+def playground_text(playground: AugmentationPlayground) -> str:
+    """The steps in their order, and what is left of the foreground."""
+    steps, counts = [name for name, _ in playground.steps()], [
+        int((mask > 0).sum()) for mask in (playground.mask, playground.result()[1])]
+    return table(("steps", "foreground before", "after", "share"), [(
+        " → ".join(steps) or "nothing happens", *(f"{count} pixels" for count in counts),
+        f"{100 * counts[1] / max(counts[0], 1):.1f} %")])
 
-    def __init__(self, image: np.ndarray, mask: np.ndarray, size: int):
-        super().__init__()
-        if image.shape[:2] != mask.shape:
-            raise ValueError(f"an image and its mask must be of one size, got {image.shape[:2]} and {mask.shape}")
-        self.image, self.mask, self.size = image, mask, size
+
+def playground_controls(playground: AugmentationPlayground, make: Controls) -> tuple[list, list]:
+    """The recipe's buttons above; a slider for each number, folded away by kind."""
+    def one(name: str) -> Any:
+        trait = playground.traits()[name]
+        if isinstance(trait, Bool):
+            return make.control("Checkbox", name, indent=False, layout={"width": "auto"})
+        return make.control("FloatSlider", name, min=trait.min, max=trait.max, step=(trait.max - trait.min) / 200,
+                            style={"description_width": "110px"})
+
+    kinds = {kind: make.row(*(one(name) for operation, knob in KNOBS.items() if (
+        OPERATIONS[operation].kind == "photometric") == (kind == "Color") for name in knob.settings))
+        for kind in ("Geometry", "Color")}
+    bar = make.row(make.button("magic", "draw all numbers as training does", playground.draw, description="draw"),
+                   make.button("undo", "back to the unchanged image", playground.reset),
+                   make.button("random", "the same operations in another order", playground.shuffle),
+                   make.control("ToggleButtons", "style", "", options=["contour", "fill"],
+                                style={"button_width": "auto"}),
+                   make.control("ToggleButton", "lines", layout={"width": "auto"}), one("strength"),
+                   make.control("BoundedIntText", "seed", min=0, max=2**31 - 1, layout={"width": "180px"}))
+    folded = make.folded(**{kind: [row] for kind, row in kinds.items()})
+    folded.selected_index = 0
+    return [bar], [folded]
+
+# %% ../../nbs/reference/view_playground.ipynb #playground
+class AugmentationPlayground(Viewer):
+    """The ten operations of lesson 10 by hand, on one image and its mask; the defaults change nothing.
+
+    Both may be arrays, uint8 [H, W, 3] and [H, W], PIL images or paths; a `Split` or a `SegmentationData` alone gives
+    its first pair. Drag to translate, turn the wheel to rotate; keys: d draws from the recipe, 0 resets, s shuffles the
+    order. `size`: least width of a panel in pixels of the page. ValueError for an image and a mask that do not fit.
+    """
+
+    CANVAS = {"hears": ["d", "0", "s"], "tool": "drag", "wheel": "turn", "columns": 2}
+    panels, text, controls = playground_panels, playground_text, playground_controls
+    vertical_flip: bool = Bool(False)
+    horizontal_flip: bool = Bool(False)
+    gaussian_noise: float = Float(0.0, min=0, max=0.5)  # sigma, where the image spans [-1, 1]
+    gaussian_blur: float = Float(0.0, min=0, max=8)  # sigma, pixels
+    red: float = Float(1.0, min=0, max=2)  # contrast, a factor per channel
+    green: float = Float(1.0, min=0, max=2)
+    blue: float = Float(1.0, min=0, max=2)
+    scale_x: float = Float(1.0, min=0.25, max=4)
+    scale_y: float = Float(1.0, min=0.25, max=4)
+    rotate: float = Float(0.0, min=-180, max=180)  # degrees
+    shear: float = Float(0.0, min=-60, max=60)  # degrees
+    piecewise_affine: float = Float(0.0, min=0, max=0.2)  # sigma of the displacements, share of the image's size
+    translate_x: float = Float(0.0, min=-1, max=1)  # share of the width
+    translate_y: float = Float(0.0, min=-1, max=1)  # share of the height
+    order: tuple = Tuple(tuple(OPERATIONS))
+    strength: float = Float(1.0, min=0, max=2)  # of the recipe, for `draw`
+    seed: int = Int(0, min=0, max=2**31 - 1)  # of the recipe and of the noise
+    lines: bool = Bool(False)  # a grid of lines on the image, before anything else
+    style: str = Enum(("contour", "fill"), "contour")
+
+    def __init__(self, image: Any, mask: Any = None, size: int = 384):
+        case = as_cases(image if mask is None else [(image, mask)])[0]
+        if case.target is None:
+            raise ValueError(
+                "AugmentationPlayground needs an image and its mask, as arrays, PIL images or paths, or a split of both"
+            )
+        self.image, self.mask = case.image(), case.target()
+        if self.image.shape[:2] != self.mask.shape:
+            raise ValueError(
+                f"an image and its mask must be of one size, got {self.image.shape[:2]} and {self.mask.shape}")
         # the displacements that piecewise_affine scales
-        self.pattern = torch.randn((2, 4, 4), generator=seeded(0)).numpy()
+        self.pattern, self._grip = torch.randn((2, 4, 4), generator=seeded(0)).numpy(), (0.0, 0.0)
+        super().__init__(size)
+
+    @validate("order")
+    def _each_once(self, proposal: dict) -> tuple:
+        if sorted(proposal["value"]) != sorted(OPERATIONS):
+            raise TraitError(f"order must be all of {', '.join(OPERATIONS)}, each once, got {proposal['value']!r}")
+        return proposal["value"]
 
     def steps(self) -> Steps:
         """What happens to the image, in order: (operation, its numbers), as `Augmentation.draw` gives them."""
-        defaults = {name: setting.default for name, setting in self.settings().items()}
-        turned = {name for name, value in self.state.items() if value != defaults[name]}
+        turned = {name for name, value in self.trait_values().items() if value != self.trait_defaults(name)}
         return [(name, KNOBS[name].numbers(self)) for name in self.order if turned & set(KNOBS[name].settings)]
 
     def source(self) -> np.ndarray:
@@ -132,44 +182,9 @@ class _PlaygroundSteps(_PlaygroundState):
         pixels = ((changed + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)  # [H, W, 3]
         return np.ascontiguousarray(pixels.numpy()), masks[0].numpy().astype(np.uint8)
 
-# %% ../../nbs/reference/view_playground.ipynb #playground-controls
-class _PlaygroundControls(_PlaygroundSteps):
-    """The controls of an `AugmentationPlayground`."""
-
-    def rows(self) -> list[list]:
-        settings, names = self.settings(), [name for knob in KNOBS.values() for name in knob.settings]
-        ranges = {
-            "gaussian_noise": (0, 0.5), "gaussian_blur": (0, 8), "piecewise_affine": (0, 0.2), "rotate": (-180, 180),
-            "shear": (-60, 60), "translate_x": (-1, 1), "translate_y": (-1, 1), "scale_x": (0.25, 4),
-            "scale_y": (0.25, 4)}
-        made = []
-        for name in names:
-            if settings[name].default is False:
-                made.append(self.control(name, "Checkbox", indent=False, layout={"width": "auto"}))
-            else:
-                low, high = ranges.get(name, (0, 2))
-                made.append(self.control(name, "FloatSlider", min=low, max=high, step=(high - low) / 200,
-                                         style={"description_width": "110px"}))
-        return [
-            [
-                *made[:2], self.control("lines", "Checkbox", indent=False, layout={"width": "auto"}),
-                self.control("style", "Dropdown", options=["contour", "fill"], layout={"width": "180px"})],
-            made[2:],
-            [
-                self.button("draw from the recipe", self.draw), self.button("reset", self.reset),
-                self.button("shuffle the order", self.shuffle),
-                self.control("strength", "FloatSlider", min=0, max=2, step=0.05),
-                self.control("seed", "BoundedIntText", min=0, max=2**31 - 1)],
-        ]
-
-# %% ../../nbs/reference/view_playground.ipynb #playground-draw
-class _PlaygroundActions(_PlaygroundControls):
-    """What buttons, pointer, wheel and keys do in an `AugmentationPlayground`."""
-
     def reset(self) -> None:
         """Back to the unchanged image."""
-        kept = ("strength", "seed", "style", "lines")
-        self.set(**{name: setting.default for name, setting in self.settings().items() if name not in kept})
+        self.set(order=tuple(OPERATIONS), **{name: self.trait_defaults(name) for name in SLIDERS})
 
     def shuffle(self) -> None:
         """The same operations in another order."""
@@ -179,7 +194,7 @@ class _PlaygroundActions(_PlaygroundControls):
         """Set everything as the recipe draws it for a batch of this image alone; None: with the next seed."""
         seed, size = self.seed + 1 if seed is None else seed, self.mask.shape
         [steps] = Augmentation(strength=self.strength).draw(1, (3, *size), seed)
-        found = {name: self.settings()[name].default for knob in KNOBS.values() for name in knob.settings}
+        found = {name: self.trait_defaults(name) for name in SLIDERS}
         for operation, numbers in steps:
             found |= dict(zip(KNOBS[operation].settings, KNOBS[operation].read(numbers, size)))
             if operation == "piecewise_affine" and numbers.any():
@@ -187,55 +202,15 @@ class _PlaygroundActions(_PlaygroundControls):
         drawn = [operation for operation, _ in steps]
         self.set(**found, seed=seed, order=(*drawn, *(name for name in OPERATIONS if name not in drawn)))
 
-    def pointer(self, kind: str, x: float, y: float) -> None:
-        height, width = (self.size * side / max(self.mask.shape) for side in self.mask.shape)  # of the picture shown
-        if kind == "down":
-            self._grip = x - self.translate_x * width, y - self.translate_y * height
-        elif kind == "move":
-            self.set(translate_x=min(max((x - self._grip[0]) / width, -1), 1),
-                     translate_y=min(max((y - self._grip[1]) / height, -1), 1))
+    def dragged(self, new: bool, panel: int, start: tuple[float, float], now: tuple[float, float]) -> None:
+        if new:
+            self._grip = self.translate_x, self.translate_y
+        moved = [grip + (to - begun) / side for grip, begun, to, side in
+                 zip(self._grip, start, now, self.mask.shape[::-1])]
+        self.set(translate_x=min(max(moved[0], -1), 1), translate_y=min(max(moved[1], -1), 1))
 
-    def wheel(self, x: float, y: float, steps: float) -> None:
+    def turned(self, steps: float) -> None:
         self.rotate = (self.rotate + 5 * steps + 180) % 360 - 180
 
     def key(self, name: str) -> None:
         {"d": self.draw, "0": self.reset, "s": self.shuffle}[name]()
-
-# %% ../../nbs/reference/view_playground.ipynb #playground
-class AugmentationPlayground(_PlaygroundActions):
-    """The ten operations of lesson 10 by hand, on one image and its mask.
-
-    Both may be arrays, uint8 [H, W, 3] and [H, W], PIL images or paths; a `Split` or a `SegmentationData` alone gives
-    its first pair. Drag to translate, turn the wheel to rotate; keys: d draws from the recipe, 0 resets, s shuffles the
-    order. `size`: the longer side of a panel in pixels. ValueError for an image and a mask that do not fit.
-    """
-
-    KEYS = ("d", "0", "s")
-
-    def __init__(self, image: Any, mask: Any = None, size: int = 320):
-        case = as_cases(image if mask is None else [(image, mask)])[0]
-        if case.target is None:
-            raise ValueError(
-                "AugmentationPlayground needs an image and its mask, as arrays, PIL images or paths, or a split of both"
-            )
-        super().__init__(case.image(), case.target(), size)
-        self._pair = cache(self.result)  # picture and text need it both
-
-    def changed(self, names: set[str]) -> None:
-        self._pair.cache_clear()
-
-    def picture(self) -> np.ndarray:
-        height, width = self.mask.shape
-        scale, whole = self.size / max(height, width), Window(0, 0, height, width)
-        panels = []
-        for caption, (image, mask) in {"before": (self.source(), self.mask), "after": self._pair()}.items():
-            image, mask = (whole.cut(array, round(height * scale), round(width * scale)) for array in (image, mask))
-            painted = overlay(image, mask, 0.45) if self.style == "fill" else contours(image, mask, width=2)
-            panels.append(captioned(painted, caption))
-        return tile(panels, 2, GAP)
-
-    def text(self) -> str:
-        steps, (_, mask) = [name for name, _ in self.steps()], self._pair()
-        before, after = int((self.mask > 0).sum()), int((mask > 0).sum())
-        return (f"{' → '.join(steps) or 'nothing happens'}<br>foreground: {before} pixels before, {after} after "
-                f"({100 * after / max(before, 1):.1f} %)")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
+from traitlets import Int, validate
+
 from ..evaluation.timing import operation_counter
 from .album import as_cases, as_source
-from .drawn import captioned
-from .controls import Setting, between
-from .panel import CachedPanel, frame_picture, row_of_pictures, stack_pictures
+from .layers import Layer, Panel
 from .pictures import GROUND, fit_to, heat, rescale, tile
-from .tokens import Area, network_input
+from .tokens import network_input
+from .viewer import Controls, Strip, Viewer, live, table, thumbnail, within
 
 # %% auto #0
 __all__ = []
@@ -92,28 +92,39 @@ def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
     return [box for box in boxes if box.depth <= depth]
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-grid
-def _fitted(picture: np.ndarray, side: int) -> np.ndarray:
-    """Scale a map [h, w] or picture [h, w, 3] until its longer side has `side` pixels: area average, or repeated
-    pixels."""
-    scale = side / max(picture.shape[:2])
-    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+def _grid(maps: np.ndarray, side: int = 384) -> np.ndarray:
+    """Up to 16 maps [n, h, w] in rows of four, each in the colors of its own range, on a square of `side` pixels."""
+    scale = (side // 4 - 2) / max(maps.shape[1:])
+    size = max(1, round(maps.shape[2] * scale)), max(1, round(maps.shape[1] * scale))
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    cells = [heat(cv2.resize(rescale(values), size, interpolation=way)) for values in maps]
+    return fit_to(tile(cells, 4, 2), side, side)
 
+# %% ../../nbs/reference/view_shape_tracer.ipynb #trace-widget
+class ShapeTracer(Viewer):
+    """Go through a network call by call and see names, shapes, costs and features; hold it beside the figure of lesson
+    6.
 
-def _grid(maps: np.ndarray, side: int) -> np.ndarray:
-    """Up to 16 maps [n, h, w] in rows of four, each in the colors of its own range; at most `side` pixels high and
-    wide."""
-    cells = [heat(_fitted(rescale(values), side // 4 - 2)) for values in maps]
-    rows = [row_of_pictures(cells[first:first + 4], range(4), gap=2)[0] for first in range(0, len(cells), 4)]
-    return stack_pictures(rows, gap=2)
+    source: a Predictor, the path of a checkpoint or of a run, or any network of images [B, 3, H, W] that is a Module;
+    image: the first of what `as_cases` makes of it; batch: how many copies of the image go through together; depth:
+    of the calls to show. ValueError for a network that is no Module.
+    """
 
-# %% ../../nbs/reference/view_shape_tracer.ipynb #trace-state
-class _TracerState(CachedPanel):
-    """What a `ShapeTracer` shows: the boxes, and which of them is open."""
+    CANVAS = {"hears": ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"], "columns": 2}
+    step: int = Int(0)
 
-    KEYS = ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown")
-    step = Setting(0, between(0, lambda panel: len(panel.boxes) - 1, whole=True))
-    SIDE, THUMB = 272, 36  # pixels: the two large pictures, the small ones
+    def __init__(self, source: Any, image: Any, batch: int = 1, depth: int = 2):
+        source = as_source(source)
+        network = getattr(source, "network", source)
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"ShapeTracer follows the calls of a torch.nn.Module, not of a {type(network).__name__}")
+        self.image, pixels = network_input(source, as_cases(image)[0].image())
+        self.boxes = trace(network, pixels.repeat(batch, 1, 1, 1), depth)
+        super().__init__()
+
+    @validate("step")
+    def _there(self, proposal: dict) -> int:
+        return within("step", proposal["value"], 0, len(self.boxes) - 1)
 
     def go(self, name: str) -> None:
         """Open a box by its name; ValueError, naming the nearest, for one that is not there."""
@@ -123,20 +134,6 @@ class _TracerState(CachedPanel):
             raise ValueError(f"no box is called {name!r}; perhaps {near}")
         self.step = names.index(name)
 
-    def pointer(self, kind: str, x: float, y: float) -> None:
-        hits = [area.meaning for area in self._areas if area.share(x, y)]
-        if hits and kind in ("down", "move"):
-            self.step = hits[0]
-
-    def key(self, name: str) -> None:
-        self.step = (self.step + (1 if name in ("ArrowRight", "ArrowDown") else -1)) % len(self.boxes)
-
-    def rows(self) -> list[list]:
-        lines = [(self.line(place), place) for place in range(len(self.boxes))]
-        last = len(self.boxes) - 1
-        return [[self.control("step", "Play", max=last, interval=800), self.control("step", "IntSlider", max=last)],
-                [self.control("step", "Select", "", options=lines, rows=8, layout={"width": "52em"})]]
-
     def line(self, place: int) -> str:
         """One box in words, without its maps."""
         box = self.boxes[place]
@@ -144,51 +141,39 @@ class _TracerState(CachedPanel):
         return (f"{'. ' * box.depth}{box.name or 'the whole network'} ({box.kind}): {shapes}; "
                 f"{box.parameters:,} parameters, {box.multiply_adds / 1e6:,.1f} M multiply-adds")
 
-# %% ../../nbs/reference/view_shape_tracer.ipynb #trace-widget
-class ShapeTracer(_TracerState):
-    """Walks a batch through a network: every box with its shapes, parameters, multiply-adds and feature maps.
-
-    source: any torch.nn.Module, which takes images at their own size, a Predictor that holds one, or the path of a
-    checkpoint or of a run; image: see `as_cases`, of which the first is taken; batch: how often it is repeated; depth:
-    of the calls to show. Setting: step; see also `go`. ValueError for a network that is no Module.
-    """
-
-    def __init__(self, source: Any, image: Any, batch: int = 1, depth: int = 2):
-        super().__init__()
-        source = as_source(source)
-        network = getattr(source, "network", source)
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"ShapeTracer follows the calls of a torch.nn.Module, not of a {type(network).__name__}")
-        self.image, pixels = network_input(source, as_cases(image)[0].image())
-        self.boxes = trace(network, pixels.repeat(batch, 1, 1, 1), depth)
-        self._thumbs = [
-            np.full((self.THUMB, self.THUMB, 3), GROUND, np.uint8)
-            if box.maps is None
-            else fit_to(heat(rescale(np.abs(box.maps).mean(axis=0))), self.THUMB, self.THUMB)
-            for box in self.boxes
-        ]
-
-    def picture(self) -> np.ndarray:
-        box, side = self.boxes[self.step], self.SIDE
-        features = np.full((side, side, 3), GROUND, np.uint8) if box.maps is None else _grid(box.maps, side)
-        views = [fit_to(view, side, side) for view in (_fitted(self.image, side), features)]
-        top, _ = row_of_pictures(
-            [captioned(view, title) for view, title in zip(views, ("input", box.name or "output"))], (None, None))
-        columns = top.shape[1] // (self.THUMB + 2)
-        self._areas = [Area(place % columns * (self.THUMB + 2), top.shape[0] + 4 + place // columns * (self.THUMB + 2),
-                            self.THUMB, self.THUMB, place) for place in range(len(self.boxes))]
-        thumbs = [
-            frame_picture(thumb.copy()) if place == self.step else thumb for place, thumb in enumerate(self._thumbs)]
-        return stack_pictures([top, tile(thumbs, columns, gap=2)])
+    def panels(self) -> list[Panel]:
+        box = self.boxes[self.step]
+        features = np.full((384, 384, 3), GROUND, np.uint8) if box.maps is None else _grid(box.maps)
+        return [Panel("input", [Layer(self.image)]), Panel(box.name or "output", [Layer(features)])]
 
     def text(self) -> str:
         box, whole = self.boxes[self.step], self.boxes[0]
         share = [f"{100 * part / max(total, 1):.1f} %" for part, total in
                  ((box.parameters, whole.parameters), (box.multiply_adds, whole.multiply_adds))]
-        shown = (
-            f"channels {', '.join(map(str, box.channels))}, each in its own range"
-            if box.channels
-            else "no map came out"
-        )
-        return (f"<b>{self.step + 1}/{len(self.boxes)}</b> {html.escape(self.line(self.step).lstrip('. '))}.<br>"
-                f"{share[0]} of the parameters, {share[1]} of the multiply-adds. Shown: {shown}.")
+        shapes = ", ".join("×".join(map(str, shape)) or "a number" for shape in box.shapes)
+        shown = f"{', '.join(map(str, box.channels))}, each in its own range" if box.channels else "no map came out"
+        return table((f"call {self.step + 1} of {len(self.boxes)}", box.name or "the network"), [
+            ("class", box.kind), ("output", shapes),
+            ("parameters", f"{box.parameters:,}, {share[0]} of all"),
+            ("multiply-adds", f"{box.multiply_adds / 1e6:,.1f} million, {share[1]} of all"), ("channels shown", shown)])
+
+    def controls(self, make: Controls) -> tuple[list, list]:
+        last, strip = len(self.boxes) - 1, live(Strip)()
+        empty = np.full((8, 8, 3), GROUND, np.uint8)
+        strip.items = [{
+            "value": place, "title": box.name.split(".")[-1] or "output",
+            "data": thumbnail(empty if box.maps is None else heat(rescale(np.abs(box.maps).mean(axis=0))), 40)}
+            for place, box in enumerate(self.boxes)]
+        strip.chosen = self.step
+        self.observe(lambda change: strip.set_trait("chosen", change["new"]), "step")
+        strip.observe(lambda change: self.page.guarded(self.set, step=change["new"]), "chosen")
+        lines = [(self.line(place), place) for place in range(len(self.boxes))]
+        every = make.control("Select", "step", "", options=lines, rows=12, layout={"width": "52em"})
+        bar = make.row(make.button("chevron-left", "previous call", self.key, "ArrowLeft"),
+                       make.button("chevron-right", "next call", self.key, "ArrowRight"),
+                       make.control("Play", "step", max=last, interval=800),
+                       make.control("IntSlider", "step", max=last))
+        return [bar], [strip, make.folded(All_calls=[every])]
+
+    def key(self, name: str) -> None:
+        self.step = (self.step + (1 if name in ("ArrowRight", "ArrowDown") else -1)) % len(self.boxes)

@@ -6,71 +6,190 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-import cv2
 import numpy as np
+from traitlets import Any as Anything, Enum, Float, Int, TraitError, observe, validate
 
 from ..files.text import escape
 from ..network.mqm import MQMDecoder
 from .album import as_cases, as_source
-from .drawn import captioned, crosshair
-from .controls import Setting, between, one_of
-from .panel import CachedPanel, enlarge_picture, frame_picture, row_of_pictures, stack_pictures
-from .pictures import contours, heat, overlay, rescale
-from .tokens import DIRECTIONS, STRIDES, Decoded, decode_image, over_pixels, token_attention
+from .layers import Layer, Panel
+from .mask_explorer import mask_layers
+from .pictures import gray, heat, rescale
+from .tokens import DIRECTIONS, STRIDES, decode_image, over_pixels, token_attention
+from .viewer import Controls, Strip, Viewer, live, table, thumbnail, within
 
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/reference/view_token_explorer.ipynb #token-state
-class _TokenState(CachedPanel):
-    """What a `TokenExplorer` shows: its settings, and the decoded image behind them."""
+# %% ../../nbs/reference/view_token_explorer.ipynb #token-answer
+def token_answer(explorer: TokenExplorer) -> dict[str, dict[str, float]]:
+    """What the pixel at x, y says to each token: its logits, and the shares of its feature-to-token attention in this
+    block.
 
-    index = Setting(0, between(0, lambda panel: len(panel.images) - 1, whole=True))
-    stage = Setting(16, one_of(STRIDES))
-    block = Setting(1, one_of(lambda panel: (*range(1, panel.deepest + 1), "final")))
-    head = Setting("mean", one_of(lambda panel: ("mean", *range(1, panel.network.config["heads"] + 1))))
-    direction = Setting("token_to_feature", one_of(DIRECTIONS))
-    token = Setting("", one_of(lambda panel: panel.tokens))
-    reading = Setting("early exit", one_of(("early exit", "product")))
-    opacity = Setting(0.6, between(0, 1))
-    x = Setting(0, between(0, lambda panel: panel.decoded.image.shape[1] - 1, whole=True))
-    y = Setting(0, between(0, lambda panel: panel.decoded.image.shape[0] - 1, whole=True))
-    KEPT = 8  # images whose decoding stays in memory
+    The "final" attention has no such direction: then it is the last block's.
+    """
+    logits = explorer.decoded.logits[:, explorer.y, explorer.x].tolist()
+    stage = explorer.decoded.stages[STRIDES.index(explorer.stage)]
+    row, column = explorer.y // explorer.stage, explorer.x // explorer.stage
+    if len(stage.attention) == 1:  # a stage without blocks
+        return {"logit": dict(zip(explorer.tokens, logits))}
+    block = len(stage.attention) - 1 if explorer.block == "final" else explorer.block
+    shares = [float(token_attention(stage, token, block, explorer.head, "feature_to_token")[row, column])
+              for token in range(len(logits))]
+    return {"logit": dict(zip(explorer.tokens, logits)), "attention": dict(zip(explorer.tokens, shares))}
 
-    @property
-    def decoded(self) -> Decoded:
-        """The current image's; the network runs when an image is first asked for."""
-        if self.index not in self._decoded:
-            if len(self._decoded) >= self.KEPT:
-                del self._decoded[next(iter(self._decoded))]  # the oldest
-            self._decoded[self.index] = decode_image(self.source, self.images[self.index].image())
-        return self._decoded[self.index]
 
-    def changed(self, names: set[str]) -> None:
-        if self.block == "final":
-            self.direction = "token_to_feature"  # the final attention has no other
-        else:
-            self.block = min(self.block, self._blocks()) or "final"  # a stage with fewer blocks shows its last one
+def token_sentence(explorer: TokenExplorer) -> str:
+    """A sentence on the attention shown."""
+    attention, (inside, area), token = explorer.attention(), explorer.focus(), explorer.token
+    block = "final" if explorer.block == "final" else f"block {explorer.block}"
+    head = "all heads" if explorer.head == "mean" else f"head {explorer.head}"
+    where = f"Stride {explorer.stage}, {block}, {head}: "
+    if explorer.direction == "feature_to_token":
+        won = f"those that it wins give {inside * attention.mean():.3f} on average" if area else "it wins no pixel"
+        return where + (f"pixels give {token} shares of {attention.min():.3f} to {attention.max():.3f} "
+                        f"(even: {1 / len(explorer.tokens):.3f}); {won}.")
+    won = f"the {100 * area:.0f} % of the pixels that it wins get {100 * inside * area:.0f} % of its attention"
+    return where + (f"{token} attends to a pixel up to {attention.max() / attention.mean():.1f} times as much as "
+                    f"evenly; {won if area else 'it wins no pixel'}.")
+
+# %% ../../nbs/reference/view_token_explorer.ipynb #token-text
+def token_text(explorer: TokenExplorer) -> str:
+    """The pixel's logits and shares per token, a sentence, and the scores after each stage."""
+    answer, place = explorer.answer(), f"pixel ({explorer.x}, {explorer.y})"
+    rows = [(token, *(f"{values[token]:.3f}" for values in answer.values())) for token in explorer.tokens]
+    head = place, "logit", *(["share of its attention"] if "attention" in answer else [])
+    scores = ", ".join(f"{score:.1f}" for score in explorer.decoded.readings[explorer.reading].dice)
+    return (f"The pixel's class: <b>{escape(explorer.answers_to())}</b>.{table(head, rows)}{escape(explorer.looked())}"
+            f"<br>Dice of the foreground with the final mask, stage by stage: {scores}.")
+
+# %% ../../nbs/reference/view_token_explorer.ipynb #token-panels
+def token_panels(explorer: TokenExplorer) -> list[Panel]:
+    """The attention, stretched from its smallest to its largest weight, and the mask after the chosen stage."""
+    image, opacity = explorer.decoded.image, explorer.opacity
+    mask = explorer.decoded.readings[explorer.reading].masks[STRIDES.index(explorer.stage) - len(STRIDES)]
+    one_way = explorer.direction == DIRECTIONS[0]
+    title = f"attention of {explorer.token} to pixels" if one_way else f"attention of pixels to {explorer.token}"
+    return [Panel(title, [Layer(gray(image)), Layer(heat(rescale(explorer.attention())), opacity=opacity)]),
+            Panel(f"mask after stride {explorer.stage}, {explorer.reading}",
+                  [Layer(image), *mask_layers(mask, range(1, len(explorer.names)), "both", opacity / 2)])]
+
+
+def token_steps(explorer: TokenExplorer) -> list[dict]:
+    """The token's probability before and after each stage, as items of a `Strip`; products begin with a stage."""
+    label = explorer.names.index(explorer.token)
+    maps = [values[label] for values in explorer.decoded.readings[explorer.reading].probabilities]
+    if explorer.reading == "product":
+        maps = [np.zeros_like(maps[0]), *map(rescale, maps)]
+    return [{"value": stride, "title": f"+ stride {stride}" if stride else "no stage",
+             "data": thumbnail(heat(values), 96)} for stride, values in zip((0, *STRIDES), maps)]
+
+# %% ../../nbs/reference/view_token_explorer.ipynb #token-controls
+def token_controls(explorer: TokenExplorer, make: Controls) -> tuple[list, list]:
+    """Stage, token and head above; the strip of stages below, and what is needed rarely, folded away."""
+    choices, strip = explorer.choices(deepest=True), live(Strip)()
+    (height, width), count = explorer.decoded.image.shape[:2], len(explorer.images)
+
+    def choose(name: str, description: str | None = None, options: Any = None, kind: str = "Dropdown") -> Any:
+        return make.control(kind, name, description, options=choices[name] if options is None else options,
+                            **({"style": {"button_width": "auto"}} if kind == "ToggleButtons" else {}))
+
+    def follow(change: Any = None) -> None:
+        with strip.hold_sync():
+            strip.items, strip.chosen = token_steps(explorer), explorer.stage
+
+    explorer.observe(lambda change: explorer.page.guarded(follow), ["index", "token", "reading", "stage"])
+    strip.observe(lambda change: change["new"] and explorer.page.guarded(explorer.set, stage=change["new"]), "chosen")
+    follow()
+    looks = [("token → features", DIRECTIONS[0]), ("features → token", DIRECTIONS[1])]
+    turn = [make.button(icon, f"{words} image", explorer.key, key) for key, icon, words in (
+        ("ArrowLeft", "chevron-left", "previous"), ("ArrowRight", "chevron-right", "next"))] if count > 1 else []
+    image = [make.control("BoundedIntText", "index", "image", min=0, max=count - 1)] if count > 1 else []
+    numbers = [make.control("BoundedIntText", name, min=0, max=side - 1)
+               for name, side in (("x", width), ("y", height))]
+    opacity = make.control("FloatSlider", "opacity", min=0, max=1, step=0.05)
+    return [make.row(*turn, choose("stage", "stride", kind="ToggleButtons"), choose("token")),
+            make.row(choose("block"), choose("head"), choose("direction", options=looks))], [
+        strip, make.folded(Image_pixel_and_reading=[make.row(*image, *numbers), make.row(
+            opacity, choose("reading", "mask by", ["early exit", "product"]))])]
+
+# %% ../../nbs/reference/view_token_explorer.ipynb #token-explorer
+class TokenExplorer(Viewer):
+    """What each query token looks at, and how the mask sharpens from stage to stage.
+
+    source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which then takes RGB images at their own
+    size; images: see `as_cases`; class_names: background first. ValueError for a network without query tokens, and for
+    a wrong number of names.
+    """
+
+    KEYS = {"ArrowLeft": ("index", -1), "ArrowRight": ("index", 1), "ArrowUp": ("stage", -1), "ArrowDown": ("stage", 1),
+            "b": ("block", 1), "h": ("head", 1), "t": ("token", 1), "d": ("direction", 1)}
+    CANVAS = {"hears": [*KEYS], "tool": "drag", "columns": 2}
+    answer, looked = token_answer, token_sentence
+    panels, text, controls = token_panels, token_text, token_controls
+    index: int = Int(0)
+    stage: int = Enum(STRIDES, 16)
+    block: Any = Anything(1)  # 1, 2, … or "final"
+    head: Any = Anything("mean")  # 1, 2, … or "mean"
+    direction: str = Enum(DIRECTIONS, DIRECTIONS[0])
+    token: str = Anything("")
+    reading: str = Enum(("early exit", "product"), "early exit")
+    opacity: float = Float(0.6, min=0, max=1)
+    x: int = Int(0)  # of the marked pixel
+    y: int = Int(0)
+
+    def __init__(self, source: Any, images: Any, class_names: Sequence[str] | None = None):
+        source = as_source(source)
+        self.network = getattr(source, "network", source)
+        if not isinstance(getattr(self.network, "decoder", None), MQMDecoder):
+            raise ValueError("TokenExplorer needs a network with query tokens: a QTSeg, or a Predictor that holds one")
+        self.images = as_cases(images)
+        self._decode = lru_cache(maxsize=8)(lambda index: decode_image(source, self.images[index].image()))
+        classes = self.network.config["classes"]
+        names = class_names or getattr(source, "class_names", None)
+        self.names = tuple(names or ("background", *(f"class {label}" for label in range(1, max(classes, 2)))))
+        if len(self.names) != max(classes, 2):
+            raise ValueError(f"class_names must be {max(classes, 2)} names, the background's first, got {self.names}")
+        self.tokens = self.names[-classes:]  # with one class there is one token, the foreground's
+        super().__init__()
         height, width = self.decoded.image.shape[:2]
-        self.adjust("x", max=width - 1)
-        self.adjust("y", max=height - 1)
-        self.set(x=min(self.x, width - 1), y=min(self.y, height - 1))
+        self.set(token=self.tokens[-1], x=width // 2, y=height // 2)
 
-    def choices(self) -> dict[str, Sequence[Any]]:
-        """What can be chosen, by setting, in the order in which keys go through it."""
+    decoded = property(lambda self: self._decode(self.index), doc="The current image's `Decoded`; eight are kept.")
+
+    def choices(self, deepest: bool = False) -> dict[str, Sequence[Any]]:
+        """What can be chosen, by setting, in the order in which keys go through it; deepest: in any stage."""
+        blocks = max(self.network.config["depths"]) if deepest else len(
+            self.network.decoder.get_submodule(f"stage{self.stage}").blocks)
         return {
-            "index": range(len(self.images)), "stage": STRIDES, "block": (*range(1, self._blocks() + 1), "final"),
+            "index": range(len(self.images)), "stage": STRIDES, "block": (*range(1, blocks + 1), "final"),
             "head": ("mean", *range(1, self.network.config["heads"] + 1)), "direction": DIRECTIONS,
             "token": self.tokens}
 
-    def _blocks(self) -> int:
-        return len(self.network.decoder.get_submodule(f"stage{self.stage}").blocks)
+    @validate("index", "block", "head", "token", "x", "y")
+    def _possible(self, proposal: dict) -> Any:
+        name, value = proposal["trait"].name, proposal["value"]
+        if name in ("x", "y"):
+            return within(name, value, 0, self.decoded.image.shape[name == "x"] - 1)
+        if value not in (allowed := self.choices(deepest=True)[name]):
+            raise TraitError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        return value
 
-# %% ../../nbs/reference/view_token_explorer.ipynb #token-answer
-class _TokenNumbers(_TokenState):
-    """The numbers behind the pictures of a `TokenExplorer`."""
+    @observe("index", "stage", "block", "direction")
+    def _fit(self, change: dict) -> None:
+        """Settings that a stage or an image lacks become the nearest that it has."""
+        height, width = self.decoded.image.shape[:2]
+        changes = {"x": min(self.x, width - 1), "y": min(self.y, height - 1)}
+        if self.block == "final":
+            changes["direction"] = DIRECTIONS[0]  # the final attention has no other
+        else:  # a stage with fewer blocks shows its last one
+            changes["block"] = min(self.block, len(self.choices()["block"]) - 1) or "final"
+        for name, side in (("x", width), ("y", height)) if self.page else ():
+            self.page.make.adjust(name, max=side - 1)
+        self.set(**changes)
 
     def attention(self) -> np.ndarray:
         """The chosen attention over the image's pixels: float32 [H, W]; see `token_attention`."""
@@ -78,176 +197,24 @@ class _TokenNumbers(_TokenState):
         maps = token_attention(stage, self.tokens.index(self.token), self.block, self.head, self.direction)
         return over_pixels(maps, self.stage, *self.decoded.image.shape[:2])
 
-    def answer(self) -> dict[str, dict[str, float]]:
-        """What the pixel at x, y says to each token: its logits, and the shares of its feature-to-token attention in
-        this block.
-
-        The "final" attention has no such direction: then it is the last block's.
-        """
-        logits = self.decoded.logits[:, self.y, self.x].tolist()
-        stage, row, column = self.decoded.stages[STRIDES.index(self.stage)], self.y // self.stage, self.x // self.stage
-        if len(stage.attention) == 1:  # a stage without blocks
-            return {"logit": dict(zip(self.tokens, logits))}
-        block = len(stage.attention) - 1 if self.block == "final" else self.block
-        shares = [float(token_attention(stage, token, block, self.head, "feature_to_token")[row, column])
-                  for token in range(len(logits))]
-        return {"logit": dict(zip(self.tokens, logits)), "attention": dict(zip(self.tokens, shares))}
-
     def answers_to(self) -> str:
         """The class whose token wins the pixel at x, y."""
         return self.names[self.decoded.mask[self.y, self.x]]
 
     def focus(self) -> tuple[float, float]:
         """Mean attention, as shown, over the pixels that the token wins at last, divided by the mean over all; and
-        their share.
-
-        The first is nan where the token wins nothing.
-        """
+        their share; nan where the token wins nothing."""
         won, attention = self.decoded.mask == self.names.index(self.token), self.attention()
         return float(attention[won].mean() / attention.mean()) if won.any() else float("nan"), float(won.mean())
 
-# %% ../../nbs/reference/view_token_explorer.ipynb #token-words
-class _TokenWords(_TokenNumbers):
-    """The same in words: the lines below the picture of a `TokenExplorer`."""
+    def mark(self) -> list[float]:
+        return [self.x + 0.5, self.y + 0.5]
 
-    def looked(self) -> str:
-        """A sentence on the attention shown."""
-        attention, (inside, area) = self.attention(), self.focus()
-        block = "final" if self.block == "final" else f"block {self.block}"
-        where = f"Stride {self.stage}, {block}, {'all heads' if self.head == 'mean' else f'head {self.head}'}: "
-        if self.direction == "feature_to_token":
-            won = f"those that it wins give {inside * attention.mean():.3f} on average" if area else "it wins no pixel"
-            return where + (f"pixels give {self.token} shares of {attention.min():.3f} to {attention.max():.3f} "
-                            f"(even: {1 / len(self.tokens):.3f}); {won}.")
-        won = f"the {100 * area:.0f} % of the pixels that it wins get {100 * inside * area:.0f} % of its attention"
-        return where + (f"{self.token} looks up to {attention.max() / attention.mean():.1f} times as hard as evenly; "
-                        f"{won if area else 'it wins no pixel'}.")
-
-    def text(self) -> str:
-        answer = {kind: ", ".join(f"{escape(name)} {value:.3f}" for name, value in values.items())
-                  for kind, values in self.answer().items()}
-        asked = f"; shares of its attention: {answer['attention']}" if "attention" in answer else ""
-        scores = ", ".join(f"{score:.1f}" for score in self.decoded.readings[self.reading].dice)
-        winner = escape(self.answers_to())
-        return (f"Pixel ({self.x}, {self.y}) answers to <b>{winner}</b>: logits {answer['logit']}{asked}.<br>"
-                f"{escape(self.looked())}<br>Dice of the foreground with the final mask, stage by stage: {scores}.")
-
-# %% ../../nbs/reference/view_token_explorer.ipynb #token-picture
-class _TokenPictures(_TokenWords):
-    """The pictures of a `TokenExplorer`: attention and mask side by side, below them the mask after each stage."""
-
-    def picture(self) -> np.ndarray:
-        views = [view.copy() for view in (self._seen(), self._cut_out())]
-        for view in views:
-            times = view.shape[1] / self._width  # how much the picture is enlarged
-            crosshair(view, (self.x + 0.5) * times - 0.5, (self.y + 0.5) * times - 0.5)
-        looks = f"what {self.token} looks at" if self.direction == DIRECTIONS[0] else f"who looks at {self.token}"
-        titles = looks, f"mask after stride {self.stage}, {self.reading}"
-        top, areas = row_of_pictures([captioned(view, title) for view, title in zip(views, titles)], ("pixel", "pixel"))
-        small = self._once("steps", (self.index, self.stage, self.reading, self.token),
-                           lambda: self._steps((top.shape[1] - 12) // 4))
-        bottom, steps = row_of_pictures(small, (None, *STRIDES), top=top.shape[0] + 4)
-        self._areas = areas + steps
-        return stack_pictures([top, bottom])
-
-    @property
-    def _height(self) -> int:
-        return self.decoded.image.shape[0]
-
-    @property
-    def _width(self) -> int:
-        return self.decoded.image.shape[1]
-
-    def _seen(self) -> np.ndarray:
-        """The attention on the image, stretched from its smallest to its largest weight, which the text names."""
-        key = self.index, self.stage, self.block, self.head, self.direction, self.token, self.opacity
-        return self._once(
-            "seen", key, lambda: enlarge_picture(heat(rescale(self.attention()), self.decoded.image, self.opacity)))
-
-    def _cut_out(self) -> np.ndarray:
-        """The image with the mask after the chosen stage, filled and outlined."""
-        mask, image = (
-            self.decoded.readings[self.reading].masks[STRIDES.index(self.stage) - len(STRIDES)], self.decoded.image)
-        return self._once("cut out", (self.index, self.stage, self.reading, self.opacity),
-                          lambda: enlarge_picture(contours(overlay(image, mask, self.opacity / 2), mask)))
-
-    def _steps(self, width: int) -> list[np.ndarray]:
-        """The token's probability after none, one, two and three stages; products, which begin with a stage, are
-        stretched."""
-        maps = [values[self.names.index(self.token)] for values in self.decoded.readings[self.reading].probabilities]
-        size = width, max(1, round(width * self._height / self._width))
-        if self.reading == "product":
-            maps = [np.zeros_like(maps[0]), *map(rescale, maps)]
-        steps = [heat(cv2.resize(values, size, interpolation=cv2.INTER_AREA)) for values in maps]
-        frame_picture(steps[1 + STRIDES.index(self.stage)])
-        return [
-            captioned(step, title)
-            for step, title in zip(steps, ("no stage", *(f"+ stride {stride}" for stride in STRIDES)))
-        ]
-
-# %% ../../nbs/reference/view_token_explorer.ipynb #token-controls
-class _TokenControls(_TokenPictures):
-    """Controls, pointer and keys of a `TokenExplorer`."""
-
-    KEYS = ("ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "b", "h", "t", "d")
-
-    def rows(self) -> list[list]:
-        images = [self.control("index", "IntSlider", "image", max=len(self.images) - 1)] if len(self.images) > 1 else []
-        looks = [("token → features", DIRECTIONS[0]), ("features → token", DIRECTIONS[1])]
-        heads = self.network.config["heads"]
-        return [
-            [
-                *images, self.control("stage", "ToggleButtons", "stride", options=STRIDES),
-                self.control("block", "Dropdown", options=[*range(1, self.deepest + 1), "final"]),
-                self.control("head", "Dropdown", options=["mean", *range(1, heads + 1)])],
-            [
-                self.control("token", "Dropdown", options=self.tokens),
-                self.control("direction", "Dropdown", options=looks),
-                self.control("reading", "Dropdown", "mask by", options=["early exit", "product"])],
-            [
-                self.control("opacity", "FloatSlider", min=0, max=1, step=0.05),
-                self.control("x", "BoundedIntText", max=self._width - 1),
-                self.control("y", "BoundedIntText", max=self._height - 1)],
-        ]
-
-    def pointer(self, kind: str, x: float, y: float) -> None:
-        for area in self._areas:
-            share = area.share(x, y)
-            if share and area.meaning == "pixel" and kind in ("down", "move"):
-                self.set(x=int(share[0] * self._width), y=int(share[1] * self._height))
-            elif share and area.meaning in STRIDES and kind == "click":
-                self.stage = area.meaning
+    def dragged(self, new: bool, panel: int, start: tuple[float, float], now: tuple[float, float]) -> None:
+        height, width = self.decoded.image.shape[:2]
+        self.set(x=min(max(int(now[0]), 0), width - 1), y=min(max(int(now[1]), 0), height - 1))
 
     def key(self, name: str) -> None:
-        moves = {
-            "ArrowLeft": ("index", -1), "ArrowRight": ("index", 1), "ArrowUp": ("stage", -1), "ArrowDown": ("stage", 1),
-            "b": ("block", 1), "h": ("head", 1), "t": ("token", 1), "d": ("direction", 1)}
-        setting, step = moves[name]
+        setting, step = self.KEYS[name]
         choices = self.choices()[setting]
-        self.set(**{setting: choices[(choices.index(self.state[setting]) + step) % len(choices)]})
-
-# %% ../../nbs/reference/view_token_explorer.ipynb #token-explorer
-class TokenExplorer(_TokenControls):
-    """What each query token looks at, and how the mask sharpens from stage to stage.
-
-    source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which then takes RGB images at their own
-    size; images: see `as_cases`; class_names: background first. ValueError for a network without query tokens, and for
-    a wrong number of names. Settings: index, stage (32, 16, 8), block (1, 2, … or "final"), head (1, 2, … or "mean"),
-    direction, token, reading, opacity, x, y (the pixel).
-    """
-
-    def __init__(self, source: Any, images: Any, class_names: Sequence[str] | None = None):
-        super().__init__()
-        source = as_source(source)
-        self.source, self.network = source, getattr(source, "network", source)
-        if not isinstance(getattr(self.network, "decoder", None), MQMDecoder):
-            raise ValueError("TokenExplorer needs a network with query tokens: a QTSeg, or a Predictor that holds one")
-        self.images, self._decoded = as_cases(images), {}
-        classes = self.network.config["classes"]
-        names = class_names or getattr(source, "class_names", None)
-        self.names = tuple(names or ("background", *(f"class {label}" for label in range(1, max(classes, 2)))))
-        if len(self.names) != max(classes, 2):
-            raise ValueError(f"class_names must be {max(classes, 2)} names, the background's first, got {self.names}")
-        self.tokens = self.names[-classes:]  # with one class there is one token, the foreground's
-        self.deepest = max(self.network.config["depths"])
-        self.set(token=self.tokens[-1], x=self._width // 2, y=self._height // 2)
+        self.set(**{setting: choices[(choices.index(getattr(self, setting)) + step) % len(choices)]})
