@@ -21,7 +21,8 @@ KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where i
 CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the front page
 TITLES = {"demo": "phantoms, all four families", "isic2018_cpu": "ISIC 2018, 1600 train, 400 validate",
           "bkai_cpu": "BKAI-IGH NeoPolyp, binary, folds 0–2 train, fold 3 validates",
-          "bkai_lite0": "the same, EfficientNet-Lite0 with ImageNet weights"}
+          "bkai_lite0": "the same, EfficientNet-Lite0 with ImageNet weights",
+          "dsb2018_lite0": "Data Science Bowl 2018, nuclei, folds 0–2 train, fold 3 validates, EfficientNet-Lite0 with ImageNet weights"}
 
 
 def keep(folder: Path, root: Path = ROOT) -> Path:
