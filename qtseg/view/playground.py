@@ -151,6 +151,7 @@ class AugmentationPlayground(Viewer):
                 f"an image and its mask must be of one size, got {self.image.shape[:2]} and {self.mask.shape}")
         # the displacements that piecewise_affine scales
         self.pattern, self._grip = torch.randn((2, 4, 4), generator=seeded(0)).numpy(), (0.0, 0.0)
+        self._kept = None, None  # state, result
         super().__init__(size)
 
     @validate("order")
@@ -171,9 +172,14 @@ class AugmentationPlayground(Viewer):
             image[start::gap], image[:, start::gap] = 255, 255
         return image
 
-    @torch.no_grad()
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Image and mask after the steps: uint8 [H, W, 3] and [H, W]."""
+        """Image and mask after the steps: uint8 [H, W, 3] and [H, W]; computed once per state."""
+        if (state := self.trait_values()) != self._kept[0]:
+            self._kept = state, self._computed()
+        return self._kept[1]
+
+    @torch.no_grad()
+    def _computed(self) -> tuple[np.ndarray, np.ndarray]:
         steps = self.steps()
         image = torch.from_numpy(self.source()).permute(2, 0, 1)[None]  # [1, 3, H, W]
         fill = torch.zeros(3, dtype=torch.uint8)
