@@ -9,8 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from test_annotator import folder  # noqa: F401: a fixture
-from test_browser import browser, keep, page, pytestmark, server  # noqa: F401: fixtures, and when to skip
+from test_annotator import folder  # noqa: F401 - a fixture
+from test_browser import browser, keep, page, pytestmark, server  # noqa: F401 - fixtures, and when to skip
 
 
 def png(path: Path) -> np.ndarray:
