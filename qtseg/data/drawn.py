@@ -22,9 +22,13 @@ __all__ = []
 
 # %% ../../nbs/reference/data_drawn.ipynb #drwrle
 def from_rle(counts: list[int] | str, height: int, width: int) -> np.ndarray:
-    """COCO's run lengths, column by column and 0 first, as a list or compressed to a text -> bool [height, width].
+    """A mask from COCO's run lengths: bool [height, width].
 
-    ValueError for lengths that are not those of the size.
+    Args:
+        counts: lengths of the runs, column by column, the first of 0; a list, or COCO's compressed string.
+
+    Raises:
+        ValueError: the lengths do not add up to height * width, or the string is damaged.
 
     Reference:
         pycocotools, maskApi.c: six bits a character, five of them of the number, low ones first; from the third on,
@@ -79,7 +83,7 @@ class Drawn(NamedTuple):
 
 
 def polygons(points: Any) -> Callable[[int, int], np.ndarray]:
-    """What draws polygons, each [n, 2] or flat; ValueError for what are no lists of numbers."""
+    """A function that draws polygons, each [n, 2] or flat; ValueError if they are no lists of numbers."""
     try:
         arrays = [np.asarray(one, np.float64).reshape(-1, 2) for one in points]
     except (TypeError, ValueError):
@@ -95,7 +99,7 @@ def polygons(points: Any) -> Callable[[int, int], np.ndarray]:
 
 # %% ../../nbs/reference/data_drawn.ipynb #drwcoco
 def _coco_shape(entry: dict, size: tuple[int, int]) -> Callable[[int, int], np.ndarray]:
-    """What draws one annotation."""
+    """A function that draws one annotation."""
     shape = entry.get("segmentation")
     if isinstance(shape, dict):
         if shape.get("size") != list(size):
@@ -108,7 +112,7 @@ def _coco_shape(entry: dict, size: tuple[int, int]) -> Callable[[int, int], np.n
 
 
 def read_coco(path: Path) -> tuple[list[Drawn], list[str]]:
-    """A COCO file -> what it says of each image, and the categories by id; ValueError names the file."""
+    """Read a COCO file: its images with their shapes, and the categories by id; ValueError names the file."""
     found = read_json(path)
     try:
         names = {entry["id"]: str(entry["name"]) for entry in found["categories"]}
@@ -137,7 +141,7 @@ def _image_name(text: str) -> str:
 
 # %% ../../nbs/reference/data_drawn.ipynb #drwlabelme
 def _labelme_shape(shape: dict) -> Callable[[int, int], np.ndarray]:
-    """What draws one shape."""
+    """A function that draws one shape."""
     kind, points = shape.get("shape_type", "polygon"), np.asarray(shape["points"], np.float64).reshape(-1, 2)
     if kind == "rectangle" and len(points) >= 2:
         (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
@@ -151,7 +155,7 @@ def _labelme_shape(shape: dict) -> Callable[[int, int], np.ndarray]:
 
 
 def read_labelme(path: Path) -> Drawn:
-    """A labelme file; ValueError names it."""
+    """Read a labelme file: its image with its shapes; ValueError names the file."""
     found = read_json(path)
     try:
         size = int(found["imageHeight"]), int(found["imageWidth"])

@@ -35,7 +35,7 @@ FORMATS = {  # format -> ends of the files' names, the reader of one
 
 
 def read_drawn(masks: str | os.PathLike, format: str) -> tuple[dict[str, Drawn], list[str]]:
-    """All that was drawn: name of the image -> its shapes; and the classes' names, the background's first.
+    """Read the shapes of all images: name of the image -> its shapes; and the classes' names, the background's first.
 
     Args:
         masks: a folder, or the file.
@@ -43,7 +43,7 @@ def read_drawn(masks: str | os.PathLike, format: str) -> tuple[dict[str, Drawn],
 
     Raises:
         FileNotFoundError: no such folder, or no file of the format in it.
-        ValueError: naming the file: damaged, or two for one image.
+        ValueError: a file is damaged, or two files are for one image; the message names the file.
     """
     masks, (ends, reader) = Path(masks), FORMATS[format]
     files = [masks] if masks.is_file() else [path for path in walk(masks)[0] if path.name.lower().endswith(ends)]

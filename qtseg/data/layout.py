@@ -54,7 +54,7 @@ class Record:
 # %% ../../nbs/reference/data_layout.ipynb #data051-i1
 @dataclass
 class Survey:
-    """What a folder or a downloaded set holds, before a picture is decoded; problems are collected, not raised."""
+    """The contents of a folder or a downloaded set, before a picture is decoded; problems are collected, not raised."""
 
     folder: Path | None = None
     name: str = ""
@@ -311,9 +311,14 @@ def survey_layout(folder: Path, name: str) -> Survey | None:
 
 # %% ../../nbs/reference/data_layout.ipynb #data070
 def survey_folder(folder: Path, name: str | None = None) -> Survey:
-    """Find the pairs of a folder, or of the single folder inside it, and what is wrong with their names.
+    """Find the pairs of image and mask in a folder, or in the single folder inside it, and their problems.
 
-    Raises FileNotFoundError without a folder, ValueError if it is empty or laid out in no known way.
+    Args:
+        name: of the set; None: that of the folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is empty or has no known layout.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: give a folder, a .zip, or phantoms[:family[:n]]")

@@ -29,7 +29,7 @@ __all__ = []
 
 # %% ../../nbs/reference/data_rois.ipynb #roiplain
 class Made:
-    """What a pickle wants made: the name of a function of NumPy, its arguments, and the state set afterwards."""
+    """An object that a pickle describes: the name of a function of NumPy, its arguments, and its state."""
 
     def __init__(self, name: str, arguments: tuple = ()):
         self.name, self.arguments, self.state = name, arguments, ()
@@ -50,7 +50,7 @@ def _global(module: str, name: str) -> Made:
 
 # %% ../../nbs/reference/data_rois.ipynb #roiread
 def read_plain(data: bytes) -> Any:
-    """Follow a pickle's opcodes, protocols 2 to 4, without calling anything; arrays become `Made`.
+    """Interpret a pickle's opcodes, protocols 2 to 4, without calling anything; arrays become `Made`.
 
     Raises:
         ValueError: an opcode or a name that plain data do not need, or damage; the sentence continues "FILE ".
@@ -116,7 +116,7 @@ def _step(name: str, argument: Any, stack: list, memo: dict, since_mark: Callabl
 
 # %% ../../nbs/reference/data_rois.ipynb #roiarray
 def _array(made: Any) -> np.ndarray:
-    """The whole numbers [H, W] of an array that a pickle wants made."""
+    """The whole numbers [H, W] of an array that a pickle describes."""
     _, shape, kind, by_columns, data = made.state
     code, order = kind.arguments[0], kind.state[1]
     if not re.fullmatch("[biu][1248]", str(code)) or order not in ("<", ">", "|", "="):

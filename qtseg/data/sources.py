@@ -115,13 +115,13 @@ RAR_TOOLS = {  # command -> its arguments; all three refuse by themselves to wri
 
 
 def unpack_rar(path: Path, folder: Path) -> None:
-    """Let a tool of this machine unpack a .rar, and check what it wrote. Raises Refused, or OSError without a tool."""
+    """Unpack a .rar with an installed tool, and check the files. Raises Refused, or OSError without a tool."""
     by_hand = f"unpack {path} by hand, for example with unar or 7z, and pass the folder with --from"
     tool = next((name for name in RAR_TOOLS if shutil.which(name)), None)
     if tool is None:
         raise OSError(
             f"{path.name} is a .rar, which needs one of {', '.join(RAR_TOOLS)}, and none is installed: {by_hand}")
-    inner = folder / ".inner"  # one level down: what climbs out of it is seen
+    inner = folder / ".inner"  # one level down, so that a file written outside it is found
     inner.mkdir()
     with (tempfile.TemporaryFile() as output,
           subprocess.Popen([tool, *RAR_TOOLS[tool](str(path), str(inner))], stdin=subprocess.DEVNULL, stdout=output,
@@ -156,7 +156,7 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike, *, progress: b
         The folder; if it is there already, nothing is done.
 
     Raises:
-        ValueError: It reaches outside its folder, holds links, devices or passwords, swells absurdly, or is damaged.
+        ValueError: It writes outside its folder, holds links or devices, is encrypted, expands too much, or is damaged.
         OSError: There is no such archive, no space, or no tool for a .rar.
     """
     archive, folder = (Path(place).expanduser().absolute() for place in (archive, folder))

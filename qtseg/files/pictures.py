@@ -67,7 +67,7 @@ SLOW = ("ppm_plain", "ppm", "qoi", "bmp_rle")  # Pillow decodes these in Python
 
 def require_cheap(
     picture: Image.Image, deep: bool, frames: int, source: BinaryIO, size: int, stored_values: bool) -> None:
-    """Raise ValueError for a picture, known by its header, that would take too much memory or time.
+    """Raise ValueError for a picture whose header shows that it would take too much memory or time.
 
     `deep`: it has colors of 16 bits.
     """
@@ -149,7 +149,7 @@ def deep_color(source: BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def depth_of(picture: Image.Image, source: BinaryIO) -> int:
-    """How many bits a channel of a picture's file has, before Pillow brings them to 8 or 16."""
+    """Bits of a channel in a picture's file, before Pillow converts them to 8 or 16."""
     if picture.format == "PNG":
         source.seek(24)
         return source.read(1)[0]

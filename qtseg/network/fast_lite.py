@@ -116,7 +116,7 @@ class Depthwise(torch.autograd.Function):
 
 
 class WideDepthwise(torch.autograd.Function):
-    """1×1 convolution with a matrix [wide, in], ReLU6, depthwise convolution; of what lies between, one map is kept."""
+    """1×1 convolution with a matrix [wide, in], ReLU6, depthwise convolution; one map between them is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, matrix: Tensor, kernel: Tensor, stride: int, padding: int) -> Tensor:
@@ -139,7 +139,7 @@ LARGE = 2**23  #: bytes from which a map is computed in pieces
 
 # %% ../../nbs/reference/network_fast_lite.ipynb #flite-bands
 class BandedDepthwise(torch.autograd.Function):
-    """`WideDepthwise` with a 3×3 kernel, some rows at a time: nothing wide is kept, and no wide map exists as a whole.
+    """`WideDepthwise` with a 3×3 kernel, some rows at a time; no complete wide map is computed or kept.
 
     `x` is padded above and below; columns are padded by `padding`.
     """
@@ -255,7 +255,7 @@ def normalized_matrix(weight: Tensor, norm: nn.BatchNorm2d, gram: Tensor) -> Ten
 
 # %% ../../nbs/reference/network_fast_lite.ipynb #flite-train
 def train_block(block: InvertedResidual, x: Tensor) -> Tensor:
-    """What a block computes in training, of float32 maps on a CPU with oneDNN and without dilation."""
+    """The output of a block in training, for float32 maps [B, C, H, W] on a CPU with oneDNN, without dilation."""
     depthwise, project = block.depthwise, block.project
     kernel, stride, padding = depthwise.conv.weight, depthwise.conv.stride[0], depthwise.conv.padding[0]
     left, right, top, bottom = depthwise.pad or (0, 0, 0, 0)

@@ -32,7 +32,7 @@ STATE_FILE = "annotation.json"
 
 
 def _images_in(folder: Path) -> dict[str, Path]:
-    """The images of a folder and of those inside it, by name; ValueError for two of one name."""
+    """The images of a folder and its sub-folders, by name; ValueError for two of one name."""
     pictures = take_pictures(Survey(folder), folder) if folder.is_dir() else []
     if problems := bad_names([Record(name_of(path, folder), path, ()) for path in pictures]):
         raise ValueError(problems[0])
@@ -52,7 +52,7 @@ def _rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _checked_rows(folder: Path) -> dict[str, dict[str, str]]:
-    """The same; ValueError for the first thing that is wrong with them."""
+    """The rows of a manifest by id; ValueError names their first problem."""
     rows = _rows(folder)
     if rows and (problems := survey_folder(folder).problems):
         raise ValueError(f"{folder}: {problems[0]}")
@@ -60,7 +60,7 @@ def _checked_rows(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _checked_classes(classes: Sequence[str], there: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The classes' names; ValueError for what are no names, and for fewer than the folder has already."""
+    """The classes' names; ValueError if they are no names, or fewer than the folder already has."""
     classes = tuple(classes)
     if not (2 <= len(classes) < IGNORE and all(isinstance(name, str) and name.strip() for name in classes)
             and len(set(classes)) == len(classes)):
@@ -91,7 +91,7 @@ def _places(images: str | os.PathLike, folder: str | os.PathLike | None) -> tupl
 
 # %% ../../nbs/reference/view_annotated_folder.ipynb #anfomask
 def _description(folder: Path) -> tuple[dict, tuple[str, ...]]:
-    """What dataset.json says beside the names of the classes, and these; ValueError for what are no such names."""
+    """The entries of dataset.json except the classes, and the names of the classes; ValueError if they are no names."""
     path = folder / "dataset.json"
     about = {"name": folder.name, "classes": []} | (read_json(path) if path.exists() else {})
     classes = about.pop("classes")
@@ -108,7 +108,7 @@ def _row(name: str, path: Path, picture: Picture, folder: Path) -> dict:
 
 
 def _read_mask(path: Path, shape: tuple[int, int], classes: int, ignore: object) -> np.ndarray:
-    """A mask of class indices, uint8 [H, W]; ValueError for another size, and for values that are no class."""
+    """A mask of class indices, uint8 [H, W]; ValueError if its size differs from `shape` or a value is no class."""
     mask = read_named_picture(path, stored_values=True).values
     if mask.shape != shape or mask.dtype != np.uint8:
         raise ValueError(f"{path} is {mask.dtype} {mask.shape}, and its image has {shape} pixels: remove its row from "

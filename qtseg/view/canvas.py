@@ -21,7 +21,7 @@ __all__ = []
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-message
 def heard(message: Any) -> dict[str, Any] | None:
-    """A message of the canvas, checked; None for anything that no canvas of ours sends."""
+    """A message of the canvas, if it has a known kind and valid values; else None."""
     kinds = {"key": ("key",), "click": ("panel", "x", "y"), "stroke": ("id", "panel", "tool", "points", "brush")}
     if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
         return None
@@ -45,7 +45,7 @@ def heard(message: Any) -> dict[str, Any] | None:
 
 # %% ../../nbs/reference/view_canvas.ipynb #base-canvas
 class Canvas(HasTraits):
-    """Panels of layers in the browser, and what pointer, wheel and keys do there.
+    """Panels of layers in the browser, with the events of pointer, wheel and keys.
 
     `show` sets the picture. Python reads `zoom`, `x`, `y`, `drag`, `turns` with `observe`, and gets the messages
     "click", "stroke" and "key" as calls of `react`.
@@ -81,17 +81,17 @@ class Canvas(HasTraits):
             self.on_msg(lambda widget, content, buffers: self.receive(content))
 
     def show(self, panels: Sequence[Panel], seen: int | None = None) -> None:
-        """Show panels; seen: id of the last stroke whose effect they hold, whose preview then ends."""
+        """Show panels; seen: id of the last stroke that they contain, for which the browser ends the preview."""
         self._shown = list(panels)
         self._publish(self.seen if seen is None else seen)
 
     def receive(self, message: Any) -> None:
-        """Pass on a message of the browser, unless it makes no sense."""
+        """Pass a message of the browser to `react`, if it is valid."""
         if (sound := heard(message)) is not None:
             self._react(sound)
 
     def _publish(self, seen: int) -> None:
-        """Send what the browser lacks: every layer, and of reduced ones the visible part."""
+        """Send what the browser lacks: every layer, and the visible part of layers that are sent reduced."""
         before, self._sent = self._sent, {}
         panels = [{"title": panel.title, "size": panel.extent, "layers": [
             {"name": layer.name, "opacity": layer.opacity,

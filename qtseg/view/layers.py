@@ -24,7 +24,7 @@ __all__ = []
 
 # %% ../../nbs/reference/view_layers.ipynb #lay-panel
 class Layer(NamedTuple):
-    """One sheet of a panel. Do not change its array afterwards: the canvas sends an array once. Show a copy."""
+    """One layer of a panel. Do not change its array afterwards: the canvas sends an array only once. Show a copy."""
 
     pixels: np.ndarray  #: uint8: RGB [H, W, 3], RGBA [H, W, 4], or class indices [H, W]
     colors: np.ndarray | None = None  #: of class indices: RGBA, uint8 [256, 4]; see `palette`
@@ -46,7 +46,7 @@ class Panel(NamedTuple):
 
 # %% ../../nbs/reference/view_layers.ipynb #lay-palette
 def palette(classes: Sequence[int]) -> np.ndarray:
-    """The colors of class indices, RGBA uint8 [256, 4]; all but these classes are transparent."""
+    """The colors of class indices, RGBA uint8 [256, 4]; all other classes are transparent."""
     table = np.zeros((256, 4), np.uint8)
     for label in classes:
         table[label] = (*class_color(label), 255)
@@ -73,7 +73,7 @@ def painted(layer: Layer) -> np.ndarray:
 
 
 def flat(panel: Panel) -> np.ndarray:
-    """A panel without its title: uint8 RGB, as large as its finest layer."""
+    """A panel without its title: uint8 RGB [H, W, 3], as large as its largest layer."""
     height, width = max((layer.pixels.shape[:2] for layer in panel.layers), default=panel.extent[::-1])
     sheet = np.full((height, width, 3), GROUND, np.float32)
     for layer in panel.layers:
@@ -88,7 +88,7 @@ def flat(panel: Panel) -> np.ndarray:
 def encoded(layer: Layer) -> bytes:
     """A layer as a file that browsers read: JPEG for RGB, PNG for RGBA and for class indices.
 
-    The JPEG keeps color at full resolution (4:4:4), because outlines are all color.
+    The JPEG keeps color at full resolution (4:4:4), because outlines differ from the image mainly in color.
     """
     pixels = layer.pixels
     if layer.colors is not None:
@@ -104,7 +104,12 @@ def encoded(layer: Layer) -> bytes:
 
 
 def cut(layer: Layer, box: Sequence[float], most: int) -> Layer:
-    """A part of a layer, at most `most` pixels long; box: left, top, right, bottom as shares of its sides."""
+    """A part of a layer.
+
+    Args:
+        box: left, top, right, bottom, as shares of the layer's sides.
+        most: pixels of the longer side of the result; a larger part is reduced.
+    """
     rows, columns = layer.pixels.shape[:2]
     part = layer.pixels[round(box[1] * rows):max(round(box[3] * rows), round(box[1] * rows) + 1),
                         round(box[0] * columns):max(round(box[2] * columns), round(box[0] * columns) + 1)]
@@ -117,7 +122,7 @@ def cut(layer: Layer, box: Sequence[float], most: int) -> Layer:
 
 # %% ../../nbs/reference/view_layers.ipynb #lay-still
 def words_below(text: str, width: int) -> np.ndarray:
-    """HTML as dark lines on white, without its tags: uint8 [lines * 18, width, 3]."""
+    """The text of HTML in black on white, without tags: uint8 [lines * 18, width, 3]."""
     rows = re.sub(r"</(?:td|th)>", "  ", re.sub(r"<br>|</(?:tr|div|p|caption)>", "\n", text))
     plain = html.unescape(re.sub(r"<[^>]+>", "", rows)).translate({215: "x", 8594: "->", 9632: None, 160: None})
     wide = max(width // 7, 12)
@@ -130,9 +135,13 @@ def words_below(text: str, width: int) -> np.ndarray:
 
 def still(panels: Sequence[Panel], text: str, side: int = 384, columns: int = 3,
           window: tuple[float, float, float] = (1.0, 0.5, 0.5)) -> Image.Image:
-    """Panels with their titles and a text below, for paper and for pages without a kernel: a palette image.
+    """Panels with their titles and a text below, as a palette image, for print and for pages without a kernel.
 
-    window: zoom, and the middle's share of width and height.
+    Args:
+        text: HTML; "": none.
+        side: longer side of a panel, in pixels.
+        columns: at most so many panels side by side.
+        window: zoom, and the center of the window as shares of width and height.
     """
     shown, part = [], 1 / window[0]
     left, top = (min(max(middle - part / 2, 0), 1 - part) for middle in window[1:])

@@ -26,10 +26,12 @@ __all__ = []
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-disc
 def disc_logits(size: int, x: Any, y: Any, radius: Any, confidence: float = 4.0, softness: float = 6.0) -> Tensor:
-    """A disc as the logits of one class: float32 [1, 1, size, size], confidence inside, -confidence far outside, 0 on
-    the rim.
+    """A disc as the logits of one class: float32 [1, 1, size, size].
 
-    x, y, radius, softness (how wide the rim is): in pixels, numbers or tensors, through which gradients flow.
+    Args:
+        x, y, radius: in pixels; numbers, or tensors to differentiate with respect to them.
+        confidence: the logit inside; far outside it is -confidence, and 0 on the rim.
+        softness: width of the rim, in pixels.
     """
     rows, columns = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     distance = torch.sqrt((columns - x) ** 2 + (rows - y) ** 2 + 1e-6)  # the 1e-6 keeps the slope at the center finite
@@ -41,11 +43,11 @@ LAB_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Push(NamedTuple):
-    """What one loss says about one prediction."""
+    """One loss of one prediction, with its gradients."""
 
     loss: float
     gradient: np.ndarray  #: d loss / d logit of every pixel, float32 [H, W]
-    pull: tuple[float, float, float]  #: -d loss / d (x, y, radius) of the disc, per pixel: where descent would take it
+    pull: tuple[float, float, float]  #: -d loss / d (x, y, radius), per pixel: the direction of descent
 
 
 def push(
@@ -61,7 +63,7 @@ def push(
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-signed
 def _signed_table() -> np.ndarray:
-    """Blue, white, orange: RGB uint8 [256, 1, 3] for -1 to 1, told apart by color-blind eyes."""
+    """Blue, white, orange: RGB uint8 [256, 1, 3] for -1 to 1; distinguishable with color blindness."""
     ends = np.array([[0, 70, 140], [86, 160, 220], [250, 250, 250], [240, 165, 30], [160, 70, 0]], dtype=np.float64)
     table = [np.interp(np.linspace(0, 4, 256), range(5), ends[:, band]) for band in range(3)]
     return np.rint(np.stack(table, axis=1)).astype(np.uint8)[:, None]
@@ -137,7 +139,7 @@ def lab_text(lab: LossLab) -> str:
 
 
 def lab_controls(lab: LossLab, make: Controls) -> tuple[list, list]:
-    """The disc above; what shapes it, folded away."""
+    """The disc above; target, confidence and softness below, folded."""
     def slider(name: str, low: float, high: float, step: float = 0.5) -> Any:
         return make.control("FloatSlider", name, min=low, max=high, step=step)
 
@@ -150,11 +152,16 @@ def lab_controls(lab: LossLab, make: Controls) -> tuple[list, list]:
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-lab
 class LossLab(Viewer):
-    """Drag a predicted disc over a target disc and see cross-entropy, Dice, focal loss, and what each does to every
-    logit.
+    """Show cross-entropy, Dice, focal loss and CE + Dice of a predicted disc, with the gradient of every logit.
 
-    Orange: the loss wants this logit higher; blue: lower. size: side of the square, in pixels. Keys: arrows move the
-    disc, + and - change its radius, as the wheel does.
+    Orange: descent raises this logit; blue: descent lowers it. Drag moves the disc, and so do the arrow keys. The wheel
+    changes its radius, and so do + and -.
+
+    Args:
+        size: side of the square, 16 to 512 pixels.
+
+    Raises:
+        ValueError: the size is no whole number from 16 to 512.
     """
 
     KEYS = {"ArrowLeft": ("x", -1), "ArrowRight": ("x", 1), "ArrowUp": ("y", -1), "ArrowDown": ("y", 1),
@@ -198,11 +205,11 @@ class LossLab(Viewer):
         return self._target(self.target_radius)
 
     def pushes(self) -> dict[str, Push]:
-        """What every loss says now, by name."""
+        """The `Push` of every loss, by name."""
         return self._pushes(self.target_radius, self.x, self.y, self.radius, self.confidence, self.softness)
 
     def descend(self, steps: int = 10) -> None:
-        """Let the disc roll downhill on the chosen loss: each step goes one pixel along the pull on x, y and radius."""
+        """Descend on the chosen loss: each step changes (x, y, radius) by one pixel along the pull."""
         place = self.x, self.y, self.radius
         for _ in range(steps):
             pull = np.array(push(self.loss, self.target, *place, self.confidence, self.softness).pull)
@@ -213,7 +220,7 @@ class LossLab(Viewer):
         self.set(x=place[0], y=place[1], radius=place[2])
 
     def dragged(self, new: bool, panel: int, start: tuple[float, float], now: tuple[float, float]) -> None:
-        if panel <= len(LAB_LOSSES):  # the curves are no place to drag on
+        if panel <= len(LAB_LOSSES):  # dragging on the curves does nothing
             self.set(**{name: float(np.clip(value, 0, self.size)) for name, value in zip("xy", now)})
 
     def turned(self, steps: float) -> None:

@@ -38,14 +38,14 @@ def mask_layers(mask: np.ndarray, classes: Sequence[int], style: str, opacity: f
 
 
 def error_layer(target: np.ndarray, mask: np.ndarray, classes: Sequence[int], opacity: float) -> Layer:
-    """The kinds of pixels in their colors, only of these classes; ignored pixels count as background."""
+    """True and false pixels of these classes in their colors; ignored pixels count as background."""
     target = np.where(target == IGNORE, np.uint8(0), target)
     kinds = error_kinds(*(np.where(np.isin(one, classes), one, np.uint8(0)) for one in (target, mask)))
     return Layer(kinds, _ERRORS, opacity)
 
 # %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-panel
 def explorer_panel(explorer: MaskExplorer, view: str, model: int = 0) -> Panel:
-    """One view of one model; the image in gray where what the view needs is not there."""
+    """One view of one model; the gray image if the view needs a target or a prediction that is missing."""
     image, masks, classes, opacity = explorer.image, explorer.masks, explorer.classes, explorer.opacity
     several = len(explorer.album.models) > 1 and view not in ("image", "target")
     title = f"{explorer.album.models[model]}: {view}" if several else view
@@ -96,7 +96,7 @@ def explorer_text(explorer: MaskExplorer) -> str:
 
 # %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-strip
 def explorer_strip(explorer: MaskExplorer, widgets: Any, most: int = 11) -> tuple[Any, Any]:
-    """The counter, "4 of 16", and the thumbnails round the image."""
+    """The counter, "4 of 16", and at most `most` thumbnails around the image."""
     counter, strip = widgets.HTML(), live(Strip)()
 
     def follow(change: Any = None) -> None:
@@ -118,7 +118,7 @@ def explorer_strip(explorer: MaskExplorer, widgets: Any, most: int = 11) -> tupl
 
 # %% ../../nbs/reference/view_mask_explorer.ipynb #explorer-controls
 def explorer_controls(explorer: MaskExplorer, make: Controls) -> tuple[list, list]:
-    """A tool bar, two sliders, the thumbnails; what is needed rarely is folded away."""
+    """A tool bar, two sliders, the thumbnails; rarely used controls are folded."""
     slider, number = partial(make.control, "FloatSlider"), partial(make.control, "BoundedIntText")
     (height, width), count = explorer.image.shape[:2], len(explorer.album.cases)
     counter, strip = explorer_strip(explorer, make.widgets)
@@ -147,10 +147,13 @@ def explorer_controls(explorer: MaskExplorer, make: Controls) -> tuple[list, lis
 
 # %% ../../nbs/reference/view_mask_explorer.ipynb #explorer
 class MaskExplorer(Viewer):
-    """Browse images, targets and what one or two models made of them; items, predictors and class_names: see `Album`.
+    """Browse images, their targets and the predictions of models.
 
-    Keys, once the picture was clicked: left, right: previous, next image; up, down: threshold; + - 0: zoom; c: fill or
-    contour; b w u r: best, worst, most uncertain, random image. size: least width of a panel in pixels of the page.
+    Keys, after a click on the picture: left, right: previous, next image; up, down: threshold; + - 0: zoom; c: fill or
+    contour; b w u r: best, worst, most uncertain, random image.
+
+    Args:
+        items, predictors, class_names: see `Album`. size: least width of a panel in pixels of the page.
     """
 
     JUMPS: dict = {"ArrowLeft": "previous", "ArrowRight": "next", "b": "best", "w": "worst", "u": "uncertain",
@@ -186,10 +189,8 @@ class MaskExplorer(Viewer):
     image = property(lambda self: self.album.read(self.index)[0], doc="The shown image, uint8 [H, W, 3].")
     target = property(lambda self: self.album.read(self.index)[1], doc="Its target, uint8 [H, W], or None.")
     probabilities = property(lambda self: self.album.read(self.index)[2], doc="Each model's answer, float32 [H, W, K].")
-    decision = property(
-        lambda self: None if self.most_probable else self.threshold, doc="The threshold as `decide` takes it.")
-    masks = property(
-        lambda self: self.album.judge(self.index, self.decision)[0], doc="Each model's mask, uint8 [H, W].")
+    decision = property(lambda self: None if self.most_probable else self.threshold, doc="The threshold of `decide`.")
+    masks = property(lambda self: self.album.judge(self.index, self.decision)[0], doc="Masks by model, uint8 [H, W].")
     scores = property(lambda self: self.album.judge(self.index, self.decision)[1],
                       doc="[models, foreground classes, 4], percent, in the order of MEASURES; None without a target.")
     ranking = cached_property(lambda self: Ranking(self.album, self.tell))
@@ -221,7 +222,7 @@ class MaskExplorer(Viewer):
         return proposal["value"]
 
     def sequence(self, order: str | None = None) -> list[int]:
-        """The numbers of the images in an order, the chosen one; ranks them when first asked. ValueError: see `go`."""
+        """The indices of the images in an order; None: the chosen one. Ranks all images once; errors: see `go`."""
         order = order or self.order
         if order == ORDERS[0]:
             return list(range(len(self.album.cases)))
@@ -238,7 +239,7 @@ class MaskExplorer(Viewer):
             sequence = self.sequence()
             where = sequence[(sequence.index(self.index) + steps[where]) % len(sequence)]
         self.set_trait("index", where)
-        self.refresh(always=True)  # takes away what a ranking has told
+        self.refresh(always=True)  # replaces the progress message of a ranking
 
 
     def mark(self) -> list[float]:

@@ -25,11 +25,10 @@ __all__ = []
 
 # %% ../../nbs/reference/view_playground.ipynb #playground-knob
 class Knob(NamedTuple):
-    """One operation in the playground: its settings, and the way from them to the numbers of lesson 10's step and
-    back."""
+    """One operation of lesson 10: its settings, and their conversion to the numbers of its step and back."""
 
     settings: tuple[str, ...]
-    numbers: Callable[[Any], Any]  # panel -> the step's numbers
+    numbers: Callable[[Any], Any]  # the playground -> the step's numbers
     read: Callable[[Any, tuple[int, int]], tuple]  # the step's numbers, (height, width) -> values of the settings
 
 
@@ -77,7 +76,7 @@ def playground_panels(playground: AugmentationPlayground) -> list[Panel]:
 
 
 def playground_text(playground: AugmentationPlayground) -> str:
-    """The steps in their order, and what is left of the foreground."""
+    """The steps in their order, and the foreground pixels before and after."""
     steps, counts = [name for name, _ in playground.steps()], [
         int((mask > 0).sum()) for mask in (playground.mask, playground.result()[1])]
     return table(("steps", "foreground before", "after", "share"), [(
@@ -86,7 +85,7 @@ def playground_text(playground: AugmentationPlayground) -> str:
 
 
 def playground_controls(playground: AugmentationPlayground, make: Controls) -> tuple[list, list]:
-    """The recipe's buttons above; a slider for each number, folded away by kind."""
+    """The buttons above; below, a slider for each number, folded by kind."""
     def one(name: str) -> Any:
         trait = playground.traits()[name]
         if isinstance(trait, Bool):
@@ -110,11 +109,14 @@ def playground_controls(playground: AugmentationPlayground, make: Controls) -> t
 
 # %% ../../nbs/reference/view_playground.ipynb #playground
 class AugmentationPlayground(Viewer):
-    """The ten operations of lesson 10 by hand, on one image and its mask; the defaults change nothing.
+    """Apply the ten operations of lesson 10 to an image and its mask; the defaults change nothing.
 
-    Both may be arrays, uint8 [H, W, 3] and [H, W], PIL images or paths; a `Split` or a `SegmentationData` alone gives
-    its first pair. Drag to translate, turn the wheel to rotate; keys: d draws from the recipe, 0 resets, s shuffles the
-    order. `size`: least width of a panel in pixels of the page. ValueError for an image and a mask that do not fit.
+    Drag to translate, turn the wheel to rotate. Keys: d draws the numbers as training does, 0 resets, s shuffles.
+
+    Args:
+        image: uint8 [H, W, 3], a PIL image or a path; or, without mask, a `Split` or a `SegmentationData` (first pair).
+        mask: class index uint8 [H, W], a PIL image or a path; ValueError if its size differs from the image's.
+        size: least width of a panel in pixels of the page.
     """
 
     CANVAS = {"hears": ["d", "0", "s"], "tool": "drag", "wheel": "turn", "columns": 2}
@@ -149,8 +151,7 @@ class AugmentationPlayground(Viewer):
         if self.image.shape[:2] != self.mask.shape:
             raise ValueError(
                 f"an image and its mask must be of one size, got {self.image.shape[:2]} and {self.mask.shape}")
-        # the displacements that piecewise_affine scales
-        self.pattern, self._grip = torch.randn((2, 4, 4), generator=seeded(0)).numpy(), (0.0, 0.0)
+        self.pattern, self._grip = torch.randn((2, 4, 4), generator=seeded(0)).numpy(), (0.0, 0.0)  # displacements
         self._kept = None, None  # state, result
         super().__init__(size)
 
@@ -166,7 +167,7 @@ class AugmentationPlayground(Viewer):
         return [(name, KNOBS[name].numbers(self)) for name in self.order if turned & set(KNOBS[name].settings)]
 
     def source(self) -> np.ndarray:
-        """The image before the steps, with lines on it if wished: uint8 [H, W, 3]."""
+        """The image before the steps, with a grid if `lines` is set: uint8 [H, W, 3]."""
         image, gap = self.image.copy(), max(8, max(self.mask.shape) // 8)
         for start in range(gap // 2, gap // 2 + max(1, gap // 16)) if self.lines else ():
             image[start::gap], image[:, start::gap] = 255, 255
@@ -197,7 +198,7 @@ class AugmentationPlayground(Viewer):
         self.order = tuple(np.random.default_rng().permutation(self.order).tolist())
 
     def draw(self, seed: int | None = None) -> None:
-        """Set everything as the recipe draws it for a batch of this image alone; None: with the next seed."""
+        """Set all numbers as training draws them for a batch of this image alone; seed None: the next seed."""
         seed, size = self.seed + 1 if seed is None else seed, self.mask.shape
         [steps] = Augmentation(strength=self.strength).draw(1, (3, *size), seed)
         found = {name: self.trait_defaults(name) for name in SLIDERS}

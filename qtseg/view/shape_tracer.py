@@ -29,8 +29,7 @@ __all__ = []
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-box
 class Box(NamedTuple):
-    """One module at work: what it is called, what came out, what it holds, what it cost, and what its output looks
-    like."""
+    """One call of a module: its name, its output, its parameters and its cost."""
 
     name: str  #: "encoder.down2"; the network itself is ""
     depth: int  #: of the call: 0 the network, 1 what it calls, 2 what those call
@@ -38,7 +37,7 @@ class Box(NamedTuple):
     shapes: list[tuple[int, ...]]  #: of every tensor that came out
     parameters: int
     multiply_adds: int  #: for the whole batch; convolutions and matrix products, as in lesson 6
-    #: float32 [<= 16, h, w], the liveliest channels of the first image; None where no map came out
+    #: float32 [<= 16, h, w], the channels of the first image that vary most; None without a map
     maps: np.ndarray | None
     channels: list[int]  #: which channels these are
 
@@ -61,10 +60,13 @@ def _liveliest(tensors: Sequence[Tensor], most: int = 16) -> tuple[np.ndarray | 
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace
 def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
-    """Send a batch [B, C, H, W] through any network once and note every module called down to a depth of calls, in
-    their order.
+    """Run a batch through a network once and record the calls of its modules, in their order.
 
-    Works on a copy, in evaluation mode and without gradients; a module called twice appears twice.
+    It runs a copy, in evaluation mode and without gradients. A module that is called twice appears twice.
+
+    Args:
+        batch: [B, C, H, W].
+        depth: of nested calls that are recorded; 0 is the network itself.
     """
 
     network, boxes, running = copy.deepcopy(network).eval().requires_grad_(False), [], []
@@ -102,12 +104,16 @@ def _grid(maps: np.ndarray, side: int = 384) -> np.ndarray:
 
 # %% ../../nbs/reference/view_shape_tracer.ipynb #trace-widget
 class ShapeTracer(Viewer):
-    """Go through a network call by call and see names, shapes, costs and features; hold it beside the figure of lesson
-    6.
+    """Show the calls of a network one by one: names, shapes, costs and features. Compare with the figure of lesson 6.
 
-    source: a Predictor, the path of a checkpoint or of a run, or any network of images [B, 3, H, W] that is a Module;
-    image: the first of what `as_cases` makes of it; batch: how many copies of the image go through together; depth:
-    of the calls to show. ValueError for a network that is no Module.
+    Args:
+        source: a Predictor, the path of a checkpoint or of a run, or any `nn.Module` for images [B, 3, H, W].
+        image: anything that `as_cases` takes; the first case is shown.
+        batch: number of copies of the image in the batch.
+        depth: of nested calls that are shown.
+
+    Raises:
+        ValueError: the network is no `nn.Module`.
     """
 
     CANVAS = {"hears": ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"], "columns": 2}
@@ -127,7 +133,7 @@ class ShapeTracer(Viewer):
         return within("step", proposal["value"], 0, len(self.boxes) - 1)
 
     def go(self, name: str) -> None:
-        """Open a box by its name; ValueError, naming the nearest, for one that is not there."""
+        """Open a box by its name; ValueError, with similar names, if there is none."""
         names = [box.name for box in self.boxes]
         if name not in names:
             near = ", ".join(difflib.get_close_matches(name, names, 3)) or ", ".join(names[:5])

@@ -32,7 +32,7 @@ class Region(NamedTuple):
 
 
 def checked_points(points: Sequence, least: int = 1) -> np.ndarray:
-    """Points (x, y) -> float64 [n, 2]; ValueError for fewer than `least` and for what are no finite numbers."""
+    """Points (x, y) -> float64 [n, 2]; ValueError for fewer than `least` points and for values that are not finite."""
     try:
         array = np.asarray(points, np.float64).reshape(-1, 2)
     except (TypeError, ValueError):
@@ -96,7 +96,7 @@ def flooded(values: np.ndarray, x: float, y: float) -> Region:
     row, column = int(np.floor(y)), int(np.floor(x))
     if not (0 <= row < values.shape[0] and 0 <= column < values.shape[1]):
         return Region(0, 0, np.zeros((0, 0), bool))
-    found = np.zeros((values.shape[0] + 2, values.shape[1] + 2), np.uint8)  # OpenCV wants a border
+    found = np.zeros((values.shape[0] + 2, values.shape[1] + 2), np.uint8)  # OpenCV needs a border of one pixel
     flags = 4 | cv2.FLOODFILL_MASK_ONLY | 1 << 8
     _, _, _, (left, top, width, height) = cv2.floodFill(values, found, (column, row), 0, flags=flags)
     return Region(top, left, found[top + 1:top + 1 + height, left + 1:left + 1 + width] > 0)
@@ -116,9 +116,9 @@ class Change(NamedTuple):
         """Its rectangle as an index of the mask."""
         return tuple(slice(first, first + size) for first, size in zip((self.top, self.left), self.shape))
 
-
+# %% ../../nbs/reference/view_strokes.ipynb #strohistclass
 class History:
-    """What was done to one mask, and undone."""
+    """The changes of one mask, done and undone."""
 
     def __init__(self):
         self.done: list[Change] = []
@@ -126,7 +126,16 @@ class History:
 
     def paint(self, mask: np.ndarray, region: Region, label: int | np.ndarray,
               answered: tuple[bool, bool]) -> Change | None:
-        """Give the pixels of a region a class (or each its own, [h, w]) and note it; None where nothing changes."""
+        """Give the pixels of a region a class and store the change.
+
+        Args:
+            mask: class index, uint8 [H, W]; it is changed in place.
+            label: one class, or a class for each pixel [h, w].
+            answered: whether the image had an answer before, and whether it has one after.
+
+        Returns:
+            The change; None if nothing changes.
+        """
         before = mask[region.place]
         after = np.where(region.pixels, np.uint8(label) if np.isscalar(label) else label, before)
         bits = before ^ after

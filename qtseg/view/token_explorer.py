@@ -26,10 +26,12 @@ __all__ = []
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-answer
 def token_answer(explorer: TokenExplorer) -> dict[str, dict[str, float]]:
-    """What the pixel at x, y says to each token: its logits, and the shares of its feature-to-token attention in this
-    block.
+    """The logits of the pixel at x, y, and the shares of its feature-to-token attention in the chosen block.
 
-    The "final" attention has no such direction: then it is the last block's.
+    The "final" attention has no feature-to-token direction; the shares are then those of the last block.
+
+    Returns:
+        "logit", and "attention" unless the stage has no blocks: token -> number.
     """
     logits = explorer.decoded.logits[:, explorer.y, explorer.x].tolist()
     stage = explorer.decoded.stages[STRIDES.index(explorer.stage)]
@@ -43,7 +45,7 @@ def token_answer(explorer: TokenExplorer) -> dict[str, dict[str, float]]:
 
 
 def token_sentence(explorer: TokenExplorer) -> str:
-    """A sentence on the attention shown."""
+    """A sentence with the range of the attention shown, and its share on the pixels that the token wins."""
     attention, (inside, area), token = explorer.attention(), explorer.focus(), explorer.token
     block = "final" if explorer.block == "final" else f"block {explorer.block}"
     head = "all heads" if explorer.head == "mean" else f"head {explorer.head}"
@@ -89,7 +91,7 @@ def token_steps(explorer: TokenExplorer) -> list[dict]:
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-controls
 def token_controls(explorer: TokenExplorer, make: Controls) -> tuple[list, list]:
-    """Stage, token and head above; the strip of stages below, and what is needed rarely, folded away."""
+    """Stage, token and head above; the strip of stages below, and rarely used controls, folded."""
     choices, strip = explorer.choices(deepest=True), live(Strip)()
     (height, width), count = explorer.decoded.image.shape[:2], len(explorer.images)
 
@@ -118,11 +120,14 @@ def token_controls(explorer: TokenExplorer, make: Controls) -> tuple[list, list]
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-explorer
 class TokenExplorer(Viewer):
-    """What each query token looks at, and how the mask sharpens from stage to stage.
+    """Show the attention of each query token, and the mask after each stage.
 
-    source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which then takes RGB images at their own
-    size; images: see `as_cases`; class_names: background first. ValueError for a network without query tokens, and for
-    a wrong number of names.
+    Args:
+        source: a Predictor, the path of a checkpoint or of a run, or a QTSeg, which gets images at their own size.
+        images: see `as_cases`. class_names: the background's first; None: those of the source, else "class 1", …
+
+    Raises:
+        ValueError: the network has no query tokens, or the number of names is wrong.
     """
 
     KEYS = {"ArrowLeft": ("index", -1), "ArrowRight": ("index", 1), "ArrowUp": ("stage", -1), "ArrowDown": ("stage", 1),
@@ -161,7 +166,7 @@ class TokenExplorer(Viewer):
     decoded = property(lambda self: self._decode(self.index), doc="The current image's `Decoded`; eight are kept.")
 
     def choices(self, deepest: bool = False) -> dict[str, Sequence[Any]]:
-        """What can be chosen, by setting, in the order in which keys go through it; deepest: in any stage."""
+        """The values of each setting, in the order of the keys; deepest: with the blocks of the deepest stage."""
         blocks = max(self.network.config["depths"]) if deepest else len(
             self.network.decoder.get_submodule(f"stage{self.stage}").blocks)
         return {
@@ -180,7 +185,7 @@ class TokenExplorer(Viewer):
 
     @observe("index", "stage", "block", "direction")
     def _fit(self, change: dict) -> None:
-        """Settings that a stage or an image lacks become the nearest that it has."""
+        """Replace settings that the stage or the image does not have by the nearest possible ones."""
         height, width = self.decoded.image.shape[:2]
         changes = {"x": min(self.x, width - 1), "y": min(self.y, height - 1)}
         if self.block == "final":
@@ -202,8 +207,7 @@ class TokenExplorer(Viewer):
         return self.names[self.decoded.mask[self.y, self.x]]
 
     def focus(self) -> tuple[float, float]:
-        """Mean attention, as shown, over the pixels that the token wins at last, divided by the mean over all; and
-        their share; nan where the token wins nothing."""
+        """Mean attention on the pixels that the token wins, divided by that on all (nan if none); and their share."""
         won, attention = self.decoded.mask == self.names.index(self.token), self.attention()
         return float(attention[won].mean() / attention.mean()) if won.any() else float("nan"), float(won.mean())
 

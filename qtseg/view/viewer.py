@@ -28,21 +28,29 @@ __all__ = []
 
 # %% ../../nbs/reference/view_viewer.ipynb #vw-table
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of text and numbers as an HTML table; a name of a file or class cannot bring in tags."""
+    """An HTML table of text and numbers; every cell is escaped."""
     lines = [[f"<{tag}>{html.escape(printable(value))}</{tag}>" for value in row]
              for tag, row in (("th", head), *(("td", row) for row in rows))]
     return "<table class='qtseg-table'>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table>"
 
 
 def within(name: str, value: float, low: float, high: float) -> Any:
-    """The value; TraitError, naming setting and limits, unless it lies between them."""
+    """The value, if it lies between low and high.
+
+    Raises:
+        TraitError: it does not; the message names the setting and the limits.
+    """
     if not low <= value <= high:
         raise TraitError(f"{name} must be from {low} to {high}, got {value}")
     return value
 
 # %% ../../nbs/reference/view_viewer.ipynb #vw-some
 def some_of(name: str, wanted: Sequence[Any], allowed: Sequence[Any], least: int = 0) -> tuple:
-    """The wanted in the order of the allowed; TraitError, naming the setting, for others and for fewer than `least`."""
+    """The wanted values, in the order of the allowed ones.
+
+    Raises:
+        TraitError: a value is not allowed, or there are fewer than `least`; the message names the setting.
+    """
     if not set(wanted) <= set(allowed) or len(wanted) < least:
         raise TraitError(f"{name} must be {least} or more of {', '.join(map(repr, allowed))}, got {wanted!r}")
     return tuple(choice for choice in allowed if choice in wanted)
@@ -75,7 +83,7 @@ export default { render };
 
 
 class Strip(HasTraits):
-    """Thumbnails in a row, one of which is chosen."""
+    """A row of thumbnails, one of which is selected."""
 
     _esm, _css = _STRIP, CANVAS_CSS
     items = List(Dict()).tag(sync=True)  # value (a whole number), title, data (bytes of a JPEG)
@@ -90,14 +98,23 @@ def thumbnail(picture: np.ndarray, height: int = 56) -> bytes:
 
 # %% ../../nbs/reference/view_viewer.ipynb #vw-controls
 class Controls:
-    """Makes the ipywidgets of a viewer: either side follows the other."""
+    """Makes the ipywidgets of a viewer. A control changes its setting, and shows it when it changes elsewhere."""
 
     def __init__(self, viewer: Viewer):
         self.widgets, self._viewer, self._links = import_optional("ipywidgets", "a widget with controls"), viewer, []
 
     def control(self, kind: str, name: str, description: str | None = None, shown: Callable = lambda value: value,
                 stored: Callable = lambda value: value, **options: Any) -> Any:
-        """A control of some kind, say "FloatSlider", of a setting; shown: setting -> control's value, stored: back."""
+        """A control of a setting.
+
+        Args:
+            kind: the class of ipywidgets, such as "FloatSlider".
+            name: the setting.
+            description: the label; None: the name of the setting.
+            shown: setting -> value of the control.
+            stored: value of the control -> setting.
+            **options: of the class of ipywidgets.
+        """
         words = name.replace("_", " ") if description is None else description
         made, viewer = getattr(self.widgets, kind)(description=words, **options), self._viewer
         self._links.append((name, made, shown, dlink((viewer, name), (made, "value"), shown)))
@@ -105,7 +122,7 @@ class Controls:
         return made
 
     def toggles(self, name: str, choices: Sequence[tuple[str, Any]]) -> list:
-        """For a setting that holds a tuple: a toggle for each (label, value), which puts it in or takes it out."""
+        """For a setting that is a tuple: a toggle for each (label, value), which adds or removes the value."""
         def made(label: str, value: Any) -> Any:
             def stored(on: bool) -> tuple:
                 now = getattr(self._viewer, name)
@@ -117,18 +134,18 @@ class Controls:
         return [made(label, value) for label, value in choices]
 
     def button(self, icon: str, tooltip: str, action: Callable, *arguments: Any, description: str = "") -> Any:
-        """A button that does something; icon: a name of Font Awesome 4."""
+        """A button that calls `action`; icon: a name of Font Awesome 4."""
         made = self.widgets.Button(icon=icon, tooltip=tooltip, description=description,
                                    layout={"width": "auto" if description else "36px"})
         made.on_click(lambda button: self._viewer.page.guarded(action, *arguments))
         return made
 
     def row(self, *parts: Any) -> Any:
-        """Widgets side by side; in as many lines as they need."""
+        """Widgets side by side, wrapped into several lines if the page is narrow."""
         return self.widgets.HBox(parts, layout={"flex_flow": "row wrap", "align_items": "center"})
 
     def folded(self, **parts: Sequence[Any]) -> Any:
-        """Rows of controls under titles that open on a click."""
+        """An accordion: a click on a title shows its rows of controls. In titles, "_" becomes a space."""
         boxes = [self.widgets.VBox(rows) for rows in parts.values()]
         made = self.widgets.Accordion(children=boxes, selected_index=None)
         for place, title in enumerate(parts):
@@ -136,28 +153,28 @@ class Controls:
         return made
 
     def adjust(self, name: str, **traits: Any) -> None:
-        """Change traits of the controls of a setting, say their max."""
+        """Change traits of the controls of a setting, for example their max."""
         for bound, made, *_ in self._links:
             for trait, value in traits.items() if bound == name else ():
                 setattr(made, trait, value)
 
     def follow(self) -> None:
-        """Let every control show its setting."""
+        """Make every control show its setting."""
         for name, made, shown, _ in self._links:
             made.value = shown(getattr(self._viewer, name))
 
     def close(self) -> None:
-        """Let go of the viewer."""
+        """End the links between settings and controls."""
         for *_, joined in self._links:
             joined.unlink()
 
 # %% ../../nbs/reference/view_viewer.ipynb #vw-viewer
 class Viewer(HasTraits):
-    """The base of every widget: settings as traits, `panels` and `text` made of them, `view` for the browser."""
+    """The base of every widget. Settings are traits; `panels` and `text` depend on them; `view` is the ipywidget."""
 
     CANVAS: dict[str, Any] = {}  # traits of the canvas: hears (keys), tool, wheel, columns
     IN_BROWSER: tuple[str, ...] = ()  # settings of which the browser draws the effect
-    page: Page | None = None  # what is displayed, once it is
+    page: Page | None = None  # the displayed parts; None before `view` is read
     _held, _drawn = 0, None
 
     def __init__(self, side: int = 384):
@@ -178,7 +195,7 @@ class Viewer(HasTraits):
         return []
 
     def tell(self, words: str) -> None:
-        """Put words in place of the text while something takes long."""
+        """Show a message in place of the text, for example during a long computation."""
         if self.page is not None:
             self.page.line.value = html.escape(words)
 
@@ -187,19 +204,19 @@ class Viewer(HasTraits):
         return [], []
 
     def click(self, panel: int, x: float, y: float) -> None:
-        """A place of a panel was clicked, in its unit."""
+        """React to a click at (x, y) of a panel, in its unit."""
 
     def dragged(self, new: bool, panel: int, start: tuple[float, float], now: tuple[float, float]) -> None:
-        """The pointer moved while pressed; new: it was pressed just now."""
+        """React to a drag from `start` to `now`; new: whether the drag has just begun."""
 
     def turned(self, steps: float) -> None:
-        """The wheel turned, up positive, where CANVAS has wheel="turn"."""
+        """React to the wheel, up positive, if CANVAS has wheel="turn"."""
 
     def key(self, name: str) -> None:
-        """A key that the canvas hears was pressed."""
+        """React to a key that CANVAS lists in "hears"."""
 
     def set(self, **changes: Any) -> None:
-        """Change several settings together, then draw once. TraitError names a wrong one; then nothing changes."""
+        """Change several settings, then draw once. If one is wrong, TraitError names it and none changes."""
         self._held += 1
         try:
             with self.hold_trait_notifications():
@@ -210,7 +227,7 @@ class Viewer(HasTraits):
         self.refresh()
 
     def refresh(self, always: bool = False) -> None:
-        """If this is on display, draw it anew, unless nothing changed."""
+        """Redraw the displayed widget if a setting changed, or `always`."""
         state = {name: value for name, value in self.trait_values().items() if name not in self.IN_BROWSER}
         if self.page is not None and not self._held and (always or state != self._drawn):
             self._drawn = state
@@ -218,19 +235,19 @@ class Viewer(HasTraits):
 
     @property
     def view(self) -> Any:
-        """The ipywidgets box to display. ModuleNotFoundError where ipywidgets or anywidget is missing."""
+        """The ipywidgets box to display; ModuleNotFoundError if ipywidgets or anywidget is missing."""
         if self.page is None:
             Page(self)
             self.refresh(always=True)
         return self.page.box
 
     def close(self) -> None:
-        """Take the widget off every page and let go of its controls; `view` would make new ones."""
+        """Remove the widget from every page and close its controls; `view` makes new ones."""
         if self.page is not None:
             self.page.close()
 
     def still(self) -> Image.Image:
-        """Picture and text for paper and for pages without a kernel."""
+        """Picture and text as one image, for print and for pages without a kernel."""
         window = (self.zoom, self.x, self.y) if self.has_trait("zoom") else (1.0, 0.5, 0.5)
         return still(self.panels(), self.text(), min(self.side, 240), self.CANVAS.get("columns", 3), window)
 
@@ -262,14 +279,14 @@ class Page:
         self.box = self.make.widgets.VBox([*above, self.canvas, self.line, *below])
 
     def react(self, message: dict) -> None:
-        """Pass on a message of the canvas."""
+        """Pass a message of the canvas to the viewer."""
         if message["kind"] == "key" and message["key"] in self.canvas.hears:
             self.guarded(self.viewer.key, message["key"])
         elif message["kind"] == "click":
             self.guarded(self.viewer.click, message["panel"], message["x"], message["y"])
 
     def dragged(self, change: dict) -> None:
-        """Pass on where the pointer is."""
+        """Pass the position of the pointer to the viewer."""
         if len(change["new"]) == 6:
             before, (self._count, panel, *places) = self._count, change["new"]
             self.guarded(self.viewer.dragged, self._count != before, int(panel), tuple(places[:2]), tuple(places[2:]))
@@ -284,20 +301,20 @@ class Page:
             raise
 
     def complain(self, error: Exception) -> None:
-        """Show what went wrong in place of the text."""
+        """Show an error in place of the text."""
         words = html.escape(printable(f"{type(error).__name__}: {error}")[:1000])
         self.line.value = f"<b style='color:{hex_color(FAILURE)}'>{words}</b>"
 
     def guarded(self, action: Callable, *arguments: Any, **named: Any) -> None:
-        """Act on the browser's behalf, and show what goes wrong."""
+        """Call an action for an event of the browser; show an error instead of raising it."""
         try:
             action(*arguments, **named)
         except Exception as error:
-            self.make.follow()  # a control that asked for the impossible shows the state again
+            self.make.follow()  # a control with a refused value shows the setting again
             self.complain(error)
 
     def close(self) -> None:
-        """Take the widget off every page."""
+        """Remove the widget from every page."""
         self.viewer.page = None
         self.make.close()
         parts = [self.box]
