@@ -46,7 +46,7 @@ def _rows(folder: Path) -> dict[str, dict[str, str]]:
         return {}
     columns, rows = read_table(path, most=MOST_IMAGES, skipinitialspace=True)
     if unknown := set(columns) - set(COLUMNS):
-        raise ValueError(f"{path} has the column {min(unknown)}, which an annotation would lose: rename it to patient "
+        raise ValueError(f"{path} has the column {min(unknown)}, which annotation cannot keep: rename it to patient "
                          "or stratum, or remove it")
     return {row["id"]: {name: text for name, text in row.items() if text} for row in rows}
 
@@ -64,9 +64,9 @@ def _checked_classes(classes: Sequence[str], there: Sequence[str], folder: Path)
     classes = tuple(classes)
     if not (2 <= len(classes) < IGNORE and all(isinstance(name, str) and name.strip() for name in classes)
             and len(set(classes)) == len(classes)):
-        raise ValueError(f"classes are 2 to {IGNORE - 1} different names, the background's first, got {classes!r}")
+        raise ValueError(f"classes must be 2 to {IGNORE - 1} different names, the background's first, got {classes!r}")
     if len(classes) < len(there):
-        raise ValueError(f"{folder} has the classes {', '.join(there)}: name as many, or more; or another folder")
+        raise ValueError(f"{folder} has the classes {', '.join(there)}: pass at least {len(there)}, or another folder")
     return classes
 
 # %% ../../nbs/reference/view_annotated_folder.ipynb #anfoplaces
@@ -77,15 +77,15 @@ def _places(images: str | os.PathLike, folder: str | os.PathLike | None) -> tupl
         raise FileNotFoundError(f"{images} is no folder: give a folder of images, or a prepared folder")
     prepared = (images / "manifest.csv").is_file()
     if prepared and folder is not None:
-        raise ValueError(f"{images} is a prepared folder, which is annotated in place: leave folder out")
+        raise ValueError(f"{images} is a prepared folder, which is annotated in place: do not pass folder")
     place = images if prepared else Path(folder or f"{images}_annotated").expanduser().resolve()
     path, state = place / STATE_FILE, {"images": str(images), "current": "", "notes": {}, "seconds": {}}
     if path.exists():
         state |= {key: value for key, value in read_json(path).items() if type(value) is type(state.get(key))}
     elif not prepared and place.exists() and any(place.iterdir()):
-        raise ValueError(f"{place} holds something else than an annotation: remove it, or name another folder")
+        raise ValueError(f"{place} holds something else than an annotation: remove it, or pass another folder")
     if not prepared and place.is_relative_to(images):
-        raise ValueError(f"{place} would lie in {images}, the folder of images: name another folder")
+        raise ValueError(f"{place} would lie in {images}, the folder of images: pass another folder")
     source = Path(state["images"]) if prepared else images
     return place, source if source.is_dir() and source != place else place / "images", state
 
@@ -115,7 +115,7 @@ def _read_mask(path: Path, shape: tuple[int, int], classes: int, ignore: object)
                          "manifest.csv")
     strange = [value for value in np.flatnonzero(np.bincount(mask.reshape(-1))).tolist() if value >= classes]
     if strange and not strange == [ignore] == [IGNORE]:
-        raise ValueError(f"{path} holds {strange[0]}, and there are {classes} classes: name more classes, or prepare "
+        raise ValueError(f"{path} holds {strange[0]}, and there are {classes} classes: pass more classes, or prepare "
                          "the masks with qtseg prepare own")
     return mask
 
@@ -127,11 +127,11 @@ class AnnotatedFolder:
         images: a folder of images, which stays as it is, or a prepared folder, which is changed in place.
         folder: the prepared folder; None: `images` with "_annotated" after it.
         classes: their names, the background's first; None: those that the folder has, else background and foreground.
-            They may be renamed, and more may follow.
+            The folder's classes may be renamed, and more may be added.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no images, two of one name, impossible classes, a folder of something else.
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no images, two have one name, the classes are wrong, or the folder holds something else.
     """
 
     def __init__(self, images: str | os.PathLike, folder: str | os.PathLike | None = None,

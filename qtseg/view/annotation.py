@@ -32,9 +32,10 @@ class Annotation:
             RGB [H, W, 3] -> class index [H, W].
 
     Attributes:
-        names: of the images, in the order in which `ahead` opens them; may be sorted anew.
-        name: of the open image, and `drawing`, its pixels.
-        skipped: name -> what is wrong with the file, of images that `ahead` passed over.
+        names: of the images, in the order in which `ahead` opens them; it may be sorted anew.
+        name: of the open image.
+        drawing: the open image and its mask, a `Drawing`.
+        skipped: name -> error, for the images that `ahead` could not read.
     """
 
     def __init__(self, images: str | os.PathLike, folder: str | os.PathLike | None = None,
@@ -55,7 +56,7 @@ class Annotation:
         return len(self.files.rows), len(self.names)
 
     def go(self, name: str) -> None:
-        """Open an image; ValueError, naming the file, if it cannot be read: then the open one stays."""
+        """Open an image. If it cannot be read, ValueError names the file, and the open image stays."""
         if name not in self.files.paths:
             raise ValueError(f"there is no image {name!r} in {self.files.state['images']}")
         known = self.files.is_current(name)
@@ -69,7 +70,7 @@ class Annotation:
     def ahead(self, step: int, unanswered: bool = False) -> bool:
         """Open the image `step` places further, or the first from there that has no answer; False if there is none.
 
-        After the last comes the first. Images that cannot be read are passed over, and noted in `skipped`.
+        After the last comes the first. Images that cannot be read are skipped and listed in `skipped`.
         """
         place, way = self.names.index(self.name), -1 if step < 0 else 1
         for count in range(len(self.names)):

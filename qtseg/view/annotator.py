@@ -89,7 +89,7 @@ def layers_of(drawing: Drawing, opacity: float, borders: bool) -> list[Layer]:
 
 
 def status(session: Annotation) -> str:
-    """Progress, the open image, the colors of the classes, what to do: HTML."""
+    """Progress, the open image, the colors of the classes, and hints: HTML."""
     safe = lambda text: html.escape(printable(text))
     (done, total), name, drawing = session.progress, session.name, session.drawing
     shown = [f"<b>{done} of {total}</b> answered", f"image {session.names.index(name) + 1}, {safe(name)}: "
@@ -104,10 +104,11 @@ def status(session: Annotation) -> str:
 
 # %% ../../nbs/reference/view_annotator.ipynb #anrbars
 def thumbnails(session: Annotation, known: dict[str, bytes], around: int = 5) -> list[dict]:
-    """Small pictures of the images around the open one; answered ones have a check mark.
+    """The thumbnails of the images around the open one; answered ones have a check mark.
 
     Args:
-        known: those that were made before, by name. Of files over a megabyte none is made before they are opened.
+        known: thumbnails by name; new ones are added. Files over 1 MiB get theirs only when they are opened.
+        around: how many images before and after the open one.
     """
     place = session.names.index(session.name)
     if session.name not in known:
@@ -146,7 +147,7 @@ def bars(annotator: Annotator, make: Controls) -> tuple[list, list]:
 
 
 def update(annotator: Annotator, known: dict[str, bytes]) -> None:
-    """Let the strip, the note and the canvas's brush show the state."""
+    """Update the strip, the note and the brush of the canvas."""
     session, fine = annotator.session, annotator.tool in ("scribble", "superpixels")
     annotator.strip.items = thumbnails(session, known)
     annotator.strip.chosen = session.names.index(session.name)
@@ -158,7 +159,7 @@ def update(annotator: Annotator, known: dict[str, bytes]) -> None:
 
 # %% ../../nbs/reference/view_annotator.ipynb #anrclass
 class Annotator(Viewer):
-    """A widget that draws masks of a folder of images, and writes them to a prepared folder.
+    """A widget to draw masks for a folder of images; it writes them to a prepared folder.
 
     Args:
         images, folder, classes, network: see `Annotation`.
@@ -211,14 +212,14 @@ class Annotator(Viewer):
         super().refresh(always)
 
     def stroke(self, message: dict | None) -> None:
-        """Draw what the browser reports, with the tool, class and size that its stroke began with."""
+        """Draw a stroke of the browser, with the tool, class and size at its beginning."""
         if message is None or message["kind"] != "stroke":
             return
         brush, points = message["brush"], np.reshape(message["points"], (-1, 3))[:, :2]
         tool, label = TOOLS.get(brush.get("tool")), 0 if brush.get("erase") else brush.get("label")
         try:
             if brush.get("image") != self.name or tool is None:
-                raise ValueError("this was drawn while another image was opened: draw it again")
+                raise ValueError("the stroke was drawn on another image and is discarded: draw it again")
             more = {"brush": (brush["size"] / 2, label), "cut": (label, tool is TOOLS["scribble"])}
             self.session.draw(tool.action, points, *more.get(tool.action, (label,)))
         finally:

@@ -18,16 +18,18 @@ __all__ = []
 
 # %% ../../nbs/reference/view_drawing.ipynb #draclass
 class Drawing:
-    """An image, uint8 RGB [H, W, 3], and its mask, class index uint8 [H, W], which is drawn on in place.
+    """An image and its mask, which is changed in place.
 
     Args:
+        image: uint8 RGB [H, W, 3].
+        mask: class index, uint8 [H, W].
         answered: whether the mask is an answer; a mask without a stroke is none.
-        history: of earlier strokes on this mask.
-        classes: their number, the background included.
+        history: earlier strokes on this mask.
+        classes: number of classes, with the background.
         network: suggests masks, uint8 RGB [H, W, 3] -> class index [H, W].
 
     Attributes:
-        suggestion: None, or what was suggested: class index [H, W], 0 where nothing is.
+        suggestion: None, or the suggested class index [H, W], 0 where nothing is suggested.
     """
 
     def __init__(self, image: np.ndarray, mask: np.ndarray, answered: bool = False, history: History | None = None,
@@ -52,7 +54,7 @@ class Drawing:
         return self._paint(enclosed(points, self.mask.shape), label)
 
     def fill(self, x: float, y: float, label: int) -> Change | None:
-        """Give the connected pixels that have the class of the pixel at (x, y) another class."""
+        """Change the class of the region that is connected to the pixel at (x, y)."""
         return self._paint(flooded(self.mask, x, y), label)
 
     @cached_property
@@ -66,7 +68,7 @@ class Drawing:
         return borders(self.pieces)
 
     def take(self, points: Sequence, label: int) -> Change | None:
-        """Give the superpixels below a line a class."""
+        """Give a class to the superpixels that a line touches."""
         line = brushed(points, 0.5, self.mask.shape)
         chosen = np.isin(self.pieces, np.unique(self.pieces[line.place][line.pixels]))
         return self._paint(Region(0, 0, chosen), label)
@@ -74,15 +76,15 @@ class Drawing:
     def suggest(self) -> None:
         """Suggest the network's mask."""
         if self.network is None:
-            raise ValueError("there is no network to suggest a mask: cut the object out, or scribble on it")
+            raise ValueError("there is no network to suggest a mask: pass network, or use cut out or scribble")
         self.suggestion = suggested(self.network, self.image, self.classes)
 
     def cut(self, points: Sequence, label: int, scribble: bool = False) -> None:
-        """Suggest a class for the object in a box, or below a scribble; see `grabcut`."""
+        """Suggest a mask of the object in a box, or along a scribble; see `grabcut`."""
         self.suggestion = grabcut(self.image, points, scribble) * np.uint8(label)
 
     def accept(self) -> Change | None:
-        """Paint the suggestion; where it has no class, the mask stays. An empty one answers that nothing is here."""
+        """Paint the suggestion; where it is 0, the mask stays. An empty one is the answer that nothing is here."""
         if self.suggestion is None:
             raise ValueError("there is no suggestion to accept: suggest one first")
         suggestion, self.suggestion = self.suggestion, None
@@ -101,13 +103,13 @@ class Drawing:
         return self._paint(Region(0, 0, self.mask > 0), 0, answered=False)
 
     def undo(self) -> Change | None:
-        """Take the last change back."""
+        """Undo the last change; None if there is none."""
         change = self.history.step(self.mask, back=True)
         self.answered = change.answered[0] if change else self.answered
         return change
 
     def redo(self) -> Change | None:
-        """Repeat what was taken back."""
+        """Redo the last change that was undone; None if there is none."""
         change = self.history.step(self.mask, back=False)
         self.answered = change.answered[1] if change else self.answered
         return change

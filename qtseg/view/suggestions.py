@@ -67,7 +67,14 @@ def grabcut(image: np.ndarray, points: Sequence, scribble: bool = False) -> np.n
 
 # %% ../../nbs/reference/view_suggestions.ipynb #sugslic
 def superpixels(image: np.ndarray, pieces: int = 400) -> np.ndarray:
-    """Cut an image, uint8 RGB [H, W, 3], into about so many pieces of similar color: their numbers, int32 [H, W].
+    """Cut an image into pieces of similar color.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        pieces: approximate number of pieces.
+
+    Returns:
+        The number of each pixel's piece, int32 [H, W].
 
     Reference:
         R. Achanta et al., "SLIC Superpixels Compared to State-of-the-Art Superpixel Methods" (2012).
@@ -80,7 +87,7 @@ def superpixels(image: np.ndarray, pieces: int = 400) -> np.ndarray:
 
 # %% ../../nbs/reference/view_suggestions.ipynb #sugslicb
 def borders(pieces: np.ndarray) -> np.ndarray:
-    """Where numbers [H, W] touch others: uint8 [H, W], 1 in the last row and column of each piece."""
+    """Borders between pieces [H, W]: uint8 [H, W], 1 in the last row and column of each piece."""
     found = np.zeros(pieces.shape, np.uint8)
     found[:-1] |= pieces[:-1] != pieces[1:]
     found[:, :-1] |= pieces[:, :-1] != pieces[:, 1:]
@@ -88,14 +95,14 @@ def borders(pieces: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/reference/view_suggestions.ipynb #sugnet
 def as_network(source: str | os.PathLike | Callable[[np.ndarray], np.ndarray] | None) -> Callable | None:
-    """A function from an image to its mask, uint8 RGB [H, W, 3] -> [H, W], of what `Predictor` opens; or None."""
+    """A function uint8 RGB [H, W, 3] -> mask [H, W]: the `Predictor` of a path or name, or the given function."""
     return Predictor(source) if isinstance(source, (str, os.PathLike)) else source
 
 
 def suggested(network: Callable, image: np.ndarray, classes: int) -> np.ndarray:
-    """A network's mask, class index uint8 [H, W]; ValueError if it is of another size or has too many classes."""
+    """A network's mask, class index uint8 [H, W]; ValueError if its size differs or it has too many classes."""
     mask = np.asarray(network(image))
     if mask.shape != image.shape[:2] or mask.dtype.kind not in "bui" or mask.max() >= classes:
         raise ValueError(f"the network's mask must hold class indices below {classes} for {image.shape[:2]} pixels, "
-                         f"got {mask.dtype} {mask.shape} up to {mask.max()}: name more classes, or another network")
+                         f"got {mask.dtype} {mask.shape} up to {mask.max()}: pass more classes, or another network")
     return mask.astype(np.uint8)
