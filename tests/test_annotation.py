@@ -92,6 +92,8 @@ def test_a_stroke_after_undo_forgets_what_was_undone():
     for label in (2, -1, 1.0, "1"):
         with pytest.raises(ValueError, match="class index from 0 to 1"):
             drawing.fill(1, 1, label)
+        with pytest.raises(ValueError, match="class index from 0 to 1"):
+            drawing.cut([(1, 1), (7, 7)], label)
     with pytest.raises(ValueError, match="no suggestion"):
         drawing.accept()
 

@@ -16,6 +16,12 @@ from .suggestions import borders, grabcut, suggested, superpixels
 # %% auto #0
 __all__ = []
 
+# %% ../../nbs/reference/view_drawing.ipynb #drawing-class
+def require_class(label, classes: int) -> None:
+    """Raise ValueError where the label is no class index."""
+    if not (isinstance(label, (int, np.integer)) and 0 <= label < classes):
+        raise ValueError(f"label must be a class index from 0 to {classes - 1}, got {label!r}")
+
 # %% ../../nbs/reference/view_drawing.ipynb #draclass
 class Drawing:
     """An image and its mask, which is changed in place.
@@ -39,8 +45,8 @@ class Drawing:
         self.history, self.suggestion = history or History(), None
 
     def _paint(self, region: Region, label: int | np.ndarray, answered: bool = True) -> Change | None:
-        if np.isscalar(label) and not (isinstance(label, (int, np.integer)) and 0 <= label < self.classes):
-            raise ValueError(f"label must be a class index from 0 to {self.classes - 1}, got {label!r}")
+        if np.isscalar(label):
+            require_class(label, self.classes)
         change = self.history.paint(self.mask, region, label, (self.answered, answered))
         self.answered = answered
         return change
@@ -81,6 +87,7 @@ class Drawing:
 
     def cut(self, points: Sequence, label: int, scribble: bool = False) -> None:
         """Suggest a mask of the object in a box, or along a scribble; see `grabcut`."""
+        require_class(label, self.classes)
         self.suggestion = grabcut(self.image, points, scribble) * np.uint8(label)
 
     def accept(self) -> Change | None:
