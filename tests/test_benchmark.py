@@ -11,7 +11,7 @@ from conftest import ROOT, refused_parameters, run_notebook
 
 NOTEBOOK = ROOT / "nbs/experiments/benchmark.ipynb"
 TINY = {"width": 4, "repeats": 1, "seconds": 0.0, "memory": False, "threads": 1, "engines": ["naive", "fused"], "rivals": [],
-        "training_rivals": [], "variants": ["v2 naive", "v2", "lite0"], "training_variants": ["v2"], "inference_cases": [[64, 1]], "training_cases": [[64, 2]], "pipeline_sizes": [64], "pipeline_images": 2,
+        "training_rivals": [], "variants": ["v2", "lite0"], "training_variants": ["v2"], "inference_cases": [[64, 1]], "training_cases": [[64, 2]], "pipeline_sizes": [64], "pipeline_images": 2,
         "pipeline_draws": 4, "epoch_size": 64, "epoch_images": 12, "epoch_batch": 2, "growth_sizes": [64, 96], "growth_batches": [1, 2],
         "growth_classes": [1, 3], "roofline_size": 64}
 
@@ -49,7 +49,7 @@ def test_parameter_files_name_every_parameter(path):
 
 
 @pytest.mark.parametrize("section, names", [
-    ("inference", {"naive", "fused", "v2 naive", "v2", "lite0"}), ("training", {"naive", "eager", "v2"}),
+    ("inference", {"naive", "fused", "v2", "lite0"}), ("training", {"naive", "eager", "v2"}),
     ("training, memory kept", {"naive", "eager"}), ("epoch", {"fit"}), ("roofline", {"naive", "fused"}),
     ("profile", {"naive", "fused"}),
     ("growth", {f"{point}: {what}" for point in ("pixels 4096", "pixels 9216", "batch 1", "batch 2", "classes 1", "classes 3")
@@ -88,7 +88,7 @@ def test_what_is_missing_is_a_row_and_memory_grows_with_the_batch(tmp_path):
     """A package that cannot be imported leaves a sentence in its row; a larger batch needs more memory."""
     (tmp_path / "segmentation_models_pytorch.py").write_text("raise ImportError('this machine has none')\n")  # the notebook's folder comes first
     written = benchmark(tmp_path, **{**TINY, "sections": ["training"], "memory": True, "training_engines": ["eager"],
-                                     "training_rivals": ["unet"], "training_variants": ["v2"], "training_cases": [[128, 1], [128, 8]]})
+                                     "training_rivals": ["unet"], "training_variants": [], "training_cases": [[128, 1], [128, 8]]})
     found = [row for row in written["rows"] if row["section"] == "training"]
     assert {row.get("missing") for row in found if row["name"] == "unet"} == {"this machine has none"}
     small, large = (row["memory_mb"] for row in found if row["name"] == "eager")

@@ -469,7 +469,7 @@ def test_own_problems_all_at_once(tmp_path):
     save(tmp_path / "B" / "broken.png", box(3, 3) * 255)
     lines = refused(tmp_path)
     assert lines[0].startswith("5 problem(s)") and len(lines) == 6
-    for sentence in ("A/a0.png: no mask", "A/a1.png: 48x40 pixels, but its mask a1.png has 48x30", "A/a2.png: several masks, a2.png, a2_mask.png",
+    for sentence in ("A/a0.png: no mask", "A/a1.png: 48x40 pixels, but its mask a1.png has 48x30", "A/a2.png: several masks, B/a2.png, B/a2_mask.png",
                      "B/stray.png: mask without an image", "A/broken.png: cannot be read"):
         assert any(sentence in line for line in lines), sentence
 
@@ -666,7 +666,7 @@ def test_own_subfolders_forms_and_links(tmp_path):
     assert list(table) == [f"Jörg{patient}/x{i}" for patient in range(3) for i in range(2)]
     assert {row["patient"]: row["fold"] for row in table.values()}.keys() == {"Jörg0", "Jörg1", "Jörg2"}
     assert np.array_equal(stored(folder, table["Jörg2/x1"]), box(1, 2))
-    assert any("notes.txt" in note and "no picture" in note for note in description(folder)["notes"])
+    assert any("A/notes.txt (no picture)" in line for line in description(folder)["summary"])
     data = SegmentationData.from_prepared(folder, size=32, progress=False, cache=tmp_path / "cache")
     assert len(data.train) == 4 and len(data.valid) == 2
 
