@@ -84,11 +84,10 @@ def _coco(folder: Path, records: Sequence[Record], names: Sequence[str]) -> Iter
         images.append({"id": number, "file_name": record.image.name, "height": mask.shape[0], "width": mask.shape[1]})
         for label, polygon in _regions(mask):
             (left, top), (right, bottom) = polygon.min(axis=0).tolist(), polygon.max(axis=0).tolist()
-            x, y = polygon.T
             annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": label, "iscrowd": 0,
                                 "segmentation": [polygon.reshape(-1).tolist()],
                                 "bbox": [left, top, right - left, bottom - top],
-                                "area": abs(int(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2})
+                                "area": cv2.contourArea(polygon.astype(np.int32))})
     categories = [{"id": label, "name": name, "supercategory": ""} for label, name in enumerate(names) if label]
     yield "", json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
 

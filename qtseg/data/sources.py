@@ -311,7 +311,7 @@ def fetch_kaggle(kind: str, name: str, folder: str | os.PathLike, *, checksums: 
         private.mkdir(exist_ok=True)
         arriving = private / target.name
         if not arriving.with_name(f"{target.name}.kaggle-partial").exists():
-            arriving.unlink(missing_ok=True)  # a leftover whose version nobody noted is not continued
+            arriving.unlink(missing_ok=True)  # a partial file without a noted version is not continued
         found = run_client(kind, name, arriving, timeout, limit("MAX_DOWNLOAD", most), progress)
         if found["problem"] is not None:
             with contextlib.suppress(OSError):

@@ -18,6 +18,11 @@ from ..data.polygons import inside
 __all__ = []
 
 # %% ../../nbs/reference/view_strokes.ipynb #stroreg
+def rectangle(top: int, left: int, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """The index, in an image, of a rectangle whose first pixel is in row `top` and column `left`."""
+    return slice(top, top + shape[0]), slice(left, left + shape[1])
+
+
 class Region(NamedTuple):
     """Pixels of an image: bool [h, w], whose first is in row `top` and column `left`."""
 
@@ -28,7 +33,7 @@ class Region(NamedTuple):
     @property
     def place(self) -> tuple[slice, slice]:
         """Its rectangle as an index of the mask."""
-        return tuple(slice(first, first + size) for first, size in zip((self.top, self.left), self.pixels.shape))
+        return rectangle(self.top, self.left, self.pixels.shape)
 
 
 def checked_points(points: Sequence, least: int = 1) -> np.ndarray:
@@ -114,7 +119,7 @@ class Change(NamedTuple):
     @property
     def place(self) -> tuple[slice, slice]:
         """Its rectangle as an index of the mask."""
-        return tuple(slice(first, first + size) for first, size in zip((self.top, self.left), self.shape))
+        return rectangle(self.top, self.left, self.shape)
 
 # %% ../../nbs/reference/view_strokes.ipynb #strohistclass
 class History:
