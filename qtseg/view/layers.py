@@ -123,7 +123,7 @@ def cut(layer: Layer, box: Sequence[float], most: int) -> Layer:
 # %% ../../nbs/reference/view_layers.ipynb #lay-still
 def words_below(text: str, width: int) -> np.ndarray:
     """The text of HTML in black on white, without tags: uint8 [lines * 18, width, 3]."""
-    rows = re.sub(r"</(?:td|th)>", "  ", re.sub(r"<br>|</(?:tr|div|p|caption)>", "\n", text))
+    rows = re.sub(r"</(?:td|th)>", "  ", re.sub(r"<br>|<table[^>]*>|</(?:tr|div|p|caption)>", "\n", text))
     plain = html.unescape(re.sub(r"<[^>]+>", "", rows)).translate({215: "x", 8594: "->", 9632: None, 160: None})
     wide = max(width // 7, 12)
     lines = [line for row in plain.split("\n") if row.strip() for line in textwrap.wrap(row, wide)] or [""]
