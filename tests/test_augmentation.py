@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from qtseg.training import augmentation as training_augmentation, augmentation_cpu, operations as training_operations
+from qtseg.training import augmentation as training_augmentation, augmentation_cpu, resampling
 from qtseg.training.augmentation import Augmentation, random_crops
-from qtseg.training.operations import OPERATIONS, Operation, apply_geometry, compose, sampling_grid, seeded, warp
+from qtseg.training.operations import OPERATIONS, Operation, compose, seeded
+from qtseg.training.resampling import apply_geometry, sampling_grid, warp
 from qtseg.data.dataset import normalize
 
 NAMES = ("vertical_flip", "horizontal_flip", "gaussian_noise", "gaussian_blur", "contrast", "scale", "rotate", "shear",
@@ -365,9 +366,9 @@ def test_on_apples_gpus_the_bend_is_read_on_the_cpu(monkeypatch):
     read = torch.nn.functional.grid_sample
     random = torch.Generator().manual_seed(0)
     positions, field = torch.rand((2, 9, 7), generator=random) * 2 - 1, 0.03 * torch.randn((2, 4, 4), generator=random)
-    expected = training_operations.displace(positions, field)
+    expected = resampling.displace(positions, field)
     monkeypatch.setattr(torch.nn.functional, "grid_sample", grid_sample)
-    moved = training_operations.displace(positions.as_subclass(OnMps), field.as_subclass(OnMps))
+    moved = resampling.displace(positions.as_subclass(OnMps), field.as_subclass(OnMps))
     assert isinstance(moved, OnMps) and torch.equal(moved.cpu(), expected)
 
 

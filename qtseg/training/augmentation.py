@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .augmentation_cpu import OPENCV_IS_EXACT, augment_on_cpu
-from .operations import (OPERATIONS, Shape, Steps, collect_batch, compose, noise_of, recolored, seeded,
-                                       warp_each)
+from .operations import OPERATIONS, Shape, Steps, compose, noise_of, recolored, seeded
+from .resampling import collect_batch, warp_each
 
 # %% auto #0
 __all__ = ['Augmentation']

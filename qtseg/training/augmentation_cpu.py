@@ -14,8 +14,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..data.dataset import normalize
-from .operations import (MIDDLE_GRAY, OPERATIONS, Geometry, Steps, add_gaussian_noise, bent_positions,
-                                       change_contrast, compose, empty_batch, gaussian_blur, gaussian_weights)
+from .operations import (MIDDLE_GRAY, OPERATIONS, Geometry, Steps, add_gaussian_noise, change_contrast,
+                                       compose, gaussian_blur, gaussian_weights)
+from .resampling import bent_positions, empty_batch
 
 # %% auto #0
 __all__ = []

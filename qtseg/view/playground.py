@@ -14,7 +14,8 @@ import torch
 from traitlets import Bool, Enum, Float, Int, TraitError, Tuple, validate
 
 from ..training.augmentation import Augmentation
-from ..training.operations import OPERATIONS, Steps, apply_geometry, compose, noise_of, recolored, seeded
+from ..training.operations import OPERATIONS, Steps, compose, noise_of, recolored, seeded
+from ..training.resampling import apply_geometry
 from .album import as_cases
 from .layers import Layer, Panel
 from .mask_explorer import mask_layers
