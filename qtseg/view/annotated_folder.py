@@ -29,6 +29,7 @@ __all__ = []
 
 # %% ../../nbs/reference/view_annotated_folder.ipynb #anfofind
 STATE_FILE = "annotation.json"
+HELD_BACK = 5  # of so many annotated images one validates
 
 
 def _images_in(folder: Path) -> dict[str, Path]:
@@ -190,8 +191,12 @@ class AnnotatedFolder:
         return self._stamps.get(name) == self._stamp(name)
 
     def _add(self, name: str) -> None:
-        row = self._removed.pop(name, None) or _row(name, self.paths[name], self._picture(name), self.folder)
-        self.rows = dict(sorted((_rows(self.folder) | {name: row}).items()))
+        there, row = _rows(self.folder), self._removed.pop(name, None)
+        if row is None:
+            held_back = sum(one.get("split") == "valid" for one in there.values())
+            row = _row(name, self.paths[name], self._picture(name), self.folder)
+            row["split"] = "valid" if HELD_BACK * (held_back + 1) <= len(there) + 1 else "train"
+        self.rows = dict(sorted((there | {name: row}).items()))
         self._write_rows()
 
     def save(self, name: str, mask: np.ndarray, answered: bool = True) -> None:

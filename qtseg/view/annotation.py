@@ -36,7 +36,10 @@ class Annotation:
         name: of the open image.
         drawing: the open image and its mask, a `Drawing`.
         skipped: name -> error, for the images that `ahead` could not read.
+        suggests: whether an image without an answer opens with the network's mask as a suggestion.
     """
+
+    suggests = False
 
     def __init__(self, images: str | os.PathLike, folder: str | os.PathLike | None = None,
                  classes: Sequence[str] | None = None,
@@ -64,6 +67,8 @@ class Annotation:
         history = self._histories.setdefault(name, History()) if known else History()
         self._histories[name], self.name = history, name
         self.drawing = Drawing(image, mask, name in self.files.rows, history, len(self.classes), self.network)
+        if self.suggests and not self.drawing.answered:
+            self.drawing.suggest()
         self.files.state["current"] = name
         self.files.write_state()
 
