@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import audit
 import lint
+import nbformat
 import notebooks as tool
 import pytest
 import results
@@ -41,11 +41,14 @@ def test_notebooks_follow_the_rules():
 
 
 def test_what_is_derived_equals_its_source(tmp_path):
-    """Modules, clean notebooks, links and first cells: derived again in a copy, they are what they were."""
+    """Modules, clean notebooks, links and first cells: derived again in a copy, they are what they were.
+
+    The address is the one that the notebooks carry: in a new fork, or where `origin` is a folder, it is not that of the remote.
+    """
     for name in ("nbs", "qtseg"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    tool.write_address(tmp_path)
+    tool.write_address(tool.carried_address(), tmp_path)
     tool.drop_widget_state(tmp_path)
     tool.run("nbdev_export", tmp_path)
     tool.run("nbdev_clean", tmp_path)
@@ -62,12 +65,43 @@ def test_public_names_are_few():
     assert 100 < len(names) <= 160, len(names)
 
 
-def test_results_stand_on_the_front_page_as_they_were_measured():
-    index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
-    for row in [line for table in (results.table(), results.study_table(), results.speed_table()) for line in table.splitlines()]:
-        assert json.dumps(row, ensure_ascii=False)[1:-1] in index, "run `make sync`"
-    for path in (ROOT / "results").rglob("*"):
+def test_tables_of_results_are_shown_as_they_were_measured():
+    index = "\n".join(cell.source for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells)
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    assert results.table(results.SHORT) in index, "run `make sync`"
+    assert all(table in page for table in (results.table(), results.study_table(), results.speed_table())), "run `make sync`"
+    for path in (ROOT / "results").glob("*/**/*"):
         assert path.is_dir() or any(path.parent.parent == ROOT / place and path.name in kept for place, kept in results.KINDS.values()), f"{path} is not a number or a curve: pictures of data sets stay out"
+
+
+def test_the_front_page_fits_on_a_screen_or_two():
+    """Under 900 words of visible text: without pictures, link targets, comments and the rules of tables."""
+    text = re.sub(r"<!--.*?-->|!\[[^\]]*\]\([^)]*\)|^[\s|:-]+$", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S | re.M)
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).translate(str.maketrans("|#*`·", "     ")).split()
+    assert len(words) < 900, len(words)
+
+
+@pytest.mark.parametrize(("remote", "owner"), [
+    ("https://github.com/ann/my.seg", "ann/my.seg"), ("https://github.com/ann/seg.git", "ann/seg"), ("https://github.com/ann/seg/", "ann/seg"),
+    ("https://ann:secret@github.com/ann/seg.git", "ann/seg"), ("git@github.com:ann/seg.git", "ann/seg"), ("ssh://git@github.com/ann/seg.git", "ann/seg"),
+    ("/srv/git/seg.git", None), ("https://gitlab.com/ann/seg.git", None), ("https://example.com/github.com/ann/seg.git", None), (None, None)])
+def test_the_address_comes_from_the_remote_if_it_is_on_github(tmp_path, remote, owner):
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for command in (["init", "--quiet"], ["remote", "add", "origin", remote]):
+        if remote or command[0] == "init":
+            subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert tool.address(tmp_path) == f"{owner or INI['user'] + '/' + INI['repo']}/blob/{INI['branch']}"
+
+
+def test_a_fork_gets_its_own_badges_and_first_cells(tmp_path):
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    tool.write_address("ann/my.seg/blob/dev", tmp_path)
+    assert tool.carried_address(tmp_path) == "ann/my.seg/blob/dev"
+    for path in tool.notebooks(tmp_path):
+        text = path.read_text(encoding="utf-8")
+        assert {found[1] for found in tool.COLAB.findall(text)} <= {"ann/my.seg/blob/dev"}
+        assert path.name == "index.ipynb" or "git+https://github.com/ann/my.seg@dev" in text
+    assert "(https://colab.research.google.com/github/ann/my.seg/blob/dev/nbs/00_start.ipynb)" in tool.render_readme(tmp_path)
 
 
 def test_pyproject_and_settings_agree():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
-from notebooks import FIRST_CELL, ROOT, colab_link, experiments, lessons, module_of, modules, notebooks, references, settings
+from notebooks import ROOT, carried_address, colab_link, experiments, first_cell, lessons, module_of, modules, notebooks, references
 
 FORBIDDEN = {r"^\s*(from|import)\s+(nbdev|fastcore)": "needs a development tool", r"import \*": "imports *",
              r"^#\|\s*eval:\s*false": "has a cell that is not executed", r"nbdev_export\(": "exports itself"}
@@ -54,8 +54,7 @@ def every(path: Path, notebook: nbformat.NotebookNode) -> Iterator[str]:
 
 def teaching(path: Path, notebook: nbformat.NotebookNode) -> Iterator[str]:
     """What a lesson or a reference notebook must be."""
-    ini = settings()
-    if code(notebook)[0] != FIRST_CELL.format(user=ini["user"], repo=ini["repo"], branch=ini["branch"]):
+    if code(notebook)[0] != first_cell(carried_address()):
         yield "does not begin with the Colab cell of tools/notebooks.py"
     for source in exported(notebook):
         first = next((line for line in source.splitlines() if line and not line.startswith("#|")), "")
@@ -64,8 +63,16 @@ def teaching(path: Path, notebook: nbformat.NotebookNode) -> Iterator[str]:
         yield from (f"exports a line over 120 columns: {line.strip()[:60]}…" for line in source.splitlines() if len(line) > 120)
 
 
+def badge(path: Path, notebook: nbformat.NotebookNode) -> Iterator[str]:
+    """What the head of a lesson and of an experiment holds: a link that opens it in Colab."""
+    if f"({colab_link(path, carried_address())})" not in notebook.cells[0].source:
+        yield "has no Colab badge in its first cell"
+
+
 def lesson(path: Path, notebook: nbformat.NotebookNode) -> Iterator[str]:
     """What a lesson must be, beside that."""
+    if "(glossary.md)" not in notebook.cells[0].source:
+        yield "does not link the glossary in its first cell"
     if prose(notebook).count("<summary>") < 3:
         yield "has fewer than three exercises with folded solutions"
     if not any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])):
@@ -97,11 +104,10 @@ def dead_links(path: Path, text: str) -> Iterator[str]:
 
 
 def map_gaps(root: Path = ROOT) -> Iterator[str]:
-    """What the front page does not name: a lesson or an experiment, with its link to Colab."""
+    """Lessons and experiments that the front page does not link."""
     index = (root / "nbs" / "index.ipynb").read_text(encoding="utf-8")
-    for path in [*lessons(root), *experiments(root)]:
-        if f"({path.relative_to(root / 'nbs').as_posix()})" not in index or colab_link(path, root) not in index:
-            yield f"index.ipynb: its map lacks {path.name}"
+    yield from (f"index.ipynb: its map lacks {path.name}" for path in [*lessons(root), *experiments(root)]
+                if f"({path.relative_to(root / 'nbs').as_posix()})" not in index)
 
 
 def orphans(root: Path = ROOT) -> Iterator[str]:
@@ -115,10 +121,10 @@ def problems(root: Path = ROOT) -> list[str]:
     """Every offence, with its file."""
     found = [*map_gaps(root), *orphans(root)]
     kinds = {lesson: lessons(root), reference: references(root), teaching: [*lessons(root), *references(root)],
-             experiment: experiments(root), every: notebooks(root)}
+             badge: [*lessons(root), *experiments(root)], experiment: experiments(root), every: notebooks(root)}
     read = {path: nbformat.read(path, as_version=4) for path in notebooks(root)}
     found += [f"{path.name}: {offence}" for rule, paths in kinds.items() for path in paths for offence in rule(path, read[path])]
-    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "nbs/glossary.md", "results/README.md"):
         found += [f"{name}: {offence}" for offence in dead_links(root / name, (root / name).read_text(encoding="utf-8"))]
     return sorted(found)
 

@@ -1,7 +1,8 @@
 """Keep everything that is derived from the notebooks true to them: `python tools/notebooks.py`, or `make sync`.
 
-Writes the repository's address (settings.ini) into every link and first cell and the results into the front page,
-exports the modules, cleans the notebooks, and renders nbs/index.ipynb to README.md. tests/test_repository.py runs the same functions on a copy.
+Writes the repository's address into every Colab link and first cell, and the tables of results/ into the front page and into
+results/README.md. Exports the modules, cleans the notebooks, and renders nbs/index.ipynb to README.md. tests/test_repository.py runs
+the same functions on a copy.
 """
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ if importlib.util.find_spec("qtseg") is None:
     %pip install --quiet "qtseg @ git+https://github.com/{user}/{repo}@{branch}"'''
 
 
+GITHUB = re.compile(r"(?:https?://(?:[^/@]+@)?|ssh://git@|git@)github\.com(?::\d+)?[:/]([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
+COLAB = re.compile(r"(colab\.research\.google\.com/github)/([\w.-]+/[\w.-]+/blob/[\w.-]+)/")
+
+
 def settings(root: Path = ROOT) -> configparser.SectionProxy:
-    """The one place where owner, repository, branch, version and requirements stand."""
+    """The one place where version and requirements stand, and owner, repository and branch for a copy without a remote on GitHub."""
     parser = configparser.ConfigParser()
     parser.read(root / "settings.ini", encoding="utf-8")
     return parser["DEFAULT"]
@@ -61,23 +66,40 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
     return {module: path for path in [*lessons(root), *references(root)] if (module := module_of(path))}
 
 
-def colab_link(path: Path, root: Path = ROOT) -> str:
-    """Where Colab opens a notebook of this repository."""
-    ini = settings(root)
-    return f"https://colab.research.google.com/github/{ini['user']}/{ini['repo']}/blob/{ini['branch']}/{path.relative_to(root).as_posix()}"
+def address(root: Path = ROOT) -> str:
+    """`owner/repository/blob/branch`: owner and repository of the git remote `origin` if it is on GitHub, else of settings.ini."""
+    ini, url = settings(root), ""
+    if (root / ".git").exists():  # else git would ask a repository around this folder
+        url = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True).stdout.strip()
+    owner, repository = found.groups() if (found := GITHUB.fullmatch(url)) else (ini["user"], ini["repo"])
+    return f"{owner}/{repository}/blob/{ini['branch']}"
 
 
-def write_address(root: Path = ROOT) -> None:
-    """Put the address of settings.ini into Colab links and into the notebooks' first code cells."""
-    ini = settings(root)
+def carried_address(root: Path = ROOT) -> str:
+    """The address that the notebooks carry now: that of lesson 0. In a new fork it is still that of the original."""
+    return COLAB.search(lessons(root)[0].read_text(encoding="utf-8"))[2]
+
+
+def colab_link(path: Path, where: str, root: Path = ROOT) -> str:
+    """Where Colab opens a notebook of the repository at an address."""
+    return f"https://colab.research.google.com/github/{where}/{path.relative_to(root).as_posix()}"
+
+
+def first_cell(where: str) -> str:
+    """The first code cell of every notebook for an address."""
+    user, repo, _, branch = where.split("/")
+    return FIRST_CELL.format(user=user, repo=repo, branch=branch)
+
+
+def write_address(where: str, root: Path = ROOT) -> None:
+    """Put an address into Colab links and into the notebooks' first code cells."""
     for path in notebooks(root):
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
-            cell.source = re.sub(r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[\w.-]+/",
-                                 rf"\g<1>{ini['user']}/{ini['repo']}/blob/{ini['branch']}/", cell.source)
+            cell.source = COLAB.sub(rf"\g<1>/{where}/", cell.source)
         first = next((cell for cell in notebook.cells if cell.cell_type == "code"), None)
         if first is not None and "find_spec(\"qtseg\")" in first.source:
-            first.source = FIRST_CELL.format(**{key: ini[key] for key in ("user", "repo", "branch")})
+            first.source = first_cell(where)
         nbformat.write(notebook, path)
 
 
@@ -93,14 +115,19 @@ def drop_widget_state(root: Path = ROOT) -> None:
 
 
 def write_results(root: Path = ROOT) -> None:
-    """Put the tables of results/ into the front page, each between its two marks."""
-    path = root / "nbs" / "index.ipynb"
+    """Put the tables of results/ into the front page and into results/README.md, each between its two marks."""
+    def filled(text: str, tables: dict[str, str]) -> str:
+        for mark, table in tables.items():
+            text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table}\n{found[2]}", text, flags=re.S)
+        return text
+
+    path, page = root / "nbs" / "index.ipynb", root / "results" / "README.md"
     notebook = nbformat.read(path, as_version=4)
-    tables = {"results": results.table(root), "studies": results.study_table(root), "speed": results.speed_table(root)}
-    for mark, table in tables.items():
-        for cell in notebook.cells:
-            cell.source = re.sub(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", lambda found: found[1] + table + found[2], cell.source, flags=re.S)
+    for cell in notebook.cells:
+        cell.source = filled(cell.source, {"results": results.table(results.SHORT, root)})
     nbformat.write(notebook, path)
+    tables = {"results": results.table(results.LONG, root), "studies": results.study_table(root), "speed": results.speed_table(root)}
+    page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def render_readme(root: Path = ROOT) -> str:
@@ -124,7 +151,7 @@ def run(command: str, root: Path) -> None:
 
 def main() -> None:
     """Bring everything derived up to date."""
-    write_address()
+    write_address(address())
     drop_widget_state()
     write_results()
     run("nbdev_export", ROOT)

@@ -2,13 +2,14 @@
 
 Numbers, history and curves are kept; pictures of the images are not, because most data sets forbid handing them on. A folder that
 report.ipynb wrote goes to results/studies/, one of benchmark.ipynb to results/benchmarks/. `make sync` turns their JSON files into
-the tables on the front page.
+tables on the front page and in results/README.md.
 """
 from __future__ import annotations
 
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,13 +19,16 @@ KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where i
                                         "differences.png", "bubble.png", "curves.png")),
     "benchmark.json": ("results/benchmarks", ("benchmark.json", "inference.png", "training.png", "pipeline.png", "growth.png")),
 }
-CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the front page
-TITLES = {"demo": "phantoms, all four families", "isic2018_cpu": "ISIC 2018, 1600 train, 400 validate",
-          "bkai_cpu": "BKAI-IGH NeoPolyp, binary, folds 0–2 train, fold 3 validates",
-          "bkai_lite0": "the same, EfficientNet-Lite0 with ImageNet weights",
-          "dsb2018_lite0": "Data Science Bowl 2018, nuclei, folds 0–2 train, fold 3 validates, EfficientNet-Lite0 with ImageNet weights"}
-
-STUDIES = ("isic2018_128", "versions_phantoms")  # on the front page; results/studies holds all
+CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the speed table
+SHORT = ("data", "network", "Dice", "IoU", "epochs", "minutes")  # columns on the front page
+LONG = ("data", "split", "scored", "network", "size", "epochs", "Dice", "IoU", "minutes", "images/s", "hardware", "files")  # in results/README.md
+DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15 % test"),  # run -> what it was trained on, how that was split
+        "isic2018_cpu": ("ISIC 2018, skin lesions", "1600 train, 400 validate"),
+        "bkai_cpu": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
+        "bkai_lite0": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
+        "dsb2018_lite0": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
+NETWORKS = {"fpn": "QTSeg", "efficientnet_lite0": "QTSeg, EfficientNet-Lite0 encoder"}
+STUDIES = ("isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
 
 
 def keep(folder: Path, root: Path = ROOT) -> Path:
@@ -42,17 +46,23 @@ def keep(folder: Path, root: Path = ROOT) -> Path:
     return target
 
 
-def table(root: Path = ROOT) -> str:
-    """The results as a Markdown table: a row for each folder in results/."""
-    rows = ["| data | split scored | size | epochs | Dice | IoU | minutes | images/s | hardware, command |", "|---|---|---|---|---|---|---|---|---|"]
+def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
+    """The results as a Markdown table: a row for each run in results/. Links start from results/."""
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for path in sorted((root / "results").glob("*/metrics.json")):
         m, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
-        c, train, part = m["config"], m["train"], "test" if m["images"]["test"] else "validation"
-        machine = m["hardware"]["processor"] if m["hardware"]["device"] == "cpu" else m["hardware"]["device"]
-        rows.append(f"| {TITLES.get(name, name)} | {part}, {m['images']['test'] or m['images']['valid']} images | {c['size']}² | {train['epochs']} "
-                    f"| {m['test']['dice']:.2f} | {m['test']['iou']:.2f} | {train['seconds'] / 60:.0f} | {train['images_per_second']:.1f} "
-                    f"| {machine}, {m['hardware']['cores']} cores, `params/{name}.yaml`; [curves](../results/{name}/curves.png), "
-                    f"[Dice of every image](../results/{name}/dice.png) |")
+        c, train, scored = m["config"], m["train"], "test" if m["images"]["test"] else "validation"
+        (data, split), encoder, machine = DATA.get(name, (name, "")), c.get("encoder", "fpn"), m["hardware"]
+        cells = {
+            "data": data, "split": split,
+            "network": NETWORKS.get(encoder, encoder) + (", ImageNet weights" if c["encoder_weights"] else ", from scratch"),
+            "scored": f"{scored}, {m['images']['test'] or m['images']['valid']} images", "size": f"{c['size']}²",
+            "epochs": train["epochs"], "Dice": f"{m['test']['dice']:.2f}", "IoU": f"{m['test']['iou']:.2f}",
+            "minutes": f"{train['seconds'] / 60:.0f}", "images/s": f"{train['images_per_second']:.1f}",
+            "hardware": f"{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores",
+            "files": f"[parameters](../nbs/experiments/params/{name}.yaml), [scores]({name}/metrics.json), [curves]({name}/curves.png), "
+                     f"[Dice of every image]({name}/dice.png)"}
+        rows.append(f"| {' | '.join(str(cells[column]) for column in columns)} |")
     return "\n".join(rows)
 
 
@@ -67,7 +77,7 @@ def study_table(root: Path = ROOT) -> str:
             difference, cost = differences.get(row["arm"]), costs[row["arm"]]
             apart = (f"{difference['difference']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}] | {difference['p_holm']:.2f}"
                      if difference else "reference | ")
-            rows.append(f"| [{name}](../results/studies/{name}/report.md), {row['arm']} | {row['n']} | {row['dice_mean']:.2f} ± {row['dice_sd']:.2f} "
+            rows.append(f"| [{name}](studies/{name}/report.md), {row['arm']} | {row['n']} | {row['dice_mean']:.2f} ± {row['dice_sd']:.2f} "
                         f"| {apart} | {cost['multiply_adds'] / 1e9:.2f} G | {cost['latency_ms']:.1f} |")
     return "\n".join(rows)
 
