@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from .cache import (Cache, DataProblems, Settings, build_cache, cache_key, cache_root,
                               leave_out_twins, load_cache)
 from .census import Census, identical_files, take_census
-from .dataset import DatasetSplit, Split
+from .dataset import Split
+from .given import DatasetSplit
 from .layout import SPLITS, Record, Survey, survey_folder
 from .mask_values import IGNORE, value_code
 from .preprocessing import COLORS, Preprocessing, is_whole_number

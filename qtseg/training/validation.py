@@ -13,11 +13,12 @@ import torch
 from torch import nn, Tensor
 from torch.utils.data import Dataset
 
-from ..data.dataset import DatasetSplit, Split, network_input
+from ..data.dataset import Split, network_input
+from ..data.given import DatasetSplit
 from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import SegmentationMetrics, hard_masks
 from ..files.optional import import_optional
-from .losses import weighted_loss
+from .loss_names import weighted_loss
 
 # %% auto #0
 __all__ = []
