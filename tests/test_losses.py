@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qtseg.training.losses import (LOSSES, bce_loss, binary_dice_loss, boundary_dou_loss, categorical_dice_loss, ce_dice_loss,
-                                   check_labels, cross_entropy_loss, focal_loss, weighted_loss)
+from qtseg.training.loss_inputs import check_labels
+from qtseg.training.loss_names import LOSSES, boundary_dou_loss, weighted_loss
+from qtseg.training.losses import bce_loss, binary_dice_loss, categorical_dice_loss, ce_dice_loss, cross_entropy_loss, focal_loss
 
 # Printed by the official code, release v0.1.0, on golden_inputs.
 GOLDEN = {

@@ -30,7 +30,7 @@ from qtseg.study.runs import run_arm, study_table
 from qtseg.cli import main
 from qtseg.files.yaml import read_yaml
 from qtseg.study.sweep import find_notebooks, run_study
-from qtseg.training.losses import weighted_loss
+from qtseg.training.loss_names import weighted_loss
 from qtseg.training.config import TrainConfig
 
 STUDIES = sorted((ROOT / "nbs" / "experiments" / "studies").glob("*.yaml"))

@@ -11,7 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ..training.losses import check_labels
+from ..training.loss_inputs import check_labels
 
 # %% auto #0
 __all__ = ['hard_masks', 'foreground_weights', 'confusion_counts', 'scores_in_percent', 'SegmentationMetrics']

@@ -20,11 +20,11 @@ from ..data.mask_values import MASKS
 from ..data.preprocessing import RESIZES, COLORS as COLOR_SPACES
 from ..evaluation.metrics import foreground_weights
 from ..files.text import plain, printable, read_json
-from ..network.attention import POSITIONS
 from ..network.baselines import NETWORKS
 from ..network.bridges import BRIDGES
 from ..network.decoders import DECODERS
-from .losses import LOSSES, weighted_loss
+from ..network.positions import POSITIONS
+from .loss_names import LOSSES, weighted_loss
 from .operations import OPERATIONS
 
 # %% auto #0

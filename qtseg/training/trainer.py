@@ -31,7 +31,7 @@ from .augmentation import Augmentation, random_crops
 from .callbacks import EMA, EarlyStopping, FitState, ProgressBar, Tracker, require_callbacks
 from .config import OPTIMIZERS, SCHEDULERS, TrainConfig
 from .hardware import choose_device
-from .losses import weighted_loss
+from .loss_names import weighted_loss
 from .operations import seeded
 from .recipe import scaled_rates, warm_up, weight_groups
 from .run_folder import data_digest
