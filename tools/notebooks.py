@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,9 +69,9 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 def address(root: Path = ROOT) -> str:
     """`owner/repository/blob/branch`: owner and repository of the git remote `origin` if it is on GitHub, else of settings.ini."""
-    ini, url = settings(root), ""
-    if (root / ".git").exists():  # else git would ask a repository around this folder
-        url = subprocess.run(["git", "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True).stdout.strip()
+    ini, url, git = settings(root), "", shutil.which("git")
+    if git and (root / ".git").exists():  # without .git here, git would ask a repository around this folder
+        url = subprocess.run([git, "remote", "get-url", "origin"], cwd=root, capture_output=True, text=True).stdout.strip()
     owner, repository = found.groups() if (found := GITHUB.fullmatch(url)) else (ini["user"], ini["repo"])
     return f"{owner}/{repository}/blob/{ini['branch']}"
 
