@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from qtseg.network.attention import POSITIONS
+from qtseg.network.positions import POSITIONS
 from qtseg.network.bridges import BRIDGES
 from qtseg.network.decoders import DECODERS
 from qtseg.training.losses import ce_dice_loss

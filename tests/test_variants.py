@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qtseg.network.attention import POSITIONS, LearnedPositionalEncoding, PositionalEncoding
 from qtseg.network.blocks import TwoForms
 from qtseg.network.bridges import BRIDGES
 from qtseg.network.decoders import DECODERS, ConvDecoder
 from qtseg.network.mqm import MQMStage
+from qtseg.network.positions import POSITIONS, LearnedPositionalEncoding, PositionalEncoding
 from qtseg.network.encoders import fold_batchnorms
 
 CHANNELS = (16, 32, 64)  # width 4

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import Attention, FeedForward, PositionalEncoding
+from .attention import Attention, FeedForward
 from .blocks import ConvBNAct, watched
 from .bridge import UpConv, UpConvBNAct
 from .dma import DMABlock
@@ -20,6 +20,7 @@ from .efficientnet import InvertedResidual, LiteConv
 from .fast_attention import FastDMABlock, FewKeysAttention, FewQueriesAttention
 from .fast_lite import train_block
 from .mqm import MaskHead, Upscale
+from .positions import PositionalEncoding
 
 # %% auto #0
 __all__ = ['FastMaskHead', 'accelerate']
