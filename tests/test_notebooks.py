@@ -10,8 +10,8 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import executing
 import nbformat
+import notebook_runner
 import notebooks as tool
 import pytest
 
@@ -38,7 +38,7 @@ def assert_runs(notebook: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        failed = process.submit(executing.failure, notebook).result(timeout=300)
+        failed = process.submit(notebook_runner.failure, notebook).result(timeout=300)
     assert not failed, failed
 
 
