@@ -684,11 +684,11 @@ def test_many_updates_leave_nothing_behind(make, moves):
     work(20)
     before = state()
     tracemalloc.start()
-    work(60)  # what is shown now was made since the start
+    work(30)  # what is shown now was made since the start
     start = tracemalloc.get_traced_memory()[0]
-    work(300)
+    work(120)
     gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - start
     tracemalloc.stop()
     assert state() == before, "widgets or observers piled up"
-    assert grown < 300_000, f"{grown / 1e6:.1f} MB more after 300 updates"
+    assert grown < 150_000, f"{grown / 1e6:.2f} MB more after 120 updates"
