@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from ..data.dataset import Split, normalize
 from ..data.segmentation import SegmentationData
-from .metrics import MEASURES, foreground_weights, hard_masks, scores_in_percent
+from .metric_inputs import foreground_weights
+from .metrics import MEASURES, hard_masks, scores_in_percent
 from .scores import (RATES, SCORES, SIZES, THRESHOLDS, ImageScores, Protocol, calibration_error,
                                      class_probabilities, decide, flip_average, rates_in_percent, score_image,
                                      surface_functions)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..data.mask_values import MASKS
 from ..data.preprocessing import RESIZES, COLORS as COLOR_SPACES
-from ..evaluation.metrics import foreground_weights
+from ..evaluation.metric_inputs import foreground_weights
 from ..files.text import plain, printable, read_json
 from ..network.baselines import NETWORKS
 from ..network.bridges import BRIDGES

@@ -40,7 +40,7 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None = None, 
             f"use ({name} > 0).long() for a black-and-white mask"
         )
 
-
+# %% ../../nbs/reference/training_loss_inputs.ipynb #li-inputs
 def check_inputs(logits: Tensor, target: Tensor, fewest: int = 1, most: int | None = None,
                  ignore_index: int | None = None) -> Tensor:
     """The logits [B, C, H, W] in float32 or wider, 0 at ignored pixels, if they fit the target int64 [B, H, W].
