@@ -27,6 +27,7 @@ DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15
         "bkai_cpu": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
         "bkai_lite0": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
         "dsb2018_lite0": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
+DATA |= {"bkai_lite0_dma": DATA["bkai_lite0"], "dsb2018_lite0_dma": DATA["dsb2018_lite0"], "isic2018_lite0": DATA["isic2018_cpu"]}
 NETWORKS = {"fpn": "QTSeg", "efficientnet_lite0": "QTSeg, EfficientNet-Lite0 encoder"}
 STUDIES = ("isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
 
@@ -55,7 +56,7 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
         (data, split), encoder, machine = DATA.get(name, (name, "")), c.get("encoder", "fpn"), m["hardware"]
         cells = {
             "data": data, "split": split,
-            "network": NETWORKS.get(encoder, encoder) + (", ImageNet weights" if c["encoder_weights"] else ", from scratch"),
+            "network": NETWORKS.get(encoder, encoder) + (", version 2" if c["decoder"] == "dma" else "") + (", ImageNet weights" if c["encoder_weights"] else ", from scratch"),
             "scored": f"{scored}, {m['images']['test'] or m['images']['valid']} images", "size": f"{c['size']}²",
             "epochs": train["epochs"], "Dice": f"{m['test']['dice']:.2f}", "IoU": f"{m['test']['iou']:.2f}",
             "minutes": f"{train['seconds'] / 60:.0f}", "images/s": f"{train['images_per_second']:.1f}",
