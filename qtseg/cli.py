@@ -342,6 +342,7 @@ def predict(
 # %% ../nbs/reference/cli.ipynb #7ffe3cb4
 @subcommand(app, "  qtseg export runs/mine\n"
                  "  qtseg export phantoms --onnx --pack my_copy\n"
+                 "  qtseg export runs/mine --web page --offline\n"
                  "  qtseg export runs/mine/best_dice --card --pack for_others --push USER/NAME", RuntimeError)
 def export(
         checkpoint: Annotated[str, Argument(help=_RUN)],
@@ -351,13 +352,24 @@ def export(
         pack: Annotated[Path | None, Option(metavar="DIR", help="copy what others need into a new folder")] = None,
         push: Annotated[str | None, Option(metavar="USER/NAME", help=(
             "upload that to the Hugging Face hub, into a private repository"))] = None,
-        public: Annotated[bool, Option("--public", help="with --push: into a public one")] = False) -> None:
+        public: Annotated[bool, Option("--public", help="with --push: into a public one")] = False,
+        web: Annotated[Path | None, Option(metavar="DIR", help="write DIR/index.html, a page that segments")] = None,
+        offline: Annotated[bool, Option("--offline", help="with --web: a page that needs no network")] = False,
+        example: Annotated[list[Path] | None, Option(help="with --web: an image to try")] = None) -> None:
     """Export a checkpoint, describe it, share it. Without options: --onnx --card."""
-    from qtseg.prediction.cards import export_checkpoint
+    from qtseg.prediction.cards import export_checkpoint, model_card
+    from qtseg.prediction.web import export_web
 
-    for line in export_checkpoint(checkpoint, onnx=onnx, opset=opset, card=card, folder=pack, repo_id=push,
-                                  public=public):
-        print(printable(line), flush=True)
+    if (offline or example) and not web:
+        raise ValueError("--offline and --example go with --web DIR")
+    if onnx or card or pack or push or not web:
+        for line in export_checkpoint(checkpoint, onnx=onnx, opset=opset, card=card, folder=pack, repo_id=push,
+                                      public=public):
+            print(printable(line), flush=True)
+    if web:
+        print("recording the network and writing the page takes about a minute", flush=True)
+        page = export_web(checkpoint, web, model_card(checkpoint), offline=offline, examples=example or ())
+        print(f"{printable(page)}: {page.stat().st_size / 1e6:.1f} MB")
 
 # %% ../nbs/reference/cli.ipynb #a7924fca
 @subcommand(app, "  qtseg study nbs/experiments/studies/phantoms_quick.yaml --workers 2\n"

@@ -16,6 +16,7 @@ INSTALL = {  # names on PyPI that differ from the module's, versions that are ne
     "dask_jobqueue": "dask-jobqueue",
     "distributed": '"distributed>=2024.8"',
     "ipywidgets": "ipywidgets anywidget",
+    "markdown_it": "markdown-it-py",
     "onnx": "onnx onnxscript onnxruntime",
     "onnxscript": "onnx onnxscript onnxruntime",
     "pydicom": '"pydicom>=3"',

@@ -85,10 +85,10 @@ PARITY = 1e-3  # logits that differ by more are not the same network any more
 PARITY_SHAPES = ((1, 64, 64), (2, 100, 77), (3, 33, 128))  # batch, height, width
 
 # %% ../../nbs/reference/prediction_export.ipynb #export030-i2
-def parity_images(in_channels: int = 3) -> list[Tensor]:
-    """What engines are compared on: noise and phantoms of each of PARITY_SHAPES, float32 [B, C, H, W] in [-1, 1]."""
+def parity_images(in_channels: int = 3, shapes: Iterable[tuple[int, int, int]] = PARITY_SHAPES) -> list[Tensor]:
+    """What engines are compared on: noise and phantoms of each shape (B, H, W), float32 [B, C, H, W] in [-1, 1]."""
     generator, batches = torch.Generator().manual_seed(18), []
-    for batch, height, width in PARITY_SHAPES:
+    for batch, height, width in shapes:
         batches.append(2 * torch.rand(batch, in_channels, height, width, generator=generator) - 1)
         pictures = [torch.from_numpy(phantom(FAMILIES[i % len(FAMILIES)], i, max(height, width))[0][:height, :width])
                     for i in range(batch)]
