@@ -12,16 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .attention import POSITIONS, Attention, TwoWayBlock
+from .attention import Attention, TwoWayBlock
 from .blocks import TwoForms
 from .bridge import UpConv
+from .positions import POSITIONS
 
 # %% auto #0
 __all__ = ['LayerNorm2d', 'Upscale', 'TokenMLPs', 'StageOutput', 'MQMStage', 'MaskHead', 'MQMDecoder']
 
 # %% ../../nbs/05_decoder.ipynb #decoder-019
 class LayerNorm2d(TwoForms):
-    """Layer normalization over the channels of every pixel: [B, C, H, W] -> [B, C, H, W]. Source: Segment Anything."""
+    """Layer normalization over the channels of every pixel: [B, channels, h, w] -> the same shape.
+
+    Reference:
+        Segment Anything's `LayerNorm2d`.
+    """
 
     def __init__(self, channels: int, eps: float = 1e-6):
         super().__init__()
@@ -38,12 +43,12 @@ class LayerNorm2d(TwoForms):
         return self.last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def last(self, x: Tensor) -> Tensor:
-        """The same for a tensor that holds its channels last: [..., C] -> [..., C]."""
+        """The same for a tensor that holds its channels last: [..., channels] -> the same shape."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 # %% ../../nbs/05_decoder.ipynb #decoder-024
 class Upscale(nn.Module):
-    """Transposed convolution 2×2, LayerNorm2d, exact GELU: [B, in, H, W] -> [B, out, 2H, 2W].
+    """Transposed convolution 2×2, LayerNorm2d, exact GELU: [B, in, h, w] -> [B, out, 2h, 2w].
 
     Reference:
         The paper's mask decoder (officially `output_upscaling`), as in Segment Anything.
@@ -55,7 +60,7 @@ class Upscale(nn.Module):
         self.norm = LayerNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.norm(self.up(x)))  # [B, out, 2H, 2W]
+        return F.gelu(self.norm(self.up(x)))  # [B, out, 2h, 2w]
 
     def subpixels(self, x: Tensor) -> Tensor:
         """The same, not yet put into place: [B, N, in] -> [B, 4 * N, out], the four children of a pixel in a row."""
@@ -63,9 +68,14 @@ class Upscale(nn.Module):
 
 # %% ../../nbs/05_decoder.ipynb #decoder-029
 class TokenMLPs(TwoForms):
-    """A three-layer MLP of its own for every token: [B, tokens, in] -> [B, tokens, out], ReLU between.
+    """A three-layer MLP of its own for every token, ReLU between: [B, T, in] -> [B, T, out].
 
     The weights of all tokens stand in one tensor, so the fast form is one batched matrix product a layer.
+
+    Args:
+        tokens: T.
+        in_features: width of the tokens, and of the hidden layers.
+        out_features: width of the result.
 
     Reference:
         The paper's "hypernetwork" MLPs.
@@ -75,7 +85,7 @@ class TokenMLPs(TwoForms):
         super().__init__()
         sizes = [in_features, in_features, in_features, out_features]
         layers = [[nn.Linear(i, o) for _ in range(tokens)] for i, o in zip(sizes[:-1], sizes[1:])]
-        # a layer's weights are [tokens, out, in], its biases [tokens, out]
+        # a layer's weights are [T, out, in], its biases [T, out]
         self.weights = nn.ParameterList(torch.stack([linear.weight.detach() for linear in layer]) for layer in layers)
         self.biases = nn.ParameterList(torch.stack([linear.bias.detach() for linear in layer]) for layer in layers)
 
@@ -86,26 +96,35 @@ class TokenMLPs(TwoForms):
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
                 y = F.linear(F.relu(y) if layer else y, weight[token], bias[token])
             outputs.append(y)  # [B, out]
-        return torch.stack(outputs, dim=1)  # [B, tokens, out]
+        return torch.stack(outputs, dim=1)  # [B, T, out]
 
     def fast_forward(self, x: Tensor) -> Tensor:
-        y = x.transpose(0, 1)  # [tokens, B, in]
+        y = x.transpose(0, 1)  # [T, B, in]
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            y = torch.baddbmm(bias[:, None], F.relu(y) if layer else y, weight.transpose(1, 2))  # [tokens, B, out]
-        return y.transpose(0, 1)  # [B, tokens, out]
+            y = torch.baddbmm(bias[:, None], F.relu(y) if layer else y, weight.transpose(1, 2))  # [T, B, out]
+        return y.transpose(0, 1)  # [B, T, out]
 
 # %% ../../nbs/05_decoder.ipynb #decoder-033
 class StageOutput(NamedTuple):
-    """What a decoder stage leaves behind, for those who want to look."""
+    """What a stage of the decoder returns."""
 
-    tokens: Tensor  #: [B, C, F] after the blocks and the final attention
+    tokens: Tensor  #: [B, T, F] after the blocks and the final attention
     features: Tensor  #: [B, F, h, w] after the blocks
-    next_tokens: Tensor  #: [B, C, F_next] from each token's own MLP
+    next_tokens: Tensor  #: [B, T, F_next] from each token's own MLP
     attention: list[dict[str, Tensor]] | None  #: per block, and at the end {"final"}: [B, heads, queries, keys]
 
 # %% ../../nbs/05_decoder.ipynb #decoder-035
 class MQMStage(nn.Module):
     """One resolution of the MQM decoder: two-way blocks, final attention, and the tokens of the next stage.
+
+    Args:
+        tokens: T.
+        width: F, of tokens and features.
+        next_width: of the tokens of the next stage.
+        depth: number of two-way blocks.
+        heads: of every attention.
+        mlp_width: of the hidden layer in the blocks' MLPs.
+        position: a name in POSITIONS.
 
     Raises:
         ValueError: `position` is not in POSITIONS, or `heads` don't divide half of `width`.
@@ -126,7 +145,7 @@ class MQMStage(nn.Module):
         self.token_mlps = TokenMLPs(tokens, width, next_width)
 
     def forward(self, tokens: Tensor, features: Tensor, record: bool = False) -> StageOutput:
-        """tokens [B, C, F], features [B, F, h, w]; `record` asks for the attention weights too."""
+        """tokens [B, T, F], features [B, F, h, w]; `record` asks for the attention weights too."""
         height, width = features.shape[-2:]
         initial, x = tokens, features.flatten(2).transpose(1, 2)  # [B, h * w, F]
         position = self.position(height, width, x)  # [1, h * w, F]
@@ -141,10 +160,10 @@ class MQMStage(nn.Module):
 
 # %% ../../nbs/05_decoder.ipynb #decoder-042
 class MaskHead(TwoForms):
-    """Tokens [B, C, F] meet features [B, F, h, w], upscaled from stride 8 to 2: logits [B, C, 4h, 4w].
+    """Tokens [B, T, F] meet features [B, F, h, w], upscaled from stride 8 to 2: logits [B, T, 4h, 4w].
 
-    Nothing here looks beyond its own pixel, so the fast form keeps the pixels in a list, in inference on a CPU a chunk
-    at a time, and puts only the logits into place: the widest map of the decoder (F channels at stride 2) never exists.
+    No step uses a neighboring pixel. So the fast form keeps the pixels in a list, in inference on a CPU a chunk at a
+    time, and puts only the logits into place: the widest map of the decoder (F channels at stride 2) never exists.
     """
 
     chunk = 1024  #: pixels at stride 8 worked on together; with 64 channels they become 4.2 MB of float32 at stride 2
@@ -154,14 +173,14 @@ class MaskHead(TwoForms):
         self.upscale4, self.upscale2 = Upscale(width, width // 2), Upscale(width // 2, width)
 
     def naive_forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        return torch.einsum("bcf,bfhw->bchw", tokens, self.upscale2(self.upscale4(features)))
+        return torch.einsum("btf,bfhw->bthw", tokens, self.upscale2(self.upscale4(features)))
 
     def fast_forward(self, tokens: Tensor, features: Tensor) -> Tensor:
         pixels = features.flatten(2).transpose(1, 2)  # [B, h * w, F]
         return self.place(self.logits_of(tokens, pixels), *features.shape[-2:])
 
     def logits_of(self, tokens: Tensor, pixels: Tensor) -> Tensor:
-        """Pixels at stride 8 [B, N, F] -> logits of their children at stride 2, not yet in place: [B, C, 16 * N]."""
+        """Pixels at stride 8 [B, N, F] -> logits at stride 2, in the list's order: [B, T, 16 * N]."""
         parts = [
             tokens @ self.upscale2.subpixels(self.upscale4.subpixels(part)).transpose(1, 2)
             for part in self._chunks(pixels)
@@ -170,9 +189,9 @@ class MaskHead(TwoForms):
 
     @staticmethod
     def place(logits: Tensor, height: int, width: int) -> Tensor:
-        """Logits in the list's order [B, C, 16 * h * w] -> [B, C, 4h, 4w]."""
-        y = logits.unflatten(2, (height, width, 2, 2, 2, 2))  # [B, C, h, w, 2, 2, 2, 2]
-        return y.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5, 7).flatten(2, 4)  # [B, C, h·2·2, w·2·2]
+        """Logits in the list's order [B, T, 16 * h * w] -> [B, T, 4h, 4w]."""
+        y = logits.unflatten(2, (height, width, 2, 2, 2, 2))  # [B, T, h, w, 2, 2, 2, 2]
+        return y.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5, 7).flatten(2, 4)  # [B, T, h·2·2, w·2·2]
 
     def _chunks(self, pixels: Tensor) -> Sequence[Tensor]:
         """Only inference on a CPU gains: training keeps everything anyway, and a GPU prefers one large product."""
@@ -182,13 +201,13 @@ class MaskHead(TwoForms):
 
 # %% ../../nbs/05_decoder.ipynb #decoder-047
 class MQMDecoder(nn.Module):
-    """Multi-query mask decoder: maps at strides 8, 16, 32 -> low-resolution logits [B, classes, H/2, W/2].
+    """Multi-query mask decoder: maps at strides 8, 16, 32 -> low-resolution logits [B, T, H/2, W/2].
 
     Every level is exactly twice as high and wide as the next.
 
     Args:
         channels: of the maps at strides 8, 16, 32.
-        classes: with the background; one token each.
+        classes: T, with the background; one token each.
         depths: two-way blocks at strides 8, 16, 32.
         heads: of every attention.
         mlp_width: of the MLPs in the blocks.
@@ -217,12 +236,12 @@ class MQMDecoder(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], steps: list[StageOutput] | None = None) -> Tensor:
         """A list given as `steps` receives the three stages' outputs, attention weights included, coarse to fine."""
-        level8, level16, level32 = levels
+        m8, m16, m32 = levels
         record = steps is not None
-        tokens = self.mask_tokens.weight.expand(level32.shape[0], -1, -1)  # [B, C, 16n]
-        at32 = self.stage32(tokens, level32, record)
-        at16 = self.stage16(at32.next_tokens, level16 + self.upscale32(at32.features), record)
-        at8 = self.stage8(at16.next_tokens, level8 + self.upscale16(at16.features), record)
+        tokens = self.mask_tokens.weight.expand(m32.shape[0], -1, -1)  # [B, T, 16n]
+        at32 = self.stage32(tokens, m32, record)
+        at16 = self.stage16(at32.next_tokens, m16 + self.upscale32(at32.features), record)
+        at8 = self.stage8(at16.next_tokens, m8 + self.upscale16(at16.features), record)
         if record:
             steps += [at32, at16, at8]
         return self.mask_head(at8.next_tokens, at8.features)
