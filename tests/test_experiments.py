@@ -58,7 +58,9 @@ def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name, given, words", [
     ("evaluate", {"chekpoint": "x", "batch": "many"}, ["unknown parameters: chekpoint", "of the wrong type: batch"]),
-    ("predict", {"input": "x", "tta": "yes please"}, ["unknown parameters: input", "of the wrong type: tta"])])
+    ("predict", {"input": "x", "tta": "yes please"}, ["unknown parameters: input", "of the wrong type: tta"]),
+    ("annotate", {"image": "x", "steps": "many"}, ["unknown parameters: image", "of the wrong type: steps"]),
+    ("annotation_study", {"seeds": 3, "order": "by name"}, ["unknown parameters: seeds", "of the wrong type or value: order"])])
 def test_unknown_and_ill_typed_parameters_are_refused(name, given, words):
     said = refused_parameters(NOTEBOOKS / f"{name}.ipynb", **given)
     assert all(word in said for word in words)

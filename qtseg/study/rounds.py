@@ -10,10 +10,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..data.layout import survey_folder
@@ -21,13 +20,11 @@ from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import SegmentationMetrics
 from ..files.text import read_json
 from ..files.writing import new_folder
-from ..prediction.inputs import AnyImage
 from ..prediction.predictor import Predictor
 from ..training.fine_tuning import RECIPE, fit_few
-from ..view.album import entropy
 
 # %% auto #0
-__all__ = ['ROUND_FILE', 'rounds', 'fine_tune', 'score_rounds', 'look', 'greedy', 'by_doubt']
+__all__ = ['ROUND_FILE', 'rounds', 'fine_tune', 'score_rounds']
 
 # %% ../../nbs/reference/study_rounds.ipynb #roundfit
 ROUND_FILE = "round.json"  # in the checkpoint of a round: which images it had, and the seconds that it took
@@ -80,52 +77,3 @@ def score_rounds(folder: str | os.PathLike) -> list[dict]:
             rows.append({"trained": len(about["trained"]), "held back": len(data.valid),
                          "minutes": about["seconds"] / 60, "dice": metrics.compute()["dice"]})
     return rows
-
-# %% ../../nbs/reference/study_rounds.ipynb #rounddoubt
-def look(predictor: Predictor, images: Mapping[str, AnyImage]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names [N] of the images that can be read, their mean entropy [N], and the means of the encoder's last map [N, F]."""
-    names, doubt, features = [], [], []
-
-    def prepared() -> Iterator[tuple[np.ndarray, str]]:
-        for name, image in images.items():
-            try:
-                pixels, _ = predictor.prepare(image)
-            except (ValueError, OSError):
-                continue
-            yield pixels, name
-
-    hook = predictor.network.encoder.register_forward_hook(
-        lambda encoder, given, maps: features.extend(maps[-1].mean(dim=(2, 3)).cpu().numpy()))
-    try:
-        for maps, name in predictor.through_network(prepared(), 8):
-            names.append(name)
-            doubt.append(entropy(maps))
-    finally:
-        hook.remove()
-    return names, np.array(doubt), np.array(features)
-
-
-def greedy(doubt: np.ndarray, features: np.ndarray, known: np.ndarray) -> list[int]:
-    """Order images by doubt [N] times the distance of their features [N, F] to the nearest one known [N] or chosen."""
-    distance, order, left = np.full(len(doubt), np.inf), [], ~known
-    for number in np.flatnonzero(known):
-        distance = np.minimum(distance, np.linalg.norm(features - features[number], axis=1))
-    while left.any():
-        score = doubt * np.where(np.isinf(distance), 1, distance)  # nothing is known: doubt alone decides
-        order.append(int(np.where(left, score, -1).argmax()))
-        left[order[-1]] = False
-        distance = np.minimum(distance, np.linalg.norm(features - features[order[-1]], axis=1))
-    return order
-
-
-def by_doubt(predictor: Predictor, images: Mapping[str, AnyImage], known: Collection[str] = ()) -> list[str]:
-    """Order the images that are not known yet: what is best annotated next comes first.
-
-    Args:
-        predictor: of a network with a part called `encoder`.
-        images: name -> image, see `as_rgb`; what cannot be read comes last.
-        known: the names of those that are annotated.
-    """
-    names, doubt, features = look(predictor, images)
-    order = [names[number] for number in greedy(doubt, features, np.isin(names, list(known)))]
-    return order + [name for name in images if name not in names and name not in known]

@@ -36,7 +36,8 @@ def first_network(start: str, classes: int, seed: int) -> QTSeg:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if start in ("imagenet", "scratch"):
-            model = QTSeg(classes, encoder="efficientnet_lite0", encoder_weights="imagenet" if start == "imagenet" else None)
+            model = QTSeg(classes, encoder="efficientnet_lite0",
+                          encoder_weights="imagenet" if start == "imagenet" else None)
         else:
             model = QTSeg(**QTSeg.from_pretrained(start).config | {"classes": classes})
             init_from(model, start)
@@ -44,8 +45,9 @@ def first_network(start: str, classes: int, seed: int) -> QTSeg:
 
 # %% ../../nbs/reference/training_fine_tuning.ipynb #finefit
 RECIPE = {
-    "size": 256, "batch": 8, "scheduler": "cosine", "min_lr": 1e-6, "clip": 1.0, "most_operations": 5, "progress": False,
-    "operations": ["vertical_flip", "horizontal_flip", "rotate", "scale", "shear", "translate", "contrast"]}
+    "size": 256, "batch": 8, "scheduler": "cosine", "min_lr": 1e-6, "clip": 1.0, "progress": False,
+    "most_operations": 5, "operations": [
+        "vertical_flip", "horizontal_flip", "rotate", "scale", "shear", "translate", "contrast"]}
 
 
 def fit_few(data: SegmentationData, start: str = "imagenet", steps: int = 300, callbacks: Sequence[object] = (),

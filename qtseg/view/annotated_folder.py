@@ -108,6 +108,12 @@ def _row(name: str, path: Path, picture: Picture, folder: Path) -> dict:
     return write_image(name, path, picture, folder)
 
 
+def _next_split(rows: dict[str, dict[str, str]]) -> str:
+    """Whether the next annotated image trains or is held back: one of HELD_BACK validates."""
+    held_back = sum(row.get("split") == "valid" for row in rows.values())
+    return "valid" if HELD_BACK * (held_back + 1) <= len(rows) + 1 else "train"
+
+
 def _read_mask(path: Path, shape: tuple[int, int], classes: int, ignore: object) -> np.ndarray:
     """A mask of class indices, uint8 [H, W]; ValueError if its size differs from `shape` or a value is no class."""
     mask = read_named_picture(path, stored_values=True).values
@@ -191,11 +197,9 @@ class AnnotatedFolder:
         return self._stamps.get(name) == self._stamp(name)
 
     def _add(self, name: str) -> None:
-        there, row = _rows(self.folder), self._removed.pop(name, None)
-        if row is None:
-            held_back = sum(one.get("split") == "valid" for one in there.values())
-            row = _row(name, self.paths[name], self._picture(name), self.folder)
-            row["split"] = "valid" if HELD_BACK * (held_back + 1) <= len(there) + 1 else "train"
+        there = _rows(self.folder)
+        row = self._removed.pop(name, None) or {
+            **_row(name, self.paths[name], self._picture(name), self.folder), "split": _next_split(there)}
         self.rows = dict(sorted((there | {name: row}).items()))
         self._write_rows()
 

@@ -39,18 +39,15 @@ class Annotation:
         suggests: whether an image without an answer opens with the network's mask as a suggestion.
     """
 
-    suggests = False
-
     def __init__(self, images: str | os.PathLike, folder: str | os.PathLike | None = None,
                  classes: Sequence[str] | None = None,
                  network: str | os.PathLike | Callable[[np.ndarray], np.ndarray] | None = None):
         self.network, self.files = as_network(network), AnnotatedFolder(images, folder, classes)
-        self.names, self.classes, self.skipped = list(self.files.paths), self.files.classes, {}
+        self.names, self.classes, self.skipped, self.suggests = list(self.files.paths), self.files.classes, {}, False
         self._histories: dict[str, History] = {}
         self._last_stroke, start = time.monotonic(), self.files.state["current"]
-        if start not in self.names:
-            start = next((name for name in self.names if name not in self.files.rows), self.names[0])
-        self.name = start
+        self.name = start if start in self.names else next(
+            (name for name in self.names if name not in self.files.rows), self.names[0])
         self.ahead(0)
 
     @property
@@ -104,16 +101,14 @@ class Annotation:
                              "now, without the last stroke; draw it again")
         change = getattr(self.drawing, action)(*arguments)
         if change is not None:
-            now = time.monotonic()
+            now, spent = time.monotonic(), self.files.state["seconds"]
             seconds, self._last_stroke = min(now - self._last_stroke, PAUSE), now
-            spent = self.files.state["seconds"]
             spent[self.name] = round(spent.get(self.name, 0) + seconds, 1)
             self.files.save(self.name, self.drawing.mask, self.drawing.answered)
         return change
 
     def note(self, text: str) -> None:
         """Keep a note on the open image; an empty one removes it."""
-        self.files.state["notes"].pop(self.name, None)
-        if text.strip():
-            self.files.state["notes"][self.name] = text.strip()
+        notes = self.files.state["notes"] | {self.name: text.strip()}
+        self.files.state["notes"] = {name: words for name, words in notes.items() if words}
         self.files.write_state()
