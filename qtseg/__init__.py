@@ -1,5 +1,5 @@
 """QTSeg: a query-token network for 2D medical image segmentation."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import lazy_loader
 
