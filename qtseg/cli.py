@@ -252,8 +252,7 @@ def _mask_value(text: str) -> int | str:
 
 _Values = Annotated[Any, Option(parser=lambda text: [*map(_mask_value, text.split(","))], metavar="V,V,…", help=(
     "the value or color of class 0, 1, …, such as 0,120,255 or #000000,#ff0000 (as in the run)"))]
-_Value = Annotated[Any, Option(parser=_mask_value, metavar="V", help=(
-    "the value or color in masks of pixels that count nowhere (as in the run)"))]
+_Value = Annotated[Any, Option(parser=_mask_value, metavar="V", help="of pixels that count nowhere (as in the run)")]
 _Scored = Annotated[Literal["test", "valid", "train", "all"] | None, Option(help=(
     "images to score (test, or valid where there is no test split; all of other data that has no splits)"))]
 
@@ -263,8 +262,7 @@ _Scored = Annotated[Literal["test", "valid", "train", "all"] | None, Option(help
                  "  qtseg evaluate runs/mine/best_dice --data other_hospital --output results --sizes 256 512")
 def evaluate(
         checkpoint: Annotated[str, Argument(help=f"{_RUN}. Of a run, every checkpoint is scored")],
-        data: Annotated[str | None, Option(help=(
-            "a folder, a .zip or phantoms:family:n, as for training; else the run's own"))] = None,
+        data: Annotated[str | None, Option(help="a folder, a .zip or phantoms:family:n (as in the run)")] = None,
         split: _Scored = None,
         masks: Annotated[str, Option(help="how masks are read: auto (as in the run), index, binary, any")] = "auto",
         mask_values: _Values = None,
@@ -278,8 +276,7 @@ def evaluate(
         threshold: Annotated[float | None, Option(help="foreground begins above this probability")] = None,
         tta: _Tta = False,
         tolerance: Annotated[float, Option(help="of the surface Dice, in pixels")] = 2.0,
-        lesion_overlap: Annotated[float, Option(metavar="SHARE", help=(
-            "share of a lesion's area that must be covered for it to count as found"))] = 0.1,
+        lesion_overlap: Annotated[float, Option(metavar="SHARE", help="of a lesion's area, for it to be found")] = 0.1,
         no_surface: Annotated[bool, Option("--no-surface", help="no HD95 and surface Dice: they are slow")] = False,
         no_pictures: Annotated[bool, Option("--no-pictures", help="write numbers only")] = False,
         sizes: Annotated[list[int] | None, Option(metavar="PIXELS", help="further sizes for the cost table")] = None,
@@ -302,8 +299,7 @@ def evaluate(
                  "  qtseg predict runs/mine/best_dice my_images \"more/*.tif\" --output masks --overlay --tta")
 def predict(
         checkpoint: Annotated[str, Argument(help=_RUN)],
-        files: Annotated[list[str], Argument(metavar="INPUT", help=(
-            "image files, folders (searched to the bottom) or patterns in quotes"))],
+        files: Annotated[list[str], Argument(metavar="INPUT", help="image files, folders, or patterns in quotes")],
         output: Annotated[Path, Option("--output", "-o", help="folder for masks and predictions.csv")],
         overlay: Annotated[bool, Option("--overlay", help="also write NAME_overlay.jpg")] = False,
         probability: Annotated[Literal["png", "npz"] | None, Option(help=(
@@ -350,8 +346,7 @@ def export(
         opset: Annotated[int, Option(help="version of ONNX's operations")] = 20,
         card: Annotated[bool, Option("--card", help="write README.md, the model card")] = False,
         pack: Annotated[Path | None, Option(metavar="DIR", help="copy what others need into a new folder")] = None,
-        push: Annotated[str | None, Option(metavar="USER/NAME", help=(
-            "upload that to the Hugging Face hub, into a private repository"))] = None,
+        push: Annotated[str | None, Option(metavar="USER/NAME", help="upload it to a private Hub repository")] = None,
         public: Annotated[bool, Option("--public", help="with --push: into a public one")] = False,
         web: Annotated[Path | None, Option(metavar="DIR", help="write DIR/index.html, a page that segments")] = None,
         offline: Annotated[bool, Option("--offline", help="with --web: a page that needs no network")] = False,
@@ -367,9 +362,7 @@ def export(
                                       public=public):
             print(printable(line), flush=True)
     if web:
-        print("recording the network and writing the page takes about a minute", flush=True)
-        page = export_web(checkpoint, web, model_card(checkpoint), offline=offline, examples=example or ())
-        print(f"{printable(page)}: {page.stat().st_size / 1e6:.1f} MB")
+        print(printable(export_web(checkpoint, web, model_card(checkpoint), offline=offline, examples=example or ())))
 
 # %% ../nbs/reference/cli.ipynb #a7924fca
 @subcommand(app, "  qtseg study nbs/experiments/studies/phantoms_quick.yaml --workers 2\n"

@@ -196,7 +196,7 @@ def test_the_wheel_holds_only_the_package(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {name.split("/")[0] for name in names} == {"qtseg", f"qtseg-{INI['version']}.dist-info"}
     weights = [path for path in (ROOT / "qtseg" / "weights").rglob("*") if path.is_file()]
-    wanted = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "qtseg").rglob("*.py"), *weights]}
+    wanted = {path.relative_to(ROOT).as_posix() for path in [*(ROOT / "qtseg").rglob("*.py"), *(ROOT / "qtseg" / "web").iterdir(), *weights]}
     assert {name for name in names if name.startswith("qtseg/")} == wanted and sum(path.stat().st_size for path in weights) <= 6e6
 
 
