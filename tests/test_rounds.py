@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import cv2
@@ -61,15 +62,15 @@ def test_a_sketch_moves_the_outline_by_about_the_jitter():
         assert set(np.unique(sketched(half, 0, jitter))) == {0, 2}
 
 
-@pytest.mark.parametrize("images", [1, 3, 7, 40])
+@pytest.mark.parametrize("images", [3, 40])
 def test_few_images_train_for_the_given_number_of_steps(images, start, tmp_path):
-    pairs = [(np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64), np.uint8))] * images
+    pairs = [(np.zeros((3, 32, 32), np.uint8), np.zeros((32, 32), np.uint8))] * images
     data, steps = SegmentationData.from_datasets(pairs, pairs[:1]), []
 
     class Count:
         after_batch = staticmethod(lambda state: steps.append(state.step))
 
-    fit_few(data, start, 20, [Count()], size=64, runs=str(tmp_path), device="cpu")
+    fit_few(data, start, 20, [Count()], size=32, runs=str(tmp_path), device="cpu")
     assert 16 <= len(steps) <= 24
 
 
@@ -80,7 +81,7 @@ def test_rounds_never_train_on_what_is_held_back(session, start):
     session.files.save("0", session.files.read("0")[1], answered=False)
     fine_tune(folder, start, 10, size=32, device="cpu")
     session.files.save("0", np.zeros((40, 40), np.uint8))
-    fine_tune(folder, "scratch", 10, size=32, device="cpu")
+    fine_tune(folder, start, 10, size=32, device="cpu")
     done = rounds(folder)
     assert [path.name for path in done] == ["01", "02"]
     assert [read_json(path / ROUND_FILE)["trained"] for path in done] == [["1", "2", "3", "5"], ["0", "1", "2", "3", "5"]]
@@ -126,10 +127,13 @@ def test_annotate_goes_from_masks_to_a_predicted_folder(session, start, tmp_path
 
 def test_the_annotation_study_goes_on_where_it_stopped(start, tmp_path):
     given = dict(data="phantoms:dermoscopy:12", size=32, start=start, counts=[2, 4], steps=10, folder=str(tmp_path / "arms"), cache=str(tmp_path / "cache"))
+    name = re.sub(r"[^\w.-]+", "-", f"phantoms:dermoscopy:12-32-10-2.0-{start}-doubt-0") + ".json"
+    before = {"images": 2, "dice": 1.0, "next": [5, 1, 0, 7], "core minutes": 0.0, "minutes": 0.0}
+    (tmp_path / "arms").mkdir()
+    (tmp_path / "arms" / name).write_text(json.dumps({key: given[key] for key in ("data", "size", "start", "steps")}
+                                                     | {"order": "doubt", "seed": 0, "jitter": 2.0, "rows": [before]}))
     run_notebook(ROOT / "nbs/experiments/annotation_study.ipynb", tmp_path / "out.ipynb", **given)
     [path] = (tmp_path / "arms").iterdir()
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["images"] for row in rows] == [2, 4] and len(set(rows[0]["next"])) == 4 and set(rows[1]["next"]) == set(rows[0]["next"])
-    run_notebook(ROOT / "nbs/experiments/annotation_study.ipynb", tmp_path / "out.ipynb", **given | {"counts": [2, 4, 6]})
-    more = json.loads(path.read_text())["rows"]
-    assert more[:2] == rows and more[2]["images"] == 6
+    first, second = json.loads(path.read_text())["rows"]
+    assert first == before and second["images"] == 4 and second["next"] == before["next"]
+    assert "1.0 (1.0 to 1.0)" in (tmp_path / "out.ipynb").read_text()
