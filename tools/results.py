@@ -48,20 +48,24 @@ def keep(folder: Path, root: Path = ROOT) -> Path:
 
 
 def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
-    """The results as a Markdown table: a row for each run in results/. Links start from results/."""
+    """The results as a Markdown table: a row for each run in results/, without further seeds in the short one. Links start from results/."""
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for path in sorted((root / "results").glob("*/metrics.json")):
         m, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+        recipe, _, seed = name.partition("_seed")  # the name of its parameter file
+        if seed and columns == SHORT:
+            continue
         c, train, scored = m["config"], m["train"], "test" if m["images"]["test"] else "validation"
-        (data, split), encoder, machine = DATA.get(name, (name, "")), c.get("encoder", "fpn"), m["hardware"]
+        (data, split), encoder, machine = DATA.get(recipe, (name, "")), c.get("encoder", "fpn"), m["hardware"]
         cells = {
             "data": data, "split": split,
-            "network": NETWORKS.get(encoder, encoder) + (", version 2" if c["decoder"] == "dma" else "") + (", ImageNet weights" if c["encoder_weights"] else ", from scratch"),
+            "network": NETWORKS.get(encoder, encoder) + (", version 2" if c["decoder"] == "dma" else "")
+                       + (", ImageNet weights" if c["encoder_weights"] else ", from scratch") + (f", seed {seed}" if seed else ""),
             "scored": f"{scored}, {m['images']['test'] or m['images']['valid']} images", "size": f"{c['size']}²",
             "epochs": train["epochs"], "Dice": f"{m['test']['dice']:.2f}", "IoU": f"{m['test']['iou']:.2f}",
             "minutes": f"{train['seconds'] / 60:.0f}", "images/s": f"{train['images_per_second']:.1f}",
             "hardware": f"{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores",
-            "files": f"[parameters](../nbs/experiments/params/{name}.yaml), [scores]({name}/metrics.json), [curves]({name}/curves.png), "
+            "files": f"[parameters](../nbs/experiments/params/{recipe}.yaml), [scores]({name}/metrics.json), [curves]({name}/curves.png), "
                      f"[Dice of every image]({name}/dice.png)"}
         rows.append(f"| {' | '.join(str(cells[column]) for column in columns)} |")
     return "\n".join(rows)
