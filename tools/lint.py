@@ -15,6 +15,7 @@ from notebooks import ROOT, carried_address, colab_link, experiments, first_cell
 
 FORBIDDEN = {r"^\s*(from|import)\s+(nbdev|fastcore)": "needs a development tool", r"import \*": "imports *",
              r"^#\|\s*eval:\s*false": "has a cell that is not executed", r"nbdev_export\(": "exports itself"}
+FENCED = re.compile(r"^```.*?^```", re.S | re.M)  # code within prose
 LINK = re.compile(r"\]\(([\w./-]+\.(?:ipynb|md|svg|png|py|ini|yaml))(?:#[^)]*)?\)")
 
 
@@ -73,6 +74,8 @@ def lesson(path: Path, notebook: nbformat.NotebookNode) -> Iterator[str]:
     """What a lesson must be, beside that."""
     if "(glossary.md)" not in notebook.cells[0].source:
         yield "does not link the glossary in its first cell"
+    if (words := len(FENCED.sub("", prose(notebook)).split())) > 2500 or len(notebook.cells) > 60:
+        yield f"has {words} words and {len(notebook.cells)} cells; a lesson has at most 2,500 and 60"
     if prose(notebook).count("<summary>") < 3:
         yield "has fewer than three exercises with folded solutions"
     if not any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])):
