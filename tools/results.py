@@ -99,7 +99,7 @@ def speed_table(root: Path = ROOT) -> str:
             if row["section"] in ("inference", "training") and "ms" in row:
                 measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
         if measured:
-            rows.append(f"| **{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores** " + "| " * (len(CASES) + 1) + "|")
+            rows.append(f"| **{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores, `params/{path.parent.name}.yaml`** " + "| " * (len(CASES) + 1) + "|")
         for name, cases in measured.items():
             cells = [f"{cases[case]['ms']:.0f} ms, {cases[case]['times_as_fast']:.2f}×" if case in cases else "" for case in CASES]
             memory = cases.get(("training", 512, 4), {}).get("memory_mb")
