@@ -54,7 +54,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	@mkdir -p $(RUNS)
 	rm -rf $(RUNS)/demo $(RUNS)/demo.ipynb
-	echo "==> Training on phantoms: nbs/experiments/train.ipynb with params/demo.yaml (about 4 minutes on 2 cores)"
+	echo "==> Training on phantoms: nbs/experiments/train.ipynb with params/demo.yaml (2 to 3 minutes on 2 cores)"
 	# What the notebook prints goes to the terminal too: a line for each epoch. papermill's own bar counts cells only.
 	$(BIN)/papermill --log-level ERROR --no-progress-bar --stdout-file - --kernel python3 nbs/experiments/train.ipynb $(RUNS)/demo.ipynb -f nbs/experiments/params/demo.yaml -p runs $(RUNS)
 	$(BIN)/python -c 'import json; test = json.load(open("$(RUNS)/demo/metrics.json"))["test"]; print("==> Test Dice %.2f, IoU %.2f on phantoms that training never saw" % (test["dice"], test["iou"]))'

@@ -1407,14 +1407,18 @@ def papermill(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProces
     return done, output
 
 
-def test_the_notebook_has_every_field_and_the_demos_values():
+@pytest.mark.parametrize("path", [path for path in sorted((ROOT / "nbs/experiments/params").glob("*.yaml")) if not path.stem.startswith("benchmark")],
+                         ids=lambda path: path.stem)
+def test_a_parameter_file_means_the_same_in_the_notebook_and_on_the_command_line(path):
+    """What a file leaves out is the notebook's value there, and the default of `TrainConfig` here."""
     notebook = json.loads((ROOT / "nbs/experiments/train.ipynb").read_text())
     cell = next("".join(cell["source"]) for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
     given: dict = {}
     exec(cell, given)
     del given["__builtins__"]
     assert given.keys() == TrainConfig.model_fields.keys()
-    assert given == TrainConfig.from_dict(yaml.safe_load((ROOT / "nbs/experiments/params/demo.yaml").read_text())).to_dict()
+    values = yaml.safe_load(path.read_text())
+    assert given | values == TrainConfig.from_dict(values).to_dict()
 
 
 def test_the_notebook_refuses_unknown_and_ill_typed_parameters(tmp_path):
