@@ -51,6 +51,22 @@ def run_notebook(notebook: Path, output: Path, /, **parameters) -> None:
     papermill.execute_notebook(str(notebook), str(output), parameters, kernel_name="python3", progress_bar=False, cwd=str(output.parent))
 
 
+def code_cells(notebook: Path) -> tuple[list[str], int]:
+    """The sources of a papermill notebook's code cells, and the place of its parameters among them."""
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return ["".join(cell["source"]) for cell in cells], next(
+        number for number, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+
+
+def parameters_of(notebook: Path) -> dict:
+    """A papermill notebook's parameters and their defaults."""
+    sources, place = code_cells(notebook)
+    given: dict = {}
+    exec(sources[place], given)
+    del given["__builtins__"]
+    return given
+
+
 def refused_parameters(notebook: Path, /, **parameters) -> str:
     """The message with which a papermill notebook refuses parameters.
 
@@ -58,12 +74,11 @@ def refused_parameters(notebook: Path, /, **parameters) -> str:
     """
     from IPython.core.inputtransformer2 import TransformerManager
 
-    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    place = next(number for number, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+    sources, place = code_cells(notebook)
     space: dict = {}
     with patch("qtseg.training.hardware.keep_freed_memory"), pytest.raises(ValueError) as error:
         for number in range(place - 1, place + 3):
-            exec(TransformerManager().transform_cell("".join(cells[number]["source"])), space)
+            exec(TransformerManager().transform_cell(sources[number]), space)
             if number == place:
                 space |= parameters
     return str(error.value)

@@ -6,22 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, refused_parameters, run_notebook
+from conftest import ROOT, parameters_of, refused_parameters, run_notebook
 
 NOTEBOOK = ROOT / "nbs/experiments/benchmark.ipynb"
 TINY = {"width": 4, "repeats": 1, "seconds": 0.0, "memory": False, "threads": 1, "engines": ["naive", "fused"], "rivals": [],
         "training_rivals": ["unet"], "variants": ["v2", "lite0"], "training_variants": ["v2"], "inference_cases": [[64, 1]], "training_cases": [[64, 2]], "pipeline_sizes": [64], "pipeline_images": 2,
         "pipeline_draws": 4, "epoch_size": 64, "epoch_images": 12, "epoch_batch": 2, "growth_sizes": [64, 96], "growth_batches": [1, 2],
         "growth_classes": [1, 3], "roofline_size": 64}
-
-
-def parameters() -> dict:
-    """The notebook's parameters and their defaults."""
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-    given: dict = {}
-    exec(next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])), given)
-    del given["__builtins__"]
-    return given
 
 
 def benchmark(folder: Path, **given) -> dict:
@@ -45,7 +36,7 @@ def rows(report: dict, section: str) -> dict[str, dict]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments/params").glob("benchmark*.yaml")), ids=lambda path: path.stem)
 def test_parameter_files_name_every_parameter(path):
-    assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() == parameters().keys()
+    assert yaml.safe_load(path.read_text(encoding="utf-8")).keys() == parameters_of(NOTEBOOK).keys()
 
 
 @pytest.mark.parametrize("section, names", [

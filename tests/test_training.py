@@ -22,7 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import ROOT, refused_parameters, shared_folder
+from conftest import ROOT, parameters_of, refused_parameters, shared_folder
 from PIL import Image
 
 from qtseg.training import callbacks as training_callbacks, hardware as training_hardware, loop as training_loop, run_folder, trainer as training_trainer
@@ -1411,11 +1411,7 @@ def papermill(tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProces
                          ids=lambda path: path.stem)
 def test_a_parameter_file_means_the_same_in_the_notebook_and_on_the_command_line(path):
     """What a file leaves out is the notebook's value there, and the default of `TrainConfig` here."""
-    notebook = json.loads((ROOT / "nbs/experiments/train.ipynb").read_text())
-    cell = next("".join(cell["source"]) for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    given: dict = {}
-    exec(cell, given)
-    del given["__builtins__"]
+    given = parameters_of(ROOT / "nbs/experiments/train.ipynb")
     assert given.keys() == TrainConfig.model_fields.keys()
     values = yaml.safe_load(path.read_text())
     assert given | values == TrainConfig.from_dict(values).to_dict()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import one_sentence
 from PIL import Image, ImageCms
+from test_browser import CHROMIUM, browser, playwright  # noqa: F401 - the browser is a fixture
 
 from qtseg.cli import main
 from qtseg.data.dataset import normalize
@@ -29,9 +30,7 @@ from qtseg.network.state import find_checkpoint
 from qtseg.prediction import web
 from qtseg.prediction.predictor import Predictor
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright drives the browser: pip install playwright")
 pytest.importorskip("onnxscript", reason="the page holds an ONNX file: pip install onnxscript")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 browsing = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
 CARD = "---\nlicense: other\n---\n<!-- mark -->\n# A <b>card</b>\n\n| a | b |\n|---|---:|\n| 1 | 2 |\n"
 
@@ -72,11 +71,8 @@ def exported(checkpoint, runtime, tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def context() -> Iterator:
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser.new_context(viewport={"width": 1200, "height": 1000})
-        browser.close()
+def context(browser):  # noqa: F811 - the fixture
+    return browser.new_context(viewport={"width": 1200, "height": 1000})
 
 
 def said(page, words: str) -> None:

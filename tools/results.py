@@ -22,12 +22,10 @@ KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where i
 CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the speed table
 SHORT = ("data", "network", "Dice", "IoU", "epochs", "minutes")  # columns on the front page
 LONG = ("data", "split", "scored", "network", "size", "epochs", "Dice", "IoU", "minutes", "images/s", "hardware", "files")  # in results/README.md
-DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15 % test"),  # run -> what it was trained on, how that was split
-        "isic2018_cpu": ("ISIC 2018, skin lesions", "1600 train, 400 validate"),
-        "bkai_cpu": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
-        "bkai_lite0": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
-        "dsb2018_lite0": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
-DATA |= {"bkai_lite0_dma": DATA["bkai_lite0"], "dsb2018_lite0_dma": DATA["dsb2018_lite0"], "isic2018_lite0": DATA["isic2018_cpu"]}
+DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15 % test"),  # first word of a run's name -> what it was trained on, how that was split
+        "isic2018": ("ISIC 2018, skin lesions", "1600 train, 400 validate"),
+        "bkai": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
+        "dsb2018": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
 NETWORKS = {"fpn": "QTSeg", "efficientnet_lite0": "QTSeg, EfficientNet-Lite0 encoder"}
 STUDIES = ("isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
 
@@ -47,6 +45,11 @@ def keep(folder: Path, root: Path = ROOT) -> Path:
     return target
 
 
+def machine(hardware: dict) -> str:
+    """What a run or a benchmark was computed on."""
+    return f"{hardware['processor'] if hardware['device'] == 'cpu' else hardware['device']}, {hardware['cores']} cores"
+
+
 def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
     """The results as a Markdown table: a row for each run in results/, without further seeds in the short one. Links start from results/."""
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -56,7 +59,7 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
         if seed and columns == SHORT:
             continue
         c, train, scored = m["config"], m["train"], "test" if m["images"]["test"] else "validation"
-        (data, split), encoder, machine = DATA.get(recipe, (name, "")), c.get("encoder", "fpn"), m["hardware"]
+        (data, split), encoder = DATA.get(recipe.partition("_")[0], (name, "")), c.get("encoder", "fpn")
         cells = {
             "data": data, "split": split,
             "network": NETWORKS.get(encoder, encoder) + (", version 2" if c["decoder"] == "dma" else "")
@@ -64,7 +67,7 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
             "scored": f"{scored}, {m['images']['test'] or m['images']['valid']} images", "size": f"{c['size']}²",
             "epochs": train["epochs"], "Dice": f"{m['test']['dice']:.2f}", "IoU": f"{m['test']['iou']:.2f}",
             "minutes": f"{train['seconds'] / 60:.0f}", "images/s": f"{train['images_per_second']:.1f}",
-            "hardware": f"{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores",
+            "hardware": machine(m["hardware"]),
             "files": f"[parameters](../nbs/experiments/params/{recipe}.yaml), [scores]({name}/metrics.json), [curves]({name}/curves.png), "
                      f"[Dice of every image]({name}/dice.png)"}
         rows.append(f"| {' | '.join(str(cells[column]) for column in columns)} |")
@@ -94,12 +97,11 @@ def speed_table(root: Path = ROOT) -> str:
     for path in sorted((root / "results/benchmarks").glob("*/benchmark.json")):
         measured: dict[str, dict] = {}
         report = json.loads(path.read_text(encoding="utf-8"))
-        machine = report["hardware"]
         for row in report["rows"]:
             if row["section"] in ("inference", "training") and "ms" in row:
                 measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
         if measured:
-            rows.append(f"| **{machine['processor'] if machine['device'] == 'cpu' else machine['device']}, {machine['cores']} cores, `params/{path.parent.name}.yaml`** " + "| " * (len(CASES) + 1) + "|")
+            rows.append(f"| **{machine(report['hardware'])}, `params/{path.parent.name}.yaml`** " + "| " * (len(CASES) + 1) + "|")
         for name, cases in measured.items():
             cells = [f"{cases[case]['ms']:.0f} ms, {cases[case]['times_as_fast']:.2f}×" if case in cases else "" for case in CASES]
             memory = cases.get(("training", 512, 4), {}).get("memory_mb")

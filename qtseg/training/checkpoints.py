@@ -49,7 +49,7 @@ def save_checkpoint(trainer: Trainer, name: str, model: nn.Module) -> None:
             write_text(folder / PREPROCESSING_FILE, json.dumps(dataclasses.asdict(preparing), indent=2) + "\n")
 
 
-def read_checkpoint(trainer: Trainer, name: str) -> nn.Module:
+def saved_network(trainer: Trainer, name: str) -> nn.Module:
     """The network of a checkpoint of this run, in evaluation mode, on the run's device."""
     folder = trainer.config.folder / name
     if type(trainer.model) in _OURS:
@@ -76,7 +76,7 @@ def write_metrics(trainer: Trainer) -> dict:
     if c.select not in p.best:
         raise FloatingPointError(f"no epoch of {c.folder} has a validation {c.select} that is a number: train again, "
                                  f"under another name, with a lower lr (now {c.lr})")
-    network = Windowed(read_checkpoint(trainer, f"best_{c.select}"), trainer.window)
+    network = Windowed(saved_network(trainer, f"best_{c.select}"), trainer.window)
     score = partial(validate, network, classes=c.classes, batch=c.valid_batch, device=trainer.device,
                     ignore_index=data.ignore_index, loss=trainer.loss, class_weights=c.class_weights)
     valid = score(data.valid)
