@@ -36,7 +36,7 @@ class SingleStageDecoder(nn.Module):
     def forward(self, levels: Sequence[Tensor], steps: list[StageOutput] | None = None) -> Tensor:
         """A list given as `steps` receives the output of the one stage, attention weights included."""
         level8, level16, level32 = levels
-        tokens = self.mask_tokens.weight.expand(level8.shape[0], -1, -1)  # [B, C, 4n]
+        tokens = self.mask_tokens.weight.expand(level8.shape[0], -1, -1)  # [B, T, 4n]
         at8 = self.stage8(tokens, level8 + self.upscale16(level16 + self.upscale32(level32)), steps is not None)
         if steps is not None:
             steps.append(at8)
@@ -61,7 +61,7 @@ class ThinBottleneck(nn.Module):
 class ConvDecoder(nn.Module):
     """A decoder without tokens: maps at strides 8, 16, 32 -> low-resolution logits [B, classes, H/2, W/2].
 
-    MQM's road from stride 32 to 2, with convolutions in the place of its stages and a fixed 1×1 readout at its end. At
+    MQM's path from stride 32 to 2, with convolutions in the place of its stages and a fixed 1×1 readout at its end. At
     width 16 and 256×256 pixels it takes as many multiply-adds as MQM, within 5 %. `depths`, `heads`, `mlp_width` and
     `position` are accepted, so that all decoders are built alike, and ignored. This project's control for tokens and
     attention.
@@ -81,7 +81,7 @@ class ConvDecoder(nn.Module):
         level8, level16, level32 = levels
         x = level16 + self.upscale32(self.stage32(level32))  # [B, 8n, H/16, W/16]
         x = self.stage8(level8 + self.upscale16(self.stage16(x)))  # [B, 4n, H/8, W/8]
-        fixed = self.readout.weight.expand(x.shape[0], -1, -1)  # [B, C, 4n]: tokens that no image changes
+        fixed = self.readout.weight.expand(x.shape[0], -1, -1)  # [B, T, 4n]: tokens that no image changes
         return self.mask_head(fixed, x) + self.readout.bias[:, None, None]
 
 # %% ../../nbs/reference/network_decoders.ipynb #decoder-050

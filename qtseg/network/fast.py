@@ -23,7 +23,7 @@ from .mqm import MaskHead, Upscale
 from .positions import PositionalEncoding
 
 # %% auto #0
-__all__ = ['FastMaskHead', 'accelerate']
+__all__ = ['FastMaskHead', 'accelerate', 'readable']
 
 # %% ../../nbs/reference/network_fast.ipynb #c010
 OPERATORS = "_linear_pointwise", "_reorder_linear_weight", "_convolution_pointwise", "_reorder_convolution_weight"
@@ -91,7 +91,7 @@ def _step_back(gradient: Tensor, x: Tensor, known: tuple[Tensor, ...], matrix: T
 
 # %% ../../nbs/reference/network_fast.ipynb #c0343
 class _ChunkedLogits(torch.autograd.Function):
-    """Tokens [B, C, F], pixels [B, N, F] -> logits of the pixels' children [B, C, 16 * N]; keeps its inputs and nothing
+    """Tokens [B, T, F], pixels [B, N, F] -> logits of the pixels' children [B, T, 16 * N]; keeps its inputs and nothing
     else.
 
     `steps` are twice matrix, bias, scale and shift, of `_centered` and layer norm. Forward and backward go chunk by
@@ -181,10 +181,8 @@ def _trains_plainly(norm: nn.Module, x: Tensor) -> bool:
 class FastUpConvBNAct(UpConvBNAct):
     """UpConvBNAct whose training on a CPU keeps two maps for its gradients instead of three. Same function."""
 
-    use_naive = False  #: UpConvBNAct has one form only; `naive()` finds this switch and goes back to it
-
     def forward(self, x: Tensor) -> Tensor:
-        if not self.use_naive and _trains_plainly(self.norm, x) and not watched(self.norm):
+        if _trains_plainly(self.norm, x) and not watched(self.norm):
             return _norm_silu(self.norm, self.up(x))
         return super().forward(x)
 
@@ -216,26 +214,25 @@ class _KeepsPacked(nn.Module):
         return {**self.__dict__, "_packed": None}
 
 
-def _infers_plainly(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is inference in float32 that oneDNN can do, with weights that are not trained."""
+def _infers_plainly(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether this is inference in float32 that oneDNN can do, with PyTorch's own layers that are not trained."""
     # PyTorch's fused optimizers write to weights without counting versions; an inference tensor has no version at all
-    return (not torch.is_grad_enabled() and _one_dnn_takes(x) and weight.dtype == x.dtype and _as_it_stands(x)
-            and not weight.requires_grad and not weight.is_inference())
+    return not torch.is_grad_enabled() and _one_dnn_takes(x) and _as_it_stands(x) and all(
+        type(layer) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)  # an adapter does more
+        and layer.weight.dtype == x.dtype and not layer.weight.requires_grad and not layer.weight.is_inference()
+        for layer in layers)
 
 # %% ../../nbs/reference/network_fast.ipynb #c0432
 class FastConvBNAct(_KeepsPacked, ConvBNAct):
     """ConvBNAct on a CPU: training keeps two maps instead of three; folded, convolution and SiLU are one call of
     oneDNN."""
 
-    use_naive = False
-
     def forward(self, x: Tensor) -> Tensor:
         norm, conv = self.norm, self.conv
-        weight = conv.weight
-        if self.use_naive or watched(conv, norm):  # a hook is to see every step
+        if watched(conv, norm):  # a hook is to see every step
             return super().forward(x)
-        if type(norm) is nn.Identity and _infers_plainly(x, weight):
-            settings = conv.padding, conv.stride, conv.dilation, conv.groups
+        if type(norm) is nn.Identity and _infers_plainly(x, conv):
+            weight, settings = conv.weight, (conv.padding, conv.stride, conv.dilation, conv.groups)
             # the best order depends a little on the image's size; the first one decides
             weight = self.packed("conv", weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
             return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *settings, "swish", [], "")
@@ -247,7 +244,7 @@ class FastFeedForward(_KeepsPacked, FeedForward):
     function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _infers_plainly(x, self.expand.weight) or watched(self.expand, self.contract):
+        if not _infers_plainly(x, self.expand, self.contract) or watched(self.expand, self.contract):
             return super().forward(x)
         for name, activation in (("expand", "relu"), ("contract", "none")):
             layer = getattr(self, name)
@@ -260,7 +257,7 @@ class FastUpConv(UpConv):
     """Enlarging; in inference on a CPU its matrix product is oneDNN's. Same function."""
 
     def subpixels(self, x: Tensor) -> Tensor:
-        if not _infers_plainly(x, self.conv_transpose.weight):
+        if not _infers_plainly(x, self.conv_transpose):
             return super().subpixels(x)
         matrix, bias = self.matrix()
         return _linear(x, matrix, bias).unflatten(-1, (self.scale**2, -1))
@@ -269,13 +266,11 @@ class FastUpConv(UpConv):
 class FastInvertedResidual(InvertedResidual):
     """InvertedResidual whose training on a CPU is that of `train_block`. Same function."""
 
-    use_naive = False
-
     def forward(self, x: Tensor) -> Tensor:
         parts = [part for part in (self.expand, self.depthwise, self.project) if isinstance(part, LiteConv)]
-        plain = not self.use_naive and _one_dnn_takes(x) and all(
+        ordinary = _one_dnn_takes(x) and all(
             type(part.conv) is nn.Conv2d and _trains_plainly(part.norm, x) for part in parts)  # an adapter does more
-        if plain and self.depthwise.conv.dilation == (1, 1) and not watched(*self.modules()):
+        if ordinary and self.depthwise.conv.dilation == (1, 1) and not watched(*self.modules()):
             return train_block(self, x)
         return super().forward(x)
 
@@ -286,6 +281,7 @@ ROLES = {"token_to_feature": FewQueriesAttention, "token_to_spatial": FewQueries
 FAST = {ConvBNAct: FastConvBNAct, UpConvBNAct: FastUpConvBNAct, UpConv: FastUpConv, FeedForward: FastFeedForward,
         MaskHead: FastMaskHead, DMABlock: FastDMABlock,
         InvertedResidual: FastInvertedResidual}  #: class -> faster class
+READABLE = {fast: kind for kind, fast in FAST.items()} | dict.fromkeys(ROLES.values(), Attention)  #: and back
 
 
 def forget_kept(network: nn.Module) -> None:
@@ -304,3 +300,9 @@ def accelerate(network: nn.Module) -> None:
             module.__class__ = ROLES.get(name.rpartition(".")[2], Attention)
         else:
             module.__class__ = FAST.get(type(module), type(module))
+
+
+def readable(network: nn.Module) -> None:
+    """Undo `accelerate`, in place."""
+    for module in network.modules():
+        module.__class__ = READABLE.get(type(module), type(module))
