@@ -13,7 +13,7 @@ READY := .venv/.ready
 RUNS := runs
 
 MAKEFLAGS += --jobs=2
-.PHONY: help demo browser test audit lab mlflow sync clean
+.PHONY: help demo browser test audit lab mlflow site sync clean
 
 help:
 	@echo "make demo   set up, then train on phantom images, evaluate, and name the notebook and the figures to open"
@@ -21,6 +21,7 @@ help:
 	@echo "make audit  look for unsafe code (ruff's S rules) and for requirements with known vulnerabilities (pip-audit, which asks PyPI)"
 	@echo "make lab    set up, then open the front page and the lessons in JupyterLab"
 	@echo "make mlflow open the tracked runs (track: true) in the browser"
+	@echo "make site   build the book as web pages: _site/index.html"
 	@echo "make sync   after editing a notebook: export modules, clean notebooks, write links and README.md"
 	@echo "make clean  remove .venv and what the other targets made"
 
@@ -90,8 +91,24 @@ mlflow: $(READY)
 	echo "==> Opening the tracked runs at http://127.0.0.1:5000; stop with Ctrl-C"
 	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$$PWD/$(RUNS)/mlflow.db"
 
+.venv/.site: $(READY)
+	@echo "==> Installing what builds the book"
+	$(BIN)/python -m pip install --quiet --group site
+	touch $@
+
+site: .venv/.site
+	@rm -rf _site site/api
+	echo "==> Building the book from the notebooks as they are committed; a warning or a dead link is an error"
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --jobs auto -c site -d build/site . _site
+	cp _site/README.html _site/index.html
+	echo "==> Writing the live demo"
+	$(BIN)/python site/demo.py _site/demo
+	echo "==> Following every link within the site"
+	$(BIN)/python site/links.py _site
+	echo "==> Open _site/index.html"
+
 sync: $(READY)
 	@$(BIN)/python tools/notebooks.py
 
 clean:
-	rm -rf .venv $(RUNS) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(RUNS) _site site/api build *.egg-info .pytest_cache .ruff_cache
