@@ -86,7 +86,7 @@ class Encoder(Backbone):
         width: the base width n.
 
     Reference:
-        The paper's image encoder, which is YOLOv8-nano without its head.
+        The paper's image encoder, which is YOLOv8-nano without its detection head.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 16):
