@@ -94,3 +94,12 @@ def test_a_stroke_that_makes_no_sense_is_refused(annotator, changes):
     annotator.view
     stroke(annotator, [(5, 5)], **changes)
     assert annotator.session.progress == (0, 3) and "ValueError" in annotator.page.line.value and annotator.page.canvas.seen == 1
+
+
+def test_a_stroke_after_the_session_went_on_is_refused(annotator):
+    """A program may open another image in the session: what was drawn on the displayed one must not land there."""
+    annotator.view
+    brush = annotator.page.canvas.brush
+    annotator.session.go("1")
+    stroke(annotator, [(5, 5)], brush=brush)
+    assert annotator.session.progress == (0, 3) and "another image" in annotator.page.line.value

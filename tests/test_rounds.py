@@ -7,15 +7,19 @@ import re
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_notebook
 
 from qtseg.data.phantoms import phantom
+from qtseg.data.preprocessing import Preprocessing
 from qtseg.data.segmentation import SegmentationData
 from qtseg.data.simulation import sketched
+from qtseg.evaluation.scores import FLIPS
 from qtseg.files.text import read_json
 from qtseg.network.model import QTSeg
-from qtseg.prediction.predictor import Predictor
-from qtseg.study.doubt import by_doubt, greedy
+from qtseg.prediction.predictor import Predictor, window_starts
+from qtseg.study.doubt import by_doubt, greedy, look
+from qtseg.view.album import entropy
 from qtseg.study.rounds import ROUND_FILE, fine_tune, rounds, score_rounds
 from qtseg.training.fine_tuning import fit_few
 from qtseg.view.annotation import Annotation
@@ -47,6 +51,27 @@ def test_the_next_image_is_doubtful_and_far_from_those_that_are_known():
     twins = greedy(np.array([0.5, 0.9, 0.9, 0.1]), np.array([[0.0], [1.0], [1.0], [2.0]]), np.array([True, False, False, False]))
     assert twins == [1, 3, 2], "the second of two equal images comes last, however doubtful"
     assert greedy(doubt, features, np.ones(4, bool)) == []
+
+
+@pytest.mark.parametrize("window, tta", [(None, False), (None, True), (32, False)])
+def test_doubt_and_features_of_networks_that_see_windows_or_mirror_images(session, window, tta):
+    """A checkpoint of random crops slides a window: its features are the mean over all windows, one row per image."""
+    torch.manual_seed(0)
+    network, preprocessing = QTSeg(3, width=4, depths=[1, 1, 1], mlp_width=16), Preprocessing(64, class_names=session.classes, window=window)
+    predictor = Predictor(network, preprocessing, 3, device="cpu", tta=tta)
+    names, doubt, features = look(predictor, session.files.paths)
+    assert names == [f"{number}" for number in range(8)]
+    pixels, _ = predictor.prepare(session.files.paths["3"])
+    [(probabilities, _)] = predictor.through_network([(pixels, None)], 1)
+    assert doubt[3] == pytest.approx(entropy(probabilities))
+    image, starts = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, window_starts(64, window or 64, 0.25)
+    parts = torch.stack([image[:, y:y + (window or 64), x:x + (window or 64)] for y in starts for x in starts])
+    if tta:
+        parts = torch.cat([parts.flip(sides) for sides in FLIPS])
+    with torch.no_grad():
+        expected = network.encoder(parts)[-1].mean(dim=(0, 2, 3))
+    assert features.shape == (8, len(expected)) and np.allclose(features[3], expected, atol=1e-4)
+    assert sorted(by_doubt(predictor, session.files.paths, session.files.rows)[:2]) == ["6", "7"]
 
 
 def test_a_sketch_moves_the_outline_by_about_the_jitter():

@@ -217,6 +217,15 @@ def test_the_still_holds_titles_pictures_and_words():
     assert (np.asarray(bare.convert("RGB"))[20:] == 7).all()
 
 
+def test_the_still_keeps_the_squares_of_a_legend():
+    plain = "a ■ of a file name"
+    words = f"<span style='color:rgb(86, 180, 233)'>■</span> true &nbsp; <span style='color:#D55E00'>■</span> false<br>{plain}"
+    sheet = np.asarray(still([Panel("", [Layer(np.full((10, 20, 3), 7, np.uint8))])], words, side=300).convert("RGB")).astype(int)
+    squares = [np.argwhere(np.abs(sheet - color).max(axis=2) < 4) for color in ((86, 180, 233), (213, 94, 0))]
+    assert all(np.ptp(places, axis=0).tolist() == [9, 9] for places in squares), "two squares of 10 x 10 pixels"
+    assert squares[0][:, 0].min() == squares[1][:, 0].min() and squares[0][:, 1].max() < squares[1][:, 1].min()
+
+
 # ---- MaskExplorer
 
 PAIRS = [(image, (mask > 0).astype(np.uint8)) for image, mask in (phantom("dermoscopy", seed, 64) for seed in range(5))]

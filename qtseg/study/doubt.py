@@ -5,7 +5,7 @@
 # %% ../../nbs/14_own_images.ipynb #own-imp
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -21,25 +21,24 @@ def look(predictor: Predictor, images: Mapping[str, AnyImage]) -> tuple[list[str
     """What a network says about images.
 
     Returns:
-        The names [N] of those that can be read, their mean entropy in bits [N], and the means of the encoder's last
-        map [N, F].
+        The names of those that can be read, their mean entropy in bits [images], and the means of the encoder's last
+        map [images, F].
     """
-    names, doubt, features = [], [], []
-
-    def prepared() -> Iterator[tuple[np.ndarray, str]]:
+    names, doubt, features, seen = [], [], [], []
+    network = predictor.network.network if predictor.preprocessing.window else predictor.network
+    hook = network.encoder.register_forward_hook(
+        lambda encoder, given, maps: seen.extend(maps[-1].mean(dim=(2, 3)).cpu().numpy()))
+    try:
         for name, image in images.items():
             try:
-                pixels, _ = predictor.prepare(image)
+                prepared = predictor.prepare(image)
             except (ValueError, OSError):
                 continue
-            yield pixels, name
-
-    hook = predictor.network.encoder.register_forward_hook(
-        lambda encoder, given, maps: features.extend(maps[-1].mean(dim=(2, 3)).cpu().numpy()))
-    try:
-        for probabilities, name in predictor.through_network(prepared(), 8):
+            [(probabilities, _)] = predictor.through_network([prepared], 1)
             names.append(name)
             doubt.append(entropy(probabilities))
+            features.append(np.mean(seen, axis=0))  # one row, or one for each window
+            seen.clear()
     finally:
         hook.remove()
     return names, np.array(doubt), np.array(features)
@@ -49,9 +48,9 @@ def greedy(doubt: np.ndarray, features: np.ndarray, known: np.ndarray) -> list[i
     """Order images by doubt times distance.
 
     Args:
-        doubt: of each image, [N].
-        features: of each image, [N, F].
-        known: whether it is annotated, bool [N].
+        doubt: of each image, [images].
+        features: of each image, [images, F].
+        known: whether it is annotated, bool [images].
 
     Returns:
         The numbers of the images that are not known. Each has the highest product of doubt and distance to the

@@ -218,7 +218,7 @@ class Annotator(Viewer):
         brush, points = message["brush"], np.reshape(message["points"], (-1, 3))[:, :2]
         tool, label = TOOLS.get(brush.get("tool")), 0 if brush.get("erase") else brush.get("label")
         try:
-            if brush.get("image") != self.name or tool is None:
+            if brush.get("image") != self.session.name or tool is None:
                 raise ValueError("the stroke was drawn on another image and is discarded: draw it again")
             more = {"brush": (brush["size"] / 2, label), "cut": (label, tool is TOOLS["scribble"])}
             self.session.draw(tool.action, points, *more.get(tool.action, (label,)))

@@ -120,19 +120,29 @@ def cut(layer: Layer, box: Sequence[float], most: int) -> Layer:
                 resample(part, height, width))
     return layer._replace(pixels=np.ascontiguousarray(part))
 
-# %% ../../nbs/reference/view_layers.ipynb #lay-still
+# %% ../../nbs/reference/view_layers.ipynb #lay-words
 def words_below(text: str, width: int) -> np.ndarray:
-    """The text of HTML in black on white, without tags: uint8 [lines * 18, width, 3]."""
-    rows = re.sub(r"</(?:td|th)>", "  ", re.sub(r"<br>|<table[^>]*>|</(?:tr|div|p|caption)>", "\n", text))
+    """The text of HTML in black on white, without tags but with the colored squares of legends: uint8 [lines * 18,
+    width, 3]."""
+    legend = r"<span style='color:([^']+)'>■</span>"
+    colors, marked = iter(re.findall(legend, text)), re.sub(legend, "\0", text)  # escaped text holds no "\0"
+    rows = re.sub(r"</(?:td|th)>", "  ", re.sub(r"<br>|<table[^>]*>|</(?:tr|div|p|caption)>", "\n", marked))
     plain = html.unescape(re.sub(r"<[^>]+>", "", rows)).translate({215: "x", 8594: "->", 9632: None, 160: None})
     wide = max(width // 7, 12)
     lines = [line for row in plain.split("\n") if row.strip() for line in textwrap.wrap(row, wide)] or [""]
     sheet = Image.new("RGB", (width, 18 * len(lines)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((4, 18 * row + 2), line, "black", ImageFont.load_default(13))
+        x, top = 4, 18 * row
+        for place, words in enumerate(line.split("\0")):
+            if place:
+                pen.rectangle((x, top + 4, x + 9, top + 13), next(colors))
+                x += 10
+            pen.text((x, top + 2), words, "black", font)
+            x += round(pen.textlength(words, font))
     return np.asarray(sheet)
 
-
+# %% ../../nbs/reference/view_layers.ipynb #lay-still
 def still(panels: Sequence[Panel], text: str, side: int = 384, columns: int = 3,
           window: tuple[float, float, float] = (1.0, 0.5, 0.5)) -> Image.Image:
     """Panels with their titles and a text below, as a palette image, for print and for pages without a kernel.
