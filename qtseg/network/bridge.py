@@ -51,9 +51,9 @@ class UpConv(TwoForms):
         return F.linear(x, *self.matrix()).unflatten(-1, (self.scale**2, -1))
 
     def fast_forward(self, x: Tensor) -> Tensor:
-        s = self.scale
-        y = self.subpixels(x.permute(0, 2, 3, 1)).unflatten(3, (s, s))  # [B, h, w, s, s, out]
-        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # [B, out, sh, sw], channels last
+        k = self.scale
+        y = self.subpixels(x.permute(0, 2, 3, 1)).unflatten(3, (k, k))  # [B, h, w, k, k, out]
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # [B, out, kh, kw], channels last
 
 # %% ../../nbs/03_bridge.ipynb #bridge-30
 class UpConvBNAct(nn.Module):
