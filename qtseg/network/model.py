@@ -68,7 +68,7 @@ class Decoding(NamedTuple):
 
 # %% ../../nbs/06_model.ipynb #mdl-segmenter
 class Segmenter(Checkpoints):
-    """What all networks of this repository share: a configuration, how images come in, other forms, and checkpoints.
+    """What all networks of this repository share: a configuration, preparation of images, other forms, checkpoints.
 
     A subclass sets `config`, the constructor's arguments, and `encoder`.
     """
@@ -85,7 +85,7 @@ class Segmenter(Checkpoints):
         return padded if self.use_naive else padded.contiguous(memory_format=torch.channels_last)
 
     def naive(self) -> Segmenter:
-        """A copy that computes the graph as the paper writes it: the yardstick of every speed claim."""
+        """A copy that computes the graph as the paper writes it. Speed is compared with this form."""
         twin = copy.deepcopy(self)
         for module in twin.modules():
             if hasattr(module, "use_naive"):
