@@ -27,7 +27,8 @@ class Page(HTMLParser):
 
 def dead_links(folder: Path) -> Iterator[str]:
     """Each link to a file or an anchor that is not there. Other sites are not asked."""
-    pages = {path: Page(path) for path in folder.resolve().rglob("*.html")}
+    folder = folder.resolve()
+    pages = {path: Page(path) for path in folder.rglob("*.html") if folder / "_static" not in path.parents}  # there, templates of the theme
     for path, page in sorted(pages.items()):
         for link in sorted(page.links):
             parts = urlsplit(link)
@@ -36,7 +37,7 @@ def dead_links(folder: Path) -> Iterator[str]:
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             anchor = unquote(parts.fragment)
             if not target.is_file() or anchor and target in pages and anchor not in pages[target].anchors:
-                yield f"{path.relative_to(folder.resolve())}: {link}"
+                yield f"{path.relative_to(folder)}: {link}"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def fine_tune(folder: str | os.PathLike, start: str = "imagenet", steps: int = 3
 
     Args:
         folder: the prepared folder. Its images of the split "valid" are held back.
-        start, steps, callbacks, **changes: see `fit_few`. Each round begins with the weights of `start`.
+        start, steps, callbacks, changes: see `fit_few`. Each round begins with the weights of `start`.
 
     Returns:
         The checkpoint of the last epoch, in FOLDER/rounds. No score selects it.
