@@ -215,6 +215,9 @@ def test_drags_choose_the_pixel_and_thumbnails_the_stage(explorer):
     assert (explorer.x, explorer.y) == (0, 63)
     strip.chosen = 32
     assert explorer.stage == 32 and [item["title"] for item in strip.items] == ["no stage", "+ stride 32", "+ stride 16", "+ stride 8"]
+    assert "<th>no stage</th><th>+ stride 32</th><th>+ stride 16</th><th>+ stride 8</th>" in explorer.text()
+    explorer.reading = "product"
+    assert "no stage" not in explorer.text() and "<th>+ stride 32</th>" in explorer.text()
     strip.chosen = 0
     assert explorer.stage == 32, "before the first stage there is no attention"
     explorer.stage = 8

@@ -59,14 +59,19 @@ def token_sentence(explorer: TokenExplorer) -> str:
                     f"evenly; {won if area else 'it wins no pixel'}.")
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-text
+STEPS = ("no stage", *(f"+ stride {stride}" for stride in STRIDES))  # "product" has no first step
+
+
 def token_text(explorer: TokenExplorer) -> str:
     """The pixel's logits and shares per token, a sentence, and the scores after each stage."""
     answer, place = explorer.answer(), f"pixel ({explorer.x}, {explorer.y})"
     rows = [(token, *(f"{values[token]:.3f}" for values in answer.values())) for token in explorer.tokens]
     head = place, "logit", *(["share of its attention"] if "attention" in answer else [])
-    scores = ", ".join(f"{score:.1f}" for score in explorer.decoded.readings[explorer.reading].dice)
-    return (f"The pixel's class: <b>{escape(explorer.answers_to())}</b>.{table(head, rows)}{escape(explorer.looked())}"
-            f"<br>Dice of the foreground with the final mask, stage by stage: {scores}.")
+    dice = explorer.decoded.readings[explorer.reading].dice
+    scores = table(("the foreground's Dice with the final mask", *STEPS[-len(dice):]),
+                   [(explorer.reading, *(f"{score:.1f}" for score in dice))])
+    return (f"The pixel's class: <b>{escape(explorer.answers_to())}</b>.{table(head, rows)}"
+            f"{escape(explorer.looked())}{scores}")
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-panels
 def token_panels(explorer: TokenExplorer) -> list[Panel]:
@@ -86,8 +91,8 @@ def token_steps(explorer: TokenExplorer) -> list[dict]:
     maps = [values[label] for values in explorer.decoded.readings[explorer.reading].probabilities]
     if explorer.reading == "product":
         maps = [np.zeros_like(maps[0]), *map(rescale, maps)]
-    return [{"value": stride, "title": f"+ stride {stride}" if stride else "no stage",
-             "data": thumbnail(heat(values), 96)} for stride, values in zip((0, *STRIDES), maps)]
+    return [{"value": stride, "title": title, "data": thumbnail(heat(values), 96)}
+            for stride, title, values in zip((0, *STRIDES), STEPS, maps)]
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-controls
 def token_controls(explorer: TokenExplorer, make: Controls) -> tuple[list, list]:
