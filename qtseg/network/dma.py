@@ -83,7 +83,7 @@ class GELUFeedForward(FeedForward):
 
 
 class DMABlock(nn.Module):
-    """Tokens and features look at each other through two branches: ([B, T, F], [B, N, F]) -> the same shapes.
+    """Attention between tokens and features through two branches: ([B, T, F], [B, N, F]) -> the same shapes.
 
     Reference:
         The paper's dual-mix attention block (officially a layer of `DMAB_s{i}`).
@@ -108,15 +108,15 @@ class DMABlock(nn.Module):
         spatial, channel = x * self.spatial(x, size), self.channel(x)
         mixed = self.mixed_norm(tokens + self.token_to_spatial(tokens, spatial, spatial)
                                 + self.token_to_channel(tokens, channel, channel))
-        asking = spatial + channel + position
+        queries = spatial + channel + position
         if weights is not None:
             weights["spatial"] = self.token_to_spatial.weights(tokens, spatial)
             weights["channel"] = self.token_to_channel.weights(tokens, channel)
             weights["token_to_feature"] = (weights["spatial"] + weights["channel"]) / 2
-            weights["feature_to_token"] = self.feature_to_token.weights(asking, mixed)
+            weights["feature_to_token"] = self.feature_to_token.weights(queries, mixed)
             weights["channel_to_channel"] = self.channel.weights(x)[:, None]
         tokens = tokens + self.token_norm(self.feed_forward(mixed))
-        return tokens, features + self.feature_to_token(asking, mixed, mixed)
+        return tokens, features + self.feature_to_token(queries, mixed, mixed)
 
 # %% ../../nbs/08_dual_mix_attention.ipynb #dma-stage
 class DMAStage(MQMStage):
@@ -124,7 +124,7 @@ class DMAStage(MQMStage):
 
     def __init__(self, tokens: int, width: int, next_width: int, depth: int, heads: int, mlp_width: int,
                  position: str = "fourier"):
-        super().__init__(tokens, width, next_width, 0, heads, mlp_width, position)
+        super().__init__(tokens, width, next_width, 0, heads, mlp_width, position)  # 0: no blocks of version 1
         self.blocks = nn.ModuleList(DMABlock(width, heads, mlp_width) for _ in range(depth))
 
     def forward(self, tokens: Tensor, features: Tensor, record: bool = False) -> StageOutput:
