@@ -12,6 +12,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS := runs
 
+# OpenMP's waiting threads soon sleep: other programs may need their cores (nbs/reference/training_hardware.ipynb).
+export GOMP_SPINCOUNT ?= 10000
+
 MAKEFLAGS += --jobs=2
 .PHONY: help demo browser test audit lab mlflow site sync clean
 

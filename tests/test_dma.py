@@ -120,11 +120,9 @@ def test_all_forms_of_the_network(always_fast, classes):
     torch.manual_seed(0)
     model = random_gammas(QTSeg(classes, **SMALL)).double()
     x, target = torch.rand(2, 3, 70, 40, dtype=torch.float64) * 2 - 1, torch.randint(0, max(classes, 2), (2, 70, 40))
-    training = copy.deepcopy(model)
-    accelerate(training)
-    assert sum(type(part) is fast_attention.FastDMABlock for part in training.modules()) == 4
+    assert sum(type(part) is fast_attention.FastDMABlock for part in model.modules()) == 4
     found = []
-    for form in (model.naive(), model, training, training.naive()):
+    for form in (model.naive(), model):
         logits = form(x)
         ce_dice_loss(logits, target).backward()
         found.append([logits.detach(), *(parameter.grad for parameter in form.parameters())])

@@ -1,4 +1,4 @@
-"""The fast forms compute what the plain ones compute, in outputs and gradients, whatever the size; the instruments measure."""
+"""The fast and the fused form compute what the naive one computes, in outputs and gradients, whatever the size; the instruments measure."""
 from __future__ import annotations
 
 import copy
@@ -14,7 +14,7 @@ from torch import nn
 from qtseg.evaluation import timing
 from qtseg.network import fast as network_fast
 from qtseg.network.attention import Attention
-from qtseg.network.blocks import ConvBNAct
+from qtseg.network.blocks import ConvBNAct, TwoForms
 from qtseg.network.bridge import UpConvBNAct
 from qtseg.data.segmentation import SegmentationData
 from qtseg.network.mqm import MaskHead
@@ -61,16 +61,19 @@ def kinds(model: nn.Module) -> Counter:
 
 def test_fast_forms_stand_where_they_belong():
     network = QTSeg(width=8)
-    assert not {kind for kind in kinds(network) if kind.__module__ == "qtseg.network.fast"}, "what one builds is the readable form"
-    training, fused = accelerated(network), accelerated(network).fuse()
-    for form in (training, fused, network.fuse()):
+    for form in (network, network.fuse(), copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         found = kinds(form)
         assert found[network_fast.FewQueriesAttention] == 6 + 3  # one in each block, one at the end of each stage
         assert found[network_fast.FewKeysAttention] == found[Attention] == found[network_fast.FastFeedForward] == 6  # Attention: among tokens
         assert found[network_fast.FastConvBNAct] > 50 and found[network_fast.FastUpConvBNAct] == 3 and found[network_fast.FastMaskHead] == 1
         assert found[network_fast.FastUpConv] == 3 + 4  # the bridge's, and two between stages, two in the mask head
         assert not found[ConvBNAct] + found[UpConvBNAct] + found[MaskHead]
-    assert training.state_dict().keys() == network.state_dict().keys()
+    naive = network.naive()
+    assert not kinds(naive).keys() & network_fast.READABLE.keys(), "the naive form has the lessons' classes"
+    assert all(module.use_naive for module in naive.modules() if isinstance(module, TwoForms))
+    assert naive.state_dict().keys() == network.state_dict().keys()
+    network_fast.accelerate(naive)
+    assert kinds(naive) == kinds(network) and not any(module.use_naive for module in naive.modules() if isinstance(module, TwoForms))
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3])
@@ -79,7 +82,7 @@ def test_logits_equal_the_naive_form(classes, batch, height, width):
     model, x = small(classes).eval(), images(batch, height, width)
     with torch.no_grad():
         expected = model.naive()(x)
-        for form in (model, accelerated(model), model.fuse(), accelerated(model).fuse()):
+        for form in (model, model.fuse()):
             torch.testing.assert_close(form(x), expected, atol=1e-4, rtol=0)
 
 
@@ -96,8 +99,7 @@ def test_gradients_equal_the_naive_form(classes, batch, height, width):
     target = torch.randint(0, max(classes, 2), (batch, height, width), generator=torch.Generator().manual_seed(2))
     twice = (torch.cat([x, x]), torch.cat([target, target])) if batch == 1 else (x, target)
     expected = gradients(model.naive(), *twice)
-    for form in (model, accelerated(model)):
-        assert_same_gradients(gradients(form, x, target), expected, relative=1e-6)
+    assert_same_gradients(gradients(model, x, target), expected, relative=1e-6)
 
 
 def test_gradients_at_full_width_in_single_precision():
@@ -105,7 +107,7 @@ def test_gradients_at_full_width_in_single_precision():
     model, x = QTSeg().train(), images(2, 128, 128)
     target = (x[:, 0] > 0.5).long()
     expected = gradients(model.naive(), x, target)
-    assert_same_gradients(gradients(accelerated(model), x, target), expected)
+    assert_same_gradients(gradients(model, x, target), expected)
 
 
 @pytest.mark.parametrize("kind, shapes", [(network_fast.FewQueriesAttention, (3, 50)), (network_fast.FewKeysAttention, (50, 3))])
@@ -270,7 +272,7 @@ def test_hooks_hold_what_they_were_given(form):
 def test_what_is_trained_is_not_kept_for_one_dnn():
     """PyTorch's fused optimizers write to weights without raising their version: validation must see the new ones all the same."""
     torch.manual_seed(0)
-    model, x = accelerated(small()), images(2, 64, 64)
+    model, x = small(), images(2, 64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     for _ in range(3):
         with torch.no_grad():
@@ -319,7 +321,7 @@ def test_one_compiled_graph_serves_many_sizes():
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("forms", ["plain", "fast"])
+@pytest.mark.parametrize("forms", ["naive", "fast"])
 def test_training_takes_the_forms_it_is_told(forms, tmp_path):
     data = SegmentationData.open("phantoms:nuclei:8", size=32, classes=2, cache=str(tmp_path), progress=False)
     config = TrainConfig(width=8, depths=[1, 1, 1], mlp_width=32, batch=4, device="cpu", forms=forms)
@@ -329,7 +331,46 @@ def test_training_takes_the_forms_it_is_told(forms, tmp_path):
     found = kinds(trainer.model)
     assert bool(found[network_fast.FewKeysAttention]) is bool(found[network_fast.FastMaskHead]) is (forms == "fast")
     trainer.model.save_pretrained(tmp_path / "saved")
-    assert not {kind for kind in kinds(QTSeg.from_pretrained(tmp_path / "saved")) if kind.__module__ == "qtseg.network.fast"}
+    assert kinds(QTSeg.from_pretrained(tmp_path / "saved"))[network_fast.FastMaskHead] == 1, "a checkpoint has no form"
+
+
+def test_an_adapter_in_a_layer_and_a_hook_on_it_are_called():
+    """The fast forms read weights without calling their layers: not where that would leave something out."""
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return 100 * super().forward(x)
+
+    torch.manual_seed(0)
+    x = images(2, 256, 256)
+    for name in ("token_to_feature.query", "token_to_feature.value", "feature_to_token.value", "feature_to_token.out", "feed_forward.expand"):
+        model, seen = small().eval().requires_grad_(False), []
+        layer = model.decoder.stage8.blocks[0].get_submodule(name)
+        before = model(x)
+        layer.__class__ = Adapter
+        assert (model(x) - before).abs().max() > 1e-3, name
+        torch.testing.assert_close(model(x), model.naive()(x), atol=1e-4, rtol=0)
+        layer.__class__ = nn.Linear
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        torch.testing.assert_close(model(x), before, atol=1e-4, rtol=0)
+        assert len(seen) == 1, name
+
+
+def test_a_backward_hook_on_a_step_is_called():
+    block, seen = accelerated(nn.Sequential(ConvBNAct(4, 4))), []
+    block[0].norm.register_full_backward_hook(lambda *_: seen.append(1))
+    block(torch.randn(2, 4, 8, 8)).sum().backward()
+    assert seen == [1]
+
+
+def test_a_plain_training_loop_is_what_fit_computes():
+    """As built, in training: compiled without breaks, and the same step."""
+    torch.manual_seed(0)
+    model, x = small().train(), images(2, 64, 96)
+    target = (x[:, 0] > 0).long()
+    expected = gradients(model, x, target)
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    assert_same_gradients({name.removeprefix("_orig_mod."): one for name, one in gradients(compiled, x, target).items()}, expected)
 
 
 def test_jobs_take_turns_and_are_timed():

@@ -1460,6 +1460,50 @@ def test_real_images_train(tmp_path, tiny, archive, options):
     assert np.isfinite(result.history[0]["train_loss"])
 
 
+def test_threads_follow_the_neighbors(monkeypatch):
+    """Fewer beside a busy process, all again when it ends, one warning, and as many as before at the end; OMP_NUM_THREADS is obeyed."""
+    before, seconds, clock = torch.get_num_threads(), {"1": 0.0}, [0.0]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(training_hardware, "cpu_seconds", lambda: dict(seconds))
+    monkeypatch.setattr(training_hardware.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(training_hardware.time, "perf_counter", lambda: clock[0])
+
+    def wait(duration, use=0.0):
+        clock[0] += duration
+        seconds["1"] += use * duration
+
+    monkeypatch.setattr(training_hardware.time, "sleep", lambda duration: wait(duration, use=1.0))
+    try:
+        torch.set_num_threads(4)
+        share = training_hardware.ThreadShare(torch.device("cpu"))
+        with pytest.warns(UserWarning, match="other programs keep 1.0 cores busy: computing with 3 instead of 4 threads"), share:
+            assert torch.get_num_threads() == 3
+            wait(1)
+            share.look()
+            assert torch.get_num_threads() == 3, "looked too soon"
+            wait(5)
+            share.look()
+            assert torch.get_num_threads() == 4
+            wait(5, use=4.0)
+            share.look()
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        with share:
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first, given, expected", [("qtseg", {}, "10000"), ("torch", {}, "None"), ("qtseg", {"GOMP_SPINCOUNT": "7"}, "7"),
+                                                    ("qtseg", {"OMP_WAIT_POLICY": "PASSIVE"}, "None")])
+def test_waiting_threads_soon_sleep_unless_it_is_too_late_or_said_otherwise(first, given, expected):
+    environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"import sys\nif {first == 'torch'}: sys.modules['torch'] = sys\nimport os, qtseg\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_freed_memory speaks to glibc")
 def test_freed_memory_is_kept():
     """Blocks of 40 MB: as it comes each is faulted in anew, page by page; kept, soon none is."""

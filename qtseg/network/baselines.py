@@ -13,6 +13,7 @@ from torch import nn, Tensor
 from ..files.optional import import_optional
 from .efficientnet import LITES, EfficientNetLite
 from .encoders import check_encoder, check_imagenet, fold_batchnorms, standardize
+from .fast import accelerate
 from .model import QTSeg, Segmenter
 from .state import checked_whole, choose_part, find_checkpoint, read_config
 
@@ -36,7 +37,7 @@ class Baseline(Segmenter):
     """A network of segmentation-models-pytorch that keeps QTSeg's contract.
 
     Images [B, in_channels, H, W] in [-1, 1], any H, W >= 32 -> logits [B, classes, H, W]. Weights are random.
-    `naive()` is a plain copy: these graphs have one form only. In training, DeepLabV3+ refuses a batch of one.
+    In training, DeepLabV3+ refuses a batch of one.
 
     Args:
         model: a name in BASELINES.
@@ -73,6 +74,7 @@ class Baseline(Segmenter):
             raise ValueError(f"{model} cannot be built on the encoder {encoder} ({error})") from None
         if lite:  # the same network, faster
             self.net.encoder = EfficientNetLite(encoder, in_channels, self.net.encoder.output_stride)
+        accelerate(self)
         if encoder_weights is not None:
             self.load_encoder(encoder_weights, strict=False)
 

@@ -17,7 +17,8 @@ __all__ = ['ConvBNAct', 'Bottleneck', 'C2f', 'TwoForms']
 def watched(*modules: nn.Module) -> bool:
     """Whether a hook may keep the input or the output of one of these modules, so that neither may be overwritten."""
     return not torch.compiler.is_compiling() and (torch.nn.modules.module._has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks for module in modules))
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules))
 
 # %% ../../nbs/01_blocks.ipynb #c038
 class ConvBNAct(nn.Module):

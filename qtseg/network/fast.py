@@ -300,9 +300,11 @@ def accelerate(network: nn.Module) -> None:
             module.__class__ = ROLES.get(name.rpartition(".")[2], Attention)
         else:
             module.__class__ = FAST.get(type(module), type(module))
+        if hasattr(module, "use_naive"):
+            module.use_naive = False
 
 
 def readable(network: nn.Module) -> None:
-    """Undo `accelerate`, in place."""
+    """Put the classes of the lessons back, in place."""
     for module in network.modules():
         module.__class__ = READABLE.get(type(module), type(module))

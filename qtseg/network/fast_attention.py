@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 from .attention import Attention
 from .blocks import watched
@@ -35,6 +35,11 @@ def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
     enough = torch.compiler.is_compiling() or many.numel() >= 1 << 15
     return few.shape[1] <= head_width and many.device.type == "cpu" and enough  # not measured on other devices
 
+
+def _ordinary(*attentions: Attention) -> bool:
+    """Whether their layers are PyTorch's own (an adapter does more), and no hook wants to see them called."""
+    return all(type(layer) is nn.Linear and not watched(layer) for one in attentions for layer in one.children())
+
 # %% ../../nbs/reference/network_fast_attention.ipynb #c028
 class FewQueriesAttention(Attention):
     """Attention of few tokens to many pixels; the weights of keys and values are applied to the tokens' side.
@@ -57,7 +62,7 @@ class FewQueriesAttention(Attention):
         return self.out(_own_head(mixed, value.transpose(1, 2)) + self.value.bias)
 
     def fast_forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if not _pays(queries, keys, self.query.out_features // self.heads):
+        if not _ordinary(self) or not _pays(queries, keys, self.query.out_features // self.heads):
             return super().fast_forward(queries, keys, values)
         sought, constant = self.sought(queries)
         scores = torch.bmm(sought, keys.transpose(1, 2))  # [B, heads * Nq, Nk]
@@ -87,7 +92,7 @@ class FewKeysAttention(Attention):
         return weights.transpose(1, 2) @ offered  # [B, Nq, width]
 
     def fast_forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if not _pays(keys, queries, self.query.out_features // self.heads):
+        if not _ordinary(self) or not _pays(keys, queries, self.query.out_features // self.heads):
             return super().fast_forward(queries, keys, values)
         sought, constant = self.sought(keys)
         return self.answer(torch.baddbmm(constant, sought, queries.transpose(1, 2)), values)
@@ -97,13 +102,12 @@ class FastDMABlock(DMABlock):
     """DMABlock whose branches are never computed for all pixels. Same parameters and function as `DMABlock`, which is
     used where it is cheaper (`_pays`), where attention weights are asked for, and where hooks watch."""
 
-    use_naive = False  #: DMABlock has one form only; `naive()` finds this switch and goes back to it
-
     def forward(self, tokens: Tensor, features: Tensor, position: Tensor, size: tuple[int, int],
                 weights: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         spatial, channel, reader = self.token_to_spatial, self.token_to_channel, self.feature_to_token
-        pays = _pays(tokens, features, reader.query.out_features // reader.heads)
-        if self.use_naive or weights is not None or not pays or watched(spatial, channel, reader, self.channel):
+        attentions = spatial, channel, reader
+        pays = _ordinary(*attentions) and _pays(tokens, features, reader.query.out_features // reader.heads)
+        if weights is not None or not pays or watched(*attentions, self.channel):
             return super().forward(tokens, features, position, size, weights)
         x = features + position
         pixels, gate = x.transpose(1, 2), self.spatial(x, size).transpose(1, 2)  # [B, F, N], [B, 1, N]

@@ -19,7 +19,7 @@ from .bridges import BRIDGES
 from .checkpoints import Checkpoints
 from .decoders import DECODERS
 from .encoders import build_encoder, check_imagenet, standardize
-from .fast import accelerate
+from .fast import accelerate, readable
 from .mqm import StageOutput
 from .state import checked_whole, choose_part
 
@@ -87,6 +87,7 @@ class Segmenter(Checkpoints):
     def naive(self) -> Segmenter:
         """A copy that computes the graph as the paper writes it. Speed is compared with this form."""
         twin = copy.deepcopy(self)
+        readable(twin)
         for module in twin.modules():
             if hasattr(module, "use_naive"):
                 module.use_naive = True
@@ -168,6 +169,7 @@ class QTSeg(Segmenter):
         self.bridge = choose_part("bridge", bridge, BRIDGES)(self.encoder.channels)
         self.decoder = choose_part("decoder", decoder, DECODERS)(
             self.encoder.channels, classes, depths, heads, mlp_width, position)
+        accelerate(self)
         if encoder_weights is not None:
             self.load_encoder(encoder_weights, strict=False)
 

@@ -35,6 +35,7 @@ from .outputs import (FileOptions, GrowingTable, check_settings, class_columns, 
                                       describe_mask, mask_png, only_writer, overlay_jpg, prediction_settings,
                                       probability_npz, probability_png, write_output)
 from .predictor import Predictor, fit_window
+from ..training.hardware import ThreadShare
 from ..training.loop import stop_signals
 
 # %% auto #0
@@ -322,11 +323,12 @@ class _Run:
 
     def run(self) -> Summary:
         start, before, log = time.perf_counter(), self.predictor.network_seconds, self.log
-        with stop_signals() as stop, log.bar:
+        with stop_signals() as stop, log.bar, ThreadShare(self.predictor.device) as threads:
             for path, reason in self.found.passed:
                 log.pass_over(path, reason)
             for done in self.finished(stop):
                 log.report(done)
+                threads.look()
         log.summary.seconds = time.perf_counter() - start
         log.summary.network_seconds = self.predictor.network_seconds - before
         return log.summary

@@ -216,7 +216,7 @@ class TrainConfig(BaseModel):
     strength: float = Field(1.0, ge=0, le=2, description="how strong the changes are; 1: the paper's recipe")
 
     # how it is computed
-    forms: Literal["plain", "fast"] = Field("fast", description="of the network's layers on a CPU (lesson 16)")
+    forms: Literal["fast", "naive"] = Field("fast", description="of the network's layers on a CPU (lesson 16)")
     amp: Literal["none", "bf16", "fp16"] = Field("none", description="mixed precision")
     compile: bool = Field(False, description="torch.compile the network")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")

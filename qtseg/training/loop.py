@@ -94,6 +94,7 @@ def _train_epoch(trainer: Trainer, asked: threading.Event) -> bool:
             stop = trainer.team.mean(torch.tensor(float(stop))) > 0
         if stop:
             break
+        trainer.threads.look()
         begin = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - begin
@@ -172,7 +173,8 @@ def _run(trainer: Trainer) -> Result:
     for sentence in trainer.data.census.warnings if trainer.team is None or trainer.team.leads else ():
         warnings.warn(f"{c.data}: {printable(sentence)}", stacklevel=3)
     try:
-        with stop_signals() as asked, torch.random.fork_rng([trainer.device] if trainer.device.type == "cuda" else []):
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        with stop_signals() as asked, trainer.threads, torch.random.fork_rng(devices):
             state.stop = trainer.lead(partial(trainer.call, "before_fit"))
             while p.epoch < c.epochs and not state.stop:
                 finished = _train_epoch(trainer, asked)

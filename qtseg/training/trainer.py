@@ -23,14 +23,13 @@ from ..data.segmentation import SegmentationData
 from ..evaluation.metrics import confusion_counts, hard_masks
 from ..network.baselines import Baseline
 from ..network.checkpoints import init_from
-from ..network.fast import accelerate
 from ..network.encoders import standardize
 from ..network.model import QTSeg
 from ..network.state import read_config
 from .augmentation import Augmentation, random_crops
 from .callbacks import EMA, EarlyStopping, FitState, ProgressBar, Tracker, require_callbacks
 from .config import OPTIMIZERS, SCHEDULERS, TrainConfig
-from .hardware import choose_device
+from .hardware import ThreadShare, choose_device
 from .loss_names import weighted_loss
 from .operations import seeded
 from .recipe import scaled_rates, warm_up, weight_groups
@@ -76,8 +75,9 @@ def build_network(config: TrainConfig) -> QTSeg | Baseline:
         torch.manual_seed(c.seed)
         if c.model != "qtseg":
             return Baseline(c.model, c.encoder, c.classes, c.channels)
-        return QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position,
-                     c.encoder)
+        network = QTSeg(c.classes, c.channels, c.width, c.bridge, c.decoder, c.depths, c.heads, c.mlp_width, c.position,
+                        c.encoder)
+    return network.naive() if c.forms == "naive" else network
 
 
 def _own_network(config: TrainConfig, data: SegmentationData, notes: list[str]) -> QTSeg | Baseline:
@@ -122,6 +122,9 @@ def _checked_network(model: nn.Module, config: TrainConfig, shape: tuple[int, in
     if config.normalize == "statistics":
         raise ValueError("normalize statistics is for the network that the configuration describes: let "
                          f"{name} do it as its first step")
+    if config.forms == "naive":
+        raise ValueError("forms naive is for the network that the configuration describes: give fit the copy that "
+                         "naive() makes")
     images = torch.zeros(1, *shape, device=next(model.parameters()).device)
     with torch.no_grad(), evaluating(model):
         try:
@@ -283,6 +286,7 @@ class Trainer:
                  team: TorchTeam | None = None):
         self.config, self.data, self.team, self.device = config, data, team, choose_device(config.device)
         self.lead = getattr(team, "lead", operator.methodcaller("__call__"))  # one process just calls the function
+        self.threads = ThreadShare(self.device)
         self.steps = _steps_of(config, data)
         self.shape = (data.shape[0], config.crop, config.crop) if config.crop else data.shape  # as the network sees it
         given = {"model": model, "loss": loss, "augment": augment}
@@ -293,8 +297,6 @@ class Trainer:
                  else _checked_network(model, config, self.shape))
         _refuse_lone_images(config, len(data.train), model, self.shape, team.size if team else 1, self.device)
         self.model = model.to(self.device)
-        if config.forms != "plain":
-            accelerate(self.model)
         self.network, self.frozen = None, None  # what `step` calls: begin_epoch makes it, anew for an encoder set free
         self.optimizer = OPTIMIZERS[config.optimizer](weight_groups(self.model, config), config)
         self.scheduler = SCHEDULERS[config.scheduler](self.optimizer, config)

@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from traitlets import Int, validate
 
 from ..evaluation.timing import operation_counter
+from ..network.fast import readable
 from .album import as_cases, as_source
 from .layers import Layer, Panel
 from .pictures import GROUND, fit_to, heat, rescale, tile
@@ -70,6 +71,7 @@ def trace(network: nn.Module, batch: Tensor, depth: int = 2) -> list[Box]:
     """
 
     network, boxes, running = copy.deepcopy(network).eval().requires_grad_(False), [], []
+    readable(network)
     names, counter = {module: name for name, module in network.named_modules()}, operation_counter()
 
     def before(module: nn.Module, inputs: Any) -> None:
