@@ -53,11 +53,11 @@ def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def link_folders(app: Sphinx, tree: nodes.document) -> None:
     """Links to folders: that of the reference notebooks has a page in the book, others are shown on GitHub."""
-    for node in list(tree.findall(addnodes.pending_xref)):
+    for node in [node for node in tree.findall(addnodes.pending_xref) if node["reftype"] == "myst"]:
         folder = (ROOT / node["refdoc"]).parent.joinpath(node["reftarget"]).resolve()
-        if node["reftype"] == "myst" and folder == ROOT / "nbs" / "reference":
+        if folder == ROOT / "nbs" / "reference":
             node["refdomain"], node["reftarget"] = "doc", "site/reference"
-        elif node["reftype"] == "myst" and folder.is_dir():
+        elif folder.is_dir():
             where = f"{GITHUB}/tree/{BRANCH}/{folder.relative_to(ROOT).as_posix()}"
             node.replace_self(nodes.reference("", "", *node.children, refuri=where))
 
