@@ -40,8 +40,8 @@ def test_parameter_files_name_every_parameter(path):
 
 
 @pytest.mark.parametrize("section, names", [
-    ("inference", {"naive", "fused", "v2", "lite0"}), ("training", {"naive", "eager", "v2", "unet"}),
-    ("training, memory kept", {"naive", "eager"}), ("epoch", {"fit"}), ("roofline", {"naive", "fused"}),
+    ("inference", {"naive", "fused", "v2", "lite0"}), ("training", {"naive", "fast", "v2", "unet"}),
+    ("training, memory kept", {"naive", "fast"}), ("epoch", {"fit"}), ("roofline", {"naive", "fused"}),
     ("profile", {"naive", "fused"}),
     ("growth", {f"{point}: {what}" for point in ("pixels 4096", "pixels 9216", "batch 1", "batch 2", "classes 1", "classes 3")
                 for what in ("inference", "training")}), ("growth exponents", {"pixels", "batch", "classes"}),
@@ -70,7 +70,7 @@ def test_wrong_parameters_are_refused(tmp_path):
     said = refused_parameters(NOTEBOOK, output=str(tmp_path / "out"), repeat=3, sizes=[64], inference_cases=[[64]], engines=["warp"])
     assert not (tmp_path / "out").exists()
     for words in ("unknown parameter repeat;", "unknown parameter sizes;", "inference_cases is a list of pairs [size, batch], not [[64]]",
-                  "engines is a list of names out of naive, eager"):
+                  "engines is a list of names out of naive, fast"):
         assert words in said
 
 
