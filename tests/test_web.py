@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import struct
 import zipfile
@@ -24,11 +25,15 @@ from qtseg.cli import main
 from qtseg.data.dataset import normalize
 from qtseg.data.phantoms import FAMILIES, phantom
 from qtseg.data.preprocessing import PREPROCESSING_FILE, Preprocessing
-from qtseg.evaluation.runs import read_checkpoint, weights_sha256
+from qtseg.evaluation.runs import read_checkpoint
 from qtseg.evaluation.scores import class_probabilities, decide, undo_resize
+from qtseg.network.model import QTSeg
 from qtseg.network.state import find_checkpoint
 from qtseg.prediction import web
 from qtseg.prediction.predictor import Predictor
+from qtseg.view.pictures import HEAT
+from qtseg.view.token_explorer import TokenExplorer
+from qtseg.view.tokens import DIRECTIONS
 
 pytest.importorskip("onnxscript", reason="the page holds an ONNX file: pip install onnxscript")
 browsing = pytest.mark.skipif(CHROMIUM is None, reason="no browser: apt-get install chromium")
@@ -36,17 +41,15 @@ CARD = "---\nlicense: other\n---\n<!-- mark -->\n# A <b>card</b>\n\n| a | b |\n|
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """The shipped network with a model.onnx of one size, which takes a third of the time that one of any size does."""
-    folder = tmp_path_factory.mktemp("web") / "checkpoint"
-    shutil.copytree(find_checkpoint("phantoms"), folder)
-    model, preprocessing = read_checkpoint(folder)
-    example = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
-    program = torch.onnx.export(torch.export.export(model.fuse(), (example,)), input_names=["images"], output_names=["logits"],
-                                dynamo=True, opset_version=20, verbose=False, optimize=False)
-    program.model.metadata_props["weights_sha256"] = weights_sha256(folder)
-    program.save(str(folder / "model.onnx"), external_data=False)
-    return folder
+def checkpoint() -> Path:
+    return find_checkpoint("phantoms")
+
+
+@pytest.fixture(scope="module")
+def recorded(checkpoint) -> tuple[torch.nn.Module, bytes, int]:
+    """The arguments of `web.lighten` for the shipped network; recording takes longest."""
+    model, preprocessing = read_checkpoint(checkpoint)
+    return model, web.record_network(model, preprocessing.size), preprocessing.size
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +61,17 @@ def runtime() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint, runtime, tmp_path_factory) -> SimpleNamespace:
+def exported(checkpoint, recorded, runtime, tmp_path_factory) -> SimpleNamespace:
     """Two pages of one network: without a network connection, and with the runtime's address."""
     folder = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(web, "fetch_runtime", lambda: runtime)
-        network = web.network_bytes(checkpoint, read_checkpoint(checkpoint)[1])
-        patch.setattr(web, "network_bytes", lambda *_: network)
+        network = web.lighten(*recorded)
+        patch.setattr(web, "record_network", lambda *_: recorded[1])
+        patch.setattr(web, "lighten", lambda *_: network)
         cv2.imwrite(str(folder / "example.png"), phantom("nuclei", 3, 90)[0][:, :, ::-1])
         offline = web.export_web(checkpoint, folder / "offline", CARD, offline=True, examples=[folder / "example.png"])
-        return SimpleNamespace(offline=offline, online=web.export_web(checkpoint, folder / "online", CARD), network=network)
+        return SimpleNamespace(offline=offline, online=web.export_web(checkpoint, folder / "online", CARD))
 
 
 @pytest.fixture(scope="module")
@@ -256,9 +260,63 @@ def test_the_runtime_comes_from_its_address_or_not_at_all(context, exported, run
     assert asked == ["https://page.example/", *files]
 
 
-def test_half_weights_are_given_up_where_they_change_the_answer(checkpoint, monkeypatch, exported):
+def test_half_weights_are_given_up_where_they_change_the_answer(recorded, monkeypatch):
+    monkeypatch.setattr(web, "PARITY", 0.05)
+    assert len(web.lighten(*recorded)) < 0.7 * len(recorded[1])
     monkeypatch.setattr(web, "HALF_PARITY", 0)
-    assert len(web.network_bytes(checkpoint, read_checkpoint(checkpoint)[1])) > 1.5 * len(exported.network)
+    assert web.lighten(*recorded) == recorded[1]
+
+
+def test_another_network_or_the_traces_of_a_machine_are_no_page(recorded):
+    model, content, size = recorded
+    assert b".py" not in content
+    with pytest.raises(ValueError) as caught:
+        web.lighten(QTSeg(**model.config).eval(), content, size)
+    one_sentence(caught, "differs from PyTorch's", "nothing was written")
+
+
+@browsing
+def test_look_inside_shows_the_explorers_numbers(page, checkpoint, tmp_path):
+    """Stages, blocks, heads and directions at clicked pixels, against `TokenExplorer`; then what is typed, and a phone."""
+    picture(1, 300, 401).save(tmp_path / "eyes.png")
+    masks_of(page, [tmp_path / "eyes.png"])
+    page.get_by_text("Look inside").click()
+    playwright.expect(page.locator("#gaze")).to_be_visible(timeout=60_000)
+    explorer = TokenExplorer(Predictor(checkpoint, device="cpu"), [tmp_path / "eyes.png"])
+    assert web.inside_settings(explorer.network)["heat"] == HEAT[:, 0].tolist()
+    text, box = lambda name: page.locator(name).inner_text(), page.locator("#gaze").bounding_box()
+    choice = lambda name: page.get_by_role("spinbutton" if name in "xy" else "combobox", name=name, exact=True)
+    number = lambda name: int(choice(name).input_value())
+    arrows = dict(zip(DIRECTIONS, ("token → features", "features → token")))
+    for stage, block, head, token, direction, across, down in [
+            (16, 1, "mean", "foreground", DIRECTIONS[0], 0.5, 0.5), (32, 3, 2, "background", DIRECTIONS[1], 0.1, 0.9),
+            (8, 1, 8, "foreground", DIRECTIONS[1], 0.4, 0.45), (32, 2, "mean", "foreground", DIRECTIONS[1], 0.99, 0.01),
+            (16, 2, 5, "background", DIRECTIONS[0], 0.6, 0.3), (8, "final", 3, "foreground", DIRECTIONS[0], 0.3, 0.7)]:
+        for name, value in [("Stride", stage), ("Block", block), ("Head", head), ("Token", token), ("Direction", arrows[direction])]:
+            choice(name).select_option(label=str(value))
+        page.locator("#gaze").click(position={"x": box["width"] * across, "y": box["height"] * down})
+        assert abs(number("x") - 256 * across) < 2 and abs(number("y") - 256 * down) < 2
+        explorer.set(stage=stage, block=block, head=head, token=token, direction=direction, x=number("x"), y=number("y"))
+        answer, attention = explorer.answer(), explorer.attention()
+        for row, name in zip(text("#shares").splitlines(), explorer.tokens, strict=True):
+            word, logit, share = row.split("\t")
+            assert word == name and abs(float(logit) - answer["logit"][name]) < 0.05
+            assert abs(float(share) - answer["attention"][name]) < 1e-3
+        found = [float(text(f"#{name}")) for name in ("here", "least", "most")]
+        expected = [attention[explorer.y, explorer.x], attention.min(), attention.max()]
+        assert np.allclose(found, expected, rtol=0, atol=min(1e-3, 0.01 * attention.max()))
+        assert text("#pixel") == f"Class of pixel ({explorer.x}, {explorer.y}): {explorer.answers_to()}"
+        found, expected = (re.split(r"(\d+(?:\.\d+)?)", words) for words in (text("#looked"), explorer.looked()))
+        assert found[::2] == expected[::2]
+        for one, other in zip(found[1::2], expected[1::2]):  # the last digit may differ by one
+            assert abs(float(one) - float(other)) < 1.1 * 10 ** -len(other.partition(".")[2])
+    choice("x").fill("999")
+    page.keyboard.press("Enter")
+    assert number("x") == 255
+    page.set_viewport_size({"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.set_viewport_size({"width": 1200, "height": 1000})
+    page.get_by_text("Look inside").click()
 
 
 @pytest.mark.parametrize("npm, words", [(None, "Node.js"), ("false", "could not download")])

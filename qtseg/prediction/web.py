@@ -21,7 +21,11 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn, Tensor
 
 from .. import __version__
 from ..colors import class_colors
@@ -30,9 +34,8 @@ from ..evaluation.runs import read_checkpoint
 from ..evaluation.scores import class_probabilities
 from ..files.optional import import_optional
 from ..files.writing import write_then_rename
-from ..network.state import find_checkpoint
-from .export import ONNX_FILE, export_onnx, largest_difference, parity_images
-from .networks import OnnxNetwork, open_onnx
+from ..network.mqm import MQMDecoder
+from .export import OPSET, PARITY, check_opset, parity_images
 
 # %% auto #0
 __all__ = ['fetch_runtime', 'export_web']
@@ -73,25 +76,80 @@ def fetch_runtime() -> dict[str, bytes]:
         raise ValueError(f"npm's onnxruntime-web {RUNTIME} is not the one that QTSeg knows: nothing was written")
     return found
 
+# %% ../../nbs/reference/prediction_web.ipynb #web-inside
+class NamedOutputs(nn.Module):
+    """A network whose answer is a dict: "logits" and, of a decoder with query tokens, the attention weights.
+
+    Those are [B, heads, queries, keys], called "stride16.block1.token_to_feature", "stride16.block1.feature_to_token",
+    and so on for every block, and "stride16.final.token_to_feature".
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if not has_token_stages(self.network):
+            return {"logits": self.network(images)}
+        stages, low_res_logits = self.network.decode(self.network.encode(images))
+        logits = F.interpolate(low_res_logits, scale_factor=2, mode="bilinear", align_corners=False)
+        outputs = {"logits": logits[..., :images.shape[-2], :images.shape[-1]]}
+        for stride, stage in zip((32, 16, 8), stages):
+            *blocks, last = stage.attention
+            for number, weights in enumerate(blocks, 1):
+                for direction in ("token_to_feature", "feature_to_token"):
+                    outputs[f"stride{stride}.block{number}.{direction}"] = weights[direction]
+            outputs[f"stride{stride}.final.token_to_feature"] = last["final"]
+        return outputs
+
+
+def has_token_stages(network: nn.Module) -> bool:
+    """Whether a network has what the page's part "Look inside" and `TokenExplorer` show."""
+    return isinstance(getattr(network, "decoder", None), MQMDecoder)
+
+# %% ../../nbs/reference/prediction_web.ipynb #web-record
+def record_network(network: nn.Module, size: int) -> bytes:
+    """A network in evaluation mode as an ONNX file for one image of size x size, with the outputs of `NamedOutputs`."""
+    check_opset(OPSET)
+    named, example = NamedOutputs(network.fuse()), torch.zeros(1, network.config["in_channels"], size, size)
+    with torch.inference_mode():
+        names = list(named(example))
+    program = torch.onnx.export(
+        torch.export.export(named, (example,), strict=False), input_names=["images"], output_names=names, dynamo=True,
+        opset_version=OPSET, verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
+    for part in (program.model.graph, *program.model.graph):  # traces of the machine that wrote it
+        part.metadata_props.clear()
+    onnxruntime = import_optional("onnxruntime", "a web page")
+    with tempfile.TemporaryDirectory() as folder:
+        whole, simple, options = Path(folder, "whole.onnx"), Path(folder, "simple.onnx"), onnxruntime.SessionOptions()
+        program.save(str(whole), external_data=False)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath, options.log_severity_level = str(simple), 3
+        onnxruntime.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
+        return simple.read_bytes()  # what does not depend on the image is computed
+
+
+@torch.inference_mode()
+def onnx_error(network: nn.Module, content: bytes, size: int) -> tuple[float, float]:
+    """The largest difference of an ONNX file's answers from a network's: of a probability, of an attention weight."""
+    onnxruntime = import_optional("onnxruntime", "a web page")
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    named, errors = NamedOutputs(network), {True: [torch.zeros(())], False: [torch.zeros(())]}
+    for images in parity_images(network.config["in_channels"], [(1, size, size)]):
+        for (name, expected), found in zip(named(images).items(), session.run(None, {"images": images.numpy()})):
+            pair = expected, torch.from_numpy(found)
+            one, other = map(class_probabilities, pair) if name == "logits" else pair
+            errors[name == "logits"].append((one - other).abs().max())
+    return tuple(torch.stack(errors[kind]).max().item() for kind in (True, False))  # NaN if there is one
+
 # %% ../../nbs/reference/prediction_web.ipynb #web-half
 HALF_PARITY = 0.05  # of a probability: only pixels from 0.45 to 0.55 can change their class
 
 
-def fix_size(source: Path, target: Path, size: int) -> None:
-    """Write an ONNX file anew for one image of size x size; what follows from the size is computed here."""
-    onnxruntime = import_optional("onnxruntime", "a web page")
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath, options.log_severity_level = str(target), 3
-    for name, value in {"batch": 1, "height": size, "width": size}.items():
-        options.add_free_dimension_override_by_name(name, value)
-    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-def halve_weights(path: Path) -> bytes:
-    """An ONNX model with large weights stored as 16-bit floats, from which it computes 32-bit ones."""
+def halve_weights(content: bytes) -> bytes:
+    """An ONNX file with large weights stored as 16-bit floats, from which it computes 32-bit ones."""
     onnx = import_optional("onnx", "a web page")
-    model = onnx.load(path)
+    model = onnx.load_model_from_string(content)
     for tensor in [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.FLOAT]:
         values, name = onnx.numpy_helper.to_array(tensor), tensor.name
         if values.size >= 256:
@@ -99,23 +157,20 @@ def halve_weights(path: Path) -> bytes:
             model.graph.node.insert(0, onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
     return model.SerializeToString()
 
-# %% ../../nbs/reference/prediction_web.ipynb #web-network
-def network_bytes(checkpoint: Path, preprocessing: Preprocessing) -> bytes:
-    """A checkpoint as an ONNX file for its own size, its weights halved where probabilities stay within HALF_PARITY."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, fixed, half = checkpoint / ONNX_FILE, Path(folder, "fixed.onnx"), Path(folder, "half.onnx")
-        if path.is_file():
-            open_onnx(checkpoint)  # refuses a file of other weights
-        else:
-            path = Path(folder, ONNX_FILE)
-            export_onnx(checkpoint, path)
-        fix_size(path, fixed, preprocessing.size)
-        half.write_bytes(halve_weights(fixed))
-        whole, halved = OnnxNetwork(path), OnnxNetwork(half)
-        difference = largest_difference(
-            lambda images: class_probabilities(whole(images)), lambda images: class_probabilities(halved(images)),
-            parity_images(preprocessing.channels, [(1, preprocessing.size, preprocessing.size)]))
-        return (half if difference <= HALF_PARITY else fixed).read_bytes()
+
+def lighten(network: nn.Module, content: bytes, size: int) -> bytes:
+    """A network's ONNX file, its weights halved if probabilities stay within HALF_PARITY and attention within PARITY.
+
+    ValueError if the file that is given differs from the network by more than PARITY already.
+    """
+    probability, attention = onnx_error(network, content, size)
+    if not (probability <= PARITY and attention <= PARITY):  # never true for NaN
+        raise ValueError(f"the page's network differs from PyTorch's by {probability:.2g} of a probability and "
+                         f"{attention:.2g} of an attention weight: nothing was written; please report this with your "
+                         "versions of torch, onnx, onnxscript and onnxruntime")
+    half = halve_weights(content)
+    probability, attention = onnx_error(network, half, size)
+    return half if probability <= HALF_PARITY and attention <= PARITY else content
 
 # %% ../../nbs/reference/prediction_web.ipynb #web-page
 def card_html(card: str) -> str:
@@ -126,13 +181,27 @@ def card_html(card: str) -> str:
     return re.sub(' style="[^"]*"', "", page)  # of aligned columns; the page's policy forbids it
 
 # %% ../../nbs/reference/prediction_web.ipynb #web-fill
+SOURCES = ("page.html",), ("page.css",), ("worker.js", "inside.js", "page.js")
+
+
+def inside_settings(network: nn.Module) -> dict | None:
+    """What "Look inside" needs to know: blocks by stride, heads, colors of weights; None: the page has no such part."""
+    if not has_token_stages(network):
+        return None
+    heat = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
+    return {"depths": dict(zip((8, 16, 32), network.config["depths"])), "heads": network.config["heads"],
+            "heat": heat.tolist()}
+
+
 def fill_page(network: bytes, preprocessing: Preprocessing, classes: int, card: str, runtime: dict[str, bytes],
-              examples: Sequence[Path] = ()) -> str:
+              examples: Sequence[Path] = (), inside: dict | None = None) -> str:
     """The whole HTML file. `runtime`: the files of RUNTIME_FILES; empty: the page loads them."""
-    page, style, code = ((files("qtseg") / "web" / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    page, style, code = ("".join((files("qtseg") / "web" / name).read_text("utf-8") for name in parts)
+                         for parts in SOURCES)
     names = preprocessing.class_names
     settings = {
         **asdict(preprocessing), "names": names, "classes": classes, "colors": class_colors(len(names)).tolist(),
+        "inside": inside,
         "runtime": not runtime and {kind: [CDN + name, expected] for kind, (name, expected) in RUNTIME_FILES.items()},
         "examples": [{"name": path.name, "content": encoded(path.read_bytes())} for path in examples]}
     policy = f"""default-src 'none'; img-src data:; worker-src blob:; connect-src {"'none'" if runtime else CDN};
@@ -150,23 +219,23 @@ def export_web(checkpoint: str | Path, folder: str | Path, card: str, *, offline
     """Write <folder>/index.html, a page that segments images in the browser. Returns its path.
 
     Args:
-        checkpoint: what `find_checkpoint` finds; a model.onnx in it is used, else one is made, which takes a minute.
+        checkpoint: what `read_checkpoint` takes.
         folder: is made where it is missing.
         card: text in Markdown that the page shows, such as `model_card(checkpoint)`.
         offline: put the runtime into the page; see `fetch_runtime`.
         examples: pictures to try, which become part of the page.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: see `fetch_runtime` and `export_onnx`; a network that no page can run.
+        OSError, ValueError, ModuleNotFoundError: see `fetch_runtime` and `lighten`; a network that no page can run.
     """
-    checkpoint = find_checkpoint(checkpoint)
     model, preprocessing = read_checkpoint(checkpoint)
     if preprocessing.window or preprocessing.channels not in (1, 3):
         raise ValueError("a web page runs networks of 1 or 3 channels that see whole images: this one has "
                          f"{preprocessing.channels} channel(s) and window {preprocessing.window}")
     runtime, path = fetch_runtime() if offline else {}, Path(folder, "index.html")
-    page = fill_page(network_bytes(checkpoint, preprocessing), preprocessing, model.config["classes"], card, runtime,
-                     [Path(example) for example in examples])
+    network = lighten(model, record_network(model, preprocessing.size), preprocessing.size)
+    page = fill_page(network, preprocessing, model.config["classes"], card, runtime,
+                     [Path(example) for example in examples], inside_settings(model))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_then_rename(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return path
