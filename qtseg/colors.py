@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # %% auto #0
-__all__ = ['TOKENS', 'FEATURES', 'PREDICTION', 'REMEDY', 'FAILURE', 'class_colors', 'hex_color']
+__all__ = ['TOKENS', 'FEATURES', 'PREDICTION', 'REMEDY', 'FAILURE', 'PURPLE', 'class_colors', 'hex_color']
 
 # %% ../nbs/reference/colors.ipynb #colors006
 Color = tuple[int, int, int]  # red, green, blue, each 0 to 255
@@ -34,8 +34,8 @@ WRONG_CLASS: Color = (136, 34, 85)  #: wine: foreground in both masks, but not o
 REMEDY: Color = (0, 158, 115)  #: green
 FAILURE = FALSE_POSITIVE
 
-_PURPLE: Color = (204, 121, 167)
-_FOREGROUND = (PREDICTION, TOKENS, REMEDY, FALSE_NEGATIVE, FALSE_POSITIVE, _PURPLE, FEATURES)  # of classes 1 to 7
+PURPLE: Color = (204, 121, 167)  #: class 6, and the Dice loss
+_FOREGROUND = (PREDICTION, TOKENS, REMEDY, FALSE_NEGATIVE, FALSE_POSITIVE, PURPLE, FEATURES)  # of classes 1 to 7
 
 # %% ../nbs/reference/colors.ipynb #colors008
 def class_colors(classes: int) -> np.ndarray:

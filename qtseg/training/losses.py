@@ -23,7 +23,7 @@ def cross_entropy_loss(logits: Tensor, target: Tensor, *, ignore_index: int | No
 
     Args:
         ignore_index: the label of pixels that count nowhere.
-        class_weights: what a pixel of each class counts.
+        class_weights: the weight of a pixel, one number per class.
         label_smoothing: the share of each label that is spread evenly over all classes.
 
     Raises:
@@ -142,7 +142,7 @@ def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: fl
         raise ValueError(f"alpha must lie in [0, 1] and gamma must not be negative: got {alpha} and {gamma}")
     logit = lesion_logit(logits, target, ignore_index)
     truth = (target == 1).to(logit.dtype)
-    signed = (2 * truth - 1) * logit  # positive where the answer is right
+    signed = (2 * truth - 1) * logit  # positive where the prediction is right
     focus = torch.exp(gamma * F.logsigmoid(-signed))  # (1 - p_t)^gamma, with a finite slope for every gamma
     losses = -(alpha * truth + (1 - alpha) * (1 - truth)) * focus * F.logsigmoid(signed)
     amounts = pixel_amounts(target, ignore_index, weights_per_class(class_weights, logits))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from traitlets import Bool, Enum, Float, validate
 
-from ..colors import hex_color
+from ..colors import FAILURE, FEATURES, PURPLE, REMEDY, Color, hex_color
 from ..training.losses import bce_loss, binary_dice_loss, ce_dice_loss, focal_loss
 from .layers import Layer, Panel
-from .pictures import class_color, contours, heat
+from .pictures import contours, heat
 from .viewer import Controls, Viewer, table, within
 
 # %% auto #0
@@ -40,6 +40,7 @@ def disc_logits(size: int, x: Any, y: Any, radius: Any, confidence: float = 4.0,
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-push
 LAB_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross-entropy": bce_loss, "Dice": binary_dice_loss, "focal": focal_loss, "CE + Dice": ce_dice_loss}
+LOSS_COLORS: dict[str, Color] = {"cross-entropy": FAILURE, "Dice": PURPLE, "focal": FEATURES, "CE + Dice": REMEDY}
 
 
 class Push(NamedTuple):
@@ -89,14 +90,14 @@ def loss_along(size: int, target: Tensor, y: float, radius: float, confidence: f
 
 
 def draw_lines(lines: Mapping[str, np.ndarray], side: int, mark: float) -> np.ndarray:
-    """Curves on white, each from 0 to its own largest value, with an upright mark at 0..1: uint8 [side, side, 3]."""
+    """The losses' curves on white, each scaled to its maximum, with a vertical mark at 0..1: uint8 [side, side, 3]."""
     sheet = np.full((side, side, 3), 255, np.uint8)
     column = round(mark * (side - 1))
     cv2.line(sheet, (column, 0), (column, side - 1), (150, 150, 150), 1)
-    for place, values in enumerate(lines.values()):
+    for name, values in lines.items():
         top = float(values.max()) or 1.0
         points = np.stack([np.linspace(0, side - 1, len(values)), (side - 6) - values / top * (side - 12)], axis=1)
-        cv2.polylines(sheet, [np.rint(points).astype(np.int32)], False, class_color(place + 5), 2, cv2.LINE_AA)
+        cv2.polylines(sheet, [np.rint(points).astype(np.int32)], False, LOSS_COLORS[name], 2, cv2.LINE_AA)
     return sheet
 
 # %% ../../nbs/reference/view_loss_lab.ipynb #loss-picture
@@ -132,8 +133,8 @@ def lab_text(lab: LossLab) -> str:
         size = np.abs(one.gradient)
         rows.append((name, f"{one.loss:.4f}", f"{100 * size[inside].sum() / max(size.sum(), 1e-30):.0f} %",
                      *(f"{value:+.4f}" for value in one.pull)))
-    colors = " &nbsp; ".join(f"<span style='color:{hex_color(class_color(place + 5))}'>■</span> {name}"
-                             for place, name in enumerate(LAB_LOSSES))
+    colors = " &nbsp; ".join(f"<span style='color:{hex_color(color)}'>■</span> {name}"
+                             for name, color in LOSS_COLORS.items())
     head = "loss", "value", "push inside the target", "pull on x", "on y", "on radius"
     return f"{table(head, rows)}curves: {colors}"
 
