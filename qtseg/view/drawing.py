@@ -82,7 +82,7 @@ class Drawing:
     def suggest(self) -> None:
         """Suggest the network's mask."""
         if self.network is None:
-            raise ValueError("there is no network yet that suggests a mask: train one or pass network, or use cut out or scribble")
+            raise ValueError("there is no network to suggest a mask: train or pass one, or use cut out or scribble")
         self.suggestion = suggested(self.network, self.image, self.classes)
 
     def cut(self, points: Sequence, label: int, scribble: bool = False) -> None:
