@@ -269,7 +269,7 @@ def test_half_weights_are_given_up_where_they_change_the_answer(recorded, monkey
 
 def test_another_network_or_the_traces_of_a_machine_are_no_page(recorded):
     model, content, size = recorded
-    assert b".py" not in content
+    assert not re.search(rb"/\w+\.py\b", content)  # a path of the code that recorded it
     with pytest.raises(ValueError) as caught:
         web.lighten(QTSeg(**model.config).eval(), content, size)
     one_sentence(caught, "differs from PyTorch's", "nothing was written")
