@@ -55,8 +55,8 @@ def token_sentence(explorer: TokenExplorer) -> str:
         return where + (f"pixels give {token} shares of {attention.min():.3f} to {attention.max():.3f} "
                         f"(even: {1 / len(explorer.tokens):.3f}); {won}.")
     won = f"the {100 * area:.0f} % of the pixels that it wins get {100 * inside * area:.0f} % of its attention"
-    return where + (f"{token} attends to a pixel up to {attention.max() / attention.mean():.1f} times as much as "
-                    f"evenly; {won if area else 'it wins no pixel'}.")
+    return where + (f"the largest weight of {token} is {attention.max() / attention.mean():.1f} times the mean; "
+                    f"{won if area else 'it wins no pixel'}.")
 
 # %% ../../nbs/reference/view_token_explorer.ipynb #token-text
 STEPS = ("no stage", *(f"+ stride {stride}" for stride in STRIDES))  # "product" has no first step

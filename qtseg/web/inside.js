@@ -26,7 +26,7 @@ function sentence({ least, most, sum, inside, area }, size, direction, token, ev
   const percent = (part) => `${Math.round(100 * part)} %`, all = size * size;
   const won = (words) => (area ? words : "it wins no pixel");
   return direction === TO_FEATURE
-    ? `${token} attends to a pixel up to ${(most * all / sum).toFixed(1)} times as much as evenly; ${
+    ? `the largest weight of ${token} is ${(most * all / sum).toFixed(1)} times the mean; ${
       won(`the ${percent(area / all)} of the pixels that it wins get ${percent(inside / sum)} of its attention`)}.`
     : `pixels give ${token} shares of ${least.toFixed(3)} to ${most.toFixed(3)} (even: ${even.toFixed(3)}); ${
       won(`those that it wins give ${(inside / area).toFixed(3)} on average`)}.`;
