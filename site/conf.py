@@ -24,7 +24,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx
 
 # Addresses are those of the repository, and so its relative links work in the book too.
 root_doc = "README"
-include_patterns = ["*.md", "results/README.md", "nbs/**", "site/**"]
+include_patterns = ["*.md", "results/**", "nbs/**", "site/**"]
 exclude_patterns = [".*", "_site", "build", "data", "data_scripts", "qtseg", "runs", "tests", "tools", "**/.ipynb_checkpoints", "nbs/index.ipynb",
                     "site/contents.md", "site/templates"]
 
@@ -32,7 +32,7 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
-templates_path = ["templates"]
+templates_path = [str(HERE / "templates")]
 default_role = "code"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
@@ -41,8 +41,10 @@ python_maximum_signature_line_length = 100
 html_theme = "sphinx_book_theme"
 html_title = project
 html_copy_source = False
+html_static_path = html_css_files = ["book.css"]
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system
 html_theme_options = {"repository_url": GITHUB, "repository_branch": BRANCH, "use_repository_button": True, "use_download_button": False,
-                      "show_navbar_depth": 1}
+                      "navbar_persistent": [], "show_navbar_depth": 1}
 
 
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -56,12 +58,19 @@ def link_folders(app: Sphinx, tree: nodes.document) -> None:
     for node in [node for node in tree.findall(addnodes.pending_xref) if node["reftype"] == "myst"]:
         folder = (ROOT / node["refdoc"]).parent.joinpath(node["reftarget"]).resolve()
         if folder == ROOT / "nbs" / "reference":
-            node["refdomain"], node["reftarget"] = "doc", "site/reference"
+            page = {"refdomain": "std", "reftype": "doc", "reftarget": "/site/reference", "refdoc": node["refdoc"], "refexplicit": True}
+            node.replace_self(addnodes.pending_xref("", *node.children, **page))
         elif folder.is_dir():
             where = f"{GITHUB}/tree/{BRANCH}/{folder.relative_to(ROOT).as_posix()}"
             node.replace_self(nodes.reference("", "", *node.children, refuri=where))
 
 
+def shorten_signature(app: Sphinx, what: str, name: str, obj: object, *_) -> tuple[str, str] | None:
+    """pydantic's types of all keys fill a page; a reference notebook lists the keys."""
+    return ("(**keys)", "") if what == "class" and hasattr(obj, "model_fields") else None
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", add_contents)
     app.connect("doctree-read", link_folders)
+    app.connect("autodoc-process-signature", shorten_signature)
