@@ -24,7 +24,7 @@ help:
 	@echo "make audit  look for unsafe code (ruff's S rules) and for requirements with known vulnerabilities (pip-audit, which asks PyPI)"
 	@echo "make lab    set up, then open the front page and the lessons in JupyterLab"
 	@echo "make mlflow open the tracked runs (track: true) in the browser"
-	@echo "make site   build the book as web pages: _site/index.html"
+	@echo "make site   build the book as web pages: build/site/index.html"
 	@echo "make sync   after editing a notebook: export modules, clean notebooks, write links and README.md"
 	@echo "make clean  remove .venv and what the other targets made"
 
@@ -100,18 +100,18 @@ mlflow: $(READY)
 	touch $@
 
 site: .venv/.site
-	@rm -rf _site site/api
+	@rm -rf build/site site/api
 	echo "==> Building the book from the notebooks as they are committed; a warning or a dead link is an error"
-	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --jobs auto -c site -d build/site . _site
-	cp _site/README.html _site/index.html
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going --jobs auto -c site -d build/doctrees . build/site
+	cp build/site/README.html build/site/index.html
 	echo "==> Writing the live demo"
-	$(BIN)/python site/demo.py _site/demo
+	$(BIN)/python site/demo.py build/site/demo
 	echo "==> Following every link within the site"
-	$(BIN)/python site/links.py _site
-	echo "==> Open _site/index.html"
+	$(BIN)/python site/links.py build/site
+	echo "==> Open build/site/index.html"
 
 sync: $(READY)
 	@$(BIN)/python tools/notebooks.py
 
 clean:
-	rm -rf .venv $(RUNS) _site site/api build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(RUNS) site/api build *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Sphinx's configuration of the book: `make site` builds it from the notebooks as they are committed, outputs included."""
+"""Sphinx's configuration of the book: `make site` builds it from notebooks and outputs as they are committed."""
 from __future__ import annotations
 
 import sys
@@ -25,8 +25,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx
 # Addresses are those of the repository, and so its relative links work in the book too.
 root_doc = "README"
 include_patterns = ["*.md", "results/**", "nbs/**", "site/**"]
-exclude_patterns = [".*", "_site", "build", "data", "data_scripts", "qtseg", "runs", "tests", "tools", "**/.ipynb_checkpoints", "nbs/index.ipynb",
-                    "site/contents.md", "site/templates"]
+exclude_patterns = [".*", "build", "data", "data_scripts", "qtseg", "runs", "tests", "tools",
+                    "**/.ipynb_checkpoints", "nbs/index.ipynb", "site/contents.md", "site/templates"]
 
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
@@ -43,8 +43,8 @@ html_title = project
 html_copy_source = False
 html_static_path = html_css_files = ["book.css"]
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system
-html_theme_options = {"repository_url": GITHUB, "repository_branch": BRANCH, "use_repository_button": True, "use_download_button": False,
-                      "navbar_persistent": [], "show_navbar_depth": 1}
+html_theme_options = {"repository_url": GITHUB, "repository_branch": BRANCH, "use_repository_button": True,
+                      "use_download_button": False, "navbar_persistent": [], "show_navbar_depth": 1}
 
 
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -58,8 +58,8 @@ def link_folders(app: Sphinx, tree: nodes.document) -> None:
     for node in [node for node in tree.findall(addnodes.pending_xref) if node["reftype"] == "myst"]:
         folder = (ROOT / node["refdoc"]).parent.joinpath(node["reftarget"]).resolve()
         if folder == ROOT / "nbs" / "reference":
-            page = {"refdomain": "std", "reftype": "doc", "reftarget": "/site/reference", "refdoc": node["refdoc"], "refexplicit": True}
-            node.replace_self(addnodes.pending_xref("", *node.children, **page))
+            page = {"refdomain": "std", "reftype": "doc", "reftarget": "/site/reference", "refexplicit": True}
+            node.replace_self(addnodes.pending_xref("", *node.children, refdoc=node["refdoc"], **page))
         elif folder.is_dir():
             where = f"{GITHUB}/tree/{BRANCH}/{folder.relative_to(ROOT).as_posix()}"
             node.replace_self(nodes.reference("", "", *node.children, refuri=where))

@@ -1,4 +1,4 @@
-"""The live demo, as `qtseg export phantoms --web` writes it, with a phantom of each family to try: `python site/demo.py FOLDER`."""
+"""`python site/demo.py FOLDER` writes the live demo: `qtseg export phantoms --web`, with a phantom of each family."""
 import sys
 import tempfile
 from pathlib import Path

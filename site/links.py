@@ -28,7 +28,8 @@ class Page(HTMLParser):
 def dead_links(folder: Path) -> Iterator[str]:
     """Each link to a file or an anchor that is not there. Other sites are not asked."""
     folder = folder.resolve()
-    pages = {path: Page(path) for path in folder.rglob("*.html") if folder / "_static" not in path.parents}  # there, templates of the theme
+    pages = {path: Page(path) for path in folder.rglob("*.html")
+             if folder / "_static" not in path.parents}  # the theme keeps templates there
     for path, page in sorted(pages.items()):
         for link in sorted(page.links):
             parts = urlsplit(link)
