@@ -85,10 +85,10 @@ class ThreadShare:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.before: dict[str, float] = {}  # without it, `look` leaves the threads alone
 
     def __enter__(self) -> ThreadShare:
         self.most, self.told = torch.get_num_threads(), False
-        self.before = {}
         if self.device.type == "cpu" and self.most > 1 and "OMP_NUM_THREADS" not in os.environ:
             self.before, self.at = cpu_seconds(), time.perf_counter()
         if self.before:
