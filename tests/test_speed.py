@@ -291,9 +291,9 @@ def test_fused_form_gives_images_a_gradient():
 
 def test_operations_are_counted_alike_in_all_forms():
     """Convolutions and products behind oneDNN's operators count, too; absorbed attention needs fewer."""
-    model, x = QTSeg(width=8).eval(), images(1, 64, 64)
+    model, x = QTSeg(width=8).eval(), images(1, 256, 256)
     naive, fused = (timing.operations(lambda form=form: torch.no_grad()(form)(x)) for form in (model.requires_grad_(False).naive(), model.fuse()))
-    assert 0.8 * naive < fused <= naive
+    assert 0.8 * naive < fused < naive, "absorbed attention is counted as what it does"
 
 
 def test_frozen_and_unusual_normalization_goes_the_readable_way():

@@ -37,8 +37,13 @@ def _pays(few: Tensor, many: Tensor, head_width: int) -> bool:
 
 
 def _ordinary(*attentions: Attention) -> bool:
-    """Whether their layers are PyTorch's own (an adapter does more), and no hook wants to see them called."""
-    return all(type(layer) is nn.Linear and not watched(layer) for one in attentions for layer in one.children())
+    """Whether their layers are PyTorch's own (an adapter does more), and none has a hook that wants to see it called.
+
+    PyTorch's counter of operations has hooks for all modules at once, which do not matter: it counts what is done.
+    """
+    return all(type(layer) is nn.Linear and (torch.compiler.is_compiling() or not (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks))
+        for one in attentions for layer in one.children())
 
 # %% ../../nbs/reference/network_fast_attention.ipynb #c028
 class FewQueriesAttention(Attention):
