@@ -85,7 +85,7 @@ class ThreadShare:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.before: dict[str, float] = {}  # without it, `look` leaves the threads alone
+        self.before: dict[str, float] = {}  # empty outside `with`: `look` leaves the threads alone
 
     def __enter__(self) -> ThreadShare:
         self.most, self.told = torch.get_num_threads(), False
@@ -119,6 +119,7 @@ class ThreadShare:
     def __exit__(self, *_) -> None:
         if self.before:
             torch.set_num_threads(self.most)
+            self.before = {}
 
 # %% ../../nbs/reference/training_hardware.ipynb #c052
 def hardware(device: torch.device) -> dict[str, str | int]:
