@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 # %% auto #0
@@ -36,6 +37,10 @@ FAILURE = FALSE_POSITIVE
 
 PURPLE: Color = (204, 121, 167)  #: class 6, and the Dice loss
 _FOREGROUND = (PREDICTION, TOKENS, REMEDY, FALSE_NEGATIVE, FALSE_POSITIVE, PURPLE, FEATURES)  # of classes 1 to 7
+
+# %% ../nbs/reference/colors.ipynb #colors-heat
+# viridis, for numbers: uint8 [256, 1, 3], as cv2.applyColorMap takes it
+HEAT = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()
 
 # %% ../nbs/reference/colors.ipynb #colors008
 def class_colors(classes: int) -> np.ndarray:

@@ -14,11 +14,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 __all__ = ['ConvBNAct', 'Bottleneck', 'C2f', 'TwoForms']
 
 # %% ../../nbs/01_blocks.ipynb #c0375
+def hooked(*modules: nn.Module) -> bool:
+    """Whether one of these modules has a hook of its own."""
+    return not torch.compiler.is_compiling() and any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules)
+
+
 def watched(*modules: nn.Module) -> bool:
     """Whether a hook may keep the input or the output of one of these modules, so that neither may be overwritten."""
-    return not torch.compiler.is_compiling() and (torch.nn.modules.module._has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules))
+    return hooked(*modules) or (not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook())
 
 # %% ../../nbs/01_blocks.ipynb #c038
 class ConvBNAct(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn, Tensor
 
 from .attention import Attention
-from .blocks import watched
+from .blocks import hooked, watched
 from .dma import DMABlock
 
 # %% auto #0
@@ -41,9 +41,7 @@ def _ordinary(*attentions: Attention) -> bool:
 
     PyTorch's counter of operations has hooks for all modules at once, which do not matter: it counts what is done.
     """
-    return all(type(layer) is nn.Linear and (torch.compiler.is_compiling() or not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks))
-        for one in attentions for layer in one.children())
+    return all(type(layer) is nn.Linear and not hooked(layer) for one in attentions for layer in one.children())
 
 # %% ../../nbs/reference/network_fast_attention.ipynb #c028
 class FewQueriesAttention(Attention):

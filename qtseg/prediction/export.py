@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -132,6 +132,20 @@ def check_opset(opset: int) -> None:
     if not 18 <= opset <= newest:
         raise ValueError(f"opset is a version of ONNX's operations from 18 to {newest}, not {opset}")
 
+# %% ../../nbs/reference/prediction_export.ipynb #export-translate
+def translate(graph: torch.export.ExportedProgram, outputs: Sequence[str], opset: int,
+              **options) -> torch.onnx.ONNXProgram:
+    """A recorded graph as ONNX, its input called "images". It does not say on which machine it was made.
+
+    options: more of `torch.onnx.export`.
+    """
+    program = torch.onnx.export(
+        graph, input_names=["images"], output_names=outputs, dynamo=True, opset_version=opset, verbose=False,
+        optimize=False, **options)  # ONNX Runtime optimizes when it loads
+    for part in (program.model.graph, *program.model.graph):
+        part.metadata_props.clear()
+    return program
+
 # %% ../../nbs/reference/prediction_export.ipynb #export045b
 def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset: int = OPSET) -> float:
     """Write a checkpoint as one ONNX file, compared with PyTorch before it gets its name.
@@ -153,12 +167,8 @@ def export_onnx(checkpoint: str | Path, path: str | Path | None = None, *, opset
     check_opset(opset)
     checkpoint = find_checkpoint(checkpoint) if path else find_own_checkpoint(checkpoint, "name a path for the file")
     model, preprocessing = read_checkpoint(checkpoint)
-    program = torch.onnx.export(
-        record_graph(model.fuse(), model.config["in_channels"]), input_names=["images"], output_names=["logits"],
-        dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}}, dynamo=True, opset_version=opset,
-        verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
-    for part in (program.model.graph, *program.model.graph):  # traces of the machine that wrote it
-        part.metadata_props.clear()
+    program = translate(record_graph(model.fuse(), model.config["in_channels"]), ["logits"], opset,
+                        dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}})
     program.model.metadata_props.update({
         "weights_sha256": weights_sha256(checkpoint), "preprocessing": json.dumps(asdict(preprocessing)),
         "class_names": json.dumps(preprocessing.class_names, ensure_ascii=False), "qtseg": __version__})

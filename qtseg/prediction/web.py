@@ -21,21 +21,20 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .. import __version__
-from ..colors import class_colors
+from ..colors import HEAT, class_colors
 from ..data.preprocessing import Preprocessing
 from ..evaluation.runs import read_checkpoint
 from ..evaluation.scores import class_probabilities
 from ..files.optional import import_optional
 from ..files.writing import write_then_rename
 from ..network.mqm import MQMDecoder
-from .export import OPSET, PARITY, check_opset, parity_images
+from .export import OPSET, PARITY, check_opset, parity_images, translate
 
 # %% auto #0
 __all__ = ['fetch_runtime', 'export_web']
@@ -114,11 +113,7 @@ def record_network(network: nn.Module, size: int) -> bytes:
     named, example = NamedOutputs(network.fuse()), torch.zeros(1, network.config["in_channels"], size, size)
     with torch.inference_mode():
         names = list(named(example))
-    program = torch.onnx.export(
-        torch.export.export(named, (example,), strict=False), input_names=["images"], output_names=names, dynamo=True,
-        opset_version=OPSET, verbose=False, optimize=False)  # ONNX Runtime optimizes when it loads
-    for part in (program.model.graph, *program.model.graph):  # traces of the machine that wrote it
-        part.metadata_props.clear()
+    program = translate(torch.export.export(named, (example,), strict=False), names, OPSET)
     onnxruntime = import_optional("onnxruntime", "a web page")
     with tempfile.TemporaryDirectory() as folder:
         whole, simple, options = Path(folder, "whole.onnx"), Path(folder, "simple.onnx"), onnxruntime.SessionOptions()
@@ -188,9 +183,8 @@ def inside_settings(network: nn.Module) -> dict | None:
     """What "Look inside" needs to know: blocks by stride, heads, colors of weights; None: the page has no such part."""
     if not has_token_stages(network):
         return None
-    heat = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
     return {"depths": dict(zip((8, 16, 32), network.config["depths"])), "heads": network.config["heads"],
-            "heat": heat.tolist()}
+            "heat": HEAT[:, 0].tolist()}
 
 
 def fill_page(network: bytes, preprocessing: Preprocessing, classes: int, card: str, runtime: dict[str, bytes],

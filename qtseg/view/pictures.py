@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from ..colors import FALSE_NEGATIVE, FALSE_POSITIVE, PREDICTION, WRONG_CLASS, Color, class_colors
+from ..colors import FALSE_NEGATIVE, FALSE_POSITIVE, HEAT, PREDICTION, WRONG_CLASS, Color, class_colors
 from ..data.preprocessing import outline, resample
 from ..files.optional import import_optional
 from ..files.text import printable
@@ -145,10 +145,6 @@ def error_map(target: np.ndarray, prediction: np.ndarray, image: np.ndarray | No
     return overlay(gray(image), kinds, opacity, colors)
 
 # %% ../../nbs/reference/view_pictures.ipynb #visualisation031
-# [256, 1, 3], RGB
-HEAT = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()
-
-
 def heat(values: np.ndarray, image: np.ndarray | None = None, opacity: float = 0.6) -> np.ndarray:
     """Numbers from 0 (dark violet) to 1 (yellow) as colors, [H, W] -> uint8 [H, W, 3]; over an image, which turns gray.
 
