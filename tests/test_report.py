@@ -28,12 +28,7 @@ NOTEBOOK = ROOT / "nbs/experiments/report.ipynb"
 TINY = {"width": 4, "depths": [1, 1, 1], "mlp_width": 16}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return QTSeg(**TINY).save_pretrained(tmp_path_factory.mktemp("network") / "best_dice")
-
-
-def write_run(folder: Path, arm: str, seed: int, fold: int | None, dice: float, checkpoint: Path | None = None, images: dict | None = None,
+def write_run(folder: Path, arm: str, seed: int, fold: int | None, dice: float, images: dict | None = None,
               epochs: int = 4, **config) -> None:
     """What a finished run leaves, as `fit` and `run_arm` write it."""
     folder.mkdir(parents=True)
@@ -46,8 +41,6 @@ def write_run(folder: Path, arm: str, seed: int, fold: int | None, dice: float, 
     (folder / "run.json").write_text(json.dumps({"arm": arm, "seed": seed, "fold": fold}))
     rows = [[epoch, 1 / epoch, dice * (1 - 0.5**epoch)] for epoch in range(1, epochs + 1)]
     (folder / "history.csv").write_text("epoch,valid_loss,valid_dice\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
-    if checkpoint:
-        shutil.copytree(checkpoint, folder / "best_dice")
 
 
 def write_study(root: Path, dice: dict[tuple, float | None], name: str = "tiny", **options) -> Path:
@@ -306,8 +299,8 @@ def test_caveats_name_what_is_unlike(tmp_path):
 
 # ---- costs, the paper, tables, files ----
 
-def test_costs_are_those_of_the_checkpoints(tmp_path, checkpoint):
-    folder = write_study(tmp_path, by_seed(a=[90.0, 91.0], b=[92.0]), checkpoint=checkpoint)
+def test_costs_are_those_of_the_networks_that_the_runs_describe(tmp_path):
+    folder = write_study(tmp_path, by_seed(a=[90.0, 91.0], b=[92.0]))
     frame = study_results.read_runs(folder)
     table = study_results.costs(frame, rounds=2)
     network = QTSeg(**TINY)
@@ -318,9 +311,6 @@ def test_costs_are_those_of_the_checkpoints(tmp_path, checkpoint):
     silent = study_results.costs(frame[frame["arm"] == "a"], 64, rounds=0)
     assert silent["latency_ms"].isna().all() and set(silent["multiply_adds"]) == {study_results.multiply_adds(network, 64)}
     assert study_tables.arm_cost_rows(silent)[1][5] == "not measured"
-    shutil.rmtree(folder / "b-seed1/best_dice")
-    with pytest.raises(FileNotFoundError, match="best_dice"):
-        study_results.costs(frame, rounds=0)
 
 
 def test_every_network_has_its_turn_in_every_round():
@@ -380,9 +370,9 @@ FILES = {*(f"{name}.csv" for name in ("runs", "summary", "comparison", "costs", 
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, checkpoint) -> study_report.Report:
+def whole(tmp_path_factory) -> study_report.Report:
     """The report of a study of two arms with two seeds each."""
-    return study_report.build_report(write_study(tmp_path_factory.mktemp("whole"), by_seed(a=[90.0, 91.0], b_1=[91.0, 93.5]), checkpoint=checkpoint), rounds=1)
+    return study_report.build_report(write_study(tmp_path_factory.mktemp("whole"), by_seed(a=[90.0, 91.0], b_1=[91.0, 93.5])), rounds=1)
 
 
 def test_a_report_is_written_whole_and_replaces_only_reports(tmp_path, whole, monkeypatch):
@@ -437,8 +427,8 @@ def test_texts_of_a_study_stay_texts_in_markdown_and_in_spreadsheets(tmp_path):
     assert note.startswith("'=HYPERLINK") and note.isprintable()
 
 
-def test_a_single_arm_is_reported_without_comparison(tmp_path, checkpoint):
-    whole = study_report.build_report(write_study(tmp_path, by_seed(a=[90.0]), checkpoint=checkpoint), rounds=0)
+def test_a_single_arm_is_reported_without_comparison(tmp_path):
+    whole = study_report.build_report(write_study(tmp_path, by_seed(a=[90.0])), rounds=0)
     assert set(whole.figures) == {"dots", "bubble", "curves"} and whole.sentences["differences"] == []
     assert "differences.png" not in study_report.report_markdown(whole)
 
@@ -452,10 +442,10 @@ def test_missing_library_is_one_sentence(monkeypatch, tmp_path):
 
 # ---- the notebook ----
 
-def test_notebook_reports_given_studies(tmp_path, checkpoint):
+def test_notebook_reports_given_studies(tmp_path):
     dice = {(arm, seed, fold): 80.0 + seed + fold * len(arm) for arm in ("qtseg", "conv_decoder") for seed in (1, 2) for fold in (0, 1, 2)}
-    folders = [write_study(tmp_path, dice | {("qtseg", 2, 2): None}, checkpoint=checkpoint),
-               write_study(tmp_path, by_seed(a=[70.0, 71.0], b=[73.0, 72.5]), "second", checkpoint=checkpoint)]
+    folders = [write_study(tmp_path, dice | {("qtseg", 2, 2): None}),
+               write_study(tmp_path, by_seed(a=[70.0, 71.0], b=[73.0, 72.5]), "second")]
     run_notebook(NOTEBOOK, tmp_path / "executed.ipynb", studies=[str(folder) for folder in folders], output="out", rounds=1)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     shown = (tmp_path / "executed.ipynb").read_text()

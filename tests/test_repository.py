@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +21,8 @@ import results
 from conftest import ROOT
 
 import qtseg
+from qtseg.study.plan import read_study
+from qtseg.study.runs import study_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -69,9 +73,32 @@ def test_tables_of_results_are_shown_as_they_were_measured():
     index = "\n".join(cell.source for cell in nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells)
     page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
     assert results.table(results.SHORT) in index, "run `make sync`"
-    assert all(table in page for table in (results.table(), results.study_table(), results.speed_table())), "run `make sync`"
+    assert all(table in page for table in (results.table(), results.paper_table(), results.study_table(), results.speed_table())), "run `make sync`"
     for path in (ROOT / "results").glob("*/**/*"):
-        assert path.is_dir() or any(path.parent.parent == ROOT / place and path.name in kept for place, kept in results.KINDS.values()), f"{path} is not a number or a curve: pictures of data sets stay out"
+        of_run = path.parts[-3] == "runs" and path.name in results.RUN or path.match("runs/study.json")
+        assert path.is_dir() or of_run or any(path.parent.parent == ROOT / place and path.name in kept for place, kept in results.KINDS.values()), f"{path} is not a number or a curve: pictures of data sets stay out"
+
+
+def test_runs_of_a_published_study_go_on_from_what_was_kept(tmp_path):
+    """`tools/results.py` keeps of a report what `qtseg study` and the report need to go on with the other runs."""
+    study = read_study({"study": "tiny", "question": "?", "common": {"data": "phantoms:all:40", "size": 32}, "arms": {"a": {}, "b": {"decoder": "conv"}},
+                             "reference": "a", "seeds": [1, 2]})
+    report = tmp_path / "report/tiny"
+    report.mkdir(parents=True)
+    for name in results.KINDS["report.json"][1]:
+        (report / name).write_text("")
+    runs = [tmp_path / "runs/tiny" / run.name for run in study.runs()]
+    (report / "report.json").write_text(json.dumps({"runs": [{"folder": str(run), "state": "done" if run is runs[0] else "waiting"} for run in runs]}))
+    for run in runs[:2]:
+        run.mkdir(parents=True)
+    for name, text in {"run.json": json.dumps(dataclasses.asdict(study.runs()[0])), "history.csv": "epoch\n1\n",
+                       "metrics.json": (ROOT / "results/bkai_lite0/metrics.json").read_text(encoding="utf-8"), "best_dice": "large"}.items():
+        (runs[0] / name).write_text(text)
+    (tmp_path / "runs/tiny/study.json").write_text(json.dumps(study.to_dict()))
+    kept = results.keep(report, tmp_path) / "runs"
+    assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*.*")) == sorted(["study.json", *(f"{runs[0].name}/{name}" for name in results.RUN)])
+    shutil.copytree(kept, tmp_path / "again/tiny")
+    assert [row["state"] for row in study_table(study, tmp_path / "again")] == ["done", "waiting", "waiting", "waiting"]
 
 
 def test_the_front_page_fits_on_a_screen_or_two():

@@ -127,7 +127,7 @@ def write_results(root: Path = ROOT) -> None:
     for cell in notebook.cells:
         cell.source = filled(cell.source, {"results": results.table(results.SHORT, root)})
     nbformat.write(notebook, path)
-    tables = {"results": results.table(results.LONG, root), "studies": results.study_table(root), "speed": results.speed_table(root)}
+    tables = {"results": results.table(results.LONG, root), "paper": results.paper_table(root), "studies": results.study_table(root), "speed": results.speed_table(root)}
     page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 

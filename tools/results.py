@@ -1,8 +1,9 @@
 """Keep what a run found, small enough to commit: `python tools/results.py runs/isic2018_cpu …` copies it to results/.
 
 Numbers, history and curves are kept; pictures of the images are not, because most data sets forbid handing them on. A folder that
-report.ipynb wrote goes to results/studies/, one of benchmark.ipynb to results/benchmarks/. `make sync` turns their JSON files into
-tables on the front page and in results/README.md.
+report.ipynb wrote goes to results/studies/, together with the numbers of the study's runs, so that the study can go on from there;
+one of benchmark.ipynb goes to results/benchmarks/. `make sync` turns their JSON files into tables on the front page and in
+results/README.md.
 """
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qtseg.study.tables import DATA_SETS, PUBLISHED, what_differs
+
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where it goes, what is kept
     "metrics.json": ("results", ("metrics.json", "history.csv", "curves.png", "dice.png")),
@@ -19,6 +22,7 @@ KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where i
                                         "differences.png", "bubble.png", "curves.png")),
     "benchmark.json": ("results/benchmarks", ("benchmark.json", "inference.png", "training.png", "pipeline.png", "growth.png")),
 }
+RUN = ("run.json", "metrics.json", "history.csv")  # of each run of a study, in results/studies/STUDY/runs/RUN
 CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the speed table
 SHORT = ("data", "network", "Dice", "IoU", "epochs", "minutes")  # columns on the front page
 LONG = ("data", "split", "scored", "network", "size", "epochs", "Dice", "IoU", "minutes", "images/s", "hardware", "files")  # in results/README.md
@@ -42,7 +46,18 @@ def keep(folder: Path, root: Path = ROOT) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for name in kept:
         shutil.copyfile(folder / name, target / name)
+    if place == "results/studies":
+        keep_runs(json.loads((folder / "report.json").read_text(encoding="utf-8"))["runs"], target / "runs")
     return target
+
+
+def keep_runs(runs: Sequence[dict], target: Path) -> None:
+    """Copy the numbers of a study's finished runs, and its study.json: `cp -r` to RUNS/STUDY, and `qtseg study` goes on."""
+    for run in (Path(row["folder"]) for row in runs if row["state"] == "done"):
+        (target / run.name).mkdir(parents=True, exist_ok=True)
+        for name in RUN:
+            shutil.copyfile(run / name, target / run.name / name)
+        shutil.copyfile(run.parent / "study.json", target / "study.json")
 
 
 def machine(hardware: dict) -> str:
@@ -71,6 +86,21 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
             "files": f"[parameters](../nbs/experiments/params/{recipe}.yaml), [scores]({name}/metrics.json), [curves]({name}/curves.png), "
                      f"[Dice of every image]({name}/dice.png)"}
         rows.append(f"| {' | '.join(str(cells[column]) for column in columns)} |")
+    return "\n".join(rows)
+
+
+def paper_table(root: Path = ROOT) -> str:
+    """Every run with ImageNet weights beside the paper's result on that data set, as a Markdown table, with what differs."""
+    rows = ["| data | network | Dice, IoU | the paper's, version 2 | what differs from the paper's experiment |", "|---|---|---|---|---|"]
+    for path in sorted((root / "results").glob("*/metrics.json")):
+        m = json.loads(path.read_text(encoding="utf-8"))
+        data = next((word for word in DATA_SETS if path.parent.name.startswith(word)), None)
+        if data is None or not m["config"]["encoder_weights"] or "_seed" in path.parent.name:
+            continue
+        _, dice, iou = PUBLISHED["QTSeg v2"][data]
+        differs = ["version 1"] * (m["config"]["decoder"] == "mqm") + what_differs({**m["config"], "decoder": "mqm"}, m["images"])
+        rows.append(f"| {DATA[path.parent.name.partition('_')[0]][0]} | `{path.parent.name}` | {m['test']['dice']:.2f}, {m['test']['iou']:.2f} "
+                    f"| {dice:.2f}, {iou:.2f} ({DATA_SETS[data]}) | {'; '.join(differs)} |")
     return "\n".join(rows)
 
 

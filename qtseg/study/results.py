@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from ..evaluation.metrics import MEASURES
 from ..evaluation.timing import interleaved_times, multiply_adds
 from ..files.optional import import_optional
-from ..network.baselines import pretrained
 from .plan import Run, Study, read_checked
 from .runs import last_error, read_metrics
 from .statistics import MOST_FLIPS, holm, paired_interval, sign_flip_p
+from ..training.config import TrainConfig
 from ..training.hardware import choose_device, hardware
+from ..training.trainer import build_network
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -217,7 +218,7 @@ def _latencies(networks: Mapping[tuple, nn.Module], size: int, device: torch.dev
 
 # %% ../../nbs/reference/study_results.ipynb #report056
 def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device: str = "cpu") -> DataFrame:
-    """What the network of each arm's first finished run costs for one image.
+    """What the network that each arm's first finished run describes costs for one image; its weights do not matter.
 
     Args:
         size: pixels of the image's side; None: the size that the arm was trained at.
@@ -228,16 +229,15 @@ def costs(frame: DataFrame, size: int | None = None, *, rounds: int = 20, device
         latency_low and latency_high (float32, fused, batch 1; networks of one size take turns), device.
 
     Raises:
-        FileNotFoundError: a run's selected checkpoint is missing.
-        ValueError: it is damaged, or the device is not there.
+        ValueError: metrics.json is damaged, or the device is not there.
     """
     place = choose_device(device)
     machine = hardware(place)
     named = f"{machine['processor']}, threads: {machine['threads']}" if place.type == "cpu" else machine["device"]
     networks, sizes = {}, {}
     for pair, done in finished(frame).groupby(["study", "arm"], sort=False):
-        folder = Path(done["folder"].iloc[0])
-        networks[pair] = pretrained(folder / f"best_{read_metrics(folder).selected_by}")
+        config = read_metrics(done["folder"].iloc[0]).config.model_dump()
+        networks[pair] = build_network(TrainConfig.from_dict(config))
         sizes[pair] = size or int(done["size"].iloc[0])
     quartiles = dict.fromkeys(networks, (math.nan,) * 3)
     for pixels in dict.fromkeys(sizes.values()) if rounds else ():

@@ -169,7 +169,7 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
         with history.open("rb") as file:
             row["epoch"] = max(0, sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) - 1)
     failed = (folder / "error.txt").is_file()  # an error that came after training counts, too
-    if not failed and all((folder / name).is_file() for name in ("metrics.json", "run.json", "notebook.ipynb")):
+    if not failed and all((folder / name).is_file() for name in ("metrics.json", "run.json")):
         metrics = read_metrics(folder)
         return row | {"state": "done", "dice": metrics.test.dice, "seconds": metrics.train.seconds}
     if locked(folder / ".lock"):
