@@ -170,6 +170,13 @@ def test_every_setting_changes_the_picture(explorer, setting, value):
     explorer.still()
 
 
+def test_a_network_of_crops_has_no_attention_over_the_whole_image(network):
+    predictor = Predictor(network, Preprocessing(96, window=64, class_names=("ground", "one", "two")), 3, device="cpu")
+    with pytest.raises(ValueError, match="windows of 64 pixels.*give its `network` instead"):
+        TokenExplorer(predictor, image())
+    assert TokenExplorer(predictor.network, image(64, 64)).attention().shape == (64, 64)
+
+
 def test_a_stage_with_fewer_blocks_shows_its_last(explorer):
     explorer.set(stage=32, block=3, direction="feature_to_token")
     assert (explorer.block, explorer.direction) == (3, "feature_to_token")

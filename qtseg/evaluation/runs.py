@@ -111,7 +111,7 @@ def evaluate_checkpoint(
     check_request(sizes, batch, pictures)
     checkpoint = find_checkpoint(checkpoint) if output else find_own_checkpoint(checkpoint, OWN_RESULTS)
     place, (network, p) = choose_device(device), read_checkpoint(checkpoint)
-    answering = Windowed(network, p.window) if p.window else network  # as it was trained
+    answering = Windowed(network, p.window)  # as it was trained
     if not isinstance(data, SegmentationData):
         data, whole = open_checkpoint_data(checkpoint, data, progress, options)
         split = split or whole

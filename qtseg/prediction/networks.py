@@ -94,8 +94,7 @@ class NetworkRunner:
                 f"{preprocessing.channels} of a file: give it the preprocessing that it was trained with")
         self.device = choose_device(device)
         network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
-        window = preprocessing.window
-        self.network = Windowed(network, window) if window else network  # as it was trained
+        self.network, self.seen = network, Windowed(network, preprocessing.window)  # as it was trained
         self.preprocessing, self.classes, self.class_names = preprocessing, classes, names
         self.amp, self.threshold, self.tta, self.keep_largest = amp, threshold, tta, keep_largest
         self.first_map = 1 if max(classes, 2) == 2 else 0  # of two probabilities one says it all
@@ -121,7 +120,7 @@ class NetworkRunner:
         start, sums = time.perf_counter(), []
 
         def network(batch: Tensor) -> Tensor:
-            logits = self.network(batch)
+            logits = self.seen(batch)
             sums.append(logits.float().sum(dim=tuple(range(1, logits.ndim))))  # [B]; not finite if one logit is not
             return logits
 

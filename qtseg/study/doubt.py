@@ -25,8 +25,7 @@ def look(predictor: Predictor, images: Mapping[str, AnyImage]) -> tuple[list[str
         map [images, F].
     """
     names, doubt, features, seen = [], [], [], []
-    network = predictor.network.network if predictor.preprocessing.window else predictor.network
-    hook = network.encoder.register_forward_hook(
+    hook = predictor.network.encoder.register_forward_hook(
         lambda encoder, given, maps: seen.extend(maps[-1].mean(dim=(2, 3)).cpu().numpy()))
     try:
         for name, image in images.items():

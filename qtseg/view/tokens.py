@@ -115,7 +115,14 @@ def network_input(source: Any, image: Any) -> tuple[np.ndarray, Tensor]:
 # %% ../../nbs/reference/view_tokens.ipynb #token-decode
 def decode_image(source: Any, image: Any) -> Decoded:
     """Run the QTSeg of a source once on an image of at least 32 x 32 pixels and keep every step; see
-    `network_input`."""
+    `network_input`.
+
+    ValueError for a Predictor that slides a window, which has no attention over the whole image.
+    """
+    if getattr(source, "preprocessing", None) and source.preprocessing.window:
+        raise ValueError(f"this network was trained on crops and sees an image in windows of "
+                         f"{source.preprocessing.window} pixels, so it has no attention over the whole image: give "
+                         "its `network` instead, and images of that size")
     network, (rgb, pixels) = getattr(source, "network", source), network_input(source, image)
     with torch.inference_mode():
         levels = network.encode(pixels).bridge
