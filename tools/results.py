@@ -20,7 +20,7 @@ KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where i
     "metrics.json": ("results", ("metrics.json", "history.csv", "curves.png", "dice.png")),
     "report.json": ("results/studies", ("report.md", "report.json", "runs.csv", "summary.csv", "comparison.csv", "costs.csv", "dots.png",
                                         "differences.png", "bubble.png", "curves.png")),
-    "benchmark.json": ("results/benchmarks", ("benchmark.json", "inference.png", "training.png", "pipeline.png", "growth.png")),
+    "benchmark.json": ("results/benchmarks", ("benchmark.json", "inference.png", "training.png", "growth.png")),
 }
 RUN = ("run.json", "metrics.json", "history.csv")  # of each run of a study, in results/studies/STUDY/runs/RUN
 CASES = (("inference", 512, 1), ("inference", 512, 4), ("training", 512, 4), ("training", 256, 8))  # of the speed table
@@ -120,24 +120,55 @@ def study_table(root: Path = ROOT) -> str:
     return "\n".join(rows)
 
 
+def times_table(rows: Sequence[dict]) -> str:
+    """Milliseconds of each network, and how many times as fast it is as the naive one there; the largest differences of logits below."""
+    lines, measured, apart = [], {}, {"float32": [], "bf16": []}
+    for row in rows:
+        if row["section"] in ("inference", "training") and "ms" in row:
+            measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
+            if "difference" in row:
+                apart["bf16" if row["name"].endswith("bf16") else "float32"].append(row["difference"])
+    for name, cases in measured.items():
+        cells = [f"{cases[case]['ms']:.0f} ms, {cases[case]['times_as_fast']:.2f}×" if case in cases else "" for case in CASES]
+        memory = cases.get(("training", 512, 4), {}).get("memory_mb")
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f} MB'} |")
+    if not lines:
+        return ""
+    head = ["| network | " + " | ".join(f"{section} {batch} × {size}²" for section, size, batch in CASES) + " | memory of a step 4 × 512² |", "|---" * (len(CASES) + 2) + "|"]
+    differences = ", ".join(f"{max(values):.0e} in {name}" for name, values in apart.items() if values)
+    return "\n".join([*head, *lines]) + f"\n\nLargest difference of a logit from the naive network's: {differences}."
+
+
+def claims_table(claims: Sequence[dict]) -> str:
+    """What a benchmark measured of the claims, beside their bars."""
+    lines = ["| claim | measured | bar | |", "|---|---|---|---|"]
+    for one in claims:
+        if (value := one["measured"]) is not None:
+            less, bar = one["less_is_better"], one["bar"]
+            lines.append(f"| {one['claim']} | {value:.2f} | {'≤' if less else '≥'} {bar} | {'reached' if (value <= bar if less else value >= bar) else '**missed**'} |")
+    return "\n".join(lines) if lines[2:] else ""
+
+
+def busy_table(rows: Sequence[dict]) -> str:
+    """Times beside busy processes, and in brackets how many times as long as the fair share of the best idle time."""
+    found = {(row["job"], row["name"], row["neighbors"]): row for row in rows if row["section"] == "busy" and row.get("over_fair_share")}
+    levels = sorted({neighbors for _, _, neighbors in found})
+    lines = ["| work: setting | " + " | ".join(f"{n} busy processes" for n in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    for job, name in dict.fromkeys((job, name) for job, name, _ in found):
+        cells = [f"{found[job, name, n]['ms']:.0f} ms ({found[job, name, n]['over_fair_share']:.2f})" for n in levels]
+        lines.append(f"| {job}: {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) if found else ""
+
+
 def speed_table(root: Path = ROOT) -> str:
-    """Every benchmark in results/benchmarks as a Markdown table: milliseconds, and how many times as fast as the naive network there."""
-    rows = ["| network | " + " | ".join(f"{section} {batch} × {size}²" for section, size, batch in CASES) + " | memory of a step 4 × 512² |",
-            "|---" * (len(CASES) + 2) + "|"]
+    """Every benchmark in results/benchmarks as Markdown tables: times, claims, slowdowns beside busy processes."""
+    parts = []
     for path in sorted((root / "results/benchmarks").glob("*/benchmark.json")):
-        measured: dict[str, dict] = {}
         report = json.loads(path.read_text(encoding="utf-8"))
-        for row in report["rows"]:
-            if row["section"] in ("inference", "training") and "ms" in row:
-                measured.setdefault(row["name"], {})[row["section"], row["size"], row["batch"]] = row
-        if measured:
-            rows.append(f"| **{machine(report['hardware'])}, `params/{path.parent.name}.yaml`** " + "| " * (len(CASES) + 1) + "|")
-        for name, cases in measured.items():
-            cells = [f"{cases[case]['ms']:.0f} ms, {cases[case]['times_as_fast']:.2f}×" if case in cases else "" for case in CASES]
-            memory = cases.get(("training", 512, 4), {}).get("memory_mb")
-            if any(cells):
-                rows.append(f"| {name} | {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f} MB'} |")
-    return "\n".join(rows)
+        tables = times_table(report["rows"]), claims_table(report["claims"]), busy_table(report["rows"])
+        parts += [f"**{machine(report['hardware'])}, `params/{path.parent.name}.yaml`**", *filter(None, tables)]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
