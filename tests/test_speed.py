@@ -223,6 +223,21 @@ def test_weights_kept_for_one_dnn_follow_their_originals():
 
 
 @pytest.mark.skipif(not network_fast.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+def test_convolutions_sort_their_weights_for_the_size_they_are_given(monkeypatch):
+    """oneDNN sorts weights that are in the order of another size again in every call, which took up to six times as long."""
+    fused, sort, sizes = small().fuse(), torch.ops.mkldnn._reorder_convolution_weight, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", lambda *given: sizes.append(given[-1]) or sort(*given))
+    counts, shapes = [], [(1, 32, 32), (1, 64, 96), (1, 64, 96), (2, 64, 96), (1, 32, 32)]
+    with torch.no_grad():
+        for shape in shapes:
+            before = len(sizes)
+            torch.testing.assert_close(fused(images(*shape)), copy.deepcopy(fused)(images(*shape)), atol=1e-5, rtol=0)
+            counts.append(len(sizes) - before)
+    convolutions = counts[0] // 2  # the fused network and its copy, which keeps nothing yet
+    assert convolutions > 0 and counts == [convolutions * n for n in (2, 2, 1, 2, 2)]
+
+
+@pytest.mark.skipif(not network_fast.HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
 def test_kept_weights_follow_what_happens_to_a_layer_alone():
     """New memory in an old weight is noticed; a write to .data is not counted by PyTorch, and forgotten when told."""
     torch.manual_seed(0)

@@ -188,15 +188,17 @@ class FastUpConvBNAct(UpConvBNAct):
 
 # %% ../../nbs/reference/network_fast.ipynb #c0431
 class _KeepsPacked(nn.Module):
-    """Brings weights into the order that oneDNN wants, once, and keeps the result until the weights change."""
+    """Brings weights into the order that oneDNN wants, and keeps the result until the weights or the settings
+    change."""
 
-    _packed = None  #: name of a layer -> (its weight, the memory it had, its version, the same in oneDNN's order)
+    #: name of a layer -> (its weight, the memory it had, (its version, the settings), the same in oneDNN's order)
+    _packed = None
 
     def packed(self, name: str, weight: Tensor, reorder: Callable, *settings) -> Tensor:
-        kept = self._packed and self._packed.get(name)
-        if not kept or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[2] != weight._version:
+        kept, state = self._packed and self._packed.get(name), (weight._version, settings)
+        if not kept or kept[0] is not weight or kept[1].data_ptr() != weight.data_ptr() or kept[2] != state:
             # detached: its memory stays taken
-            kept = weight, weight.detach(), weight._version, reorder(weight, *settings)
+            kept = weight, weight.detach(), state, reorder(weight, *settings)
             self._packed = {**(self._packed or {}), name: kept}
         return kept[3]
 
@@ -233,7 +235,7 @@ class FastConvBNAct(_KeepsPacked, ConvBNAct):
             return super().forward(x)
         if type(norm) is nn.Identity and _infers_plainly(x, conv):
             weight, settings = conv.weight, (conv.padding, conv.stride, conv.dilation, conv.groups)
-            # the best order depends a little on the image's size; the first one decides
+            # a size of x can need an order of its own; oneDNN sorts a wrong one again in each call, which is slow
             weight = self.packed("conv", weight, torch.ops.mkldnn._reorder_convolution_weight, *settings, x.shape)
             return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *settings, "swish", [], "")
         return _norm_silu(norm, conv(x)) if _trains_plainly(norm, x) else super().forward(x)
