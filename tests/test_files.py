@@ -471,7 +471,7 @@ def test_tables_of_strangers_are_bounded(tmp_path):
 
 NAMES = ["plain_name-01.png", "<img src=x onerror=alert(1)>.png", "a|b", "*bold* _it_ __x__ `code` ~~gone~~", "[link](javascript:alert(1))", "![x](http://x/y.png)",
          "http://example.org www.example.org a@example.org", "# head", "1. item", "- item", "+ item", "> quote", "&amp; &lt;", "\"quotes' here", "a\\*b", "---", "$x$",
-         "== ==", "    four", "&#60;script&#62;", "日本 ü.png", "<!-- -->", "{{ x }}", "a  b"]
+         "== ==", "-- -", "-1.5", "+0.41", "1.29", "    four", "&#60;script&#62;", "日本 ü.png", "<!-- -->", "{{ x }}", "a  b"]
 
 
 class Text(html.parser.HTMLParser):
@@ -505,6 +505,7 @@ def test_a_name_looks_the_same_and_does_nothing(name):
 def test_line_breaks_and_control_characters_are_shown(capfd):
     assert printable("a\nb\tc\x1b[31m\x7f\u202e\udcff\ud800") == r"a\nb\tc\x1b[31m\x7f\u202e\xff\ud800"
     assert escape("a\n\n# b") == "a<span>&#92;</span>n<span>&#92;</span>n&#35; b"
+    assert escape("it's -1.5 or +0.41") == "it's -1.5 or +0.41" and escape("-1.5") == "-1.5" and escape("1.29") == "1.29"  # reports stay readable as text
     assert printable("ü 日本 👩‍🔬") == "ü 日本 👩‍🔬"
     for text in ("\udcff", "\x1b]0;title\x07"):
         printable(text).encode("utf-8")

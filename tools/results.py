@@ -31,7 +31,7 @@ DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15
         "bkai": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
         "dsb2018": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
 NETWORKS = {"fpn": "QTSeg", "efficientnet_lite0": "QTSeg, EfficientNet-Lite0 encoder"}
-STUDIES = ("isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
+STUDIES = ("bkai_lite0_192", "isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
 
 
 def keep(folder: Path, root: Path = ROOT) -> Path:
