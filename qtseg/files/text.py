@@ -53,7 +53,8 @@ def escape(text: object) -> str:
 
     text = printable(text)
     text = re.sub(
-        r"[&<>\"*`|~\[\]#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|^[-+](?=\s|$)|^[-=]+(?=[-=\s]*$)|^\s+|(?<=^\d)[.)](?=\s|$)|\s+$",
+        r"[&<>\"*`|~\[\]#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=\bwww)\.|"  # anywhere
+        r"^[-+](?=\s|$)|^[-=]+(?=[-=\s]*$)|^\s+|(?<=^\d)[.)](?=\s|$)|\s+$",  # at the ends of a line
         number,
         text,
     )
