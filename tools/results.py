@@ -61,8 +61,9 @@ def keep_runs(runs: Sequence[dict], target: Path) -> None:
 
 
 def machine(hardware: dict) -> str:
-    """What a run or a benchmark was computed on."""
-    return f"{hardware['processor'] if hardware['device'] == 'cpu' else hardware['device']}, {hardware['cores']} cores"
+    """What a run or a benchmark was computed on; a benchmark also names the processor's instructions."""
+    name = hardware["processor"] if hardware["device"] == "cpu" else hardware["device"]
+    return ", ".join(filter(None, [name, f"{hardware['cores']} cores", hardware.get("instructions")]))
 
 
 def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
