@@ -58,14 +58,14 @@ class Action(NamedTuple):
 ACTIONS = (
     Action(("ArrowLeft",), "arrow-left", "previous image", lambda one: one.ahead(-1)),
     Action(("ArrowRight",), "arrow-right", "next image", lambda one: one.ahead(1)),
-    Action(("u",), "fast-forward", "next image without an answer", lambda one: one.ahead(1, True)),
+    Action(("u",), "fast-forward", "next image that is not annotated", lambda one: one.ahead(1, True)),
     Action(("ctrl+z",), "undo", "undo", lambda one: one.act("undo")),
     Action(("ctrl+y", "ctrl+Z"), "repeat", "redo", lambda one: one.act("redo")),
     Action(("g",), "magic", "suggest the network's mask", lambda one: one.act("suggest")),
     Action(("Enter",), "check", "accept the suggestion", lambda one: one.act("accept")),
     Action(("Escape",), "times", "dismiss the suggestion", lambda one: one.act("dismiss")),
     Action(("n",), "ban", "nothing here: all is background", lambda one: one.act("nothing")),
-    Action(("Delete",), "trash-o", "remove mask and answer", lambda one: one.act("reset")),
+    Action(("Delete",), "trash-o", "remove the mask: the image is not annotated", lambda one: one.act("reset")),
     Action(("[",), "minus-circle", "smaller brush", lambda one: one.set(size=max(1, one.size * 4 // 5))),
     Action(("]",), "plus-circle", "larger brush", lambda one: one.set(size=min(MOST_SIZE, one.size * 5 // 4 + 1))),
     Action(("+",), "search-plus", "enlarge", lambda one: one.magnify(1.5)),
@@ -92,8 +92,8 @@ def status(session: Annotation) -> str:
     """Progress, the open image, the colors of the classes, and hints: HTML."""
     safe = lambda text: html.escape(printable(text))
     (done, total), name, drawing = session.progress, session.name, session.drawing
-    shown = [f"<b>{done} of {total}</b> answered", f"image {session.names.index(name) + 1}, {safe(name)}: "
-             f"{'answered' if drawing.answered else 'no answer yet'}"]
+    shown = [f"<b>{done} of {total}</b> annotated", f"image {session.names.index(name) + 1}, {safe(name)}: "
+             f"{'annotated' if drawing.answered else 'not annotated yet'}"]
     shown += [f"<span style='color:{hex_color(class_color(label))}'>■</span> {safe(words)}"
               for label, words in enumerate(session.classes) if label]
     if drawing.suggestion is not None:
@@ -104,7 +104,7 @@ def status(session: Annotation) -> str:
 
 # %% ../../nbs/reference/view_annotator.ipynb #anrbars
 def thumbnails(session: Annotation, known: dict[str, bytes], around: int = 5) -> list[dict]:
-    """The thumbnails of the images around the open one; answered ones have a check mark.
+    """The thumbnails of the images around the open one; annotated ones have a check mark.
 
     Args:
         known: thumbnails by name; new ones are added. Files over 1 MiB get theirs only when they are opened.
