@@ -75,7 +75,7 @@ def test_device_versions_claims_and_figures(report):
     assert report["hardware"]["threads"] == 1 and "torch" in report["versions"] and report["machine"]["bandwidth"] > 0
     measured = {claim["claim"] for claim in report["claims"] if claim["measured"] is not None}
     assert measured == {*(f"growth with pixels, version {version}, exponent of {what} time" for version in (1, 2) for what in ("inference", "training step")),
-                        *(f"training step 4 × 256² beside {neighbors} busy processes, as shipped, × fair share" for neighbors in (0, 1))}, "512² was not measured here"
+                        *(f"training step 4 × 256² beside {neighbors} busy process(es), as shipped, × fair share" for neighbors in (0, 1))}, "512² was not measured here"
     assert {"benchmark.json", "inference.png", "training.png", "growth.png"} <= report["files"]
     assert not any(name.endswith((".onnx", ".tmp")) for name in report["files"])
 

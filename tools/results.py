@@ -155,7 +155,7 @@ def busy_table(rows: Sequence[dict]) -> str:
     """Times beside busy processes, and in brackets how many times as long as the fair share of the best idle time."""
     found = {(row["job"], row["name"], row["neighbors"]): row for row in rows if row["section"] == "busy" and row.get("over_fair_share")}
     levels = sorted({neighbors for _, _, neighbors in found})
-    lines = ["| work: setting | " + " | ".join(f"{n} busy processes" for n in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    lines = ["| work: setting | " + " | ".join(f"beside {n} busy process(es)" for n in levels) + " |", "|---" * (len(levels) + 1) + "|"]
     for job, name in dict.fromkeys((job, name) for job, name, _ in found):
         cells = [f"{found[job, name, n]['ms']:.0f} ms ({found[job, name, n]['over_fair_share']:.2f})" for n in levels]
         lines.append(f"| {job}: {name} | {' | '.join(cells)} |")
