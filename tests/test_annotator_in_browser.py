@@ -95,7 +95,7 @@ def test_a_session_in_a_browser_survives_its_kernel(page, folder):  # noqa: F811
     with server(folder, "voila", "annotate.ipynb", "--no-browser", "--Voila.ip=127.0.0.1") as address:
         page.goto(address, timeout=120_000)
         picture()
-        assert "5 of 7" in text() and "accept it" in text(), "a round was trained, and its network suggests a mask"
+        until(lambda: "5 of 7" in text() and "accept it" in text(), "a round, whose network suggests a mask")
         assert {path.name for path in (place / "predictions/01").glob("?.png")} == {f"{number}.png" for number in range(7)}
         first = name()
         page.locator(".qtseg-canvas").focus()
@@ -126,7 +126,8 @@ def test_a_session_in_a_browser_survives_its_kernel(page, folder):  # noqa: F811
         os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
         page.reload(timeout=120_000)
         picture()
-        assert "7 of 7" in text() and kept() == before and (place / "rounds/02/round.json").exists()
+        until(lambda: "7 of 7" in text() and (place / "rounds/02/round.json").exists(), "the second round")
+        assert kept() == before
         page.locator(".qtseg-canvas").focus()
         while (now := name()) != second:
             pressed("ArrowRight", "the next image", lambda: name() != now)
