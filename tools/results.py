@@ -114,9 +114,11 @@ def study_table(root: Path = ROOT) -> str:
         costs = {row["arm"]: row for row in report["costs"]}
         for row in report["summary"]:
             difference, cost = differences.get(row["arm"]), costs[row["arm"]]
-            apart = (f"{difference['difference']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}] | {difference['p_holm']:.2f}"
-                     if difference else "reference | ")
-            rows.append(f"| [{name}](studies/{name}/report.md), {row['arm']} | {row['n']} | {row['dice_mean']:.2f} ± {row['dice_sd']:.2f} "
+            apart, spread = "reference | ", f" ± {row['dice_sd']:.2f}" if row["n"] > 1 else ""
+            if difference:
+                apart = f"{difference['difference']:+.2f}" + (
+                    f" [{difference['low']:+.2f}, {difference['high']:+.2f}] | {difference['p_holm']:.2f}" if difference["n"] > 1 else " | ")
+            rows.append(f"| [{name}](studies/{name}/report.md), {row['arm']} | {row['n']} | {row['dice_mean']:.2f}{spread} "
                         f"| {apart} | {cost['multiply_adds'] / 1e9:.2f} G | {cost['latency_ms']:.1f} |")
     return "\n".join(rows)
 
