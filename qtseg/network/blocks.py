@@ -23,7 +23,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether a hook may keep the input or the output of one of these modules, so that neither may be overwritten."""
-    return hooked(*modules) or (not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook())
+    return not torch.compiler.is_compiling() and (torch.nn.modules.module._has_any_global_hook() or hooked(*modules))
 
 # %% ../../nbs/01_blocks.ipynb #c038
 class ConvBNAct(nn.Module):

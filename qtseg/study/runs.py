@@ -159,6 +159,11 @@ def last_error(folder: Path) -> str:
         return printable(file.readline(2000).rstrip("\n"))
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether `run_arm` ended in this folder."""
+    return all((folder / name).is_file() for name in ("metrics.json", "run.json"))
+
+
 def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
     """A run's row of `study_table`."""
     config = study.config(run, runs)
@@ -169,7 +174,7 @@ def run_row(study: Study, run: Run, runs: str | os.PathLike = "runs") -> dict:
         with history.open("rb") as file:
             row["epoch"] = max(0, sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) - 1)
     failed = (folder / "error.txt").is_file()  # an error that came after training counts, too
-    if not failed and all((folder / name).is_file() for name in ("metrics.json", "run.json")):
+    if not failed and is_complete(folder):
         metrics = read_metrics(folder)
         return row | {"state": "done", "dice": metrics.test.dice, "seconds": metrics.train.seconds}
     if locked(folder / ".lock"):

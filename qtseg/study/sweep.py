@@ -28,7 +28,7 @@ from ..files.text import printable
 from ..files.writing import write_then_rename
 from .cluster import connected_client
 from .plan import Run, Study, read_study
-from .runs import require_same_values, run_row, study_table
+from .runs import is_complete, require_same_values, run_row, study_table
 
 # %% auto #0
 __all__ = []
@@ -63,7 +63,7 @@ def execute_run(notebook: str, parameters: dict, folder: Path, directory: str, s
             if cell.cell_type == "code" and cell.metadata.papermill.status != "completed"]
     if left:
         raise RuntimeError(f"the notebook ended before {len(left)} of its cells had run")
-    if not all((folder / name).is_file() for name in ("metrics.json", "run.json")):
+    if not is_complete(folder):
         raise RuntimeError(f"{notebook} ran to its end but left no finished run: it has to call run_arm")
 
 
