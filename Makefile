@@ -114,4 +114,4 @@ sync: $(READY)
 	@$(BIN)/python tools/notebooks.py
 
 clean:
-	rm -rf .venv $(RUNS) site/api build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv $(RUNS)/* site/api build *.egg-info .pytest_cache .ruff_cache

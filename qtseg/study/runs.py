@@ -84,7 +84,10 @@ def read_metrics(folder: str | os.PathLike) -> Metrics:
 def require_same_values(config: TrainConfig) -> None:
     """Raise ValueError if the run's folder holds a run, finished or half-way, that was made with other values."""
     if any((config.folder / name).is_file() for name in ("metrics.json", "resume.pt")):
-        if changed := recipe_changes(config, read_stored_config(config.folder / "config.json")):
+        stored = config.folder / "config.json"
+        if not stored.is_file():  # of a run that `tools/results.py` kept
+            stored = config.folder / "metrics.json"
+        if changed := recipe_changes(config, read_stored_config(stored)):
             raise ValueError(f"{config.folder} holds a run with other values ({'; '.join(changed)}): "
                              "give the study or the arm another name, or delete that folder")
 

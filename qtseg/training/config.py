@@ -365,11 +365,12 @@ def recipe_changes(config: TrainConfig, stored: TrainConfig) -> list[str]:
 
 
 def read_stored_config(path: Path) -> TrainConfig:
-    """The configuration of a run's config.json; a field that is younger than the run has its default."""
+    """The configuration in a run's config.json or metrics.json; a field that is younger than the run has its
+    default."""
     values = read_json(path)
     try:
-        return TrainConfig.from_dict(values)
-    except ValueError as error:
+        return TrainConfig.from_dict(values["config"] if path.name == "metrics.json" else values)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no configuration of a run ({error})") from None
 
 
