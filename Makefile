@@ -76,8 +76,9 @@ browser:
 test: $(READY) browser
 	@echo "==> Running everything that must pass: repository, lessons, reference, network, data, training, evaluation, prediction, export, widgets"
 	# One thread for each process: twice as fast as two for one. Bytecode is kept, for a hundred processes import the package.
-	# logical: a worker for every CPU; auto counts physical cores only, and a virtual machine with two CPUs often has one of them.
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	# A worker more than CPUs, for tests that wait: for a browser, a kernel, a lock. Four at most, for each needs memory.
+	workers=$$($(BIN)/python -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 4))')
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$workers --dist worksteal
 
 audit: $(READY)
 	@echo "==> Unsafe code: ruff's S rules; exceptions and their reasons stand in pyproject.toml"

@@ -22,7 +22,7 @@ from conftest import ROOT
 
 import qtseg
 from qtseg.study.plan import read_study
-from qtseg.study.runs import study_table
+from qtseg.study.runs import require_same_values, study_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -91,14 +91,20 @@ def test_runs_of_a_published_study_go_on_from_what_was_kept(tmp_path):
     (report / "report.json").write_text(json.dumps({"runs": [{"folder": str(run), "state": "done" if run is runs[0] else "waiting"} for run in runs]}))
     for run in runs[:2]:
         run.mkdir(parents=True)
+    metrics = json.loads((ROOT / "results/bkai_lite0/metrics.json").read_text(encoding="utf-8"))
+    metrics["config"] = study.config(study.runs()[0], tmp_path / "runs").to_dict()
     for name, text in {"run.json": json.dumps(dataclasses.asdict(study.runs()[0])), "history.csv": "epoch\n1\n",
-                       "metrics.json": (ROOT / "results/bkai_lite0/metrics.json").read_text(encoding="utf-8"), "best_dice": "large"}.items():
+                       "metrics.json": json.dumps(metrics), "best_dice": "large"}.items():
         (runs[0] / name).write_text(text)
     (tmp_path / "runs/tiny/study.json").write_text(json.dumps(study.to_dict()))
     kept = results.keep(report, tmp_path) / "runs"
     assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*.*")) == sorted(["study.json", *(f"{runs[0].name}/{name}" for name in results.RUN)])
     shutil.copytree(kept, tmp_path / "again/tiny")
     assert [row["state"] for row in study_table(study, tmp_path / "again")] == ["done", "waiting", "waiting", "waiting"]
+    again = study.config(study.runs()[0], tmp_path / "again")
+    require_same_values(again)
+    with pytest.raises(ValueError, match=r"holds a run with other values \(lr: 0.001 -> 0.5\)"):
+        require_same_values(again.replace(lr=0.5))
 
 
 def test_the_front_page_fits_on_a_screen_or_two():
