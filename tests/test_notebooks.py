@@ -18,7 +18,8 @@ import pytest
 SOLUTION = re.compile(r"<details>(.*?)</details>", re.S)
 FENCE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
 IMPORTED = ["IPython", "execnb.shell", "matplotlib_inline.backend_inline", "nbdev.test", "qtseg.cli", "qtseg.training.distributed",
-            "qtseg.training.loop", "matplotlib.pyplot", "numpy.testing", "PIL.Image"]
+            "qtseg.training.loop", "qtseg.prediction.predictor", "qtseg.view.token_explorer", "matplotlib.pyplot", "numpy.testing", "PIL.Image",
+            "torch._dynamo"]  # the first optimizer and the first network without memory (device "meta") import it: two seconds
 
 
 def with_solutions(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
