@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qtseg.study.tables import DATA_SETS, PUBLISHED, what_differs
+from qtseg.study.tables import COUNTERPARTS, DATA_SETS, PUBLISHED, what_differs
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {  # what train.ipynb, report.ipynb or benchmark.ipynb writes -> where it goes, what is kept
@@ -30,7 +30,7 @@ DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15
         "isic2018": ("ISIC 2018, skin lesions", "1600 train, 400 validate"),
         "bkai": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
         "dsb2018": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
-NETWORKS = {"fpn": "QTSeg", "efficientnet_lite0": "QTSeg, EfficientNet-Lite0 encoder"}
+NETWORKS, ENCODERS = {"qtseg": "QTSeg", "unet": "U-Net"}, {"fpn": "", "efficientnet_lite0": ", EfficientNet-Lite0 encoder"}
 STUDIES = ("bkai_lite0_192", "isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
 
 
@@ -75,10 +75,10 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
         if seed and columns == SHORT:
             continue
         c, train, scored = m["config"], m["train"], "test" if m["images"]["test"] else "validation"
-        (data, split), encoder = DATA.get(recipe.partition("_")[0], (name, "")), c.get("encoder", "fpn")
+        data, split = DATA.get(recipe.partition("_")[0], (name, ""))
         cells = {
             "data": data, "split": split,
-            "network": NETWORKS.get(encoder, encoder) + (", version 2" if c["decoder"] == "dma" else "")
+            "network": NETWORKS[c.get("model", "qtseg")] + ENCODERS[c.get("encoder", "fpn")] + (", version 2" if c["decoder"] == "dma" else "")
                        + (", ImageNet weights" if c["encoder_weights"] else ", from scratch") + (f", seed {seed}" if seed else ""),
             "scored": f"{scored}, {m['images']['test'] or m['images']['valid']} images", "size": f"{c['size']}²",
             "epochs": train["epochs"], "Dice": f"{m['test']['dice']:.2f}", "IoU": f"{m['test']['iou']:.2f}",
@@ -91,17 +91,19 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
 
 
 def paper_table(root: Path = ROOT) -> str:
-    """Every run with ImageNet weights beside the paper's result on that data set, as a Markdown table, with what differs."""
-    rows = ["| data | network | Dice, IoU | the paper's, version 2 | what differs from the paper's experiment |", "|---|---|---|---|---|"]
+    """Every run beside the paper's result of its network on that data set, as a Markdown table, with what differs."""
+    rows = ["| data | run | Dice, IoU | the paper's | what differs from the paper's experiment |", "|---|---|---|---|---|"]
     for path in sorted((root / "results").glob("*/metrics.json")):
         m = json.loads(path.read_text(encoding="utf-8"))
         data = next((word for word in DATA_SETS if path.parent.name.startswith(word)), None)
-        if data is None or not m["config"]["encoder_weights"] or "_seed" in path.parent.name:
+        if data is None or "_seed" in path.parent.name:
             continue
-        _, dice, iou = PUBLISHED["QTSeg v2"][data]
-        differs = ["version 1"] * (m["config"]["decoder"] == "mqm") + what_differs({**m["config"], "decoder": "mqm"}, m["images"])
+        ours = m["config"].get("model", "qtseg") == "qtseg"
+        method = "QTSeg v2" if ours else COUNTERPARTS[m["config"]["model"]]
+        _, dice, iou = PUBLISHED[method][data]
+        differs = ["version 1"] * (ours and m["config"]["decoder"] == "mqm") + what_differs({**m["config"], "decoder": "mqm"}, m["images"])
         rows.append(f"| {DATA[path.parent.name.partition('_')[0]][0]} | `{path.parent.name}` | {m['test']['dice']:.2f}, {m['test']['iou']:.2f} "
-                    f"| {dice:.2f}, {iou:.2f} ({DATA_SETS[data]}) | {'; '.join(differs)} |")
+                    f"| {method}, {DATA_SETS[data]}: {dice:.2f}, {iou:.2f} | {'; '.join(differs)} |")
     return "\n".join(rows)
 
 
