@@ -57,10 +57,10 @@ def test_predict_writes_masks_and_names_the_broken_file(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name, given, words", [
-    ("evaluate", {"chekpoint": "x", "batch": "many"}, ["unknown parameters: chekpoint", "of the wrong type: batch"]),
-    ("predict", {"input": "x", "tta": "yes please"}, ["unknown parameters: input", "of the wrong type: tta"]),
-    ("annotate", {"image": "x", "steps": "many"}, ["unknown parameters: image", "of the wrong type: steps"]),
-    ("annotation_study", {"seeds": 3, "order": "by name"}, ["unknown parameters: seeds", "of the wrong type or value: order"])])
+    ("evaluate", {"chekpoint": "x", "batch": "many"}, ["chekpoint is an unknown key", "batch should be a valid integer, not 'many'", "the parameters are checkpoint, data"]),
+    ("predict", {"input": "x", "tta": "yes please"}, ["input is an unknown key", "tta should be a valid boolean"]),
+    ("annotate", {"image": "x", "steps": "many"}, ["image is an unknown key", "steps should be a valid integer"]),
+    ("annotation_study", {"seeds": 3, "order": "by name"}, ["seeds is an unknown key", "order should be 'random' or 'doubt', not 'by name'"])])
 def test_unknown_and_ill_typed_parameters_are_refused(name, given, words):
     said = refused_parameters(NOTEBOOKS / f"{name}.ipynb", **given)
     assert all(word in said for word in words)

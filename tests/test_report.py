@@ -452,8 +452,8 @@ def test_notebook_reports_given_studies(tmp_path):
     assert "qtseg-seed2-fold2 (waiting)" in shown and "make mlflow" in shown and shown.count('"image/png"') == 4
 
 
-@pytest.mark.parametrize("given, words", [({"study": ["x"], "rounds": "many"}, ("unknown parameters: study", "of the wrong type: rounds = 'many'")),
-                                          ({"measure": "loss"}, ("measure is one of mae, acc, dice, iou, not 'loss'",))])
+@pytest.mark.parametrize("given, words", [({"study": ["x"], "rounds": "many"}, ("study is an unknown key", "rounds should be a valid integer, not 'many'")),
+                                          ({"measure": "loss"}, ("measure should be 'mae', 'acc', 'dice' or 'iou', not 'loss'",))])
 def test_notebook_refuses_wrong_parameters(given, words):
     said = refused_parameters(NOTEBOOK, **given)
     assert all(word in said for word in words)

@@ -10,13 +10,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError,
-                      model_validator)
+                      create_model, model_validator)
 
 from ..files.text import read_json
 from ..files.yaml import read_yaml
@@ -235,3 +235,26 @@ def read_study(source: str | os.PathLike | Mapping) -> Study:
     if found:
         raise ValueError(f"{source} is no study: {found}")
     return study
+
+# %% ../../nbs/reference/study_plan.ipynb #plan-parameters
+def check_parameters(space: Mapping[str, Any], before: Collection[str], /, **kinds) -> dict[str, Any]:
+    """The checked parameters of a papermill notebook. A cell calls it after that of the parameters.
+
+    Args:
+        space: the notebook's `globals()`. If it holds "parameters", which is where the result goes, the cell runs
+            again: names that later cells have defined are no parameters.
+        before: the names in it before the cell of the parameters.
+        **kinds: each parameter's type.
+
+    Raises:
+        ValueError: names each unknown parameter and each value of another type, and lists what is known.
+    """
+    given = {name for name in space.keys() - before if not name.startswith("_")}
+    if "parameters" in space:
+        given = kinds.keys()
+    checked = create_model("Parameters", __config__=ConfigDict(strict=True, extra="forbid"),
+                           **{name: (kind, ...) for name, kind in kinds.items()})
+    try:
+        return checked(**{name: space[name] for name in given | kinds.keys()}).model_dump()
+    except ValidationError as error:
+        raise ValueError(f"{validation_problems(error)}; the parameters are {', '.join(kinds)}") from None
