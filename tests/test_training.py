@@ -35,6 +35,7 @@ from qtseg.evaluation.runs import evaluate_checkpoint
 from qtseg.evaluation.scores import SIZES
 from qtseg.prediction.export import export_onnx
 from qtseg.prediction.folders import predict_files
+from qtseg.prediction.networks import OnnxNetwork
 from qtseg.prediction.predictor import Predictor
 from qtseg.training.losses import ce_dice_loss
 from qtseg.network.baselines import BASELINES, Baseline, pretrained
@@ -1253,6 +1254,9 @@ def test_gray_images_stay_one_channel_from_the_folder_to_the_checkpoint(tiny, tm
     assert (mask == logits.argmax(dim=1)[0].numpy()).all()
     scored = evaluate_checkpoint(result.folder, device="cpu")
     assert scored.dice(SIZES[0]).mean() == pytest.approx(result.metrics["test"]["dice"], abs=1e-4) and scored.ids == data.valid.ids
+    assert export_onnx(result.checkpoint_dir) < 1e-3
+    onnx = OnnxNetwork(result.checkpoint_dir / "model.onnx", 1)(normalize(data.valid.batch([0]).images))
+    torch.testing.assert_close(onnx, logits, atol=1e-3, rtol=0)
 
 
 def test_images_in_color_are_not_opened_as_gray_ones(tiny):

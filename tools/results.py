@@ -75,10 +75,11 @@ def table(columns: Sequence[str] = LONG, root: Path = ROOT) -> str:
         if seed and columns == SHORT:
             continue
         c, train, scored = m["config"], m["train"], "test" if m["images"]["test"] else "validation"
+        model, encoder = c.get("model", "qtseg"), c.get("encoder", "fpn")
         data, split = DATA.get(recipe.partition("_")[0], (name, ""))
         cells = {
             "data": data, "split": split,
-            "network": NETWORKS[c.get("model", "qtseg")] + ENCODERS[c.get("encoder", "fpn")] + (", version 2" if c["decoder"] == "dma" else "")
+            "network": NETWORKS.get(model, model) + ENCODERS.get(encoder, f", {encoder} encoder") + (", version 2" if c["decoder"] == "dma" else "")
                        + (", ImageNet weights" if c["encoder_weights"] else ", from scratch") + (f", seed {seed}" if seed else ""),
             "scored": f"{scored}, {m['images']['test'] or m['images']['valid']} images", "size": f"{c['size']}²",
             "epochs": train["epochs"], "Dice": f"{m['test']['dice']:.2f}", "IoU": f"{m['test']['iou']:.2f}",
