@@ -13,7 +13,7 @@ READY := .venv/.ready
 RUNS := runs
 
 # OpenMP's waiting threads soon sleep: other programs may need their cores (nbs/reference/training_hardware.ipynb).
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 10000
 
 MAKEFLAGS += --jobs=2
 .PHONY: help demo browser test audit lab mlflow site sync clean

@@ -9,7 +9,7 @@ import lazy_loader
 # OpenMP reads this when PyTorch is loaded: its waiting threads soon sleep, as other programs may need their cores
 # (nbs/reference/training_hardware.ipynb).
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "network.model": ["QTSeg"],

@@ -1495,7 +1495,7 @@ def test_threads_follow_the_neighbors(monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("first, given, expected", [("qtseg", {}, "1000"), ("torch", {}, "None"), ("qtseg", {"GOMP_SPINCOUNT": "7"}, "7"),
+@pytest.mark.parametrize("first, given, expected", [("qtseg", {}, "10000"), ("torch", {}, "None"), ("qtseg", {"GOMP_SPINCOUNT": "7"}, "7"),
                                                     ("qtseg", {"OMP_WAIT_POLICY": "PASSIVE"}, "None")])
 def test_waiting_threads_soon_sleep_unless_it_is_too_late_or_said_otherwise(first, given, expected):
     environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -112,7 +112,7 @@ class ThreadShare:
         if threads < self.most and not self.told:
             self.told = True
             advice = "" if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() else (
-                "; waiting threads keep cores busy here: import qtseg before torch, or set GOMP_SPINCOUNT=1000")
+                "; waiting threads keep cores busy here: import qtseg before torch, or set GOMP_SPINCOUNT=10000")
             warnings.warn(f"other programs keep {sum(used):.1f} cores busy: computing with {threads} instead of "
                           f"{self.most} threads while they do{advice}", stacklevel=2)
 
