@@ -38,7 +38,7 @@ def logits_after(looked: int, decoder: MQMDecoder, levels: Sequence[Tensor], sta
         if place < looked:
             tokens, features = stages[place].next_tokens, stages[place].features
         else:
-            tokens = stage.token_mlps(stage.final_norm(tokens))  # [B, C, F of the next stage]
+            tokens = stage.token_mlps(stage.final_norm(tokens))  # [B, T, F of the next stage]
         if upscale is not None:
             features = finer + upscale(features)
     return decoder.mask_head(tokens, features)
