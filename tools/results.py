@@ -30,7 +30,7 @@ DATA = {"demo": ("phantoms of all four families", "70 % train, 15 % validate, 15
         "isic2018": ("ISIC 2018, skin lesions", "1600 train, 400 validate"),
         "bkai": ("BKAI-IGH NeoPolyp, polyps", "folds 0–2 train, fold 3 validates"),
         "dsb2018": ("Data Science Bowl 2018, nuclei", "folds 0–2 train, fold 3 validates")}
-NETWORKS, ENCODERS = {"qtseg": "QTSeg", "unet": "U-Net"}, {"fpn": "", "efficientnet_lite0": ", EfficientNet-Lite0 encoder"}
+NETWORKS, ENCODERS = {"qtseg": "QTSeg", "unet": "U-Net"}, {"fpn": "", "efficientnet_lite0": ", EfficientNet-Lite0"}
 STUDIES = ("bkai_lite0_192", "isic2018_128", "versions_phantoms")  # in results/README.md; results/studies holds all
 
 
