@@ -1,10 +1,12 @@
 """The annotation loop: which images come next, rounds of training, held-back images, and the notebooks around it."""
 from __future__ import annotations
 
+import ast
 import json
 import re
 
 import cv2
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,9 +21,9 @@ from qtseg.files.text import read_json
 from qtseg.network.model import QTSeg
 from qtseg.prediction.predictor import Predictor, window_starts
 from qtseg.study.doubt import by_doubt, greedy, look
-from qtseg.view.album import entropy
 from qtseg.study.rounds import ROUND_FILE, fine_tune, rounds, score_rounds
 from qtseg.training.fine_tuning import fit_few
+from qtseg.view.album import entropy
 from qtseg.view.annotation import Annotation
 
 
@@ -161,3 +163,16 @@ def test_the_annotation_study_goes_on_where_it_stopped(start, tmp_path):
     first, second = json.loads(path.read_text())["rows"]
     assert first == before and second["images"] == 4 and second["next"] == before["next"]
     assert "1.0 (1.0 to 1.0)" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_lesson_14_shows_the_annotation_study():
+    [cell] = [cell.source for cell in nbformat.read(ROOT / "nbs/14_own_images.ipynb", 4).cells if "\nmeasured = {" in cell.source]
+    shown = ast.literal_eval(re.search(r"^measured = (\{.*?^\})", cell, re.DOTALL | re.MULTILINE)[1])
+    found = {}
+    for path in (ROOT / "results/annotation_study").glob("*.json"):
+        one = json.loads(path.read_text())
+        arm = f"{'ImageNet' if one['start'] == 'imagenet' else 'scratch'}, {'by doubt' if one['order'] == 'doubt' else 'at random'}"
+        for row in one["rows"]:
+            found.setdefault(("phantoms" if "phantoms" in one["data"] else "ISIC 2018", arm, row["images"]), []).append(row["dice"])
+    said = {(data, arm, count): list(point) for data, arms in shown.items() for arm, points in arms.items() for count, point in zip((5, 20, 100), points)}
+    assert said == {key: [round(np.mean(dice), 1), round(np.std(dice, ddof=1), 1)] for key, dice in found.items()}
