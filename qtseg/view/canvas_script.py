@@ -34,7 +34,7 @@ function faces(model, grid, state) {
       next.set(key, bitmaps.get(key) ?? await createImageBitmap(new Blob([data])))));
     if (turn < shown) return;  // a newer picture is on the page already
     shown = turn; bitmaps = next;
-    state.strokes = state.strokes.filter((stroke) => stroke.id > seen);
+    state.strokes = state.strokes.filter((stroke) => !stroke.id || stroke.id > seen);  // 0: still being drawn
     layout();
   }
   function layout() {
