@@ -135,6 +135,13 @@ def test_a_session_in_a_browser_survives_its_kernel(page, folder):  # noqa: F811
         drag((0.2, 0.8), (0.6, 0.9))
         until(lambda: kept()[f"{second}.png"] != before[f"{second}.png"], "one more stroke")
         assert kept() | {f"{second}.png": b""} == before | {f"{second}.png": b""}, "the other masks stay as they were"
+        page.mouse.move(*at(0.1, 0.1))  # an answer that comes while a stroke is drawn does not end it
+        page.mouse.down()
+        page.mouse.move(*at(0.3, 0.1), steps=5)
+        pressed("Control+z", "undo", lambda: kept() == before)
+        page.wait_for_timeout(500)
+        page.mouse.up()
+        until(lambda: mask(second)[13, 26], "the stroke that was under way")
         keep(page, folder, "annotator_goes_on")
     known = "ERR_NAME_NOT_RESOLVED|labextensions|/voila/api/shutdown/"  # no network; JupyterLab's extensions; issue 1458 of Voilà
     assert not [error for error in errors if not re.search(known, error)]

@@ -75,8 +75,8 @@ def test_tables_of_results_are_shown_as_they_were_measured():
     assert results.table(results.SHORT) in index, "run `make sync`"
     assert all(table in page for table in (results.table(), results.paper_table(), results.study_table(), results.speed_table())), "run `make sync`"
     for path in (ROOT / "results").glob("*/**/*"):
-        of_run = path.parts[-3] == "runs" and path.name in results.RUN or path.match("runs/study.json") or path.match("results/annotation_study/*.json")
-        assert path.is_dir() or of_run or any(path.parent.parent == ROOT / place and path.name in kept for place, kept in results.KINDS.values()), f"{path} is not a number or a curve: pictures of data sets stay out"
+        of_study = path.parts[-3] == "runs" and path.name in results.RUN or path.match("runs/study.json") or path.match("results/annotation_study/*.json")
+        assert path.is_dir() or of_study or any(path.parent.parent == ROOT / place and path.name in kept for place, kept in results.KINDS.values()), f"{path} is not a number or a curve: pictures of data sets stay out"
 
 
 def test_runs_of_a_published_study_go_on_from_what_was_kept(tmp_path):

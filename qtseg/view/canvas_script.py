@@ -34,7 +34,8 @@ function faces(model, grid, state) {
       next.set(key, bitmaps.get(key) ?? await createImageBitmap(new Blob([data])))));
     if (turn < shown) return;  // a newer picture is on the page already
     shown = turn; bitmaps = next;
-    state.strokes = state.strokes.filter((stroke) => !stroke.id || stroke.id > seen);  // 0: still being drawn
+    const { image } = model.get("brush");  // a stroke with id 0 is still being drawn
+    state.strokes = state.strokes.filter((stroke) => stroke.id ? stroke.id > seen : stroke.brush.image === image);
     layout();
   }
   function layout() {
@@ -173,7 +174,7 @@ function hand(model, grid, state) {
                 w: view.w * shrink, h: view.h * shrink }, 0, 0);
   }
   function finish() {  // a stroke is whole: send it, and show it until Python has answered
-    const stroke = state.strokes.find((one) => !one.id);
+    const stroke = current();
     if (!stroke) return;
     stroke.id = ++state.last;
     if (stroke.tool === "polygon") stroke.points.splice(-3);  // the corner that follows the pointer
